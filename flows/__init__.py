@@ -1,0 +1,1 @@
+"""When stages run: the pipeline graph and its Prefect flows."""

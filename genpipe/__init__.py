@@ -1,0 +1,11 @@
+"""genpipe: train text-to-image systems in stages."""
+
+import os
+
+__version__ = "0.1.0"
+
+# Nobody's usage is reported to anybody; these are read by the libraries when they are imported.
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("DO_NOT_TRACK", "true")

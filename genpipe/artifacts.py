@@ -1,0 +1,247 @@
+"""Artifacts: committed folders, named by the fingerprint of what made them.
+
+An artifact is a folder with a `manifest.json`, written last, that lists every file with its size and sha256.
+No manifest, no artifact: whatever else lies in the folder is unfinished work that a later attempt may reuse.
+The fingerprint names the folder, so that asking 'is this stage done?' is one look at one place, for a
+scheduled flow and for a person at a shell alike.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, ValidationError
+
+from genpipe.config import Config, canonical_json
+from genpipe.storage import Storage, check_key, join, local_path, open_storage
+
+MANIFEST = "manifest.json"
+PARTS = "_parts/"
+
+
+class Artifact(Config):
+    """What a stage consumes and gives. `meta` is what a consumer must agree with (sizes, statistics, digests)."""
+
+    kind: str
+    uri: str
+    fingerprint: str
+    meta: dict[str, Any] = Field(default_factory=dict)
+
+
+class FileEntry(Config):
+    """One file of an artifact: path relative to it, bytes, and sha256 in hex."""
+
+    path: str
+    size: int
+    sha256: str
+
+
+class Manifest(Config):
+    """The record that makes a folder an artifact."""
+
+    format: int = 1
+    artifact: Artifact
+    version: int
+    config: dict[str, Any]
+    inputs: dict[str, Artifact]
+    metrics: dict[str, float]
+    files: tuple[FileEntry, ...]
+    git_revision: str
+    run_id: str = Field("", description="the MLflow run that made it")
+    created: str
+
+
+class ManifestError(ValueError):
+    """A manifest that does not agree with itself or with the files beside it."""
+
+
+def fingerprint(
+    stage: str, *, version: int, config: Mapping[str, Any], inputs: Mapping[str, Artifact], external: str = ""
+) -> str:
+    """The sha256 (hex) of everything that decides a stage's output.
+
+    `config` is the resolved configuration without resources; `external` stands for what lies outside the
+    pipeline (the listing of a source's files).
+    """
+    identity = {
+        "stage": stage,
+        "version": version,
+        "config": dict(config),
+        "inputs": {name: artifact.fingerprint for name, artifact in inputs.items()},
+        "external": external,
+    }
+    return hashlib.sha256(canonical_json(identity).encode()).hexdigest()
+
+
+def artifact_uri(store: str, kind: str, fingerprint: str) -> str:
+    """Where the artifact with this fingerprint lives, whether or not it is there yet."""
+    return join(store, "artifacts", kind, fingerprint[:16])
+
+
+def work_uri(store: str, kind: str, fingerprint: str) -> str:
+    """Where the resumable state of an unfinished stage lives."""
+    return join(store, "work", kind, fingerprint[:16])
+
+
+def read_manifest(uri: str) -> Manifest | None:
+    """The manifest of a committed artifact, None where nothing is committed.
+
+    Checks the manifest against its own digest and every file's presence and size. Raises ManifestError if
+    either fails: a damaged artifact is neither used nor silently made anew.
+    """
+    storage = open_storage(uri)
+    try:
+        raw = storage.read(MANIFEST)
+    except FileNotFoundError:
+        return None
+    remedy = f"delete {uri} to have it made again, or restore it from a copy"
+    try:
+        record = json.loads(raw)
+        digest = record.pop("digest")
+        manifest = Manifest.model_validate(record)
+    except (ValueError, KeyError, AttributeError, ValidationError):
+        raise ManifestError(f"{join(uri, MANIFEST)}: not a readable manifest; {remedy}") from None
+    if digest != _digest(record):
+        raise ManifestError(f"{join(uri, MANIFEST)}: changed since it was written (its digest differs); {remedy}")
+    sizes = {entry.key: entry.size for entry in storage.list()}
+    for file in manifest.files:
+        if sizes.get(file.path) != file.size:
+            found = f"has {sizes[file.path]} bytes" if file.path in sizes else "is missing"
+            raise ManifestError(f"{join(uri, file.path)}: {found}, its manifest says {file.size} bytes; {remedy}")
+    return manifest
+
+
+def find(uri: str) -> Artifact | None:
+    """The committed artifact at `uri`, or None. Raises ManifestError if it is damaged."""
+    manifest = read_manifest(uri)
+    return manifest.artifact.model_copy(update={"uri": uri}) if manifest else None
+
+
+def verify(uri: str) -> Manifest:
+    """Re-hash every file of an artifact. Raises ManifestError at the first that differs."""
+    manifest = read_manifest(uri)
+    if manifest is None:
+        raise ManifestError(f"{uri}: no {MANIFEST} here, so nothing was committed")
+    storage = open_storage(uri)
+    for file in manifest.files:
+        if hashlib.sha256(storage.read(file.path)).hexdigest() != file.sha256:
+            raise ManifestError(f"{join(uri, file.path)}: its content differs from the manifest's sha256")
+    return manifest
+
+
+def add_part(uri: str, part: str, folder: Path, stats: Mapping[str, Any]) -> None:
+    """Put one part's finished files into the artifact at `uri`, its marker last.
+
+    Repeating a part replaces it, so a worker that died halfway costs that part and nothing else.
+    """
+    storage = open_storage(uri)
+    files = list(_upload(storage, folder))
+    record = {"part": part, "files": [file.model_dump() for file in files], "stats": dict(stats)}
+    storage.write(_marker(part), canonical_json(record).encode())
+
+
+def finished_parts(uri: str) -> dict[str, dict[str, Any]]:
+    """The parts that an unfinished artifact already holds: part name to its `files` and `stats`."""
+    storage = open_storage(uri)
+    records = [json.loads(storage.read(entry.key)) for entry in storage.list(PARTS)]
+    return {record["part"]: record for record in records}
+
+
+def commit(
+    artifact: Artifact,
+    *,
+    folder: Path | None = None,
+    parts: Iterable[str] = (),
+    version: int,
+    config: Mapping[str, Any],
+    inputs: Mapping[str, Artifact],
+    metrics: Mapping[str, float],
+    git_revision: str = "",
+    run_id: str = "",
+) -> Artifact:
+    """Make `artifact` real: upload `folder`, gather the finished `parts`, and write the manifest last."""
+    storage = open_storage(artifact.uri)
+    files = list(_upload(storage, folder)) if folder else []
+    done = finished_parts(artifact.uri)
+    for part in parts:
+        files += [FileEntry.model_validate(file) for file in done[part]["files"]]
+    manifest = Manifest(
+        artifact=artifact,
+        version=version,
+        config=dict(config),
+        inputs=dict(inputs),
+        metrics=dict(metrics),
+        files=tuple(sorted(files, key=lambda file: file.path)),
+        git_revision=git_revision,
+        run_id=run_id,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+    record = manifest.model_dump(mode="json")
+    text = json.dumps({**record, "digest": _digest(record)}, indent=1, sort_keys=True)
+    storage.write(MANIFEST, text.encode())
+    storage.delete_all(PARTS)
+    return artifact
+
+
+def fetch(artifact: Artifact) -> Path:
+    """The artifact's files as a local folder: itself if it is local, else a copy in the cache.
+
+    The cache is `GENPIPE_CACHE` (default `~/.cache/genpipe`), one folder a fingerprint. A copy is complete or
+    absent; each file's sha256 is checked as it arrives (ManifestError).
+    """
+    here = local_path(artifact.uri)
+    if here is not None:
+        return here
+    cache = Path(os.environ.get("GENPIPE_CACHE", "~/.cache/genpipe")).expanduser()
+    target = cache / artifact.kind / artifact.fingerprint
+    if target.exists():
+        return target
+    manifest = read_manifest(artifact.uri)
+    if manifest is None:
+        raise ManifestError(f"{artifact.uri}: no {MANIFEST} here, so nothing was committed")
+    storage = open_storage(artifact.uri)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(dir=target.parent))
+    try:
+        for file in manifest.files:
+            path = staging / check_key(file.path)
+            storage.download(file.path, path)
+            if sha256_file(path) != file.sha256:
+                raise ManifestError(f"{join(artifact.uri, file.path)}: arrived with another sha256 than its manifest's")
+        try:
+            staging.rename(target)
+        except OSError:  # another process finished the same copy first
+            if not target.exists():
+                raise
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return target
+
+
+def sha256_file(path: Path) -> str:
+    """sha256 of a file's content, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _upload(storage: Storage, folder: Path) -> Iterable[FileEntry]:
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        key = path.relative_to(folder).as_posix()
+        storage.upload(key, path)
+        yield FileEntry(path=key, size=path.stat().st_size, sha256=sha256_file(path))
+
+
+def _marker(part: str) -> str:
+    return f"{PARTS}{hashlib.sha256(part.encode()).hexdigest()[:24]}.json"
+
+
+def _digest(record: Mapping[str, Any]) -> str:
+    return hashlib.sha256(canonical_json(record).encode()).hexdigest()

@@ -1,0 +1,245 @@
+"""Read, compose, override and explain configuration.
+
+A configuration is YAML checked by pydantic models. A mapping may open with `base: other.yaml` (relative to
+the file it stands in): the base is read first and the mapping is merged over it. Dotted overrides from the
+command line (`stages.decoder.train.lr=1e-3`) are merged last. Where a block carries a `kind`, changing the
+kind replaces the whole block, because the fields of one kind mean nothing to another.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import types
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+
+class Config(BaseModel):
+    """Base of every configuration block: immutable, and strict about unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Resources(Config):
+    """How a stage is run, never what comes out of it: left out of the fingerprint."""
+
+    workers: int = Field(1, ge=1, description="training ranks, or actors of a data stage")
+    cpus: float = Field(1.0, gt=0, description="CPU cores of each worker; also its number of torch threads")
+    gpus: float = Field(0.0, ge=0, description="GPUs of each worker")
+    loader_threads: int = Field(1, ge=1, description="threads that read and decode batches in each worker")
+    checkpoint_seconds: float = Field(120.0, gt=0, description="wall time between checkpoints")
+    max_failures: int = Field(3, ge=0, description="worker losses a stage survives before it fails")
+
+
+class StageConfig(Config):
+    """What the Config of every stage has in common."""
+
+    resources: Resources = Resources()
+
+
+class ConfigError(ValueError):
+    """The user's configuration is wrong; the message names the file, the setting and the remedy."""
+
+
+M = TypeVar("M", bound=BaseModel)
+Loc = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Tree:
+    """A configuration as read: plain values, and the file (or override) that each leaf came from."""
+
+    values: dict[str, Any]
+    origin: dict[Loc, str] = field(default_factory=dict)
+    source: str = "<config>"
+
+    def at(self, *path: str) -> Tree:
+        """The subtree under `path`; raises ConfigError if it is not a mapping there."""
+        values: Any = self.values
+        for depth, key in enumerate(path):
+            if not isinstance(values, Mapping) or not isinstance(values.get(key), Mapping):
+                where = ".".join(path[: depth + 1])
+                raise ConfigError(f"{self.source}: {where}: expected a block of settings here")
+            values = values[key]
+        n = len(path)
+        origin = {loc[n:]: file for loc, file in self.origin.items() if loc[:n] == path}
+        return Tree(dict(values), origin, self.source)
+
+    def origin_of(self, loc: Loc) -> str:
+        """The file that set `loc`, or the nearest enclosing block that is known."""
+        for end in range(len(loc), 0, -1):
+            for known, file in self.origin.items():
+                if known[:end] == loc[:end]:
+                    return file
+        return self.source
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Tree:
+    """Read a YAML file with its bases, then apply `key.path=value` overrides.
+
+    Raises ConfigError for a missing file, broken YAML, a cycle of bases, or a malformed override.
+    """
+    tree = _read(Path(path), ())
+    for text in overrides:
+        tree = _merge(tree, _parse_override(text))
+    return tree
+
+
+def parse(model: type[M], tree: Tree, *, prefix: str = "") -> M:
+    """Check `tree` against `model`; raises ConfigError with one line for each fault."""
+    try:
+        return model.model_validate(tree.values)
+    except ValidationError as error:
+        lines = [_explain(model, tree, prefix, fault) for fault in error.errors()]
+        raise ConfigError("\n".join(lines)) from None
+
+
+def resolved(config: BaseModel, *, without: frozenset[str] = frozenset()) -> dict[str, Any]:
+    """Every setting of `config`, defaults included, as JSON values; top-level keys in `without` left out."""
+    return {k: v for k, v in config.model_dump(mode="json").items() if k not in without}
+
+
+def canonical_json(value: Any) -> str:
+    """One spelling of a JSON value: sorted keys, no spaces. Raises ValueError on NaN."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one level of dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _read(path: Path, seen: tuple[Path, ...]) -> Tree:
+    if path in seen:
+        raise ConfigError(f"{path}: `base` runs in a circle: {' -> '.join(str(p) for p in (*seen, path))}")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1)
+        hint = f"; did you mean {path.parent / near[0]}?" if near else ""
+        by = f" (named as base by {seen[-1]})" if seen else ""
+        raise ConfigError(f"{path}: no such configuration file{by}{hint}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: is not valid YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: expected a mapping of settings, got {type(values).__name__}")
+    return _resolve_bases(values, path, (*seen, path))
+
+
+def _resolve_bases(values: dict[str, Any], path: Path, seen: tuple[Path, ...]) -> Tree:
+    tree = Tree({}, {}, str(path))
+    if isinstance(base := values.get("base"), str):
+        tree = _merge(tree, _read(path.parent / base, seen))
+        values = {k: v for k, v in values.items() if k != "base"}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            inner = _resolve_bases(value, path, seen)
+            origin = {(str(key), *loc): file for loc, file in inner.origin.items()}
+            origin = origin or {(str(key),): str(path)}
+            tree = _merge(tree, Tree({str(key): inner.values}, origin, str(path)))
+        else:
+            tree = _merge(tree, Tree({str(key): value}, {(str(key),): str(path)}, str(path)))
+    return Tree(tree.values, tree.origin, str(path))
+
+
+def _merge(below: Tree, above: Tree) -> Tree:
+    origin = dict(below.origin)
+
+    def merge(low: Mapping[str, Any], high: Mapping[str, Any], at: Loc) -> dict[str, Any]:
+        if "kind" in high and "kind" in low and low["kind"] != high["kind"]:
+            low = {}
+            for loc in [loc for loc in origin if loc[: len(at)] == at]:
+                del origin[loc]
+        out = dict(low)
+        for key, value in high.items():
+            both = isinstance(value, Mapping) and isinstance(out.get(key), Mapping)
+            out[key] = merge(out[key], value, (*at, key)) if both else value
+        return out
+
+    values = merge(below.values, above.values, ())
+    return Tree(values, origin | above.origin, below.source)
+
+
+def _parse_override(text: str) -> Tree:
+    path, eq, value = text.partition("=")
+    keys = tuple(path.strip().split("."))
+    if not eq or not all(keys):
+        raise ConfigError(f"override {text!r}: write it as path=value, e.g. stages.decoder.train.lr=1e-3")
+    try:
+        leaf = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {text!r}: the value is not valid YAML: {error}") from None
+    for key in reversed(keys):
+        leaf = {key: leaf}
+    return Tree(leaf, {keys: f"override {text!r}"})
+
+
+def _explain(model: type[BaseModel], tree: Tree, prefix: str, fault: Any) -> str:
+    loc = tuple(_visible(fault["loc"], tree.values))
+    dotted = ".".join(([prefix] if prefix else []) + list(loc))
+    where = f"{tree.origin_of(loc)}: {dotted or '(top level)'}"
+    if fault["type"] == "extra_forbidden":
+        known = sorted(_known_keys(model, loc[:-1], tree.values))
+        near = difflib.get_close_matches(loc[-1], known, n=1)
+        remedy = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
+        return f"{where}: unknown key; {remedy}"
+    if fault["type"] == "missing":
+        return f"{where}: this setting is required and has no default"
+    message = fault["msg"].removeprefix("Value error, ")
+    return f"{where}: {message[0].lower()}{message[1:]}, got {fault['input']!r}"
+
+
+def _visible(loc: Sequence[int | str], values: Any) -> Iterator[str]:
+    """pydantic's location without the union tags that it adds and the user never wrote."""
+    for position, part in enumerate(loc):
+        last = position == len(loc) - 1
+        if isinstance(values, Mapping) and part not in values and part == values.get("kind"):
+            continue
+        yield str(part)
+        if not last:
+            try:
+                values = values[part]
+            except (KeyError, IndexError, TypeError):
+                values = None
+
+
+def _known_keys(model: Any, loc: Loc, values: Any) -> set[str]:
+    """The field names of the block at `loc`, following unions by the `kind` that the user wrote."""
+    models = list(_models_in(model))
+    for key in loc:
+        values = values.get(key) if isinstance(values, Mapping) else None
+        models = [m for owner in models if key in owner.model_fields for m in _field_models(owner, key)]
+    if isinstance(values, Mapping) and "kind" in values:
+        chosen = [m for m in models if values["kind"] in get_args(_annotation(m, "kind"))]
+        models = chosen or models
+    return {name for m in models for name in m.model_fields}
+
+
+def _annotation(model: type[BaseModel], name: str) -> Any:
+    return model.model_fields[name].annotation if name in model.model_fields else None
+
+
+def _field_models(owner: type[BaseModel], name: str) -> Iterator[type[BaseModel]]:
+    yield from _models_in(_annotation(owner, name))
+
+
+def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    elif get_origin(annotation) in (Annotated, Union, types.UnionType, list, tuple, dict):
+        for inner in get_args(annotation):
+            yield from _models_in(inner)

@@ -1,0 +1,1 @@
+"""Data: sources (what users bring), shards (write), stream (read), features (cache), tokenizer."""

@@ -1,0 +1,63 @@
+"""What a source yields: a sample, or the reason why there is none. Every sample is one or the other."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image and its captions.
+
+    key: unique within the dataset, letters, digits, `-` and `_` only: it becomes a WebDataset member name.
+    group: the subject; the train/held-out split never separates two samples of one group.
+    image: the encoded image as the source holds it.
+    captions: at least one, cleaned by `clean_captions`.
+    meta: JSON-able facts that travel with the sample.
+    """
+
+    key: str
+    group: str
+    image: bytes
+    captions: tuple[str, ...]
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Reject:
+    """A sample that did not make it: which (`key`, `source`), why (`reason`, a short code), `detail`."""
+
+    key: str
+    source: str
+    reason: str
+    detail: str
+
+
+class Source(Protocol):
+    """A dataset as a user brings it. Opening one lists it; samples are read part by part."""
+
+    def parts(self) -> list[str]:
+        """Stable names of the parts, each about `part_size` samples; a part's place is its number."""
+        ...
+
+    def read(self, part: str) -> Iterator[Sample | Reject]:
+        """The samples of a part, always in the same order; one item for every sample, good or bad."""
+        ...
+
+    def digest(self) -> str:
+        """sha256 of the content's identity (names, sizes, times or versions), without reading it."""
+        ...
+
+
+def clean_captions(captions: Iterable[str]) -> tuple[str, ...]:
+    """NFC, control characters and runs of whitespace to one space, empty and repeated captions dropped."""
+    cleaned = (" ".join(_printable(unicodedata.normalize("NFC", caption)).split()) for caption in captions)
+    return tuple(dict.fromkeys(caption for caption in cleaned if caption))
+
+
+def _printable(text: str) -> str:
+    # "Cc" are the control characters; newline and tab among them must still separate words.
+    return "".join(" " if unicodedata.category(char) == "Cc" else char for char in text)

@@ -1,0 +1,1 @@
+"""Metrics as functions on features and images, and pictures of them."""

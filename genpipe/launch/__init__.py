@@ -1,0 +1,1 @@
+"""Running a stage: in this process (`local`) or on Ray (`ray`)."""

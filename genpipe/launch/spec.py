@@ -1,0 +1,71 @@
+"""What a launcher is told: one stage, with everything it needs to run anywhere."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import Field
+
+from genpipe.artifacts import Artifact, work_uri
+from genpipe.config import Config, canonical_json
+from genpipe.storage import join, open_storage
+
+
+class TrackingConfig(Config):
+    """Where runs are recorded."""
+
+    uri: str = Field("", description="an MLflow tracking URI; default: SQLite in the store's folder")
+    experiment: str = Field("", description="the MLflow experiment; default: the pipeline's name")
+
+
+class StageSpec(Config):
+    """One stage to run: its resolved config, its inputs, and the artifact it is to commit."""
+
+    stage: str
+    config: dict[str, Any]
+    inputs: dict[str, Artifact]
+    target: Artifact = Field(description="planned: its uri and fingerprint are final, its meta is what is promised")
+    store: str
+    git_revision: str = ""
+    tracking_uri: str
+    experiment: str
+    pipeline: str = ""
+    pipeline_run_id: str = Field("", description="the MLflow run of the pipeline run that launched this stage")
+    links: dict[str, str] = Field(default_factory=dict, description="Prefect run, Ray job: recorded as tags")
+
+    @property
+    def work(self) -> str:
+        """The URI of this stage's resumable state: checkpoints and progress."""
+        return work_uri(self.store, self.target.kind, self.target.fingerprint)
+
+    def write(self) -> str:
+        """Store the spec in its work folder and return its URI, which is what a job is given."""
+        open_storage(self.work).write("spec.json", canonical_json(self.model_dump(mode="json")).encode())
+        return join(self.work, "spec.json")
+
+    @classmethod
+    def read(cls, uri: str) -> StageSpec:
+        folder, _, name = uri.rpartition("/")
+        return cls.model_validate_json(open_storage(folder).read(name))
+
+
+class Progress(Config):
+    """How far a stage is, as its work folder's `progress.json` says."""
+
+    done: int = Field(description="samples trained on, or parts finished")
+    total: int
+    unit: str = "samples"
+    rate: float = Field(0.0, description="units a second")
+    metrics: dict[str, float] = Field(default_factory=dict)
+
+
+def read_progress(work: str) -> Progress | None:
+    """The last progress written under `work`, None before the first."""
+    try:
+        return Progress.model_validate_json(open_storage(work).read("progress.json"))
+    except FileNotFoundError:
+        return None
+
+
+def write_progress(work: str, progress: Progress) -> None:
+    open_storage(work).write("progress.json", progress.model_dump_json().encode())

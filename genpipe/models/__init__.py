@@ -1,0 +1,1 @@
+"""The networks: nn.Modules with a Config each, no I/O. Sizes that data decides are keyword arguments."""

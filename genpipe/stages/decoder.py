@@ -1,0 +1,147 @@
+"""Train the decoder: image embedding and caption to latents (Ramesh et al. 2022, section 2.1; latent diffusion)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from genpipe.artifacts import Artifact, fetch
+from genpipe.config import StageConfig
+from genpipe.data.features import FeatureDataset
+from genpipe.data.stream import caption_choice, to_uint8
+from genpipe.diffusion.process import DiffusionConfig, SamplerConfig, fixed_time_losses, training_loss
+from genpipe.evaluation.grids import tile
+from genpipe.evaluation.metrics import mean_losses
+from genpipe.generation import Text, decoder_model, embed_statistics, latent_statistics, sample_latents
+from genpipe.models.autoencoder import Autoencoder
+from genpipe.models.unclip import Decoder, DecoderConfig
+from genpipe.stages.autoencoder import hwc
+from genpipe.training.objective import Batch, Data, Metrics, Split, Step, Validation
+from genpipe.training.optim import TrainConfig
+from genpipe.weights import load_weights, save_weights
+
+VERSION = 1
+CONSUMES: tuple[str, ...] = ("autoencoder", "features")
+
+PICTURES = 8
+
+
+class Config(StageConfig):
+    model: DecoderConfig = DecoderConfig()
+    diffusion: DiffusionConfig = DiffusionConfig()
+    drop_image: float = Field(0.1, ge=0, lt=1, description="share of image embeddings given up for the learned null")
+    drop_text: float = Field(0.5, ge=0, lt=1, description="share of captions given up, independently")
+    sampler: SamplerConfig = Field(SamplerConfig(guidance_scale=2.0), description="of the validation's pictures")
+    train: TrainConfig
+
+
+def agree(cfg: Config, inputs: Mapping[str, Artifact]) -> dict[str, Any]:
+    meta = inputs["features"].meta
+    patch = cfg.model.dit.patch_size
+    if meta["latent_size"] % patch:
+        raise ValueError(f"model.dit.patch_size {patch} does not divide the latents' {meta['latent_size']} cells")
+    return {name: meta[name] for name in ("embed_dim", "text_width", "latent_channels", "clip", "autoencoder")}
+
+
+def data(cfg: Config, inputs: Mapping[str, Artifact]) -> Data:
+    folder = fetch(inputs["features"])
+    return Data(
+        train=_split(FeatureDataset(folder, split="train"), seed=cfg.train.seed),
+        heldout=_split(FeatureDataset(folder, split="heldout"), seed=None),
+    )
+
+
+def _split(features: FeatureDataset, *, seed: int | None) -> Split:
+    """Latents and their conditions; a seed picks captions by position, none takes each sample's first."""
+
+    def collate(indices: np.ndarray, positions: np.ndarray) -> Batch:
+        choices = np.zeros_like(positions) if seed is None else caption_choice(positions, seed=seed)
+        return {
+            "latents": features.latents(indices),
+            "image_embeds": features.image_embeds(indices),
+            **features.text(indices, choices),
+        }
+
+    return Split(len(features), collate)
+
+
+def objective(cfg: Config, inputs: Mapping[str, Artifact], device: torch.device) -> Objective:
+    autoencoder = load_weights(fetch(inputs["autoencoder"]), kind="autoencoder", device=device).module
+    return Objective(cfg, inputs["features"].meta, cast(Autoencoder, autoencoder), device)
+
+
+class Objective:
+    """The diffusion loss on latents, with the two conditions dropped independently."""
+
+    def __init__(
+        self, cfg: Config, meta: Mapping[str, Any], autoencoder: Autoencoder, device: torch.device
+    ) -> None:
+        self.cfg = cfg
+        self.autoencoder = autoencoder
+        self.embed_statistics = embed_statistics(meta, device)
+        self.latent_statistics = latent_statistics(meta, device)
+        self.sizes = {name: meta[name] for name in ("latent_channels", "embed_dim", "text_width")}
+        self.model = Decoder(cfg.model, **self.sizes).to(device)
+        self.trainable: dict[str, nn.Module] = {"decoder": self.model}
+
+    def parts(self, samples_seen: int) -> Sequence[str]:
+        return ("decoder",)
+
+    def loss(self, part: str, batch: Batch, step: Step) -> tuple[Tensor, Metrics]:
+        latents = batch["latents"].float()
+        draws = torch.rand(2, len(latents), generator=step.generator, device=latents.device)
+        model = decoder_model(
+            self.model,
+            self.embed_statistics.standardise(batch["image_embeds"]),
+            Text.from_cache(batch),
+            drop_image=draws[0] < self.cfg.drop_image,
+            drop_text=draws[1] < self.cfg.drop_text,
+        )
+        return training_loss(model, latents, self.cfg.diffusion, generator=step.generator).mean(), {}
+
+    def after_step(self) -> None:
+        pass
+
+    def validate(self, batches: Iterable[Batch], generator: torch.Generator) -> Validation:
+        losses, pictures = [], {}
+        for batch in batches:
+            latents, text = batch["latents"].float(), Text.from_cache(batch)
+            embed = self.embed_statistics.standardise(batch["image_embeds"])
+            keep = torch.zeros(len(latents), dtype=torch.bool, device=latents.device)
+            model = decoder_model(self.model, embed, text, drop_image=keep, drop_text=keep)
+            losses.append(fixed_time_losses(model, latents, self.cfg.diffusion, generator=generator))
+            if not pictures:
+                pictures["samples"] = self._picture(latents, batch["image_embeds"], text, generator)
+        return Validation(mean_losses(losses), pictures)
+
+    def _picture(
+        self, latents: Tensor, image_embeds: Tensor, text: Text, generator: torch.Generator
+    ) -> np.ndarray:
+        """Held-out images as the autoencoder has them, over what the decoder makes of their embeddings."""
+        few = slice(0, PICTURES)
+        sampled = sample_latents(
+            self.model,
+            image_embeds[few].float(),
+            Text(*(part[few] for part in text)),
+            shape=(latents.shape[1], latents.shape[2], latents.shape[3]),
+            statistics=self.embed_statistics,
+            diffusion=self.cfg.diffusion,
+            sampler=self.cfg.sampler,
+            generator=generator,
+        )
+        rows = [to_uint8(self.autoencoder.decode(self.latent_statistics.restore(z))) for z in (latents[few], sampled)]
+        return tile([hwc(row) for row in rows], cell=2 * rows[0].shape[-1])
+
+
+def export(
+    objective: Objective, cfg: Config, inputs: Mapping[str, Artifact], folder: Path
+) -> dict[str, Any]:
+    extra = {"diffusion": cfg.diffusion.model_dump(mode="json")}
+    save_weights(objective.model, folder, kind="decoder", config=cfg.model, sizes=objective.sizes, extra=extra)
+    return {}

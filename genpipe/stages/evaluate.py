@@ -1,0 +1,218 @@
+"""Measure the whole system: do its pictures show what their prompts say, and would the parts' numbers come again?
+
+Prompts are first captions of the data. A generated picture counts as right if CLIP finds its own caption among the
+k nearest of all the data's first captions. CLIP also conditions the system, so this says how faithful the pictures
+are to the embedding, not how good they are; `ceiling` is the same measure on the real pictures.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from pydantic import Field
+from torch import Tensor
+
+from genpipe.artifacts import Artifact, fetch, read_manifest
+from genpipe.config import StageConfig
+from genpipe.data.features import FeatureDataset
+from genpipe.data.stream import ShardDataset, image_batch, order, sequential, to_float, to_uint8
+from genpipe.evaluation.grids import labelled_grid
+from genpipe.evaluation.metrics import cosine, recall_at, retrieval_ranks, unrelated
+from genpipe.generation import GenerationConfig, Generator, check_lineage
+from genpipe.stages import load_stage
+from genpipe.stages.autoencoder import hwc
+from genpipe.training.loop import seeded, to_device
+from genpipe.weights import load_weights
+
+VERSION = 1
+CONSUMES: tuple[str, ...] = ("shard", "autoencoder", "clip", "features", "prior", "decoder", "upsampler")
+
+TRAINED = ("autoencoder", "clip", "prior", "decoder", "upsampler")
+SPLITS = ("train", "heldout")
+COLUMNS = ("training example", "autoencoder", "decoder from true embedding", "decoder from prior", "upsampled")
+
+
+class Config(StageConfig):
+    generation: GenerationConfig = GenerationConfig()
+    prompts: int = Field(256, ge=1, description="training captions to generate from, chosen at random")
+    heldout_prompts: int = Field(64, ge=1, description="captions of held-out subjects to generate from")
+    batch_size: int = Field(32, ge=1)
+    recall_at: tuple[int, ...] = (1, 5, 10)
+    grid: tuple[str, ...] = Field((), description="captions of the grid; default: the first dozen of the prompts")
+    gate: dict[str, float] = Field(default_factory=dict, description="metrics and the least that each must reach")
+    precision: str = Field("bf16", pattern="^(bf16|fp32)$")
+    seed: int = 0
+
+
+def agree(cfg: Config, inputs: Mapping[str, Artifact]) -> dict[str, Any]:
+    check_lineage(inputs)
+    names = [f"{split}/{name}" for split in SPLITS for name in _prompt_metrics(cfg)]
+    for name in cfg.gate:
+        if name not in names:
+            near = difflib.get_close_matches(name, names, n=1)
+            raise ValueError(f"gate: no metric {name!r}; {f'did you mean {near[0]!r}?' if near else names}")
+    return {name: inputs[name].fingerprint for name in TRAINED}
+
+
+def _prompt_metrics(cfg: Config) -> list[str]:
+    recalls = [f"{name}_at_{k}" for name in ("recall", "ceiling") for k in cfg.recall_at]
+    return [*recalls, "prior_cosine", "prior_cosine_unrelated"]
+
+
+def parts(cfg: Config, inputs: Mapping[str, Artifact]) -> list[str]:
+    """`grid`, `validate NAME` for each trained stage, and `prompts SPLIT FIRST` for each batch of prompts."""
+    batches = []
+    for split in SPLITS:
+        count = len(_chosen(cfg, ShardDataset(fetch(inputs["shard"]), split=split), split))
+        batches += [f"prompts {split} {first}" for first in range(0, count, cfg.batch_size)]
+    return [*batches, *(f"validate {name}" for name in TRAINED), "grid"]
+
+
+def _chosen(cfg: Config, dataset: ShardDataset, split: str) -> np.ndarray:
+    """Indices of the samples whose captions are the prompts of a split."""
+    wanted = cfg.prompts if split == "train" else cfg.heldout_prompts
+    return order(np.arange(min(wanted, len(dataset))), n=len(dataset), seed=cfg.seed)
+
+
+class Worker:
+    """Loads the whole system once; a call does one part."""
+
+    def __init__(self, cfg: Config, inputs: Mapping[str, Artifact]) -> None:
+        self.cfg, self.inputs = cfg, inputs
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.system = Generator(inputs, device=self.device)
+        self.shards = {split: ShardDataset(fetch(inputs["shard"]), split=split) for split in SPLITS}  # type: ignore[arg-type]
+        self.features = {split: FeatureDataset(fetch(inputs["features"]), split=split) for split in SPLITS}  # type: ignore[arg-type]
+
+    @torch.no_grad()
+    def __call__(self, part: str, out: Path) -> dict[str, Any]:
+        kind, *arguments = part.split()
+        with self._autocast(self.cfg.precision):
+            if kind == "grid":
+                return self._grid(out)
+            if kind == "validate":
+                return self._validate(arguments[0])
+            return self._prompts(arguments[0], int(arguments[1]))
+
+    def _autocast(self, precision: str) -> torch.autocast:
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
+
+    def _prompts(self, split: str, first: int) -> dict[str, Any]:
+        """Generate from a batch of captions: ranks of own captions, and the prior's cosines."""
+        indices = _chosen(self.cfg, self.shards[split], split)[first : first + self.cfg.batch_size]
+        prompts = [self.shards[split].captions(int(i))[0] for i in indices]
+        generator = seeded(self.device, self.cfg.seed, split, first)
+        made = self.system.generate(prompts, self.cfg.generation, generator=generator)
+        true = self.features[split].image_embeds(indices).float().to(self.device)
+        drawn = self.system.clip.encode_image(self._at_clip_size(made.images))
+        own = torch.from_numpy(indices).to(self.device) + (0 if split == "train" else len(self.features["train"]))
+        return {
+            "ranks": retrieval_ranks(drawn, self._pool(), own).tolist(),
+            "ceiling": retrieval_ranks(true, self._pool(), own).tolist(),
+            "prior_cosine": cosine(made.image_embeds, true).tolist(),
+            "prior_cosine_unrelated": cosine(made.image_embeds, unrelated(true)).tolist(),
+        }
+
+    def _at_clip_size(self, images: Tensor) -> Tensor:
+        size = self.system.clip.cfg.image_size
+        return images if images.shape[-1] == size else torch.nn.functional.interpolate(
+            images, (size, size), mode="bicubic", antialias=True
+        )  # fmt: skip
+
+    def _pool(self) -> Tensor:
+        """The text embeddings of the first captions of all samples: training ones, then held-out ones."""
+        every = []
+        for features in self.features.values():
+            indices = np.arange(len(features))
+            every.append(features.text(indices, np.zeros_like(indices))["text_embeds"].float())
+        return torch.cat(every).to(self.device)
+
+    def _validate(self, name: str) -> dict[str, Any]:
+        """A stage's own held-out validation, once more, with the weights as they were committed."""
+        stage, folder = load_stage(name), fetch(self.inputs[name])
+        manifest = read_manifest(self.inputs[name].uri)
+        assert manifest is not None, "inputs are committed"
+        cfg = stage.Config.model_validate(manifest.config)
+        objective = stage.objective(cfg, self.inputs, self.device)
+        state = load_weights(folder, kind=name, device=self.device).module.state_dict()
+        objective.trainable[name].load_state_dict(state)
+        objective.trainable[name].eval()
+        held = stage.data(cfg, self.inputs).heldout
+        size = cfg.train.micro_batch(1)
+        batches = sequential(held.length, batch_size=size, collate=held.collate, limit=cfg.train.heldout_samples)
+        with self._autocast(cfg.train.precision):
+            moved = (to_device(batch, self.device) for _, batch in batches)
+            result = objective.validate(moved, seeded(self.device, cfg.train.seed, "validate"))
+        return {"metrics": {f"{name}/{key}": value for key, value in result.metrics.items()}}
+
+    def _grid(self, out: Path) -> dict[str, Any]:
+        """Two pictures: `grid.png` for training captions, `heldout.png` for subjects never seen."""
+        for split, name in (("train", "grid.png"), ("heldout", "heldout.png")):
+            indices = _chosen(self.cfg, self.shards[split], split)[:12]
+            if split == "train" and self.cfg.grid:
+                indices = find_captions(self.shards[split], self.cfg.grid)
+            Image.fromarray(self._rows(split, indices)).save(out / name)
+        return {}
+
+    def _rows(self, split: str, indices: np.ndarray) -> np.ndarray:
+        cfg, system = self.cfg.generation, self.system
+        prompts = [self.shards[split].captions(int(i))[0] for i in indices]
+        generator = seeded(self.device, self.cfg.seed, "grid", split)
+        text = system.encode_text(prompts)
+        true = self.features[split].image_embeds(indices).float().to(self.device)
+        latents = self.features[split].latents(indices).float().to(self.device)
+        images = system.decode(system.prior_embeds(text, cfg, generator=generator), text, cfg, generator=generator)
+        columns = (
+            image_batch(self.shards[split], indices, size=system.size),
+            to_uint8(system.autoencoder.decode(system.latent_statistics.restore(latents))),
+            to_uint8(system.decode(true, text, cfg, generator=generator)),
+            to_uint8(images),
+            to_uint8(system.enlarge(images, cfg, generator=generator)),
+        )
+        rows = list(zip(*(hwc(column) for column in columns), strict=True))
+        titles = COLUMNS if split == "train" else ("held-out example", *COLUMNS[1:])
+        return labelled_grid(rows, captions=prompts, columns=titles, cell=system.size)
+
+
+def find_captions(dataset: ShardDataset, captions: Sequence[str]) -> np.ndarray:
+    """The samples with these first captions. Raises ValueError that names the nearest caption there is."""
+    index = {dataset.captions(i)[0]: i for i in range(len(dataset))}
+    for caption in captions:
+        if caption not in index:
+            near = difflib.get_close_matches(caption, index, n=1)
+            hint = f"; the nearest is {near[0]!r}" if near else ""
+            raise ValueError(f"stages.evaluate.grid: no training sample has the caption {caption!r}{hint}")
+    return np.asarray([index[caption] for caption in captions])
+
+
+def finish(
+    cfg: Config, inputs: Mapping[str, Artifact], results: list[dict[str, Any]], out: Path
+) -> tuple[dict[str, Any], dict[str, float]]:
+    metrics: dict[str, float] = {}
+    for result in results:
+        metrics |= result.get("metrics", {})
+    for split, done in zip(SPLITS, _by_split(cfg, inputs, results), strict=True):
+        ranks, ceiling = (torch.tensor([rank for r in done for rank in r[name]]) for name in ("ranks", "ceiling"))
+        for k in cfg.recall_at:
+            metrics[f"{split}/recall_at_{k}"] = recall_at(ranks, k)
+            metrics[f"{split}/ceiling_at_{k}"] = recall_at(ceiling, k)
+        for name in ("prior_cosine", "prior_cosine_unrelated"):
+            metrics[f"{split}/{name}"] = float(np.mean([value for r in done for value in r[name]]))
+        metrics[f"{split}/prompts"] = float(len(ranks))
+    metrics["pool"] = float(sum(len(ShardDataset(fetch(inputs["shard"]), split=split)) for split in SPLITS))  # type: ignore[arg-type]
+    missed = {name: least for name, least in cfg.gate.items() if metrics[name] < least}
+    metrics["gate_passed"] = float(not missed)
+    return {"gate_missed": {name: [metrics[name], least] for name, least in missed.items()}}, metrics
+
+
+def _by_split(
+    cfg: Config, inputs: Mapping[str, Artifact], results: list[dict[str, Any]]
+) -> list[list[dict[str, Any]]]:
+    named = list(zip(parts(cfg, inputs), results, strict=True))
+    return [[result for part, result in named if part.startswith(f"prompts {split} ")] for split in SPLITS]

@@ -1,0 +1,539 @@
+"""What MLflow remembers: a run for each pipeline run, and one run for each stage fingerprint.
+
+A stage's run is found again by its fingerprint, so a retry, a resume or another pipeline run goes on in the same
+one. While a stage works, a thread of its own writes what was logged: work never waits for MLflow, and an outage
+costs records, not training. MLflow is imported where it is used, because every worker imports this module.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import os
+import queue
+import socket
+import sqlite3
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+from urllib.parse import urlsplit
+
+import numpy as np
+
+from genpipe import artifacts
+from genpipe.artifacts import Artifact
+from genpipe.config import flatten
+from genpipe.stages import is_training, load_stage
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+    from genpipe.launch.spec import StageSpec
+
+FINGERPRINT = "genpipe.fingerprint"
+REACH_SECONDS = 5.0
+MAX_TAG = 5000
+MAX_PARAM = 6000
+PARAMS_A_CALL = 100
+METRICS_A_CALL = 1000
+
+
+def check(uri: str) -> None:
+    """Make sure that MLflow answers at `uri`, creating an SQLite store that is not there yet.
+
+    Raises ValueError with the remedy after about 5 seconds at most.
+    """
+    scheme = uri.split(":", 1)[0]
+    if scheme in ("http", "https"):
+        _check_server(uri)
+    elif scheme == "sqlite":
+        _check_sqlite(uri)
+    elif "://" in uri:
+        _check_database(uri)
+    else:
+        raise ValueError(
+            f"tracking.uri: {uri!r} is not an MLflow tracking URI; write http://host:5000, sqlite:///path/mlflow.db "
+            "or leave it empty for SQLite in the store"
+        )
+    from mlflow.exceptions import MlflowException
+
+    try:
+        _client(uri).search_experiments(max_results=1)
+    except MlflowException as error:
+        raise ValueError(f"tracking.uri: MLflow at {uri} does not work: {_first_line(error)}") from error
+
+
+@contextmanager
+def pipeline_run(
+    uri: str, *, experiment: str, name: str, tags: Mapping[str, str], files: Sequence[Path] = ()
+) -> Iterator[PipelineRun]:
+    """The MLflow run of one pipeline run, under which the stages' runs nest.
+
+    `files` (the configuration) are logged with it. An exception marks it failed, a stop marks it killed.
+    Raises ValueError where MLflow is unreachable.
+    """
+    check(uri)
+    client = _client(uri)
+    experiment_id = _experiment(client, uri, experiment)
+    run = client.create_run(experiment_id, run_name=name, tags=_tags(tags))
+    for file in files:
+        client.log_artifact(run.info.run_id, str(file), "config")
+    parent = PipelineRun(client, run.info.run_id, experiment_id)
+    try:
+        yield parent
+    except BaseException as error:
+        _end(client, parent.run_id, error)
+        raise
+    client.set_terminated(parent.run_id, parent.status)
+
+
+class PipelineRun:
+    """A pipeline run in MLflow."""
+
+    def __init__(self, client: MlflowClient, run_id: str, experiment_id: str) -> None:
+        self.client = client
+        self.run_id = run_id
+        self.experiment_id = experiment_id
+        self.status = "FINISHED"
+
+    def summarise(self, rows: Sequence[Mapping[str, Any]], *, images: Sequence[Path] = ()) -> None:
+        """Log the table of stages (each row names its `stage`, `status` and `run_id`) and sample images."""
+        self.client.log_dict(self.run_id, {"stages": [dict(row) for row in rows]}, "summary.json")
+        columns = {key: [row.get(key) for row in rows] for key in (rows[0] if rows else ())}
+        if columns:
+            self.client.log_table(self.run_id, columns, "summary_table.json")
+        for row in rows:
+            self.client.set_tag(self.run_id, f"genpipe.status.{row['stage']}", row["status"])
+            if row.get("run_id"):
+                self.client.set_tag(self.run_id, f"genpipe.run.{row['stage']}", row["run_id"])
+        for image in images:
+            self.client.log_artifact(self.run_id, str(image), "samples")
+        if any(row["status"] in ("failed", "skipped") for row in rows):
+            self.status = "FAILED"
+
+
+@contextmanager
+def open_stage_run(spec: StageSpec) -> Iterator[StageRun]:
+    """The run of `spec`'s fingerprint, found or created, and marked as running.
+
+    An exception marks it failed with its text in the tag `genpipe.error`, a stop marks it killed; both are raised
+    on. Otherwise `StageRun.finish` is what ends it.
+    """
+    client = _client(spec.tracking_uri)
+    run_id = _claim(client, spec)
+    run = StageRun(spec, run_id, watch_system=not is_training(load_stage(spec.stage)))
+    try:
+        yield run
+    except BaseException as error:
+        run.close()
+        _end(client, run_id, error)
+        raise
+    run.close()
+
+
+def fail_stage_run(spec: StageSpec, message: str) -> None:
+    """Mark the run of `spec` failed if it still counts as running: its job died before it could say so."""
+    client = _client(spec.tracking_uri)
+    run_id = _find(client, _experiment(client, spec.tracking_uri, spec.experiment), spec.target.fingerprint)
+    if run_id and client.get_run(run_id).info.status == "RUNNING":
+        client.set_tag(run_id, "genpipe.error", message[:MAX_TAG])
+        client.set_terminated(run_id, "FAILED")
+
+
+class StageRun:
+    """A stage's run, open for records. Logging returns at once; a thread writes."""
+
+    def __init__(self, spec: StageSpec, run_id: str, *, watch_system: bool) -> None:
+        self.spec = spec
+        self.run_id = run_id
+        self.writer = _Writer(spec.tracking_uri, run_id, watch_system=watch_system)
+
+    @classmethod
+    def attach(cls, spec: StageSpec, run_id: str) -> StageRun:
+        """The run that `open_stage_run` opened in another process, for rank 0 of a training stage."""
+        return cls(spec, run_id, watch_system=True)
+
+    def log(self, metrics: Mapping[str, float], *, samples_seen: int) -> None:
+        now = time.time_ns() // 1_000_000
+        self.writer.put([Point(name, float(value), now, samples_seen) for name, value in metrics.items()])
+
+    def log_image(self, name: str, image: np.ndarray, *, samples_seen: int) -> None:
+        """Log a picture (uint8, HWC); MLflow shows the pictures of one name as a series over samples."""
+        self.writer.put(
+            lambda client: client.log_image(self.run_id, image, key=name, step=samples_seen, synchronous=True)
+        )
+
+    def log_file(self, path: Path) -> None:
+        """Log a file; it is read before this returns, so it may be temporary."""
+        data, name = path.read_bytes(), path.name
+        self.writer.put(lambda client: client.log_stream(self.run_id, io.BytesIO(data), name))
+
+    def finish(self, artifact: Artifact) -> None:
+        """Record the committed artifact, its weights as a logged model if the stage trains, and end the run."""
+        manifest = artifacts.read_manifest(artifact.uri)
+        assert manifest is not None, f"nothing is committed at {artifact.uri}"
+        training = is_training(load_stage(self.spec.stage))
+        if training:
+            self.log(manifest.metrics, samples_seen=int(self.spec.config["train"]["samples"]))
+        self.writer.put(
+            lambda client: client.log_dict(self.run_id, manifest.model_dump(mode="json"), "manifest.json")
+        )
+        self.writer.put(lambda client: client.set_tag(self.run_id, "genpipe.meta", _json(artifact.meta)))
+        if training:
+            self.writer.put(lambda client: _log_model(client, self.run_id, self.spec, artifact))
+        self.writer.put(lambda client: client.set_terminated(self.run_id, "FINISHED"))
+        self.close()
+
+    def close(self) -> None:
+        """Write what is left, within a bounded time."""
+        self.writer.close()
+
+
+class Point(NamedTuple):
+    """One value of one metric; `step` is samples seen (seconds, for system metrics)."""
+
+    name: str
+    value: float
+    milliseconds: int
+    step: int
+
+
+Item = list[Point] | Callable[["MlflowClient"], Any]
+
+
+class _Writer:
+    """A thread that writes to one run, in order. It retries through an outage; records are lost only when the
+    buffer is full, when MLflow refuses them, or when it stays away at the end."""
+
+    CAPACITY = 1000
+    CLOSE_SECONDS = 60.0
+    RETRY_SECONDS = (1.0, 30.0)
+
+    def __init__(self, uri: str, run_id: str, *, watch_system: bool) -> None:
+        self.uri = uri
+        self.run_id = run_id
+        self.watch_system = watch_system
+        self.items: queue.Queue[Item] = queue.Queue(self.CAPACITY)
+        self.closing = threading.Event()
+        self.deadline = float("inf")
+        self.warned: set[str] = set()
+        self.thread = threading.Thread(target=self._work, name="mlflow-writer", daemon=True)
+        self.thread.start()
+
+    def put(self, item: Item) -> None:
+        try:
+            self.items.put_nowait(item)
+        except queue.Full:
+            self._warn("the buffer of records is full; some are lost")
+
+    def close(self) -> None:
+        """End the thread once everything is written, or CLOSE_SECONDS after this call."""
+        if not self.closing.is_set():
+            self.deadline = time.monotonic() + self.CLOSE_SECONDS
+            self.closing.set()
+        self.thread.join(self.CLOSE_SECONDS + 5)
+        if self.thread.is_alive():
+            self._warn("the last records were not taken in time")
+
+    def _work(self) -> None:
+        client = _client(self.uri)
+        system = _System(client, self.run_id) if self.watch_system else None
+        while True:
+            finishing = self.closing.is_set()
+            points: list[Point] = system.points() if system else []
+            for item in self._waiting():
+                if isinstance(item, list):
+                    points += item
+                else:
+                    self._write_points(client, points)
+                    points = []
+                    self._persist(item, client)
+            self._write_points(client, points)
+            if finishing and self.items.empty():
+                return
+            self.closing.wait(0.5)
+
+    def _waiting(self) -> Iterator[Item]:
+        while True:
+            try:
+                yield self.items.get_nowait()
+            except queue.Empty:
+                return
+
+    def _write_points(self, client: MlflowClient, points: list[Point]) -> None:
+        from mlflow.entities import Metric
+
+        for start in range(0, len(points), METRICS_A_CALL):
+            metrics = [Metric(*point) for point in points[start : start + METRICS_A_CALL]]
+            self._persist(
+                lambda client, metrics=metrics: client.log_batch(self.run_id, metrics=metrics), client
+            )
+
+    def _persist(self, write: Callable[[MlflowClient], Any], client: MlflowClient) -> None:
+        """Call `write` until it works, MLflow refuses it for what it says, or the deadline passes."""
+        pause, longest = self.RETRY_SECONDS
+        while True:
+            try:
+                write(client)
+                return
+            except Exception as error:  # a record is never worth the training that it tells about
+                if _refused(error) or time.monotonic() > self.deadline:
+                    self._warn(f"a record is lost: {_first_line(error)}")
+                    return
+                self._warn(f"not reachable, trying again: {_first_line(error)}")
+            time.sleep(min(pause, max(0.0, self.deadline - time.monotonic())))
+            pause = min(2 * pause, longest)
+
+    def _warn(self, message: str) -> None:
+        kind = message.split(":")[0]
+        if kind not in self.warned:
+            self.warned.add(kind)
+            print(f"MLflow at {self.uri}: {message}", file=sys.stderr, flush=True)
+
+
+class _System:
+    """CPU, memory, disk, network and GPU use of this machine, as MLflow's own monitor measures them."""
+
+    FIRST_SECONDS, EVERY_SECONDS = 2.0, 10.0
+
+    def __init__(self, client: MlflowClient, run_id: str) -> None:
+        from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+        self.monitor = SystemMetricsMonitor(run_id, tracking_uri=client.tracking_uri)
+        self.monitor.collect_metrics()  # the first reading of CPU use has no interval to speak of
+        self._clear()
+        self.started: int = client.get_run(run_id).info.start_time
+        self.due = time.monotonic() + self.FIRST_SECONDS
+
+    def points(self) -> list[Point]:
+        """A reading, if one is due."""
+        if time.monotonic() < self.due:
+            return []
+        self.due = time.monotonic() + self.EVERY_SECONDS
+        self.monitor.collect_metrics()
+        values = self.monitor.aggregate_metrics()
+        self._clear()
+        now = time.time_ns() // 1_000_000
+        return [Point(f"system/{k}", float(v), now, (now - self.started) // 1000) for k, v in values.items()]
+
+    def _clear(self) -> None:
+        for monitor in self.monitor.monitors:
+            monitor.clear_metrics()
+
+
+def _client(uri: str) -> MlflowClient:
+    """A client that gives up on a silent server after some seconds instead of minutes."""
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
+    from mlflow import MlflowClient
+
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    return MlflowClient(uri)
+
+
+def _check_server(uri: str) -> None:
+    try:
+        with urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=REACH_SECONDS) as response:
+            response.read()
+    except urllib.error.HTTPError as error:
+        raise ValueError(f"tracking.uri: {uri} answers, but not as MLflow does ({error})") from None
+    except OSError as error:
+        raise ValueError(
+            f"tracking.uri: no MLflow at {uri} ({_first_line(error)}); start it (mlflow server), correct the "
+            "address, or leave tracking.uri empty for SQLite in the store"
+        ) from None
+
+
+def _check_sqlite(uri: str) -> None:
+    path = Path(uri.removeprefix("sqlite:///"))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        connection = sqlite3.connect(path, timeout=REACH_SECONDS)
+        try:
+            connection.execute("select count(*) from sqlite_master").fetchone()
+        finally:
+            connection.close()
+    except (OSError, sqlite3.Error) as error:
+        raise ValueError(
+            f"tracking.uri: {path} cannot be used as MLflow's SQLite file ({error}); "
+            "name a writable path, or move the file away to start a new one"
+        ) from None
+
+
+def _check_database(uri: str) -> None:
+    parts = urlsplit(uri)
+    if parts.hostname is None or parts.port is None:
+        return
+    try:
+        socket.create_connection((parts.hostname, parts.port), REACH_SECONDS).close()
+    except OSError as error:
+        raise ValueError(
+            f"tracking.uri: no database at {parts.hostname}:{parts.port} ({error}); start it or correct the address"
+        ) from None
+
+
+def _experiment(client: MlflowClient, uri: str, name: str) -> str:
+    """The id of an experiment, created if need be; files of an SQLite store lie beside it."""
+    from mlflow.exceptions import MlflowException
+
+    experiment = client.get_experiment_by_name(name)
+    if experiment is None:
+        beside = Path(uri.removeprefix("sqlite:///")).absolute().parent / "mlartifacts"
+        location = beside.as_uri() if uri.startswith("sqlite:") else None
+        try:
+            return str(client.create_experiment(name, artifact_location=location))
+        except MlflowException:  # another process was first
+            experiment = client.get_experiment_by_name(name)
+            if experiment is None:
+                raise
+    if experiment.lifecycle_stage == "deleted":
+        raise ValueError(
+            f"tracking.experiment: {name!r} was deleted in MLflow; restore it "
+            f"(mlflow experiments restore -x {experiment.experiment_id}) or choose another name"
+        )
+    return str(experiment.experiment_id)
+
+
+def _find(client: MlflowClient, experiment_id: str, fingerprint: str) -> str | None:
+    query = f"tags.`{FINGERPRINT}` = '{fingerprint}'"
+    runs = client.search_runs([experiment_id], query, max_results=1, order_by=["attributes.start_time ASC"])
+    return str(runs[0].info.run_id) if runs else None
+
+
+def _claim(client: MlflowClient, spec: StageSpec) -> str:
+    """Find or create the run of `spec` and record what is known before the work starts."""
+    experiment_id = _experiment(client, spec.tracking_uri, spec.experiment)
+    run_id = _find(client, experiment_id, spec.target.fingerprint)
+    tags = _stage_tags(spec)
+    if run_id is None:
+        run_id = str(client.create_run(experiment_id, run_name=spec.stage, tags=tags).info.run_id)
+        _log_params(client, run_id, spec.config)
+        _log_inputs(client, run_id, spec)
+    else:
+        client.update_run(run_id, status="RUNNING")
+        for key, value in tags.items():
+            client.set_tag(run_id, key, value)
+    return run_id
+
+
+def _stage_tags(spec: StageSpec) -> dict[str, str]:
+    tags = {
+        FINGERPRINT: spec.target.fingerprint,
+        "genpipe.stage": spec.stage,
+        "genpipe.pipeline": spec.pipeline,
+        "genpipe.artifact": spec.target.uri,
+        "genpipe.resources": _json(spec.config.get("resources", {})),
+        "mlflow.parentRunId": spec.pipeline_run_id,
+        "mlflow.source.name": "genpipe",
+        "mlflow.source.git.commit": spec.git_revision.removesuffix("-dirty"),
+        "genpipe.git_revision": spec.git_revision,
+    }
+    tags |= {f"genpipe.input.{name}": artifact.fingerprint for name, artifact in spec.inputs.items()}
+    tags |= {f"genpipe.{name}": value for name, value in spec.links.items()}
+    return _tags(tags)
+
+
+def _log_params(client: MlflowClient, run_id: str, config: Mapping[str, Any]) -> None:
+    from mlflow.entities import Param
+
+    settings = flatten({key: value for key, value in config.items() if key != "resources"})
+    params = [Param(key[:250], str(value)[:MAX_PARAM]) for key, value in settings.items()]
+    for start in range(0, len(params), PARAMS_A_CALL):
+        client.log_batch(run_id, params=params[start : start + PARAMS_A_CALL])
+
+
+def _log_inputs(client: MlflowClient, run_id: str, spec: StageSpec) -> None:
+    """Every input artifact as a dataset, and the models that its run logged as models."""
+    from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelInput
+
+    datasets, models = [], []
+    for name, artifact in spec.inputs.items():
+        source = _json({"uri": artifact.uri, "fingerprint": artifact.fingerprint})
+        dataset = Dataset(
+            name, artifact.fingerprint[:16], "genpipe", source, profile=_json(artifact.meta)[:MAX_TAG]
+        )
+        datasets.append(DatasetInput(dataset, [InputTag("mlflow.data.context", name)]))
+        models += [LoggedModelInput(model) for model in _models_of(client, artifact)]
+    if datasets:
+        client.log_inputs(run_id, datasets=datasets, models=models)
+
+
+def _models_of(client: MlflowClient, artifact: Artifact) -> list[str]:
+    """The logged models of the run that made `artifact`; none if it was recorded in another MLflow."""
+    from mlflow.exceptions import MlflowException
+
+    manifest = artifacts.read_manifest(artifact.uri)
+    if manifest is None or not manifest.run_id:
+        return []
+    try:
+        outputs = client.get_run(manifest.run_id).outputs
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        return []
+    return [model.model_id for model in outputs.model_outputs] if outputs else []
+
+
+def _log_model(client: MlflowClient, run_id: str, spec: StageSpec, artifact: Artifact) -> None:
+    """Make the committed weights a logged model of the run, once."""
+    from mlflow.entities import LoggedModelOutput
+
+    run = client.get_run(run_id)
+    if run.outputs and run.outputs.model_outputs:
+        return
+    tags = {
+        "genpipe.artifact": artifact.uri,
+        FINGERPRINT: artifact.fingerprint,
+        "genpipe.meta": _json(artifact.meta),
+    }
+    params = {key[:250]: str(value)[:MAX_PARAM] for key, value in flatten(spec.config).items()}
+    model = client.create_logged_model(
+        run.info.experiment_id,
+        name=spec.stage,
+        source_run_id=run_id,
+        tags=_tags(tags),
+        params=params,
+        model_type="genpipe",
+    )
+    client.finalize_logged_model(model.model_id, "READY")
+    client.log_outputs(run_id, [LoggedModelOutput(model.model_id, int(spec.config["train"]["samples"]))])
+
+
+def _end(client: MlflowClient, run_id: str, error: BaseException) -> None:
+    """End a run that did not finish; `error` is on its way to the caller, so tracking trouble is only told."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client.set_tag(run_id, "genpipe.error", f"{type(error).__name__}: {error}"[:MAX_TAG])
+        client.set_terminated(run_id, "FAILED" if isinstance(error, Exception) else "KILLED")
+    except MlflowException as trouble:
+        print(f"MLflow run {run_id} could not be ended: {_first_line(trouble)}", file=sys.stderr, flush=True)
+
+
+def _refused(error: Exception) -> bool:
+    """Whether MLflow answered that it does not want this record, now or later."""
+    return getattr(error, "error_code", "") in (
+        "INVALID_PARAMETER_VALUE",
+        "RESOURCE_DOES_NOT_EXIST",
+        "BAD_REQUEST",
+    )
+
+
+def _tags(tags: Mapping[str, str]) -> dict[str, str]:
+    return {key: value[:MAX_TAG] for key, value in tags.items() if value}
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, sort_keys=True)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

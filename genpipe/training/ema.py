@@ -1,0 +1,56 @@
+"""Exponential moving average of weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+
+class Ema:
+    """A running average of a module's parameters, updated once an optimizer step.
+
+    The decay of step k is min(decay, (1 + k) / (10 + k)), so that the first weights do not linger. Buffers are
+    copied. Shadows are kept in the parameters' own dtype and device.
+    """
+
+    def __init__(self, module: nn.Module, *, decay: float) -> None:
+        self.module = module
+        self.decay = decay
+        self.updates = 0
+        self.shadow = {name: p.detach().clone() for name, p in module.named_parameters()}
+
+    @torch.no_grad()
+    def update(self) -> None:
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        live = dict(self.module.named_parameters())
+        shadow = list(self.shadow.values())
+        torch._foreach_lerp_(shadow, [live[name] for name in self.shadow], 1 - decay)
+        self.updates += 1
+
+    @contextmanager
+    def swapped(self) -> Iterator[None]:
+        """The module with the averaged weights, inside the block; its own come back after it."""
+        self.swap()
+        try:
+            yield
+        finally:
+            self.swap()
+
+    @torch.no_grad()
+    def swap(self) -> None:
+        """Exchange the module's weights and the averaged ones."""
+        for name, p in self.module.named_parameters():
+            live = p.detach().clone()
+            p.copy_(self.shadow[name])
+            self.shadow[name].copy_(live)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {**self.shadow, "__updates__": torch.tensor(self.updates)}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.updates = int(state["__updates__"])
+        for name, shadow in self.shadow.items():
+            shadow.copy_(state[name])

@@ -1,0 +1,128 @@
+"""Optimizers, learning-rate schedules and what a training run is configured with."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import nn
+
+from genpipe.config import Config
+
+
+class AdamW(Config):
+    """AdamW (Loshchilov & Hutter 2019); weight decay on matrices only, never on gains, biases or scalars."""
+
+    kind: Literal["adamw"] = "adamw"
+    lr: float = Field(3e-4, gt=0)
+    betas: tuple[float, float] = (0.9, 0.99)
+    weight_decay: float = Field(0.01, ge=0)
+
+
+class Muon(Config):
+    """Muon (Jordan et al. 2024) for the hidden matrices, AdamW for everything else.
+
+    `lr` is Muon's, on updates scaled to AdamW's RMS (Liu et al. 2025, section 2.2), so that both optimizers
+    share one scale; `adamw_lr` is for embeddings, heads, gains and biases.
+    """
+
+    kind: Literal["muon"]
+    lr: float = Field(2e-3, gt=0)
+    momentum: float = Field(0.95, ge=0, lt=1)
+    weight_decay: float = Field(0.01, ge=0)
+    adamw_lr: float = Field(1e-3, gt=0)
+    betas: tuple[float, float] = (0.9, 0.99)
+
+
+OptimConfig = Annotated[AdamW | Muon, Field(discriminator="kind")]
+
+
+class TrainConfig(Config):
+    """One training run. Progress is counted in samples, so that batch size and ranks may change."""
+
+    samples: int = Field(gt=0, description="samples to train on, repeats included")
+    global_batch_size: int = Field(gt=0, description="samples of one optimizer step, over all ranks")
+    micro_batch_size: int | None = Field(None, gt=0, description="samples of one forward pass; default: a rank's share of the step")
+    optim: OptimConfig = AdamW()
+    warmup_samples: int = Field(0, ge=0)
+    decay: Literal["constant", "linear", "cosine"] = "cosine"
+    final_lr: float = Field(0.0, ge=0, le=1, description="share of the learning rate that is left at the end")
+    grad_clip: float = Field(1.0, gt=0, description="largest global gradient norm of a part")
+    ema_decay: float = Field(0.999, ge=0, lt=1)
+    precision: Literal["bf16", "fp32"] = "bf16"
+    seed: int = 0
+    log_every: int = Field(20, ge=1, description="steps between metrics")
+    validate_every: int = Field(0, ge=0, description="samples between validations; 0: at the end only")
+    heldout_samples: int = Field(256, ge=1, description="held-out samples of one validation")
+
+    @model_validator(mode="after")
+    def _batches_fit(self) -> TrainConfig:
+        if self.micro_batch_size and self.global_batch_size % self.micro_batch_size:
+            raise ValueError(
+                f"micro_batch_size {self.micro_batch_size} does not divide global_batch_size {self.global_batch_size}"
+            )
+        return self
+
+    def micro_batch(self, world_size: int) -> int:
+        """Samples of one forward pass on one rank."""
+        return self.micro_batch_size or max(1, self.global_batch_size // world_size)
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return math.ceil(self.samples / self.global_batch_size)
+
+
+def lr_scale(cfg: TrainConfig, *, samples_seen: int) -> float:
+    """The learning rate at `samples_seen` as a share of its peak: linear warm-up, then decay to `final_lr`."""
+    warm = min(1.0, (samples_seen + cfg.global_batch_size) / cfg.warmup_samples) if cfg.warmup_samples else 1.0
+    span = max(1, cfg.samples - cfg.warmup_samples)
+    done = min(1.0, max(0.0, (samples_seen - cfg.warmup_samples) / span))
+    shape = {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[cfg.decay]
+    return warm * (cfg.final_lr + (1 - cfg.final_lr) * shape)
+
+
+def build_optimizers(module: nn.Module, cfg: AdamW | Muon) -> list[torch.optim.Optimizer]:
+    """The optimizers of one part. Each group remembers its peak learning rate in `peak_lr`."""
+    matrices, vectors, hidden = [], [], []
+    embeddings = {id(p) for m in module.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+    for name, p in module.named_parameters():
+        if p.ndim < 2 or name.rsplit(".", 1)[-1] in _UNDECAYED:
+            vectors.append(p)
+        elif cfg.kind == "muon" and p.ndim == 2 and id(p) not in embeddings and not _is_head(name):
+            hidden.append(p)
+        else:
+            matrices.append(p)
+    groups = [
+        {"params": matrices, "weight_decay": cfg.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    adamw_lr = cfg.adamw_lr if cfg.kind == "muon" else cfg.lr
+    optimizers: list[torch.optim.Optimizer] = []
+    if groups:
+        optimizers.append(torch.optim.AdamW(groups, lr=adamw_lr, betas=cfg.betas))
+    if cfg.kind == "muon" and hidden:
+        optimizers.append(
+            torch.optim.Muon(
+                hidden,
+                lr=cfg.lr,
+                momentum=cfg.momentum,
+                weight_decay=cfg.weight_decay,
+                adjust_lr_fn="match_rms_adamw",
+            )
+        )
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["peak_lr"] = group["lr"]
+    return optimizers
+
+
+_UNDECAYED = {"logit_scale"}
+
+
+def _is_head(name: str) -> bool:
+    """Whether a matrix reads the output out, where Muon's orthogonal updates are known to hurt."""
+    return any(part in ("head", "out") for part in name.split(".")[:-1][:1])

@@ -1,0 +1,28 @@
+"""The seam between the loop and whatever launched it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+
+
+class Runtime(Protocol):
+    """Where this process stands among the ranks, and where its records go.
+
+    `log` and `log_images` take host values and must not block on a network; only rank 0 calls them. `save`
+    commits a folder as the checkpoint at `samples_seen`; `latest` gives the newest checkpoint that is whole,
+    as a local folder. `should_stop` asks for an orderly stop at the next step.
+    """
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    def log(self, metrics: dict[str, float], *, samples_seen: int) -> None: ...
+    def log_images(self, images: dict[str, np.ndarray], *, samples_seen: int) -> None: ...
+    def save(self, folder: Path, *, samples_seen: int) -> None: ...
+    def latest(self) -> Path | None: ...
+    def should_stop(self) -> bool: ...
