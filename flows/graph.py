@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from genpipe.artifacts import Artifact
 from genpipe.config import Config, ConfigError, StageConfig, Tree
 from genpipe.launch.spec import StageSpec, TrackingConfig
 from genpipe.stages import load_stage
-from genpipe.storage import join
+from genpipe.storage import join, local_path
 
 STAGES = ("shard", "autoencoder", "clip", "features", "prior", "decoder", "upsampler", "evaluate")
 """Every stage, in an order that runs; the edges are each stage's CONSUMES."""
@@ -26,6 +27,7 @@ class RayConfig(Config):
 
     address: str = Field("", description="a dashboard URL such as http://head:8265; default: a local Ray for this run")
     runtime_env: dict[str, Any] = Field(default_factory=dict, description="Ray's runtime environment of every job")
+    retries: int = Field(2, ge=0, description="times a stage is submitted again whose job was lost")
 
 
 class PipelineConfig(Config):
@@ -77,13 +79,16 @@ def load_pipeline(path: str, overrides: Sequence[str] = ()) -> Pipeline:
     """
     tree = config.load(path, overrides)
     cfg = config.parse(PipelineConfig, tree)
+    if (folder := local_path(cfg.store)) is not None:  # absolute, because workers have working folders of their own
+        cfg = cfg.model_copy(update={"store": str(folder.expanduser().absolute())})
     if cfg.store.startswith("s3://") and not cfg.tracking.uri:
         raise ConfigError(f"{path}: tracking.uri: required when the store is on S3; name an MLflow server")
     faults, stages = [], {}
     for name in cfg.stages:
         if name not in STAGES:
-            faults.append(f"{tree.origin_of(('stages', name))}: stages.{name}: no such stage; "
-                          f"known: {', '.join(STAGES)}")  # fmt: skip
+            near = difflib.get_close_matches(name, STAGES, n=1)
+            remedy = f"did you mean {near[0]!r}?" if near else f"known stages: {', '.join(STAGES)}"
+            faults.append(f"{tree.origin_of(('stages', name))}: stages.{name}: no such stage; {remedy}")
             continue
         try:
             stages[name] = parse_stage(name, tree.at("stages", name), prefix=f"stages.{name}")

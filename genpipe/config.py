@@ -2,7 +2,7 @@
 
 A configuration is YAML checked by pydantic models. A mapping may open with `base: other.yaml` (relative to
 the file it stands in): the base is read first and the mapping is merged over it. Dotted overrides from the
-command line (`stages.decoder.train.lr=1e-3`) are merged last. Where a block carries a `kind`, changing the
+command line (`stages.decoder.train.optim.lr=1e-3`) are merged last. Where a block carries a `kind`, changing the
 kind replaces the whole block, because the fields of one kind mean nothing to another.
 """
 
@@ -74,6 +74,8 @@ class Tree:
     def origin_of(self, loc: Loc) -> str:
         """The file that set `loc`, or the nearest enclosing block that is known."""
         for end in range(len(loc), 0, -1):
+            if loc[:end] in self.origin:
+                return self.origin[loc[:end]]
             for known, file in self.origin.items():
                 if known[:end] == loc[:end]:
                     return file
@@ -122,7 +124,7 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _read(path: Path, seen: tuple[Path, ...]) -> Tree:
-    if path in seen:
+    if path.resolve() in (p.resolve() for p in seen):
         raise ConfigError(f"{path}: `base` runs in a circle: {' -> '.join(str(p) for p in (*seen, path))}")
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -178,14 +180,24 @@ def _parse_override(text: str) -> Tree:
     path, eq, value = text.partition("=")
     keys = tuple(path.strip().split("."))
     if not eq or not all(keys):
-        raise ConfigError(f"override {text!r}: write it as path=value, e.g. stages.decoder.train.lr=1e-3")
+        raise ConfigError(f"override {text!r}: write it as path=value, e.g. stages.decoder.train.optim.lr=1e-3")
     try:
         leaf = yaml.safe_load(value)
     except yaml.YAMLError as error:
         raise ConfigError(f"override {text!r}: the value is not valid YAML: {error}") from None
+    origin = {(*keys, *inner): f"override {text!r}" for inner in _leaves(leaf)}
     for key in reversed(keys):
         leaf = {key: leaf}
-    return Tree(leaf, {keys: f"override {text!r}"})
+    return Tree(leaf, origin)
+
+
+def _leaves(value: Any) -> Iterator[Loc]:
+    """The paths of what is no mapping; of an empty one, its own."""
+    if isinstance(value, Mapping) and value:
+        for key, inner in value.items():
+            yield from ((str(key), *loc) for loc in _leaves(inner))
+    else:
+        yield ()
 
 
 def _explain(model: type[BaseModel], tree: Tree, prefix: str, fault: Any) -> str:
@@ -198,9 +210,25 @@ def _explain(model: type[BaseModel], tree: Tree, prefix: str, fault: Any) -> str
         remedy = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
         return f"{where}: unknown key; {remedy}"
     if fault["type"] == "missing":
-        return f"{where}: this setting is required and has no default"
+        return f"{where}: this setting is required and has no default; add it"
+    if fault["type"] in ("model_type", "model_attributes_type", "dict_type"):
+        return f"{where}: expected a block of settings here, got {fault['input']!r}"
+    if fault["type"].startswith("union_tag"):
+        return _explain_kind(tree.origin_of((*loc, "kind")), dotted, fault)
     message = fault["msg"].removeprefix("Value error, ")
-    return f"{where}: {message[0].lower()}{message[1:]}, got {fault['input']!r}"
+    got = "" if isinstance(fault["input"], Mapping) else f", got {fault['input']!r}"
+    return f"{where}: {message[0].lower()}{message[1:]}{got}"
+
+
+def _explain_kind(source: str, dotted: str, fault: Any) -> str:
+    """A block whose `kind` is missing or names none of the kinds there are."""
+    context = fault["ctx"]
+    if "tag" not in context:
+        return f"{source}: {dotted}: has no `kind`, which says what its settings mean; add one"
+    kinds = context["expected_tags"]
+    near = difflib.get_close_matches(repr(context["tag"]), kinds.split(", "), n=1)
+    remedy = f"did you mean {near[0]}?" if near else f"known kinds: {kinds}"
+    return f"{source}: {dotted}.kind: unknown kind {context['tag']!r}; {remedy}"
 
 
 def _visible(loc: Sequence[int | str], values: Any) -> Iterator[str]:

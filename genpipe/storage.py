@@ -66,11 +66,10 @@ class LocalStorage:
         return self._path(key).read_bytes()
 
     def write(self, key: str, data: bytes) -> None:
-        with _replacing(self._path(key)) as temporary:
-            with temporary.open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
+        with _replacing(self._path(key)) as temporary, temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
 
     def upload(self, key: str, path: Path) -> None:
         with _replacing(self._path(key)) as temporary:
@@ -81,6 +80,7 @@ class LocalStorage:
         shutil.copyfile(self._path(key), path)
 
     def list(self, prefix: str = "") -> Iterator[Entry]:
+        _check_prefix(prefix)
         start = self.root / prefix if not prefix or prefix.endswith("/") else (self.root / prefix).parent
         for folder, subfolders, files in os.walk(start):
             subfolders.sort()
@@ -142,6 +142,7 @@ class S3Storage:
             raise
 
     def list(self, prefix: str = "") -> Iterator[Entry]:
+        _check_prefix(prefix)
         pages = self.client.get_paginator("list_objects_v2")
         for page in pages.paginate(Bucket=self.bucket, Prefix=self.prefix + prefix):
             for item in page.get("Contents", []):
@@ -164,6 +165,11 @@ def check_key(key: str) -> str:
     if not key or path.is_absolute() or ".." in path.parts:
         raise ValueError(f"unsafe storage key {key!r}: it must be a relative path without '..'")
     return key
+
+
+def _check_prefix(prefix: str) -> None:
+    if prefix:
+        check_key(prefix)
 
 
 _TEMPORARY = ".part"

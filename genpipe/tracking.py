@@ -37,6 +37,11 @@ if TYPE_CHECKING:
 
     from genpipe.launch.spec import StageSpec
 
+# MLflow reads these when it is imported: a silent server is given up after some seconds instead of minutes.
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
+
 FINGERPRINT = "genpipe.fingerprint"
 REACH_SECONDS = 5.0
 MAX_TAG = 5000
@@ -182,9 +187,7 @@ class StageRun:
         training = is_training(load_stage(self.spec.stage))
         if training:
             self.log(manifest.metrics, samples_seen=int(self.spec.config["train"]["samples"]))
-        self.writer.put(
-            lambda client: client.log_dict(self.run_id, manifest.model_dump(mode="json"), "manifest.json")
-        )
+        self.writer.put(lambda client: client.log_dict(self.run_id, manifest.model_dump(mode="json"), "manifest.json"))
         self.writer.put(lambda client: client.set_tag(self.run_id, "genpipe.meta", _json(artifact.meta)))
         if training:
             self.writer.put(lambda client: _log_model(client, self.run_id, self.spec, artifact))
@@ -272,9 +275,7 @@ class _Writer:
 
         for start in range(0, len(points), METRICS_A_CALL):
             metrics = [Metric(*point) for point in points[start : start + METRICS_A_CALL]]
-            self._persist(
-                lambda client, metrics=metrics: client.log_batch(self.run_id, metrics=metrics), client
-            )
+            self._persist(lambda client, metrics=metrics: client.log_batch(self.run_id, metrics=metrics), client)
 
     def _persist(self, write: Callable[[MlflowClient], Any], client: MlflowClient) -> None:
         """Call `write` until it works, MLflow refuses it for what it says, or the deadline passes."""
@@ -329,10 +330,6 @@ class _System:
 
 
 def _client(uri: str) -> MlflowClient:
-    """A client that gives up on a silent server after some seconds instead of minutes."""
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
-    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
     from mlflow import MlflowClient
 
     logging.getLogger("alembic").setLevel(logging.WARNING)
@@ -457,9 +454,7 @@ def _log_inputs(client: MlflowClient, run_id: str, spec: StageSpec) -> None:
     datasets, models = [], []
     for name, artifact in spec.inputs.items():
         source = _json({"uri": artifact.uri, "fingerprint": artifact.fingerprint})
-        dataset = Dataset(
-            name, artifact.fingerprint[:16], "genpipe", source, profile=_json(artifact.meta)[:MAX_TAG]
-        )
+        dataset = Dataset(name, artifact.fingerprint[:16], "genpipe", source, profile=_json(artifact.meta)[:MAX_TAG])
         datasets.append(DatasetInput(dataset, [InputTag("mlflow.data.context", name)]))
         models += [LoggedModelInput(model) for model in _models_of(client, artifact)]
     if datasets:

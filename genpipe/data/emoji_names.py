@@ -19,6 +19,9 @@ PHRASES = {
     "busts in silhouette": "busts in silhouette",
     "camping": "a camping tent",
     "candy": "a piece of candy",
+    "chart decreasing": "a falling chart",
+    "chart increasing": "a rising chart",
+    "chart increasing with yen": "a rising chart with a yen sign",
     "construction": "a construction barrier",
     "copyright": "the copyright sign",
     "dashing away": "a dash of wind",
@@ -44,6 +47,8 @@ PHRASES = {
     "high voltage": "a high voltage sign",
     "hindu temple": "a Hindu temple",
     "horse racing": "a horse race",
+    "hourglass done": "an hourglass that has run out",
+    "hourglass not done": "an hourglass with flowing sand",
     "hundred points": "a hundred points",
     "infinity": "an infinity sign",
     "information": "an information sign",
@@ -161,7 +166,8 @@ def phrase(name: str, *, is_country: bool) -> str:
     subject = _subject(_TONE.sub("", words))
     if not tones:
         return subject
-    return f"{subject} with {' and '.join(tones)} skin tone{'s' if len(tones) > 1 else ''}"
+    joint = "and" if " with " in subject else "with"
+    return f"{subject} {joint} {' and '.join(tones)} skin tone{'s' if len(tones) > 1 else ''}"
 
 
 def _country(words: str) -> str:

@@ -76,7 +76,7 @@ class FeatureDataset:
         return list(self._names)
 
     def latents(self, indices: np.ndarray) -> torch.Tensor:
-        """[B, C, H, W]: the autoencoder's mean, not standardised."""
+        """[B, C, H, W]: the autoencoder's mean, standardised."""
         return self._gather("latents", *self._locate(indices))
 
     def image_embeds(self, indices: np.ndarray) -> torch.Tensor:

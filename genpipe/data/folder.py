@@ -81,7 +81,7 @@ class FolderSource:
         digest = hashlib.sha256()
         for name in self._files:
             stat = (self.root / name).stat()
-            digest.update(f"{name}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
+            digest.update(os.fsencode(name) + f"\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
         return digest.hexdigest()
 
     def _list_entries(self) -> list[_Image | Reject]:
@@ -100,8 +100,10 @@ class FolderSource:
                 f"beside each image (as {_sidecar(images[0])}) and for {METADATA_NAME} with lines such as "
                 f'{{"file_name": "{images[0]}", "text": "a caption"}}; add one of them'
             )
-        keys = _unique_keys(images)
-        return [*(_Image(name, keys[name], rows.get(name)) for name in images), *rejects]
+        named = [name for name in images if _is_text(name)]
+        rejects += [Reject("", ascii(name), "bad_name", "not UTF-8") for name in images if not _is_text(name)]
+        keys = _unique_keys(named)
+        return [*(_Image(name, keys[name], rows.get(name)) for name in named), *rejects]
 
     def _read_metadata(self, images: set[str]) -> tuple[dict[str, _Row], list[Reject]]:
         rows: dict[str, _Row] = {}
@@ -163,6 +165,11 @@ def _suffix(name: str) -> str:
     return os.path.splitext(name)[1].lower()
 
 
+def _is_text(name: str) -> bool:
+    # The file system's bytes that are not UTF-8 come as lone surrogates, which no table or archive takes.
+    return not any("\ud800" <= char <= "\udfff" for char in name)
+
+
 def _sidecar(name: str) -> str:
     return os.path.splitext(name)[0] + ".txt"
 
@@ -172,6 +179,8 @@ def _parse_line(line: bytes, *, folder: str) -> tuple[str, _Row]:
     fields = json.loads(line.decode("utf-8-sig"))
     if not isinstance(fields, dict) or not isinstance(fields.get("file_name"), str):
         raise ValueError('expected a JSON object with a "file_name" string')
+    # Also JSON's reader takes lone surrogates and NaN, which no other reader of our shards would.
+    json.dumps(fields, ensure_ascii=False, allow_nan=False).encode()
     name = os.path.normpath(folder + fields.pop("file_name")).replace(os.sep, "/")
     if name.startswith(("../", "/")):
         raise ValueError(f"file_name {name} lies outside the folder")
@@ -188,7 +197,7 @@ def _parse_line(line: bytes, *, folder: str) -> tuple[str, _Row]:
 
 
 def _unique_keys(names: list[str]) -> dict[str, str]:
-    """A member name for each file. Names that clash when cleaned (a.jpg, a.png) all get a hash of the name."""
+    """A member name for each file; names that clash when cleaned (a.jpg, a.png) get a hash of the name."""
     stems = {name: os.path.splitext(name)[0] for name in names}
     plain = {name: re.sub(r"[^A-Za-z0-9_-]", "_", stem)[:MAX_KEY_LENGTH] for name, stem in stems.items()}
     count = Counter(plain.values())

@@ -86,7 +86,7 @@ def _load(data: bytes, *, max_pixels: int) -> Image.Image:
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ImageError("too_large", str(error)) from None
     except (OSError, SyntaxError, ValueError) as error:
-        raise ImageError("corrupt", str(error)) from None
+        raise _damaged(error) from None
     width, height = image.size
     if width * height > max_pixels:
         raise ImageError("too_large", f"{width} x {height} is more than {max_pixels} pixels")
@@ -95,9 +95,13 @@ def _load(data: bytes, *, max_pixels: int) -> Image.Image:
     except (
         Exception
     ) as error:  # decoders of damaged data raise anything: OSError, SyntaxError, struct.error, ...
-        reason = "truncated" if "truncated" in str(error).lower() else "corrupt"
-        raise ImageError(reason, f"{type(error).__name__}: {error}") from None
+        raise _damaged(error) from None
     return image
+
+
+def _damaged(error: Exception) -> ImageError:
+    reason = "truncated" if "truncated" in str(error).lower() else "corrupt"
+    return ImageError(reason, f"{type(error).__name__}: {error}")
 
 
 def _upright(image: Image.Image) -> Image.Image:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
+
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
 
 @dataclass(frozen=True)
@@ -54,10 +57,6 @@ class Source(Protocol):
 
 def clean_captions(captions: Iterable[str]) -> tuple[str, ...]:
     """NFC, control characters and runs of whitespace to one space, empty and repeated captions dropped."""
-    cleaned = (" ".join(_printable(unicodedata.normalize("NFC", caption)).split()) for caption in captions)
+    plain = (_CONTROL.sub(" ", unicodedata.normalize("NFC", caption)) for caption in captions)
+    cleaned = (" ".join(caption.split()) for caption in plain)
     return tuple(dict.fromkeys(caption for caption in cleaned if caption))
-
-
-def _printable(text: str) -> str:
-    # "Cc" are the control characters; newline and tab among them must still separate words.
-    return "".join(" " if unicodedata.category(char) == "Cc" else char for char in text)

@@ -6,7 +6,6 @@ on every part). `execute` does the rest: skip what is committed, agree with the 
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -67,7 +66,8 @@ def execute(spec: StageSpec, launcher: Launcher) -> Artifact:
 
 def _map_parts(spec: StageSpec, stage: ModuleType, cfg: StageConfig, launcher: Launcher, run: StageRun) -> None:
     parts = stage.parts(cfg, spec.inputs)
-    missing = [part for part in parts if part not in artifacts.finished_parts(spec.target.uri)]
+    already = artifacts.finished_parts(spec.target.uri)
+    missing = [part for part in parts if part not in already]
     if missing:
         launcher.map(spec, missing)
     finished = artifacts.finished_parts(spec.target.uri)
@@ -192,7 +192,7 @@ def save_checkpoint(work: str, folder: Path, *, samples_seen: int) -> None:
 
 
 def latest_checkpoint(work: str) -> Path | None:
-    """The newest checkpoint under `work` whose hashes hold, as a local folder; damaged ones are passed over."""
+    """The newest checkpoint under `work` whose hashes hold, as a local copy; damaged ones are passed over."""
     for name in reversed(_checkpoints(work)):
         uri = join(work, "checkpoints", name)
         try:

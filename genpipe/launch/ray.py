@@ -18,10 +18,14 @@ import tempfile
 import threading
 import time
 import traceback
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 from typing import TYPE_CHECKING, Any
+
+from pydantic import Field
 
 from genpipe import artifacts
 from genpipe.config import Config, Resources
@@ -34,6 +38,8 @@ if TYPE_CHECKING:
 POLL_SECONDS = 0.3
 REACH_SECONDS = 5.0
 LOST_SECONDS = 60.0
+STOP_SECONDS = 10.0
+FAILURE = "error.json"
 OBJECT_STORE_BYTES = 256 * 2**20
 
 # Ray Train's own pauses, which would otherwise stand in every stage; a group waits in line for CPUs for a week.
@@ -159,14 +165,14 @@ class Cluster:
 
     def _failure(self, spec: StageSpec, job: str) -> StageError:
         """The error that the job left; the job's log is put beside it."""
-        told = read_failure(spec.work)
+        told = read_failure(spec.work, job)
         try:
             log = self.client.get_job_logs(job)
         except (OSError, RuntimeError) as error:
             log = f"the log of {job} is gone: {_first_line(error)}"
         open_storage(spec.work).write("job.log", log.encode())
         where = join(spec.work, "job.log")
-        if told is None or told.job != job:
+        if told is None:
             tail = "\n".join(log.strip().splitlines()[-20:])
             return JobLost(f"the job {job} died; its log: {where}", details=tail)
         kind = JobLost if told.infrastructure else StageError
@@ -209,17 +215,241 @@ def cluster(address: str = "", *, runtime_env: dict[str, Any] | None = None) -> 
 
 def connect(address: str) -> JobSubmissionClient:
     """A client for the jobs of the cluster at `address`. Raises ValueError if none answers within seconds."""
-    import urllib.request
-
     remedy = "correct it, start the cluster, or leave ray.address empty for a local Ray"
     if not address.startswith(("http://", "https://")):
         raise ValueError(f"ray.address: {address!r} is not a dashboard URL such as http://head:8265; {remedy}")
     try:
-        request = urllib.request.Request(f"{address.rstrip('/')}/api/version", headers=_auth())
-        with urllib.request.urlopen(request, timeout=REACH_SECONDS) as response:
-            response.read()
+        urllib.request.urlopen(f"{address.rstrip('/')}/api/version", timeout=REACH_SECONDS).close()
+    except urllib.error.HTTPError as error:
+        if error.code not in (401, 403):
+            raise ValueError(f"ray.address: {address} answers, but not as Ray does ({error}); {remedy}") from None
     except OSError as error:
         raise ValueError(f"ray.address: no Ray dashboard at {address} ({_first_line(error)}); {remedy}") from None
+    from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
 
-    return JobSubmissionClient(address)
+    try:
+        return JobSubmissionClient(address)
+    except AuthenticationError as error:
+        raise ValueError(f"ray.address: {address} wants a token: {_first_line(error)}") from None
+
+
+def job_id(spec: StageSpec, attempt: int) -> str:
+    """The submission id of an attempt at a stage: the same whoever submits it."""
+    return f"genpipe-{spec.stage}-{spec.target.fingerprint[:16]}-{attempt}"
+
+
+def stop(client: JobSubmissionClient, jobs: Sequence[str] | set[str]) -> None:
+    """Stop jobs and wait until they have, for as long as Ray takes to kill one that does not listen."""
+    running = [job for job in jobs if not _ended(client, job)]
+    for job in running:
+        client.stop_job(job)
+    deadline = time.monotonic() + STOP_SECONDS
+    while time.monotonic() < deadline and not all(_ended(client, job) for job in running):
+        time.sleep(POLL_SECONDS)
+
+
+def jobs_of(client: JobSubmissionClient, **metadata: str) -> list[str]:
+    """The jobs that have not ended and whose metadata holds what is given."""
+    return [
+        job.submission_id
+        for job in client.list_jobs()
+        if job.submission_id and not job.status.is_terminal() and metadata.items() <= (job.metadata or {}).items()
+    ]
+
+
+def _status(client: JobSubmissionClient, job: str) -> Any:
+    """The status of a job, None if the cluster knows no such job."""
+    try:
+        return client.get_job_status(job)
+    except RuntimeError as error:
+        if "does not exist" in str(error):
+            return None
+        raise
+
+
+def _ended(client: JobSubmissionClient, job: str) -> bool:
+    status = _status(client, job)
+    return status is None or status.is_terminal()
+
+
+class Failure(Config):
+    """Why a job failed, as its work folder's `error.json` says."""
+
+    job: str
+    message: str
+    infrastructure: bool = Field(description="a new attempt may well succeed")
+    traceback: str
+
+
+def read_failure(work: str, job: str) -> Failure | None:
+    """The failure that `job` left under `work`, if it did."""
+    try:
+        failure = Failure.model_validate_json(open_storage(work).read(FAILURE))
+    except FileNotFoundError:
+        return None
+    return failure if failure.job == job else None
+
+
+@contextmanager
+def telling(spec: StageSpec, job: str) -> Iterator[None]:
+    """Leave an exception of the block where the job's submitter finds it, unless one is told already."""
+    try:
+        yield
+    except Exception as error:
+        if read_failure(spec.work, job) is None and not isinstance(error, JobLost):
+            failure = Failure(
+                job=job,
+                message=str(error).strip() or type(error).__name__,
+                infrastructure=isinstance(error, ConnectionError | TimeoutError) or _lost_a_peer(error),
+                traceback=traceback.format_exc(),
+            )
+            open_storage(spec.work).write(FAILURE, failure.model_dump_json().encode())
+        raise
+
+
+def _lost_a_peer(error: Exception) -> bool:
+    """Whether a collective failed because another rank is gone: that rank's end is the failure, not this one."""
+    text = str(error)
+    return isinstance(error, RuntimeError) and any(sign in text for sign in ("gloo", "Gloo", "NCCL", "by peer"))
+
+
+class RayLauncher:
+    """Does a stage's work on the cluster that this process, the job's driver, is connected to."""
+
+    def __init__(self, job: str) -> None:
+        self.job = job
+
+    def train(self, spec: StageSpec, run_id: str) -> None:
+        """Train on Ray Train; ranks that are lost start again from the newest checkpoint, `max_failures` times."""
+        from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
+        from ray.train.torch import TorchConfig, TorchTrainer
+
+        resources = Resources.model_validate(spec.config["resources"])
+        each = {"CPU": resources.cpus} | ({"GPU": resources.gpus} if resources.gpus else {})
+        trainer = TorchTrainer(
+            _train_rank,
+            train_loop_config={"spec": spec.model_dump(mode="json"), "run_id": run_id, "job": self.job},
+            scaling_config=ScalingConfig(
+                num_workers=resources.workers, use_gpu=resources.gpus > 0, resources_per_worker=each
+            ),
+            run_config=RunConfig(
+                name=f"{self.job}-{int(time.time())}",
+                storage_path=join(spec.work, "ray"),
+                failure_config=FailureConfig(max_failures=resources.max_failures),
+            ),
+            torch_config=TorchConfig(backend="nccl" if resources.gpus else "gloo"),
+        )
+        try:
+            trainer.fit()
+        except TrainingFailedError as error:
+            self._raise_told(spec)
+            raise JobLost(f"Ray Train gave up: {_first_line(error)}") from error
+        self._raise_told(spec)
+
+    def map(self, spec: StageSpec, parts: Sequence[str]) -> None:
+        """Map the parts on Ray Data, one actor a worker; a lost actor's part is done again."""
+        import ray.data
+        from ray.exceptions import RayError
+
+        resources = Resources.model_validate(spec.config["resources"])
+        context = ray.data.DataContext.get_current()
+        context.enable_progress_bars = False
+        context.print_on_execution_start = False
+        done = ray.data.from_items(list(parts), override_num_blocks=len(parts)).map_batches(
+            _MapPart,
+            fn_constructor_args=(spec.model_dump(mode="json"), self.job),
+            compute=ray.data.ActorPoolStrategy(size=min(resources.workers, len(parts))),
+            batch_size=1,
+            num_cpus=resources.cpus,
+            num_gpus=resources.gpus or None,
+            max_restarts=resources.max_failures,
+            max_task_retries=resources.max_failures,
+        )
+        started = time.monotonic()
+        write_progress(spec.work, Progress(done=0, total=len(parts), unit="parts"))
+        try:
+            for count, _ in enumerate(done.iter_rows(), 1):
+                rate = count / (time.monotonic() - started)
+                write_progress(spec.work, Progress(done=count, total=len(parts), unit="parts", rate=rate))
+        except RayError as error:
+            self._raise_told(spec)
+            raise JobLost(f"Ray Data gave up: {_first_line(error)}") from error
+
+    def _raise_told(self, spec: StageSpec) -> None:
+        told = read_failure(spec.work, self.job)
+        if told is not None and not told.infrastructure:
+            raise StageError(told.message, details=told.traceback)
+
+
+def _train_rank(config: dict[str, Any]) -> None:
+    """One rank of a training stage, in a Ray Train worker."""
+    import ray.train.torch
+
+    from genpipe.launch.execute import train_rank
+
+    spec, job = StageSpec.model_validate(config["spec"]), config["job"]
+    told = read_failure(spec.work, job)
+    if told is not None and not told.infrastructure:
+        return  # the fault is the stage's own, so a restarted group has nothing to try
+    context = ray.train.get_context()
+    with telling(spec, job):
+        train_rank(
+            spec,
+            config["run_id"],
+            rank=context.get_world_rank(),
+            world_size=context.get_world_size(),
+            device=ray.train.torch.get_device(),
+        )
+
+
+class _MapPart:
+    """A data stage's worker in a Ray Data actor."""
+
+    def __init__(self, spec: dict[str, Any], job: str) -> None:
+        from genpipe.launch.execute import PartWorker
+
+        self.spec = StageSpec.model_validate(spec)
+        self.job = job
+        with telling(self.spec, job):
+            self.worker = PartWorker(self.spec)
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        with telling(self.spec, self.job):
+            for part in batch["item"]:
+                self.worker(str(part))
+        return batch
+
+
+def drive(spec_uri: str, job: str) -> int:
+    """The driver of one job: run the stage; the exit status."""
+    os.environ.update({key: value for key, value in TUNING.items() if key not in os.environ})
+    spec = StageSpec.read(spec_uri)
+    spec = spec.model_copy(update={"links": {**spec.links, "ray_job": job}})
+    try:
+        with telling(spec, job):
+            import ray
+
+            from genpipe.launch.execute import execute
+
+            ray.init(address="auto", logging_level=logging.WARNING)
+            signal.signal(signal.SIGTERM, _stop_driver)  # Ray's own handler would leave the MLflow run running
+            execute(spec, RayLauncher(job))
+            ray.shutdown()  # at exit it would sleep first, for logs that nobody waits for
+    except Exception:
+        traceback.print_exc()
+        return 1
+    return 0
+
+
+def _stop_driver(signum: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt("the job was stopped")
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+if __name__ == "__main__":
+    # By its own name, so that what is sent to workers is found there by reference.
+    sys.exit(importlib.import_module("genpipe.launch.ray").drive(*sys.argv[1:]))

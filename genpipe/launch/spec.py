@@ -58,6 +58,23 @@ class Progress(Config):
     rate: float = Field(0.0, description="units a second")
     metrics: dict[str, float] = Field(default_factory=dict)
 
+    def describe(self) -> str:
+        """For people: done of total, rate, time left, and the loss if there is one."""
+        parts = [f"{self.done:,}/{self.total:,} {self.unit}"]
+        if self.rate:
+            left = max(0, self.total - self.done) / self.rate
+            parts += [f"{self.rate:,.1f}/s" if self.rate < 10 else f"{self.rate:,.0f}/s", f"{duration(left)} left"]
+        losses = [f"loss {value:.4f}" for name, value in self.metrics.items() if name.endswith("/loss")]
+        return "  ".join(parts + losses[:1])
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person writes them: 8.2s, 3m05s, 2h07m."""
+    if seconds < 60:
+        return f"{seconds:.1f}s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes}m{rest:02d}s" if minutes < 60 else f"{minutes // 60}h{minutes % 60:02d}m"
+
 
 def read_progress(work: str) -> Progress | None:
     """The last progress written under `work`, None before the first."""

@@ -60,6 +60,9 @@ def agree(cfg: Config, inputs: Mapping[str, Artifact]) -> dict[str, Any]:
                          "stages.shard.image_size")  # fmt: skip
     if cfg.image_size % cfg.model.factor:
         raise ValueError(f"image_size {cfg.image_size} is not a multiple of the model's factor {cfg.model.factor}")
+    if cfg.adversarial and cfg.image_size >> cfg.adversarial.model.layers < 3:
+        raise ValueError(f"adversarial.model.layers {cfg.adversarial.model.layers} is too many for images of "
+                         f"{cfg.image_size} px; lower it")  # fmt: skip
     return {
         "image_size": cfg.image_size,
         "latent_channels": cfg.model.latent_channels,
@@ -125,7 +128,8 @@ class Objective:
         pass
 
     def validate(self, batches: Iterable[Batch], generator: torch.Generator) -> Validation:
-        values, pictures = [], {}
+        values: list[Tensor] = []
+        pictures: dict[str, np.ndarray] = {}
         for batch in batches:
             images = to_float(batch["images"])
             recon = self.model.decode(self.model.encode(images)[0])

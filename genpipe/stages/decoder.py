@@ -109,7 +109,8 @@ class Objective:
         pass
 
     def validate(self, batches: Iterable[Batch], generator: torch.Generator) -> Validation:
-        losses, pictures = [], {}
+        losses: list[dict[str, Tensor]] = []
+        pictures: dict[str, np.ndarray] = {}
         for batch in batches:
             latents, text = batch["latents"].float(), Text.from_cache(batch)
             embed = self.embed_statistics.standardise(batch["image_embeds"])

@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -21,9 +21,10 @@ from torch import Tensor
 from genpipe.artifacts import Artifact, fetch, read_manifest
 from genpipe.config import StageConfig
 from genpipe.data.features import FeatureDataset
-from genpipe.data.stream import ShardDataset, image_batch, order, sequential, to_float, to_uint8
+from genpipe.data.shards import SPLITS, Split
+from genpipe.data.stream import ShardDataset, image_batch, order, sequential, to_uint8
 from genpipe.evaluation.grids import labelled_grid
-from genpipe.evaluation.metrics import cosine, recall_at, retrieval_ranks, unrelated
+from genpipe.evaluation.metrics import cosine, recall_at, retrieval_ranks
 from genpipe.generation import GenerationConfig, Generator, check_lineage
 from genpipe.stages import load_stage
 from genpipe.stages.autoencoder import hwc
@@ -34,7 +35,7 @@ VERSION = 1
 CONSUMES: tuple[str, ...] = ("shard", "autoencoder", "clip", "features", "prior", "decoder", "upsampler")
 
 TRAINED = ("autoencoder", "clip", "prior", "decoder", "upsampler")
-SPLITS = ("train", "heldout")
+CELL = 96
 COLUMNS = ("training example", "autoencoder", "decoder from true embedding", "decoder from prior", "upsampled")
 
 
@@ -56,7 +57,8 @@ def agree(cfg: Config, inputs: Mapping[str, Artifact]) -> dict[str, Any]:
     for name in cfg.gate:
         if name not in names:
             near = difflib.get_close_matches(name, names, n=1)
-            raise ValueError(f"gate: no metric {name!r}; {f'did you mean {near[0]!r}?' if near else names}")
+            remedy = f"did you mean {near[0]!r}?" if near else f"known metrics: {', '.join(names)}"
+            raise ValueError(f"gate: no metric {name!r}; {remedy}")
     return {name: inputs[name].fingerprint for name in TRAINED}
 
 
@@ -74,7 +76,7 @@ def parts(cfg: Config, inputs: Mapping[str, Artifact]) -> list[str]:
     return [*batches, *(f"validate {name}" for name in TRAINED), "grid"]
 
 
-def _chosen(cfg: Config, dataset: ShardDataset, split: str) -> np.ndarray:
+def _chosen(cfg: Config, dataset: ShardDataset, split: Split) -> np.ndarray:
     """Indices of the samples whose captions are the prompts of a split."""
     wanted = cfg.prompts if split == "train" else cfg.heldout_prompts
     return order(np.arange(min(wanted, len(dataset))), n=len(dataset), seed=cfg.seed)
@@ -87,8 +89,8 @@ class Worker:
         self.cfg, self.inputs = cfg, inputs
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.system = Generator(inputs, device=self.device)
-        self.shards = {split: ShardDataset(fetch(inputs["shard"]), split=split) for split in SPLITS}  # type: ignore[arg-type]
-        self.features = {split: FeatureDataset(fetch(inputs["features"]), split=split) for split in SPLITS}  # type: ignore[arg-type]
+        self.shards = {split: ShardDataset(fetch(inputs["shard"]), split=split) for split in SPLITS}
+        self.features = {split: FeatureDataset(fetch(inputs["features"]), split=split) for split in SPLITS}
 
     @torch.no_grad()
     def __call__(self, part: str, out: Path) -> dict[str, Any]:
@@ -98,25 +100,28 @@ class Worker:
                 return self._grid(out)
             if kind == "validate":
                 return self._validate(arguments[0])
-            return self._prompts(arguments[0], int(arguments[1]))
+            return self._prompts(cast(Split, arguments[0]), int(arguments[1]))
 
     def _autocast(self, precision: str) -> torch.autocast:
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
 
-    def _prompts(self, split: str, first: int) -> dict[str, Any]:
+    def _prompts(self, split: Split, first: int) -> dict[str, Any]:
         """Generate from a batch of captions: ranks of own captions, and the prior's cosines."""
-        indices = _chosen(self.cfg, self.shards[split], split)[first : first + self.cfg.batch_size]
+        chosen = _chosen(self.cfg, self.shards[split], split)
+        indices, others = (rows[first : first + self.cfg.batch_size] for rows in (chosen, np.roll(chosen, 1)))
         prompts = [self.shards[split].captions(int(i))[0] for i in indices]
         generator = seeded(self.device, self.cfg.seed, split, first)
         made = self.system.generate(prompts, self.cfg.generation, generator=generator)
-        true = self.features[split].image_embeds(indices).float().to(self.device)
+        true, unrelated = (
+            self.features[split].image_embeds(rows).float().to(self.device) for rows in (indices, others)
+        )
         drawn = self.system.clip.encode_image(self._at_clip_size(made.images))
         own = torch.from_numpy(indices).to(self.device) + (0 if split == "train" else len(self.features["train"]))
         return {
             "ranks": retrieval_ranks(drawn, self._pool(), own).tolist(),
             "ceiling": retrieval_ranks(true, self._pool(), own).tolist(),
             "prior_cosine": cosine(made.image_embeds, true).tolist(),
-            "prior_cosine_unrelated": cosine(made.image_embeds, unrelated(true)).tolist(),
+            "prior_cosine_unrelated": cosine(made.image_embeds, unrelated).tolist(),
         }
 
     def _at_clip_size(self, images: Tensor) -> Tensor:
@@ -144,8 +149,8 @@ class Worker:
         objective.trainable[name].load_state_dict(state)
         objective.trainable[name].eval()
         held = stage.data(cfg, self.inputs).heldout
-        size = cfg.train.micro_batch(1)
-        batches = sequential(held.length, batch_size=size, collate=held.collate, limit=cfg.train.heldout_samples)
+        size, limit = cfg.train.validation_batch, cfg.train.heldout_samples
+        batches = sequential(held.length, batch_size=size, collate=held.collate, limit=limit)
         with self._autocast(cfg.train.precision):
             moved = (to_device(batch, self.device) for _, batch in batches)
             result = objective.validate(moved, seeded(self.device, cfg.train.seed, "validate"))
@@ -153,14 +158,14 @@ class Worker:
 
     def _grid(self, out: Path) -> dict[str, Any]:
         """Two pictures: `grid.png` for training captions, `heldout.png` for subjects never seen."""
-        for split, name in (("train", "grid.png"), ("heldout", "heldout.png")):
+        for split, name in zip(SPLITS, ("grid.png", "heldout.png"), strict=True):
             indices = _chosen(self.cfg, self.shards[split], split)[:12]
             if split == "train" and self.cfg.grid:
                 indices = find_captions(self.shards[split], self.cfg.grid)
             Image.fromarray(self._rows(split, indices)).save(out / name)
         return {}
 
-    def _rows(self, split: str, indices: np.ndarray) -> np.ndarray:
+    def _rows(self, split: Split, indices: np.ndarray) -> np.ndarray:
         cfg, system = self.cfg.generation, self.system
         prompts = [self.shards[split].captions(int(i))[0] for i in indices]
         generator = seeded(self.device, self.cfg.seed, "grid", split)
@@ -177,7 +182,7 @@ class Worker:
         )
         rows = list(zip(*(hwc(column) for column in columns), strict=True))
         titles = COLUMNS if split == "train" else ("held-out example", *COLUMNS[1:])
-        return labelled_grid(rows, captions=prompts, columns=titles, cell=system.size)
+        return labelled_grid(rows, captions=prompts, columns=titles, cell=max(CELL, system.size))
 
 
 def find_captions(dataset: ShardDataset, captions: Sequence[str]) -> np.ndarray:
@@ -205,7 +210,7 @@ def finish(
         for name in ("prior_cosine", "prior_cosine_unrelated"):
             metrics[f"{split}/{name}"] = float(np.mean([value for r in done for value in r[name]]))
         metrics[f"{split}/prompts"] = float(len(ranks))
-    metrics["pool"] = float(sum(len(ShardDataset(fetch(inputs["shard"]), split=split)) for split in SPLITS))  # type: ignore[arg-type]
+    metrics["pool"] = float(sum(len(ShardDataset(fetch(inputs["shard"]), split=split)) for split in SPLITS))
     missed = {name: least for name, least in cfg.gate.items() if metrics[name] < least}
     metrics["gate_passed"] = float(not missed)
     return {"gate_missed": {name: [metrics[name], least] for name, least in missed.items()}}, metrics

@@ -50,9 +50,12 @@ def agree(cfg: Config, inputs: Mapping[str, Artifact]) -> dict[str, Any]:
                          "stages.shard.image_size")  # fmt: skip
     if cfg.image_size % cfg.low_size or cfg.image_size == cfg.low_size:
         raise ValueError(f"image_size {cfg.image_size} is not a multiple of low_size {cfg.low_size}")
-    unit = max(cfg.model.patch_size, cfg.image_size // cfg.low_size)
-    if cfg.crop % unit or cfg.crop > cfg.image_size:
-        raise ValueError(f"crop {cfg.crop} must be a multiple of {unit} and at most image_size {cfg.image_size}")
+    patch = cfg.model.patch_size
+    if cfg.image_size % patch:
+        raise ValueError(f"image_size {cfg.image_size} is not a multiple of model.patch_size {patch}; change one")
+    if cfg.crop % patch or cfg.crop > cfg.image_size:
+        raise ValueError(f"crop {cfg.crop} must be a multiple of model.patch_size {patch} and at most image_size "
+                         f"{cfg.image_size}")  # fmt: skip
     return {"low_size": cfg.low_size, "image_size": cfg.image_size}
 
 
@@ -117,7 +120,9 @@ class Objective:
         pass
 
     def validate(self, batches: Iterable[Batch], generator: torch.Generator) -> Validation:
-        losses, sampled, baseline, pictures = [], [], [], {}
+        losses: list[dict[str, Tensor]] = []
+        sampled, baseline = [], []
+        pictures: dict[str, np.ndarray] = {}
         for batch in batches:
             images = to_float(batch["images"])
             low = shrink(images, size=self.cfg.low_size)

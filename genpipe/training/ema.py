@@ -12,8 +12,8 @@ from torch import Tensor, nn
 class Ema:
     """A running average of a module's parameters, updated once an optimizer step.
 
-    The decay of step k is min(decay, (1 + k) / (10 + k)), so that the first weights do not linger. Buffers are
-    copied. Shadows are kept in the parameters' own dtype and device.
+    The decay of step k is min(decay, (1 + k) / (10 + k)), so that the first weights do not linger. Buffers
+    are the module's own. Shadows are kept in the parameters' own dtype and device.
     """
 
     def __init__(self, module: nn.Module, *, decay: float) -> None:

@@ -97,7 +97,7 @@ def validate(
             held = data.heldout
             batches = sequential(
                 held.length,
-                batch_size=cfg.micro_batch(rt.world_size),
+                batch_size=cfg.validation_batch,
                 collate=held.collate,
                 limit=cfg.heldout_samples,
             )
@@ -139,7 +139,7 @@ class _PartLoss(nn.Module):
 def _wrap(objective: Objective, part: str, module: nn.Module) -> nn.Module:
     loss = _PartLoss(objective, part, module)
     if dist.is_initialized() and dist.get_world_size() > 1:
-        return DistributedDataParallel(loss, broadcast_buffers=False)
+        return DistributedDataParallel(loss, forward_sync_buffers=False)
     return loss
 
 

@@ -22,10 +22,11 @@ class AdamW(Config):
 
 
 class Muon(Config):
-    """Muon (Jordan et al. 2024) for the hidden matrices, AdamW for everything else.
+    """Muon (Jordan et al. 2024) for the matrices of the transformer blocks, AdamW for everything else.
 
     `lr` is Muon's, on updates scaled to AdamW's RMS (Liu et al. 2025, section 2.2), so that both optimizers
-    share one scale; `adamw_lr` is for embeddings, heads, gains and biases.
+    share one scale; `adamw_lr` is for what goes in and out: embeddings, positions,
+    heads; and for gains and biases.
     """
 
     kind: Literal["muon"]
@@ -44,7 +45,7 @@ class TrainConfig(Config):
 
     samples: int = Field(gt=0, description="samples to train on, repeats included")
     global_batch_size: int = Field(gt=0, description="samples of one optimizer step, over all ranks")
-    micro_batch_size: int | None = Field(None, gt=0, description="samples of one forward pass; default: a rank's share of the step")
+    micro_batch_size: int | None = Field(None, gt=0, description="samples of a forward pass; default: a rank's share")
     optim: OptimConfig = AdamW()
     warmup_samples: int = Field(0, ge=0)
     decay: Literal["constant", "linear", "cosine"] = "cosine"
@@ -70,6 +71,11 @@ class TrainConfig(Config):
         return self.micro_batch_size or max(1, self.global_batch_size // world_size)
 
     @property
+    def validation_batch(self) -> int:
+        """Samples of one forward pass of validation: not a matter of ranks, as its noise is drawn by batch."""
+        return self.micro_batch_size or min(self.global_batch_size, 64)
+
+    @property
     def steps(self) -> int:
         """Optimizer steps of the whole run."""
         return math.ceil(self.samples / self.global_batch_size)
@@ -87,11 +93,10 @@ def lr_scale(cfg: TrainConfig, *, samples_seen: int) -> float:
 def build_optimizers(module: nn.Module, cfg: AdamW | Muon) -> list[torch.optim.Optimizer]:
     """The optimizers of one part. Each group remembers its peak learning rate in `peak_lr`."""
     matrices, vectors, hidden = [], [], []
-    embeddings = {id(p) for m in module.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
     for name, p in module.named_parameters():
-        if p.ndim < 2 or name.rsplit(".", 1)[-1] in _UNDECAYED:
+        if p.ndim < 2:
             vectors.append(p)
-        elif cfg.kind == "muon" and p.ndim == 2 and id(p) not in embeddings and not _is_head(name):
+        elif cfg.kind == "muon" and p.ndim == 2 and "blocks" in name.split("."):
             hidden.append(p)
         else:
             matrices.append(p)
@@ -118,11 +123,3 @@ def build_optimizers(module: nn.Module, cfg: AdamW | Muon) -> list[torch.optim.O
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]
     return optimizers
-
-
-_UNDECAYED = {"logit_scale"}
-
-
-def _is_head(name: str) -> bool:
-    """Whether a matrix reads the output out, where Muon's orthogonal updates are known to hurt."""
-    return any(part in ("head", "out") for part in name.split(".")[:-1][:1])

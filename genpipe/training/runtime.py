@@ -14,7 +14,7 @@ class Runtime(Protocol):
 
     `log` and `log_images` take host values and must not block on a network; only rank 0 calls them. `save`
     commits a folder as the checkpoint at `samples_seen`; `latest` gives the newest checkpoint that is whole,
-    as a local folder. `should_stop` asks for an orderly stop at the next step.
+    as a local copy that the caller removes. `should_stop` asks for an orderly stop when metrics are next due.
     """
 
     rank: int

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,6 +54,7 @@ class TrainState:
         if folder is None:
             return
         state = torch.load(folder / STATE_FILE, map_location=rt.device, weights_only=True)
+        shutil.rmtree(folder)
         self.samples_seen, self.step = state["samples_seen"], state["step"]
         for part, module in self.trainable.items():
             module.load_state_dict(state["trainable"][part])

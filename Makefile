@@ -1,0 +1,53 @@
+# The two commands: `make demo` and `make test`. Both make the virtual environment first if it is missing or stale.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+CONFIG ?= configs/pipeline/demo.yaml
+
+# What a dependency would report home or a thread pool would take without being asked.
+export MLFLOW_DISABLE_TELEMETRY := true
+export PREFECT_SERVER_ANALYTICS_ENABLED := false
+export DO_NOT_TRACK := true
+export RAY_USAGE_STATS_ENABLED := 0
+
+.PHONY: demo test lint types imports tests format clean
+
+demo: $(READY)
+	@echo "== running the pipeline $(CONFIG)"
+	$(BIN)/genpipe run $(CONFIG)
+
+test: lint types imports tests
+
+lint: $(READY)
+	@echo "== lint"
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(READY)
+	@echo "== types"
+	$(BIN)/mypy
+
+imports: $(READY)
+	@echo "== import rules"
+	$(BIN)/lint-imports
+
+tests: $(READY)
+	@echo "== tests"
+	OMP_NUM_THREADS=1 $(BIN)/pytest
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v < (3, 13) else \
+		"genpipe needs Python 3.11 or 3.12, and %s is %d.%d; name another: make PYTHON=python3.11" % (("$(PYTHON)",) + v))'
+	@echo "== making the virtual environment $(VENV)"
+	$(PYTHON) -m venv $(VENV)
+	@echo "== installing genpipe and what it needs (some minutes)"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[demo,dev]'
+	@touch $(READY)
+
+clean:
+	rm -rf $(VENV) runs .hypothesis .mypy_cache .ruff_cache .import_linter_cache

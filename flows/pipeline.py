@@ -1,0 +1,390 @@
+"""The pipeline as Prefect flows: which stage runs when, and what is told about it.
+
+Each stage is a task that submits a Ray job and waits for its artifact; the edges are the stages' CONSUMES. Whether a
+stage is done is asked of the store alone, so Prefect caches nothing. A stage that fails leaves the others to finish.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field, replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from prefect import flow, task
+from prefect.artifacts import create_table_artifact
+from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas.objects import FlowRun, State, TaskRun
+from prefect.flows import Flow
+from prefect.futures import PrefectFuture
+from prefect.runtime import flow_run
+from prefect.task_runners import ThreadPoolTaskRunner
+from prefect.tasks import Task
+
+from flows.graph import Pipeline, Planned, load_pipeline, plan, spec_of
+from genpipe import artifacts, tracking
+from genpipe.artifacts import Artifact
+from genpipe.config import ConfigError
+from genpipe.launch import ray
+from genpipe.launch.spec import Progress, StageSpec
+from genpipe.stages import load_stage
+from genpipe.storage import local_path
+
+Status = Literal["cached", "ran", "failed", "skipped"]
+RETRY_SECONDS = 3
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """What became of one stage of a run. `message` says why; `details` is a traceback for a debugger."""
+
+    stage: str
+    status: Status
+    seconds: float = 0.0
+    artifact: Artifact | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
+    run_id: str = ""
+    message: str = ""
+    details: str = ""
+
+
+class Reporter(Protocol):
+    """Told of every change, from several threads: a stage is `waiting`, `running` (its progress with it), or ended."""
+
+    def update(self, stage: str, status: str, *, progress: Progress | None = None, message: str = "") -> None: ...
+
+
+class PlainReporter:
+    """Prints a line for every change, and for progress now and then."""
+
+    EVERY_SECONDS = 15.0
+
+    def __init__(self) -> None:
+        self.said: dict[str, tuple[str, float]] = {}
+
+    def update(self, stage: str, status: str, *, progress: Progress | None = None, message: str = "") -> None:
+        before, at = self.said.get(stage, ("", 0.0))
+        if status == before and (progress is None or time.monotonic() - at < self.EVERY_SECONDS):
+            return
+        self.said[stage] = (status, time.monotonic())
+        done = f" {progress.describe()}" if progress else ""
+        print(f"{stage}: {status}{done}{f' ({message})' if message else ''}", flush=True)
+
+
+class StagesFailed(RuntimeError):
+    """Some stages of a run failed; `results` tells of all."""
+
+    def __init__(self, results: list[StageResult]) -> None:
+        failed = [result.stage for result in results if result.status == "failed"]
+        super().__init__(f"failed: {', '.join(failed)}")
+        self.results = results
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A checked pipeline about to run."""
+
+    pipeline: Pipeline
+    plans: dict[str, Planned]
+    reporter: Reporter
+    overrides: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where the tasks of a flow run send their work and their records."""
+
+    run: _Run
+    cluster: ray.Cluster | None
+    pipeline_run_id: str
+    links: dict[str, str]
+
+
+_prepared: ContextVar[_Run] = ContextVar("prepared")
+_place: ContextVar[_Place] = ContextVar("place")
+
+
+def run_pipeline(
+    path: str,
+    overrides: Sequence[str] = (),
+    *,
+    only: Sequence[str] = (),
+    given: Mapping[str, Artifact] | None = None,
+    reporter: Reporter | None = None,
+) -> list[StageResult]:
+    """Run a pipeline here, with a Prefect server and a Ray of its own unless others are configured.
+
+    The result has every stage, failed and skipped ones too. Raises ConfigError, ManifestError, or ValueError where
+    MLflow or Ray is unreachable, before any work; KeyboardInterrupt once everything it started has stopped.
+    """
+    given = dict(given or {})
+    prepared = _prepare(path, overrides, only=only, given=given, reporter=reporter)
+    parameters = {"config": str(path), "overrides": list(overrides), "only": list(only), "given": given}
+    return _start(pipeline_flow, prepared, parameters)
+
+
+def run_one(
+    stage: str,
+    path: str,
+    overrides: Sequence[str] = (),
+    *,
+    given: Mapping[str, Artifact] | None = None,
+    reporter: Reporter | None = None,
+) -> StageResult:
+    """Run one stage of a pipeline on inputs that are committed already, or given. Raises as `run_pipeline` does."""
+    given = dict(given or {})
+    prepared = _prepare_one(stage, path, overrides, given=given, reporter=reporter)
+    parameters = {"stage": stage, "config": str(path), "overrides": list(overrides), "given": given}
+    [result] = _start(stage_flow, prepared, parameters)
+    return result
+
+
+def stop_jobs(flow: Flow[Any, Any], flow_run: FlowRun, state: State) -> None:
+    """Stop the Ray jobs of a cancelled flow run. (A crashed one's go on, and the next run adopts them.)"""
+    pipeline = load_pipeline(flow_run.parameters["config"], flow_run.parameters.get("overrides", ()))
+    if pipeline.cfg.ray.address:  # a local Ray ended with the flow's process
+        client = ray.connect(pipeline.cfg.ray.address)
+        ray.stop(client, ray.jobs_of(client, prefect_flow_run_id=str(flow_run.id)))
+
+
+@flow(name="genpipe", task_runner=ThreadPoolTaskRunner(max_workers=16), on_cancellation=[stop_jobs])
+def pipeline_flow(
+    config: str,
+    overrides: list[str] | None = None,
+    only: list[str] | None = None,
+    given: dict[str, Artifact] | None = None,
+) -> list[StageResult]:
+    """Run the stages of a pipeline that are not done. Raises StagesFailed."""
+    run = _prepared.get(None) or _prepare(config, overrides or (), only=only or (), given=given or {})
+    return _run_stages(run)
+
+
+@flow(name="genpipe-stage", task_runner=ThreadPoolTaskRunner(max_workers=1), on_cancellation=[stop_jobs])
+def stage_flow(
+    stage: str, config: str, overrides: list[str] | None = None, given: dict[str, Artifact] | None = None
+) -> list[StageResult]:
+    """Run one stage of a pipeline on committed inputs. Raises StagesFailed."""
+    run = _prepared.get(None) or _prepare_one(stage, config, overrides or (), given=given or {})
+    return _run_stages(run)
+
+
+def _worth_retrying(task: Task[Any, Any], task_run: TaskRun, state: State) -> bool:
+    """Whether a task failed for what a new attempt may find mended: the job was lost, not wrong."""
+    return isinstance(state.result(raise_on_failure=False), ray.JobLost)
+
+
+@task(
+    task_run_name="{stage}",
+    cache_policy=NO_CACHE,
+    persist_result=False,
+    retry_delay_seconds=RETRY_SECONDS,
+    retry_condition_fn=_worth_retrying,
+)
+def stage_task(stage: str) -> StageResult:
+    """Bring about one stage's artifact. Raises what the stage failed of."""
+    place = _place.get()
+    run, planned = place.run, place.run.plans[stage]
+    if planned.status == "cached" or artifacts.find(planned.artifact.uri) is not None:
+        result = _result(planned, "cached", seconds=0.0)
+        run.reporter.update(stage, "cached", message=planned.why)
+        return result
+    assert place.cluster is not None, "a plan with work to do has a cluster"
+    started = time.monotonic()
+    spec = _spec(place, planned)
+    run.reporter.update(stage, "running", message=planned.why)
+    try:
+        place.cluster.run(spec, report=lambda progress: run.reporter.update(stage, "running", progress=progress))
+    except ray.JobLost as error:
+        run.reporter.update(stage, "lost", message=str(error))
+        tracking.fail_stage_run(spec, str(error))
+        raise
+    result = _result(planned, "ran", seconds=time.monotonic() - started)
+    run.reporter.update(stage, "ran")
+    return result
+
+
+def _spec(place: _Place, planned: Planned) -> StageSpec:
+    """What the stage's job is told: the inputs as they were committed, not as they were planned."""
+    inputs = {}
+    for name, artifact in planned.inputs.items():
+        committed = artifacts.find(artifact.uri)
+        assert committed is not None, f"{name} is not committed at {artifact.uri}"
+        inputs[name] = committed
+    try:
+        promised = load_stage(planned.name).agree(planned.cfg, inputs)
+    except ValueError as error:
+        raise ConfigError(f"{place.run.pipeline.source}: stages.{planned.name}: {error}") from error
+    target = planned.artifact.model_copy(update={"meta": promised})
+    planned = replace(planned, inputs=inputs, artifact=target)
+    return spec_of(planned, place.run.pipeline, pipeline_run_id=place.pipeline_run_id, links=place.links)
+
+
+def _result(planned: Planned, status: Status, *, seconds: float) -> StageResult:
+    manifest = artifacts.read_manifest(planned.artifact.uri)
+    assert manifest is not None, f"{planned.name} is not committed at {planned.artifact.uri}"
+    artifact = manifest.artifact.model_copy(update={"uri": planned.artifact.uri})
+    return StageResult(planned.name, status, seconds, artifact, manifest.metrics, manifest.run_id, planned.why)
+
+
+def _prepare(
+    path: str,
+    overrides: Sequence[str],
+    *,
+    only: Sequence[str],
+    given: Mapping[str, Artifact],
+    reporter: Reporter | None = None,
+) -> _Run:
+    pipeline = load_pipeline(path, overrides)
+    plans = plan(pipeline, only=only, given=given)
+    return _Run(pipeline, {planned.name: planned for planned in plans}, reporter or PlainReporter(), overrides)
+
+
+def _prepare_one(
+    stage: str,
+    path: str,
+    overrides: Sequence[str],
+    *,
+    given: Mapping[str, Artifact],
+    reporter: Reporter | None = None,
+) -> _Run:
+    run = _prepare(path, overrides, only=[stage], given=given, reporter=reporter)
+    absent = [name for name in load_stage(stage).CONSUMES if name in run.plans and run.plans[name].status == "run"]
+    if absent:
+        raise ConfigError(
+            f"{path}: stages.{stage}: its input {', '.join(absent)} is not committed for this configuration; run "
+            f"`genpipe stage {absent[0]} {path}` first, or give another one by its URI"
+        )
+    return replace(run, plans={stage: run.plans[stage]})
+
+
+def _start(entry: Flow[Any, list[StageResult]], prepared: _Run, parameters: dict[str, Any]) -> list[StageResult]:
+    with _terminable(), ExitStack() as stack:
+        server = threading.Thread(target=_start_prefect, name="prefect-server")
+        server.start()  # while MLflow is looked at
+        stack.callback(server.join)
+        tracking.check(prepared.pipeline.tracking_uri)
+        server.join()
+        stack.callback(_prepared.reset, _prepared.set(prepared))
+        try:
+            return entry(**parameters)
+        except StagesFailed as failed:
+            return failed.results
+
+
+def _start_prefect() -> None:
+    """Start Prefect's own server for this process, unless PREFECT_API_URL names one; it does not hear Ctrl-C."""
+    from prefect.server.api.server import SubprocessASGIServer
+    from prefect.settings import get_current_settings
+
+    if get_current_settings().api.url is None:
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # inherited; ours alone is to unwind
+        SubprocessASGIServer().start()
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Let SIGTERM unwind the block as Ctrl-C does, so that nothing it started is left behind."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def terminate(*_: object) -> None:
+        raise SystemExit(128 + signal.SIGTERM)
+
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _run_stages(run: _Run) -> list[StageResult]:
+    """Run every stage of the plan in its order of need; called inside a flow."""
+    pipeline = run.pipeline
+    links = {"prefect_flow_run_id": str(flow_run.id), "prefect_flow_run": str(flow_run.name)}
+    tags = {
+        "genpipe.pipeline": pipeline.cfg.name,
+        "genpipe.config": pipeline.source,
+        "genpipe.overrides": " ".join(run.overrides),
+        **{f"genpipe.{name}": value for name, value in links.items()},
+    }
+    name = f"{pipeline.cfg.name} {datetime.now():%Y-%m-%d %H:%M}"
+    files = [Path(pipeline.source)] if Path(pipeline.source).is_file() else []
+    with ExitStack() as stack:
+        parent = stack.enter_context(
+            tracking.pipeline_run(
+                pipeline.tracking_uri, experiment=pipeline.experiment, name=name, tags=tags, files=files
+            )
+        )
+        cluster = None
+        if any(planned.status == "run" for planned in run.plans.values()):
+            runtime_env = pipeline.cfg.ray.runtime_env
+            cluster = stack.enter_context(ray.cluster(pipeline.cfg.ray.address, runtime_env=runtime_env))
+        stack.callback(_place.reset, _place.set(_Place(run, cluster, parent.run_id, links)))
+        futures = _submit(run)
+        try:
+            results = [_outcome(run, name, future) for name, future in futures.items()]
+        except BaseException as error:
+            if cluster is not None:
+                cluster.interrupt(stop_jobs=cluster.embedded or isinstance(error, KeyboardInterrupt))
+            raise
+        rows = [_row(result) for result in results]
+        parent.summarise(rows, images=_images(results))
+        create_table_artifact(rows, key="genpipe-stages", description=f"MLflow run {parent.run_id}")
+    if any(result.status == "failed" for result in results):
+        raise StagesFailed(results)
+    return results
+
+
+def _submit(run: _Run) -> dict[str, PrefectFuture[StageResult]]:
+    submitted: dict[str, PrefectFuture[StageResult]] = {}
+    retrying = stage_task.with_options(retries=run.pipeline.cfg.ray.retries)
+    for name in run.plans:
+        run.reporter.update(name, "waiting")
+        needs = [submitted[need] for need in load_stage(name).CONSUMES if need in submitted]
+        submitted[name] = retrying.submit(name, wait_for=needs)
+    return submitted
+
+
+def _outcome(run: _Run, stage: str, future: PrefectFuture[StageResult]) -> StageResult:
+    """Wait for a stage and say what became of it."""
+    future.wait()
+    state = future.state
+    if state.is_completed():
+        return future.result()
+    if not state.is_final():  # Prefect leaves a task pending whose upstream did not complete
+        needs = [need for need in load_stage(stage).CONSUMES if need in run.plans]
+        result = StageResult(stage, "skipped", message=f"it needs {', '.join(needs)}, of which not all were made")
+    else:
+        error = state.result(raise_on_failure=False)
+        message = str(error).strip() or type(error).__name__
+        result = StageResult(stage, "failed", message=message, details=getattr(error, "details", ""))
+    run.reporter.update(stage, result.status, message=result.message)
+    return result
+
+
+def _row(result: StageResult) -> dict[str, Any]:
+    return {
+        "stage": result.stage,
+        "status": result.status,
+        "seconds": round(result.seconds, 1),
+        "metrics": " ".join(f"{name}={value:.4g}" for name, value in result.metrics.items()),
+        "run_id": result.run_id,
+        "artifact": result.artifact.uri if result.artifact else "",
+        "message": result.message,
+    }
+
+
+def _images(results: Sequence[StageResult]) -> list[Path]:
+    """The pictures of the last stage that made some, if they are on this machine."""
+    for result in reversed(results):
+        folder = local_path(result.artifact.uri) if result.artifact else None
+        if folder is not None and (images := sorted(folder.glob("*.png"))):
+            return images
+    return []

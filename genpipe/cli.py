@@ -1,0 +1,270 @@
+"""The command line: `genpipe --help` says what there is."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from genpipe import console
+from genpipe.config import ConfigError
+
+if TYPE_CHECKING:
+    from flows.pipeline import Reporter, StageResult
+    from genpipe.artifacts import Artifact
+
+app = typer.Typer(
+    name="genpipe",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    help="""Trains text-to-image systems in stages.
+
+A pipeline is one YAML file; its stages are shard, autoencoder, clip, features, prior, decoder, upsampler and evaluate.
+What a stage made is kept under a fingerprint of its settings and inputs, so a run does only what is not done yet.
+
+Begin with `genpipe doctor`, then `genpipe plan CONFIG`, then `genpipe run CONFIG`.
+Any setting can be overridden: `genpipe run configs/pipeline/demo.yaml stages.decoder.train.samples=200000`.
+""",
+)
+
+ConfigFile = Annotated[str, typer.Argument(metavar="CONFIG", help="a pipeline's YAML file")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[PATH=VALUE]...", help="settings that replace the file's")
+]
+
+
+@app.callback()
+def _options(debug: Annotated[bool, typer.Option("--debug", help="show stack traces")] = False) -> None:
+    if debug:
+        os.environ["GENPIPE_DEBUG"] = "1"
+
+
+@app.command()
+def run(config: ConfigFile, overrides: Overrides = None) -> None:
+    """Run a pipeline: every stage that is not done yet, side by side where resources allow.
+
+    Interrupted with Ctrl-C, or after a failure, the same command goes on from what is committed and from the last
+    checkpoints. Exits 1 if a stage failed or the evaluation's gate was missed.
+    """
+    from flows.pipeline import run_pipeline
+
+    with _watched() as reporter:
+        results = run_pipeline(config, overrides or [], reporter=reporter)
+    _summary(results)
+
+
+@app.command()
+def stage(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="the stage")],
+    config: ConfigFile,
+    overrides: Overrides = None,
+    inputs: Annotated[
+        list[str] | None, typer.Option("--input", metavar="NAME=URI", help="use this artifact as an input")
+    ] = None,
+) -> None:
+    """Run one stage by hand. Its inputs are those that CONFIG's fingerprints name, or are given with --input.
+
+    Example: `genpipe stage decoder configs/pipeline/demo.yaml stages.decoder.train.optim.lr=1e-3`
+    """
+    from flows.pipeline import run_one
+
+    given = dict(_given(text) for text in inputs or [])
+    with _watched() as reporter:
+        result = run_one(name, config, overrides or [], given=given, reporter=reporter)
+    _summary([result])
+
+
+@app.command()
+def plan(config: ConfigFile, overrides: Overrides = None) -> None:
+    """Say what a run would do and why, without doing it."""
+    from flows.graph import load_pipeline
+    from flows.graph import plan as plan_pipeline
+
+    plans = plan_pipeline(load_pipeline(config, overrides or []))
+    console.table(("stage", "", "why", "artifact"), [(p.name, p.status, p.why, p.artifact.uri) for p in plans])
+
+
+@app.command()
+def check(configs: Annotated[list[str], typer.Argument(metavar="CONFIG...", help="pipelines' YAML files")]) -> None:
+    """Validate pipelines without running: every setting, and that the stages agree with one another."""
+    from flows.graph import load_pipeline
+    from flows.graph import plan as plan_pipeline
+
+    faults = []
+    for config in configs:
+        try:
+            plan_pipeline(load_pipeline(config))
+            console.out.print(f"{config}: ok", highlight=False)
+        except ValueError as error:
+            faults.append(str(error))
+    if faults:
+        raise ConfigError("\n".join(faults))
+
+
+@app.command()
+def sample(
+    source: Annotated[str, typer.Argument(metavar="CONFIG_OR_RELEASE", help="pipeline YAML, or an evaluate artifact")],
+    prompts: Annotated[list[str], typer.Argument(metavar="PROMPT...", help="what to draw")],
+    out: Annotated[Path, typer.Option("--out", help="the PNG to write")] = Path("grid.png"),
+    seed: Annotated[int, typer.Option(help="the same seed and prompts give the same pictures")] = 0,
+    each: Annotated[int, typer.Option("--each", min=1, help="pictures of each prompt")] = 4,
+) -> None:
+    """Draw pictures of prompts with a trained pipeline and write them as one PNG.
+
+    Example: `genpipe sample configs/pipeline/demo.yaml "an emoji of a red apple, twemoji style" --out apple.png`
+    """
+    import numpy as np
+    import torch
+    from PIL import Image
+
+    from genpipe.data.stream import to_uint8
+    from genpipe.evaluation.grids import labelled_grid
+    from genpipe.generation import GenerationConfig, Generator
+    from genpipe.training.loop import seeded
+
+    inputs, settings = _trained(source)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    system = Generator(inputs, device=device)
+    wanted = [prompt for prompt in prompts for _ in range(each)]
+    made = system.generate(
+        wanted, GenerationConfig.model_validate(settings), generator=seeded(device, seed, *prompts)
+    )
+    images = to_uint8(made.upsampled).permute(0, 2, 3, 1).cpu().numpy()
+    rows = [list(images[i : i + each]) for i in range(0, len(images), each)]
+    picture: np.ndarray = labelled_grid(rows, captions=prompts, columns=[""] * each, cell=system.size)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(picture).save(out)
+    console.out.print(f"wrote {out}", highlight=False)
+
+
+@app.command()
+def ui(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    port: Annotated[int, typer.Option(help="on this machine only (127.0.0.1)")] = 5000,
+) -> None:
+    """Open the MLflow UI on this pipeline's runs; Ctrl-C ends it."""
+    from flows.graph import load_pipeline
+    from genpipe.tracking import serve_ui
+
+    serve_ui(load_pipeline(config, overrides or []).tracking_uri, port=port)
+
+
+@app.command()
+def doctor(
+    config: Annotated[str | None, typer.Argument(metavar="[CONFIG]", help="also try its addresses")] = None,
+) -> None:
+    """Say whether this machine has what genpipe needs, and how to get what is missing. Exits 1 if something is."""
+    from genpipe.doctor import examine
+
+    findings = examine(config)
+    marks = {True: "ok", False: "MISSING"}
+    console.table(("", "what", "found"), [(marks[f.ok], f.what, f.found) for f in findings])
+    for finding in findings:
+        if finding.remedy and not finding.ok:
+            console.problem(f"{finding.what}: {finding.remedy}")
+    if not all(finding.ok for finding in findings):
+        raise typer.Exit(1)
+
+
+def main() -> None:
+    """Run the command line: a user's mistake ends with one message and exit code 2, never with a stack trace."""
+    try:
+        code = app(standalone_mode=False)
+    except KeyboardInterrupt:
+        console.problem("interrupted; what is committed stays, and the same command goes on from there")
+        code = 130
+    except typer.Abort:
+        code = 130
+    except Exception as error:
+        if "--debug" in sys.argv:
+            raise
+        code = _explain(error)
+    sys.exit(code)
+
+
+def _explain(error: Exception) -> int:
+    import click
+
+    if isinstance(error, click.ClickException):
+        error.show()
+        return error.exit_code
+    console.problem(str(error) if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: {error}")
+    if not isinstance(error, ValueError):
+        console.err.print("(--debug before the command shows where)", highlight=False)
+    return 2
+
+
+def _watched() -> AbstractContextManager[Reporter]:
+    """A reporter for whoever watches: bars on a terminal, a plain line now and then elsewhere."""
+    from flows.pipeline import PlainReporter
+
+    return console.Display() if console.out.is_terminal else nullcontext(PlainReporter())
+
+
+def _given(text: str) -> tuple[str, Artifact]:
+    from genpipe.artifacts import find
+
+    name, eq, uri = text.partition("=")
+    if not eq:
+        raise ConfigError(f"--input {text!r}: write it as NAME=URI")
+    artifact = find(uri)
+    if artifact is None:
+        raise ConfigError(f"--input {text!r}: nothing is committed there (no manifest.json)")
+    if artifact.kind != name:
+        raise ConfigError(f"--input {text!r}: that is the artifact of a {artifact.kind} stage")
+    return name, artifact
+
+
+def _trained(source: str) -> tuple[dict[str, Artifact], object]:
+    """The artifacts that make pictures, and the evaluation's settings of how."""
+    from flows.graph import load_pipeline
+    from flows.graph import plan as plan_pipeline
+    from genpipe.artifacts import read_manifest
+    from genpipe.generation import Generator
+
+    if not source.endswith((".yaml", ".yml")):
+        manifest = read_manifest(source)
+        if manifest is None or not set(Generator.NEEDS) <= manifest.inputs.keys():
+            raise ConfigError(f"{source}: neither a pipeline's YAML file nor the folder of an evaluate artifact")
+        return dict(manifest.inputs), manifest.config["generation"]
+    pipeline = load_pipeline(source)
+    plans = {p.name: p for p in plan_pipeline(pipeline)}
+    missing = [name for name in Generator.NEEDS if name not in plans or plans[name].status != "cached"]
+    if missing:
+        raise ConfigError(f"{source}: {', '.join(missing)} not made yet; `genpipe run {source}` makes them")
+    generation = getattr(pipeline.stages.get("evaluate"), "generation", None)
+    return {name: plans[name].artifact for name in Generator.NEEDS}, generation.model_dump() if generation else {}
+
+
+def _summary(results: Sequence[StageResult]) -> None:
+    """The table at the end of a run, the pictures, and the exit code."""
+    from genpipe.launch.spec import duration
+
+    rows = [
+        (r.stage, r.status, duration(r.seconds), console.headline(r.stage, r.metrics), r.run_id or "-")
+        for r in results
+    ]
+    console.table(("stage", "", "wall time", "headline", "MLflow run"), rows)
+    failed = [r for r in results if r.status == "failed"]
+    for result in failed:
+        console.problem(f"{result.stage}: {result.message}")
+    missed = {}
+    for result in results:
+        if result.stage == "evaluate" and result.artifact is not None:
+            console.out.print(f"sample grid: {result.artifact.uri}/grid.png", highlight=False, soft_wrap=True)
+            missed = result.artifact.meta.get("gate_missed", {})
+    for name, (found, least) in missed.items():
+        console.problem(f"gate missed: {name} is {found:.4g}, the configuration asks for {least:.4g}")
+    if failed or missed:
+        raise typer.Exit(1)
+
+
+if __name__ == "__main__":
+    main()

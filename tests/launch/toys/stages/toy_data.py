@@ -1,0 +1,57 @@
+"""A data stage: each part is a file of points on a line with noise."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from genpipe.artifacts import Artifact
+from genpipe.config import StageConfig
+
+VERSION = 1
+CONSUMES: tuple[str, ...] = ()
+
+
+class Config(StageConfig):
+    parts: int = 3
+    slope: float = 2.0
+    seconds: float = 0.0
+    fail: str = ""
+    die_once: str = ""
+
+
+def agree(cfg: Config, inputs: Mapping[str, Artifact]) -> dict[str, Any]:
+    return {"width": 1}
+
+
+def parts(cfg: Config, inputs: Mapping[str, Artifact]) -> list[str]:
+    return [f"part-{n}" for n in range(cfg.parts)]
+
+
+class Worker:
+    def __init__(self, cfg: Config, inputs: Mapping[str, Artifact]) -> None:
+        self.cfg = cfg
+
+    def __call__(self, part: str, out: Path) -> dict[str, Any]:
+        time.sleep(self.cfg.seconds)
+        if self.cfg.fail == part:
+            raise ValueError(f"{part} cannot be read; replace the file")
+        if self.cfg.die_once and not Path(self.cfg.die_once).exists():
+            Path(self.cfg.die_once).touch()
+            os.kill(os.getpid(), 9)
+        x = np.random.default_rng(int(part.split("-")[1])).normal(size=100).astype(np.float32)
+        np.save(out / f"{part}.npy", np.stack([x, self.cfg.slope * x], axis=1))
+        return {"samples": len(x), "pid": os.getpid()}
+
+
+def finish(
+    cfg: Config, inputs: Mapping[str, Artifact], results: list[dict[str, Any]], out: Path
+) -> tuple[dict[str, Any], dict[str, float]]:
+    Image.new("RGB", (8, 8), "red").save(out / "preview.png")
+    return {"samples": sum(r["samples"] for r in results)}, {"samples": float(sum(r["samples"] for r in results))}

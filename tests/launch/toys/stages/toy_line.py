@@ -1,0 +1,77 @@
+"""A training stage: fits a line through the points of `toy_data`."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from genpipe.artifacts import Artifact, fetch
+from genpipe.config import StageConfig
+from genpipe.training.objective import Batch, Data, Metrics, Split, Step, Validation
+from genpipe.training.optim import TrainConfig
+
+VERSION = 1
+CONSUMES: tuple[str, ...] = ("toy_data",)
+
+
+class Config(StageConfig):
+    width: int = 1
+    step_seconds: float = 0.0
+    fail: str = ""
+    train: TrainConfig
+
+
+def agree(cfg: Config, inputs: Mapping[str, Artifact]) -> dict[str, Any]:
+    width = inputs["toy_data"].meta["width"]
+    if width != cfg.width:
+        raise ValueError(f"width: {cfg.width}, but toy_data has {width}; set both alike")
+    return {"width": cfg.width}
+
+
+def data(cfg: Config, inputs: Mapping[str, Artifact]) -> Data:
+    points = np.concatenate([np.load(path) for path in sorted(fetch(inputs["toy_data"]).glob("*.npy"))])
+
+    def collate(indices: np.ndarray, positions: np.ndarray) -> Batch:
+        return {"x": torch.from_numpy(points[indices, :1]), "y": torch.from_numpy(points[indices, 1:])}
+
+    return Data(train=Split(len(points), collate), heldout=Split(16, collate))
+
+
+def objective(cfg: Config, inputs: Mapping[str, Artifact], device: torch.device) -> Objective:
+    return Objective(cfg, device)
+
+
+class Objective:
+    def __init__(self, cfg: Config, device: torch.device) -> None:
+        self.cfg = cfg
+        self.model = nn.Linear(1, 1).to(device)
+        self.trainable: dict[str, nn.Module] = {"line": self.model}
+
+    def parts(self, samples_seen: int) -> Sequence[str]:
+        return ("line",)
+
+    def loss(self, part: str, batch: Batch, step: Step) -> tuple[Tensor, Metrics]:
+        if self.cfg.fail:
+            raise ValueError(self.cfg.fail)
+        time.sleep(self.cfg.step_seconds)
+        return (self.model(batch["x"]) - batch["y"]).square().mean(), {"pid": torch.tensor(float(os.getpid()))}
+
+    def after_step(self) -> None:
+        pass
+
+    def validate(self, batches: Iterable[Batch], generator: torch.Generator) -> Validation:
+        errors = [(self.model(batch["x"]) - batch["y"]).square().mean().item() for batch in batches]
+        return Validation({"loss": float(np.mean(errors))}, {"picture": np.zeros((8, 8, 3), np.uint8)})
+
+
+def export(objective: Objective, cfg: Config, inputs: Mapping[str, Artifact], folder: Path) -> dict[str, Any]:
+    save_file(objective.model.state_dict(), folder / "model.safetensors")
+    return {"slope": objective.model.weight.item()}

@@ -1,0 +1,205 @@
+"""Artifacts: what is committed is found whole, and what is damaged is refused by name."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from genpipe import artifacts
+from genpipe.artifacts import Artifact, ManifestError
+from genpipe.storage import join, open_storage
+
+FILES = {"a.bin": b"alpha", "deep/b.bin": b"beta" * 1000, "empty": b""}
+
+
+def write_folder(folder: Path, files: dict[str, bytes]) -> Path:
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+    return folder
+
+
+def committed(uri: str, folder: Path, **fields: Any) -> Artifact:
+    target = Artifact(kind="thing", uri=uri, fingerprint="f" * 64, meta={"size": 3, "mean": [0.1, 1e-7]})
+    needs = {"version": 2, "config": {"lr": 1e-3}, "inputs": {}, "metrics": {"loss": 0.25}}
+    return artifacts.commit(target, folder=folder, **{**needs, **fields})
+
+
+@pytest.fixture
+def thing(tmp_path: Path) -> Artifact:
+    return committed(str(tmp_path / "thing"), write_folder(tmp_path / "made", FILES))
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("GENPIPE_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def test_commit_then_find_verify_and_fetch(store_uri: str, tmp_path: Path, cache: Path) -> None:
+    source = Artifact(kind="source", uri="elsewhere", fingerprint="e" * 64)
+    made = committed(store_uri, write_folder(tmp_path / "made", FILES), inputs={"source": source}, run_id="run")
+    assert artifacts.find(store_uri) == made
+    manifest = artifacts.verify(store_uri)
+    assert {file.path: file.size for file in manifest.files} == {name: len(data) for name, data in FILES.items()}
+    assert (manifest.version, manifest.config, manifest.metrics) == (2, {"lr": 1e-3}, {"loss": 0.25})
+    assert (manifest.inputs, manifest.run_id) == ({"source": source}, "run")
+    folder = artifacts.fetch(made)
+    assert {name: (folder / name).read_bytes() for name in FILES} == FILES
+    assert artifacts.fetch(made) == folder
+
+
+def test_nothing_committed_is_no_artifact(store_uri: str) -> None:
+    assert artifacts.find(store_uri) is None
+    open_storage(store_uri).write("weights.safetensors", b"half a stage")
+    assert artifacts.find(store_uri) is None
+    with pytest.raises(ManifestError) as error:
+        artifacts.verify(store_uri)
+    assert str(error.value) == f"{store_uri}: no manifest.json here, so nothing was committed"
+
+
+def test_a_moved_artifact_knows_where_it_is(thing: Artifact, tmp_path: Path) -> None:
+    os.rename(thing.uri, tmp_path / "moved")
+    assert artifacts.find(str(tmp_path / "moved")) == thing.model_copy(update={"uri": str(tmp_path / "moved")})
+
+
+def edit(text: str) -> str:
+    return text.replace('"loss": 0.25', '"loss": 0.05')
+
+
+def truncate(text: str) -> str:
+    return text[: len(text) // 2]
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (edit, "changed since it was written (its digest differs)"),
+        (truncate, "not a readable manifest"),
+        (lambda _: "not JSON at all", "not a readable manifest"),
+        (lambda _: "[]", "not a readable manifest"),
+        (lambda _: "{}", "not a readable manifest"),
+        (lambda _: "", "not a readable manifest"),
+        (lambda text: json.dumps({**json.loads(text), "extra": 1}), "not a readable manifest"),
+    ],
+)
+def test_a_damaged_manifest_is_refused(thing: Artifact, damage: Any, says: str) -> None:
+    path = Path(thing.uri, "manifest.json")
+    before = path.read_text()
+    assert damage(before) != before
+    path.write_text(damage(before))
+    with pytest.raises(ManifestError) as error:
+        artifacts.find(thing.uri)
+    remedy = f"delete {thing.uri} to have it made again, or restore it from a copy"
+    assert str(error.value) == f"{path}: {says}; {remedy}"
+
+
+def test_a_missing_or_short_file_is_refused(store_uri: str, tmp_path: Path) -> None:
+    made = committed(store_uri, write_folder(tmp_path / "made", FILES))
+    remedy = f"delete {store_uri} to have it made again, or restore it from a copy"
+    open_storage(store_uri).write("deep/b.bin", b"beta")
+    with pytest.raises(ManifestError) as error:
+        artifacts.find(made.uri)
+    assert str(error.value) == f"{store_uri}/deep/b.bin: has 4 bytes, its manifest says 4000 bytes; {remedy}"
+    open_storage(store_uri).delete("deep/b.bin")
+    with pytest.raises(ManifestError) as error:
+        artifacts.find(made.uri)
+    assert str(error.value) == f"{store_uri}/deep/b.bin: is missing, its manifest says 4000 bytes; {remedy}"
+
+
+def test_a_flipped_byte_is_found(store_uri: str, tmp_path: Path, cache: Path) -> None:
+    made = committed(store_uri, write_folder(tmp_path / "made", FILES))
+    open_storage(store_uri).write("a.bin", b"alphA")
+    assert artifacts.find(store_uri) == made, "sizes still agree"
+    with pytest.raises(ManifestError) as error:
+        artifacts.verify(store_uri)
+    assert str(error.value) == f"{store_uri}/a.bin: its content differs from the manifest's sha256"
+    if store_uri.startswith("s3://"):
+        with pytest.raises(ManifestError, match="arrived with another sha256"):
+            artifacts.fetch(made)
+        assert [path for path in cache.rglob("*") if path.is_file()] == [], "no half copy stays in the cache"
+
+
+def test_a_remote_artifact_is_copied_once(s3_server: str, tmp_path: Path, cache: Path) -> None:
+    uri = f"s3://genpipe/{tmp_path.name}"
+    made = committed(uri, write_folder(tmp_path / "made", FILES))
+    folder = artifacts.fetch(made)
+    assert folder == cache / "thing" / made.fingerprint
+    open_storage(uri).delete_all()
+    assert artifacts.fetch(made) == folder
+    with pytest.raises(ManifestError, match="nothing was committed"):
+        artifacts.fetch(made.model_copy(update={"fingerprint": "0" * 64}))
+
+
+def test_finished_parts_are_taken_up(store_uri: str, tmp_path: Path) -> None:
+    artifacts.add_part(store_uri, "one", write_folder(tmp_path / "1", {"one.bin": b"1"}), {"count": 1})
+    artifacts.add_part(store_uri, "part two/€", write_folder(tmp_path / "2", {"two.bin": b"22"}), {"count": 2})
+    artifacts.add_part(store_uri, "one", write_folder(tmp_path / "3", {"one.bin": b"new"}), {"count": 3})
+    assert artifacts.find(store_uri) is None, "parts alone are no artifact"
+    done = artifacts.finished_parts(store_uri)
+    assert {part: record["stats"] for part, record in done.items()} == {
+        "one": {"count": 3},
+        "part two/€": {"count": 2},
+    }
+    committed(store_uri, write_folder(tmp_path / "rest", {"c.bin": b"c"}), parts=["one", "part two/€"])
+    manifest = artifacts.verify(store_uri)
+    assert [(file.path, file.size) for file in manifest.files] == [("c.bin", 1), ("one.bin", 3), ("two.bin", 2)]
+    assert sorted(entry.key for entry in open_storage(store_uri).list()) == [
+        "c.bin",
+        "manifest.json",
+        "one.bin",
+        "two.bin",
+    ]
+
+
+def test_a_part_without_its_marker_is_not_done(tmp_path: Path) -> None:
+    """A worker that dies between its files and its marker leaves the part to do."""
+    uri = str(tmp_path / "thing")
+    open_storage(uri).write("one.bin", b"1")
+    assert artifacts.finished_parts(uri) == {}
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=8,
+)
+configs = st.dictionaries(st.sampled_from("abcd"), json_values, max_size=4)
+
+
+@given(configs, configs)
+def test_fingerprints_differ_exactly_if_configs_do(one: dict[str, Any], other: dict[str, Any]) -> None:
+    def of(config: dict[str, Any]) -> str:
+        return artifacts.fingerprint("stage", version=1, config=config, inputs={})
+
+    assert (of(one) == of(other)) == (json.dumps(one, sort_keys=True) == json.dumps(other, sort_keys=True))
+    assert of(one) == of(dict(reversed(one.items())))
+
+
+def test_fingerprints_depend_on_everything_that_decides_the_output() -> None:
+    needs: dict[str, Any] = {"version": 1, "config": {"lr": 1}, "inputs": {}, "external": ""}
+    source = Artifact(kind="source", uri="here", fingerprint="e")
+    prints = {
+        artifacts.fingerprint("stage", **needs),
+        artifacts.fingerprint("other", **needs),
+        artifacts.fingerprint("stage", **{**needs, "version": 2}),
+        artifacts.fingerprint("stage", **{**needs, "config": {"lr": 2}}),
+        artifacts.fingerprint("stage", **{**needs, "external": "digest"}),
+        artifacts.fingerprint("stage", **{**needs, "inputs": {"source": source}}),
+        artifacts.fingerprint("stage", **{**needs, "inputs": {"other": source}}),
+    }
+    assert len(prints) == 7
+    moved = source.model_copy(update={"uri": "there", "meta": {"x": 1}})
+    assert artifacts.fingerprint("stage", **{**needs, "inputs": {"source": moved}}) in prints, "a place is no content"
+
+
+def test_uris_of_artifacts_and_of_unfinished_work() -> None:
+    assert artifacts.artifact_uri("s3://b/p", "clip", "0123456789abcdef0") == "s3://b/p/artifacts/clip/0123456789abcdef"
+    assert artifacts.work_uri("runs/x", "clip", "0123456789abcdef0") == "runs/x/work/clip/0123456789abcdef"
+    assert join("runs/x", "a") == "runs/x/a"
