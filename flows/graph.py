@@ -15,7 +15,7 @@ from genpipe import artifacts, config
 from genpipe.artifacts import Artifact
 from genpipe.config import Config, ConfigError, StageConfig, Tree
 from genpipe.launch.spec import StageSpec, TrackingConfig
-from genpipe.stages import load_stage
+from genpipe.stages import is_training, load_stage
 from genpipe.storage import join, local_path
 
 STAGES = ("shard", "autoencoder", "clip", "features", "prior", "decoder", "upsampler", "evaluate")
@@ -126,13 +126,13 @@ def plan(pipeline: Pipeline, *, only: Sequence[str] = (), given: Mapping[str, Ar
     return plans
 
 
-def plan_stage(
-    name: str, cfg: StageConfig, inputs: dict[str, Artifact], *, store: str, source: str
-) -> Planned:
+def plan_stage(name: str, cfg: StageConfig, inputs: dict[str, Artifact], *, store: str, source: str) -> Planned:
     """Whether one stage is done for this config and these inputs."""
     stage = load_stage(name)
     identity = config.resolved(cfg, without=frozenset({"resources"}))
     try:
+        if is_training(stage):
+            cfg.train.check_ranks(cfg.resources.workers)  # type: ignore[attr-defined]
         promised = stage.agree(cfg, inputs)
         external = stage.external(cfg) if hasattr(stage, "external") else ""
     except ValueError as error:

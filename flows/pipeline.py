@@ -222,7 +222,8 @@ def _spec(place: _Place, planned: Planned) -> StageSpec:
         raise ConfigError(f"{place.run.pipeline.source}: stages.{planned.name}: {error}") from error
     target = planned.artifact.model_copy(update={"meta": promised})
     planned = replace(planned, inputs=inputs, artifact=target)
-    return spec_of(planned, place.run.pipeline, pipeline_run_id=place.pipeline_run_id, links=place.links)
+    spec = spec_of(planned, place.run.pipeline, pipeline_run_id=place.pipeline_run_id, links=place.links)
+    return spec.model_copy(update={"run_id": tracking.claim_stage_run(spec)})
 
 
 def _result(planned: Planned, status: Status, *, seconds: float) -> StageResult:

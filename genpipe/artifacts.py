@@ -18,7 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from genpipe.config import Config, canonical_json
 from genpipe.storage import Storage, check_key, join, local_path, open_storage
@@ -107,7 +107,7 @@ def read_manifest(uri: str) -> Manifest | None:
         record = json.loads(raw)
         digest = record.pop("digest")
         manifest = Manifest.model_validate(record)
-    except (ValueError, KeyError, AttributeError, ValidationError):
+    except (ValueError, KeyError, AttributeError, TypeError):
         raise ManifestError(f"{join(uri, MANIFEST)}: not a readable manifest; {remedy}") from None
     if digest != _digest(record):
         raise ManifestError(f"{join(uri, MANIFEST)}: changed since it was written (its digest differs); {remedy}")

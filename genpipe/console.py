@@ -13,7 +13,7 @@ from rich.table import Table
 from genpipe.launch.spec import Progress as StageProgress
 
 HEADLINES = {
-    "shard": ("samples", "rejected"),
+    "shard": ("samples_train", "samples_heldout", "rejected"),
     "autoencoder": ("psnr",),
     "clip": ("text_to_image_r5",),
     "features": ("samples",),

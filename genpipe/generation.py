@@ -256,7 +256,7 @@ class Generator:
 
     @torch.no_grad()
     def encode_text(self, prompts: Sequence[str]) -> Text:
-        tokens = self.tokenizer.encode_batch(list(prompts), context_length=self.context_length)
+        tokens = self.tokenizer.encode_short(list(prompts), context_length=self.context_length)
         tokens_BL = torch.from_numpy(tokens).to(self.device)
         embed, encodings = self.clip.encode_text(tokens_BL)
         return Text(embed, encodings.float(), tokens_BL != 0)

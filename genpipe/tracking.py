@@ -11,18 +11,18 @@ import io
 import json
 import logging
 import os
-import queue
 import socket
 import sqlite3
+import subprocess
 import sys
-import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -30,6 +30,7 @@ import numpy as np
 from genpipe import artifacts
 from genpipe.artifacts import Artifact
 from genpipe.config import flatten
+from genpipe.recorder import Point, Recorder
 from genpipe.stages import is_training, load_stage
 
 if TYPE_CHECKING:
@@ -75,6 +76,18 @@ def check(uri: str) -> None:
         raise ValueError(f"tracking.uri: MLflow at {uri} does not work: {_first_line(error)}") from error
 
 
+def serve_ui(uri: str, *, port: int) -> None:
+    """Serve MLflow's UI on 127.0.0.1 until interrupted; where `uri` is a server, only say where it is."""
+    if uri.startswith("http"):
+        print(f"the runs are at {uri}")
+        return
+    check(uri)
+    environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    print(f"MLflow on http://127.0.0.1:{port} (Ctrl-C ends it)", flush=True)
+    subprocess.run([*command, "--backend-store-uri", uri], env=environment, check=True)
+
+
 @contextmanager
 def pipeline_run(
     uri: str, *, experiment: str, name: str, tags: Mapping[str, str], files: Sequence[Path] = ()
@@ -111,9 +124,6 @@ class PipelineRun:
     def summarise(self, rows: Sequence[Mapping[str, Any]], *, images: Sequence[Path] = ()) -> None:
         """Log the table of stages (each row names its `stage`, `status` and `run_id`) and sample images."""
         self.client.log_dict(self.run_id, {"stages": [dict(row) for row in rows]}, "summary.json")
-        columns = {key: [row.get(key) for row in rows] for key in (rows[0] if rows else ())}
-        if columns:
-            self.client.log_table(self.run_id, columns, "summary_table.json")
         for row in rows:
             self.client.set_tag(self.run_id, f"genpipe.status.{row['stage']}", row["status"])
             if row.get("run_id"):
@@ -126,19 +136,19 @@ class PipelineRun:
 
 @contextmanager
 def open_stage_run(spec: StageSpec) -> Iterator[StageRun]:
-    """The run of `spec`'s fingerprint, found or created, and marked as running.
+    """The run of `spec`'s fingerprint: the one its submitter claimed, or found or created here.
 
     An exception marks it failed with its text in the tag `genpipe.error`, a stop marks it killed; both are raised
     on. Otherwise `StageRun.finish` is what ends it.
     """
-    client = _client(spec.tracking_uri)
-    run_id = _claim(client, spec)
-    run = StageRun(spec, run_id, watch_system=not is_training(load_stage(spec.stage)))
+    run = StageRun(spec, spec.run_id or claim_stage_run(spec), watch_system=not is_training(load_stage(spec.stage)))
+    if job := spec.links.get("ray_job"):
+        run.put(lambda client: client.set_tag(run.run_id, "genpipe.ray_job", job))
     try:
         yield run
     except BaseException as error:
         run.close()
-        _end(client, run_id, error)
+        _end(_client(spec.tracking_uri), run.run_id, error)
         raise
     run.close()
 
@@ -158,7 +168,12 @@ class StageRun:
     def __init__(self, spec: StageSpec, run_id: str, *, watch_system: bool) -> None:
         self.spec = spec
         self.run_id = run_id
-        self.writer = _Writer(spec.tracking_uri, run_id, watch_system=watch_system)
+        self.recorder = Recorder(
+            write=self._write_points,
+            refused=_refused,
+            sense=_System(spec.tracking_uri, run_id) if watch_system else None,
+            label=f"MLflow at {spec.tracking_uri}",
+        )
 
     @classmethod
     def attach(cls, spec: StageSpec, run_id: str) -> StageRun:
@@ -167,18 +182,16 @@ class StageRun:
 
     def log(self, metrics: Mapping[str, float], *, samples_seen: int) -> None:
         now = time.time_ns() // 1_000_000
-        self.writer.put([Point(name, float(value), now, samples_seen) for name, value in metrics.items()])
+        self.recorder.put([Point(name, float(value), now, samples_seen) for name, value in metrics.items()])
 
     def log_image(self, name: str, image: np.ndarray, *, samples_seen: int) -> None:
         """Log a picture (uint8, HWC); MLflow shows the pictures of one name as a series over samples."""
-        self.writer.put(
-            lambda client: client.log_image(self.run_id, image, key=name, step=samples_seen, synchronous=True)
-        )
+        self.put(lambda client: client.log_image(self.run_id, image, key=name, step=samples_seen, synchronous=True))
 
     def log_file(self, path: Path) -> None:
         """Log a file; it is read before this returns, so it may be temporary."""
         data, name = path.read_bytes(), path.name
-        self.writer.put(lambda client: client.log_stream(self.run_id, io.BytesIO(data), name))
+        self.put(lambda client: client.log_stream(self.run_id, io.BytesIO(data), name))
 
     def finish(self, artifact: Artifact) -> None:
         """Record the committed artifact, its weights as a logged model if the stage trains, and end the run."""
@@ -187,116 +200,27 @@ class StageRun:
         training = is_training(load_stage(self.spec.stage))
         if training:
             self.log(manifest.metrics, samples_seen=int(self.spec.config["train"]["samples"]))
-        self.writer.put(lambda client: client.log_dict(self.run_id, manifest.model_dump(mode="json"), "manifest.json"))
-        self.writer.put(lambda client: client.set_tag(self.run_id, "genpipe.meta", _json(artifact.meta)))
+        self.put(lambda client: client.log_dict(self.run_id, manifest.model_dump(mode="json"), "manifest.json"))
+        self.put(lambda client: client.set_tag(self.run_id, "genpipe.meta", _json(artifact.meta)[:MAX_TAG]))
         if training:
-            self.writer.put(lambda client: _log_model(client, self.run_id, self.spec, artifact))
-        self.writer.put(lambda client: client.set_terminated(self.run_id, "FINISHED"))
+            self.put(lambda client: _log_model(client, self.run_id, self.spec, artifact))
+        self.put(lambda client: client.set_terminated(self.run_id, "FINISHED"))
         self.close()
+
+    def put(self, write: Callable[[MlflowClient], Any]) -> None:
+        """Have the thread call `write` with its client."""
+        self.recorder.put(lambda: write(_client(self.spec.tracking_uri)))
 
     def close(self) -> None:
         """Write what is left, within a bounded time."""
-        self.writer.close()
+        self.recorder.close()
 
-
-class Point(NamedTuple):
-    """One value of one metric; `step` is samples seen (seconds, for system metrics)."""
-
-    name: str
-    value: float
-    milliseconds: int
-    step: int
-
-
-Item = list[Point] | Callable[["MlflowClient"], Any]
-
-
-class _Writer:
-    """A thread that writes to one run, in order. It retries through an outage; records are lost only when the
-    buffer is full, when MLflow refuses them, or when it stays away at the end."""
-
-    CAPACITY = 1000
-    CLOSE_SECONDS = 60.0
-    RETRY_SECONDS = (1.0, 30.0)
-
-    def __init__(self, uri: str, run_id: str, *, watch_system: bool) -> None:
-        self.uri = uri
-        self.run_id = run_id
-        self.watch_system = watch_system
-        self.items: queue.Queue[Item] = queue.Queue(self.CAPACITY)
-        self.closing = threading.Event()
-        self.deadline = float("inf")
-        self.warned: set[str] = set()
-        self.thread = threading.Thread(target=self._work, name="mlflow-writer", daemon=True)
-        self.thread.start()
-
-    def put(self, item: Item) -> None:
-        try:
-            self.items.put_nowait(item)
-        except queue.Full:
-            self._warn("the buffer of records is full; some are lost")
-
-    def close(self) -> None:
-        """End the thread once everything is written, or CLOSE_SECONDS after this call."""
-        if not self.closing.is_set():
-            self.deadline = time.monotonic() + self.CLOSE_SECONDS
-            self.closing.set()
-        self.thread.join(self.CLOSE_SECONDS + 5)
-        if self.thread.is_alive():
-            self._warn("the last records were not taken in time")
-
-    def _work(self) -> None:
-        client = _client(self.uri)
-        system = _System(client, self.run_id) if self.watch_system else None
-        while True:
-            finishing = self.closing.is_set()
-            points: list[Point] = system.points() if system else []
-            for item in self._waiting():
-                if isinstance(item, list):
-                    points += item
-                else:
-                    self._write_points(client, points)
-                    points = []
-                    self._persist(item, client)
-            self._write_points(client, points)
-            if finishing and self.items.empty():
-                return
-            self.closing.wait(0.5)
-
-    def _waiting(self) -> Iterator[Item]:
-        while True:
-            try:
-                yield self.items.get_nowait()
-            except queue.Empty:
-                return
-
-    def _write_points(self, client: MlflowClient, points: list[Point]) -> None:
+    def _write_points(self, points: list[Point]) -> None:
         from mlflow.entities import Metric
 
+        client = _client(self.spec.tracking_uri)
         for start in range(0, len(points), METRICS_A_CALL):
-            metrics = [Metric(*point) for point in points[start : start + METRICS_A_CALL]]
-            self._persist(lambda client, metrics=metrics: client.log_batch(self.run_id, metrics=metrics), client)
-
-    def _persist(self, write: Callable[[MlflowClient], Any], client: MlflowClient) -> None:
-        """Call `write` until it works, MLflow refuses it for what it says, or the deadline passes."""
-        pause, longest = self.RETRY_SECONDS
-        while True:
-            try:
-                write(client)
-                return
-            except Exception as error:  # a record is never worth the training that it tells about
-                if _refused(error) or time.monotonic() > self.deadline:
-                    self._warn(f"a record is lost: {_first_line(error)}")
-                    return
-                self._warn(f"not reachable, trying again: {_first_line(error)}")
-            time.sleep(min(pause, max(0.0, self.deadline - time.monotonic())))
-            pause = min(2 * pause, longest)
-
-    def _warn(self, message: str) -> None:
-        kind = message.split(":")[0]
-        if kind not in self.warned:
-            self.warned.add(kind)
-            print(f"MLflow at {self.uri}: {message}", file=sys.stderr, flush=True)
+            client.log_batch(self.run_id, metrics=[Metric(*point) for point in points[start : start + METRICS_A_CALL]])
 
 
 class _System:
@@ -304,17 +228,17 @@ class _System:
 
     FIRST_SECONDS, EVERY_SECONDS = 2.0, 10.0
 
-    def __init__(self, client: MlflowClient, run_id: str) -> None:
-        from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+    def __init__(self, uri: str, run_id: str) -> None:
+        self.uri = uri
+        self.run_id = run_id
+        self.monitor: Any = None
+        self.started = 0
+        self.due = 0.0
 
-        self.monitor = SystemMetricsMonitor(run_id, tracking_uri=client.tracking_uri)
-        self.monitor.collect_metrics()  # the first reading of CPU use has no interval to speak of
-        self._clear()
-        self.started: int = client.get_run(run_id).info.start_time
-        self.due = time.monotonic() + self.FIRST_SECONDS
-
-    def points(self) -> list[Point]:
-        """A reading, if one is due."""
+    def __call__(self) -> list[Point]:
+        """A reading, if one is due; called on the recorder's thread alone."""
+        if self.monitor is None:
+            self._start()
         if time.monotonic() < self.due:
             return []
         self.due = time.monotonic() + self.EVERY_SECONDS
@@ -324,11 +248,21 @@ class _System:
         now = time.time_ns() // 1_000_000
         return [Point(f"system/{k}", float(v), now, (now - self.started) // 1000) for k, v in values.items()]
 
+    def _start(self) -> None:
+        from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+        self.started = _client(self.uri).get_run(self.run_id).info.start_time
+        self.monitor = SystemMetricsMonitor(self.run_id, tracking_uri=self.uri)
+        self.monitor.collect_metrics()  # the first reading of CPU use has no interval to speak of
+        self._clear()
+        self.due = time.monotonic() + self.FIRST_SECONDS
+
     def _clear(self) -> None:
         for monitor in self.monitor.monitors:
             monitor.clear_metrics()
 
 
+@cache
 def _client(uri: str) -> MlflowClient:
     from mlflow import MlflowClient
 
@@ -405,8 +339,12 @@ def _find(client: MlflowClient, experiment_id: str, fingerprint: str) -> str | N
     return str(runs[0].info.run_id) if runs else None
 
 
-def _claim(client: MlflowClient, spec: StageSpec) -> str:
-    """Find or create the run of `spec` and record what is known before the work starts."""
+def claim_stage_run(spec: StageSpec) -> str:
+    """Find or create the run of `spec`, record what is known before the work starts, and mark it as running.
+
+    A submitter that has MLflow at hand does this for its job, which then starts without it.
+    """
+    client = _client(spec.tracking_uri)
     experiment_id = _experiment(client, spec.tracking_uri, spec.experiment)
     run_id = _find(client, experiment_id, spec.target.fingerprint)
     tags = _stage_tags(spec)
@@ -416,6 +354,8 @@ def _claim(client: MlflowClient, spec: StageSpec) -> str:
         _log_inputs(client, run_id, spec)
     else:
         client.update_run(run_id, status="RUNNING")
+        if "genpipe.error" in client.get_run(run_id).data.tags:
+            client.delete_tag(run_id, "genpipe.error")
         for key, value in tags.items():
             client.set_tag(run_id, key, value)
     return run_id
@@ -451,14 +391,16 @@ def _log_inputs(client: MlflowClient, run_id: str, spec: StageSpec) -> None:
     """Every input artifact as a dataset, and the models that its run logged as models."""
     from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelInput
 
-    datasets, models = [], []
+    datasets: list[DatasetInput] = []
+    models: list[str] = []
     for name, artifact in spec.inputs.items():
         source = _json({"uri": artifact.uri, "fingerprint": artifact.fingerprint})
         dataset = Dataset(name, artifact.fingerprint[:16], "genpipe", source, profile=_json(artifact.meta)[:MAX_TAG])
         datasets.append(DatasetInput(dataset, [InputTag("mlflow.data.context", name)]))
-        models += [LoggedModelInput(model) for model in _models_of(client, artifact)]
+        models += _models_of(client, artifact)
     if datasets:
-        client.log_inputs(run_id, datasets=datasets, models=models)
+        unique = [LoggedModelInput(model) for model in dict.fromkeys(models)]
+        client.log_inputs(run_id, datasets=datasets, models=unique)
 
 
 def _models_of(client: MlflowClient, artifact: Artifact) -> list[str]:

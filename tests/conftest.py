@@ -72,11 +72,13 @@ def draw_shape(shape: str, *, rgb: tuple[int, int, int], radius: int) -> Image.I
 class TinyPipeline:
     """`configs/pipeline/tiny.yaml` on the folder of shapes, in one store, so that a stage runs once a session."""
 
-    def __init__(self, store: Path, shapes: Path) -> None:
+    def __init__(self, store: Path | str, shapes: Path) -> None:
         self.store, self.shapes = store, shapes
 
     def load(self, *overrides: str) -> graph.Pipeline:
-        return graph.load_pipeline(str(TINY), [f"store={self.store}", f"stages.shard.source.path={self.shapes}", *overrides])
+        return graph.load_pipeline(
+            str(TINY), [f"store={self.store}", f"stages.shard.source.path={self.shapes}", *overrides]
+        )
 
     def plan(self, *overrides: str) -> dict[str, graph.Planned]:
         return {planned.name: planned for planned in graph.plan(self.load(*overrides))}

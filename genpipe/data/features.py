@@ -93,13 +93,20 @@ class FeatureDataset:
     def text(self, indices: np.ndarray, caption_choice: np.ndarray) -> dict[str, torch.Tensor]:
         """text_embeds [B, D], text_encodings [B, L, E], text_lengths [B], and text_tokens [B, L] if cached.
 
+        L is the length of the longest of these captions: what lies beyond it is padding for all of them.
+
         caption_choice: int64 [B], any non-negative numbers; a sample takes caption `choice % its captions`.
         """
         shards, rows = self._locate(indices)
         first, stop = self._caption_bounds(shards, rows)
         captions = first + np.asarray(caption_choice) % (stop - first)
+        lengths = self._gather("text_lengths", shards, captions)
+        longest = int(lengths.max())
+        tokenwise = [name for name in ("text_encodings", "text_tokens") if name in self._shards[0]]
         return {
-            name: self._gather(name, shards, captions) for name in CAPTION_ARRAYS if name in self._shards[0]
+            "text_embeds": self._gather("text_embeds", shards, captions),
+            "text_lengths": lengths,
+            **{name: self._gather(name, shards, captions, tokens=longest) for name in tokenwise},
         }
 
     def verify_alignment(self, shards: ShardDataset) -> None:
@@ -130,12 +137,16 @@ class FeatureDataset:
             bounds[:, mine] = offsets[rows[mine]], offsets[rows[mine] + 1]
         return bounds[0], bounds[1]
 
-    def _gather(self, name: str, shards: np.ndarray, rows: np.ndarray) -> torch.Tensor:
-        first = self._shards[0][name]
+    def _gather(
+        self, name: str, shards: np.ndarray, rows: np.ndarray, *, tokens: int | None = None
+    ) -> torch.Tensor:
+        """Rows of an array across shards; `tokens` limits the second axis."""
+        cut = slice(None) if tokens is None else (slice(None), slice(tokens))
+        first = self._shards[0][name][:1][cut]
         batch = np.empty((len(rows), *first.shape[1:]), first.dtype)
         for shard in np.unique(shards):
             mine = shards == shard
-            batch[mine] = self._shards[shard][name][rows[mine]]
+            batch[mine] = self._shards[shard][name][rows[mine]][cut]
         return torch.from_numpy(batch)
 
 

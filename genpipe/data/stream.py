@@ -179,7 +179,7 @@ class Batches:
         prefetch: int,
         workers: int,
     ) -> None:
-        _check_batch_sizes(global_batch_size, micro_batch_size=micro_batch_size, world_size=world_size)
+        check_batch_sizes(global_batch_size, micro_batch_size=micro_batch_size, world_size=world_size)
         assert dataset_len > 0 and 0 <= rank < world_size and start >= 0
         self._n, self._collate, self._seed = dataset_len, collate, seed
         self._global, self._micro = global_batch_size, micro_batch_size
@@ -278,7 +278,8 @@ def _box_downsample(images_BHWC: np.ndarray, *, factor: int) -> np.ndarray:
     return means.astype(np.uint8)
 
 
-def _check_batch_sizes(global_batch_size: int, *, micro_batch_size: int, world_size: int) -> None:
+def check_batch_sizes(global_batch_size: int, *, micro_batch_size: int, world_size: int) -> None:
+    """Raise ValueError, with values that work, unless a step divides evenly over ranks and micro-batches."""
     assert global_batch_size > 0 and micro_batch_size > 0 and world_size > 0
     unit = micro_batch_size * world_size
     if global_batch_size % unit == 0:

@@ -44,6 +44,11 @@ class CaptionTokenizer:
             row[: len(ids)] = ids
         return tokens_BL
 
+    def encode_short(self, captions: list[str], *, context_length: int) -> np.ndarray:
+        """As `encode_batch`, without the columns that are padding for every caption of the batch."""
+        tokens_BL = self.encode_batch(captions, context_length=context_length)
+        return tokens_BL[:, : self.lengths(tokens_BL).max()]
+
     @staticmethod
     def lengths(tokens_BL: np.ndarray) -> np.ndarray:
         """int64 [B]: tokens of each caption, BOS and EOT included; EOT stands at `length - 1`."""

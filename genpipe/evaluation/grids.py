@@ -37,7 +37,8 @@ def labelled_grid(
         draw.multiline_text((LABEL_WIDTH + x * (cell + MARGIN), MARGIN), text, fill="black", font=font)
     for y, (caption, row) in enumerate(zip(captions, rows, strict=True)):
         top = head + y * (cell + MARGIN)
-        draw.multiline_text((MARGIN, top + MARGIN), textwrap.fill(caption, 24), fill="black", font=font)
+        lines = textwrap.wrap(caption, 24, max_lines=max(1, cell // (TEXT + 4)), placeholder=" ...")
+        draw.multiline_text((MARGIN, top), "\n".join(lines), fill="black", font=font)
         for x, image in enumerate(row):
             canvas.paste(_scaled(image, cell), (LABEL_WIDTH + x * (cell + MARGIN), top))
     return np.asarray(canvas)

@@ -106,10 +106,8 @@ def train_rank(spec: StageSpec, run_id: str, *, rank: int, world_size: int, devi
     """What every rank of a training stage does; rank 0 also exports, records and commits."""
     stage = load_stage(spec.stage)
     cfg = stage.Config.model_validate(spec.config)
-    torch.set_num_threads(max(1, int(cfg.resources.cpus)))
+    _set_up_torch(cfg)
     torch.manual_seed(cfg.train.seed)  # the same initial weights on every rank
-    if device.type == "cpu":
-        torch.set_float32_matmul_precision("medium")
     with RankRuntime(spec, run_id, rank=rank, world_size=world_size, device=device, total=cfg.train.samples) as rt:
         objective = stage.objective(cfg, spec.inputs, device)
         result = train(objective, stage.data(cfg, spec.inputs), cfg.train, rt, cfg.resources)
@@ -119,6 +117,12 @@ def train_rank(spec: StageSpec, run_id: str, *, rank: int, world_size: int, devi
                 commit(spec, stage, folder=Path(folder), meta=meta, metrics=result.metrics, run_id=run_id)
 
 
+def _set_up_torch(cfg: StageConfig) -> None:
+    """As many threads as the worker has cores; fp32 matrix products at reduced precision (bf16 passes, TF32)."""
+    torch.set_num_threads(max(1, int(cfg.resources.cpus)))
+    torch.set_float32_matmul_precision("medium")
+
+
 class PartWorker:
     """A data stage's worker with its files put in place: what an actor runs."""
 
@@ -126,7 +130,7 @@ class PartWorker:
         stage = load_stage(spec.stage)
         self.spec = spec
         cfg = stage.Config.model_validate(spec.config)
-        torch.set_num_threads(max(1, int(cfg.resources.cpus)))
+        _set_up_torch(cfg)
         self.work = stage.Worker(cfg, spec.inputs)
 
     def __call__(self, part: str) -> None:
@@ -159,9 +163,7 @@ class RankRuntime:
         self.run.log(metrics, samples_seen=samples_seen)
         rate = metrics.get("samples_per_second")
         if rate is not None:
-            write_progress(
-                self.spec.work, Progress(done=samples_seen, total=self.total, rate=rate, metrics=metrics)
-            )
+            write_progress(self.spec.work, Progress(done=samples_seen, total=self.total, rate=rate, metrics=metrics))
 
     def log_images(self, images: dict[str, np.ndarray], *, samples_seen: int) -> None:
         assert self.run is not None, "only rank 0 logs"

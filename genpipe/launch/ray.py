@@ -11,6 +11,7 @@ import importlib
 import itertools
 import logging
 import os
+import secrets
 import shlex
 import signal
 import sys
@@ -47,6 +48,7 @@ TUNING = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(7 * 24 * 3600),
     "RAY_TRAIN_METRICS_ENABLED": "0",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
 }
@@ -195,6 +197,7 @@ def cluster(address: str = "", *, runtime_env: dict[str, Any] | None = None) -> 
         os.environ.update({key: value for key, value in TUNING.items() if key not in os.environ})
         context = ray.init(
             address="local",
+            _node_ip_address=_own_loopback(),
             include_dashboard=True,
             dashboard_host="127.0.0.1",
             object_store_memory=OBJECT_STORE_BYTES,
@@ -211,6 +214,16 @@ def cluster(address: str = "", *, runtime_env: dict[str, Any] | None = None) -> 
                 stop(client, local.jobs)
         finally:
             ray.shutdown()
+
+
+def _own_loopback() -> str:
+    """An address of this machine that nobody else reaches, and on Linux no other local Ray uses.
+
+    Ray's agent listens on a fixed port, so that two local clusters on one address cannot both take jobs.
+    """
+    if sys.platform != "linux":
+        return "127.0.0.1"
+    return f"127.{secrets.randbelow(254) + 1}.{secrets.randbelow(256)}.{secrets.randbelow(254) + 1}"
 
 
 def connect(address: str) -> JobSubmissionClient:
@@ -393,14 +406,19 @@ def _train_rank(config: dict[str, Any]) -> None:
     if told is not None and not told.infrastructure:
         return  # the fault is the stage's own, so a restarted group has nothing to try
     context = ray.train.get_context()
-    with telling(spec, job):
-        train_rank(
-            spec,
-            config["run_id"],
-            rank=context.get_world_rank(),
-            world_size=context.get_world_size(),
-            device=ray.train.torch.get_device(),
-        )
+    try:
+        with telling(spec, job):
+            train_rank(
+                spec,
+                config["run_id"],
+                rank=context.get_world_rank(),
+                world_size=context.get_world_size(),
+                device=ray.train.torch.get_device(),
+            )
+    except Exception:
+        told = read_failure(spec.work, job)
+        if told is None or told.infrastructure or context.get_world_size() > 1:
+            raise  # other ranks may be waiting for this one; Ray Train ends them
 
 
 class _MapPart:
@@ -452,4 +470,7 @@ def _first_line(error: BaseException) -> str:
 
 if __name__ == "__main__":
     # By its own name, so that what is sent to workers is found there by reference.
-    sys.exit(importlib.import_module("genpipe.launch.ray").drive(*sys.argv[1:]))
+    status = importlib.import_module("genpipe.launch.ray").drive(*sys.argv[1:])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)  # all is committed, and taking the interpreter down would add seconds to every stage

@@ -31,6 +31,7 @@ class StageSpec(Config):
     experiment: str
     pipeline: str = ""
     pipeline_run_id: str = Field("", description="the MLflow run of the pipeline run that launched this stage")
+    run_id: str = Field("", description="this stage's MLflow run, if the submitter has claimed it")
     links: dict[str, str] = Field(default_factory=dict, description="Prefect run, Ray job: recorded as tags")
 
     @property

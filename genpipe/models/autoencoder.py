@@ -29,10 +29,10 @@ class AutoencoderConfig(Config):
     image_channels: PositiveInt = 3
     latent_channels: PositiveInt = 8
     patch_size: PositiveInt = 4
-    width: Annotated[int, Field(gt=0, multiple_of=GROUPS)] = 128
+    width: Annotated[int, Field(gt=0, multiple_of=GROUPS)] = 64
     multipliers: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (1, 2)
-    blocks: PositiveInt = 2
-    mid_attention: bool = True
+    blocks: PositiveInt = 1
+    mid_attention: bool = False
 
     @property
     def factor(self) -> int:
@@ -73,6 +73,9 @@ class AttentionBlock(nn.Module):
 class Autoencoder(nn.Module):
     """Encoder to the mean and log variance of a Gaussian, decoder from a sample of it.
 
+    Both end in a bare convolution, without the published norm and activation before it: at the start the
+    residual blocks are identities and the whole is a linear autoencoder, which finds the colours at once.
+
     A sample is mean + exp(logvar / 2) noise. Nothing here standardises latents: the statistics are measured
     over the data after training, and applied once, by whoever writes the features.
     """
@@ -92,14 +95,14 @@ class Autoencoder(nn.Module):
             if level > 0:
                 down.append(nn.Conv2d(widths[level - 1], width, 2, stride=2))
             down += [ResBlock(width, width) for _ in range(cfg.blocks)]
-        self.encoder = nn.Sequential(*down, *_middle(cfg, deep), *_head(deep, 2 * cfg.latent_channels))
+        self.encoder = nn.Sequential(*down, *_middle(cfg, deep), nn.Conv2d(deep, 2 * cfg.latent_channels, 3, padding=1))
 
         up: list[nn.Module] = [nn.Conv2d(cfg.latent_channels, deep, 3, padding=1), *_middle(cfg, deep)]
         for level in reversed(range(len(widths))):
             up += [ResBlock(widths[level], widths[level]) for _ in range(cfg.blocks)]
             if level > 0:
                 up.append(nn.ConvTranspose2d(widths[level], widths[level - 1], 2, stride=2))
-        self.decoder = nn.Sequential(*up, *_head(widths[0], cfg.image_channels * area))
+        self.decoder = nn.Sequential(*up, nn.Conv2d(widths[0], cfg.image_channels * area, 3, padding=1))
         self.unfold = nn.PixelShuffle(cfg.patch_size)
 
     @property
@@ -113,17 +116,13 @@ class Autoencoder(nn.Module):
         """Images in [-1, 1], sides divisible by the factor -> (mean, logvar), each a latent grid in fp32."""
         sides, factor = tuple(images_BCHW.shape[-2:]), self.cfg.factor
         if any(side % factor for side in sides):
-            raise ValueError(
-                f"images of {sides[0]}x{sides[1]} do not divide by the autoencoder's factor {factor}"
-            )
+            raise ValueError(f"images of {sides[0]}x{sides[1]} do not divide by the autoencoder's factor {factor}")
         mean, logvar = self.encoder(images_BCHW).float().chunk(2, dim=1)
         return mean, logvar.clamp(-30.0, 20.0)
 
     def decode(self, latents: Tensor, *, fp32: bool = False) -> Tensor:
         """Latent grid -> fp32 images, about [-1, 1]; `fp32` also computes in fp32, whatever autocast says."""
-        with torch.autocast(
-            latents.device.type, enabled=not fp32 and torch.is_autocast_enabled(latents.device.type)
-        ):
+        with torch.autocast(latents.device.type, enabled=not fp32 and torch.is_autocast_enabled(latents.device.type)):
             return self.unfold(self.decoder(latents)).float()
 
     def forward(self, images_BCHW: Tensor, *, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -139,7 +138,3 @@ def kl_divergence(mean: Tensor, logvar: Tensor) -> Tensor:
 
 def _middle(cfg: AutoencoderConfig, width: int) -> list[nn.Module]:
     return [ResBlock(width, width), AttentionBlock(width)] if cfg.mid_attention else []
-
-
-def _head(channels_in: int, channels_out: int) -> list[nn.Module]:
-    return [nn.GroupNorm(GROUPS, channels_in), nn.SiLU(), nn.Conv2d(channels_in, channels_out, 3, padding=1)]

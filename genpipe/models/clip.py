@@ -26,7 +26,7 @@ class TowerConfig(Config):
     """Size of one transformer."""
 
     width: PositiveInt = 192
-    depth: PositiveInt = 4
+    depth: PositiveInt = 3
     heads: PositiveInt = 4
     mlp_ratio: PositiveFloat = 4.0
 
@@ -36,9 +36,9 @@ class CLIPConfig(Config):
 
     embed_dim: PositiveInt = 128
     image_size: PositiveInt = 64
-    patch_size: PositiveInt = 8
+    patch_size: PositiveInt = 16
     image: TowerConfig = TowerConfig()
-    text: TowerConfig = TowerConfig(width=128)
+    text: TowerConfig = TowerConfig(width=128, depth=2)
     causal_text: bool = True
 
 
@@ -52,9 +52,7 @@ class ImageTower(nn.Module):
         self.cfg = cfg
         width = cfg.image.width
         self.patches = nn.Linear(3 * cfg.patch_size**2, width)
-        self.positions_1NW = nn.Parameter(
-            0.02 * torch.randn(1, (cfg.image_size // cfg.patch_size) ** 2, width)
-        )
+        self.positions_1NW = nn.Parameter(0.02 * torch.randn(1, (cfg.image_size // cfg.patch_size) ** 2, width))
         self.blocks = transformer(cfg.image)
         self.norm = nn.LayerNorm(width)
         self.projection = nn.Linear(width, cfg.embed_dim, bias=False)
@@ -158,9 +156,7 @@ class _GatherRows(torch.autograd.Function):
         return grad.chunk(dist.get_world_size())[dist.get_rank()]
 
 
-def contrastive_loss(
-    image_embed: Tensor, text_embed: Tensor, *, logit_scale: Tensor, gather: bool = True
-) -> Tensor:
+def contrastive_loss(image_embed: Tensor, text_embed: Tensor, *, logit_scale: Tensor, gather: bool = True) -> Tensor:
     """Symmetric InfoNCE over the global batch (Radford et al. 2021, fig. 3), a scalar in fp32.
 
     image_embed, text_embed: unit vectors [B, D], row i of one belongs to row i of the other; logit_scale in

@@ -33,9 +33,9 @@ class DiTConfig(Config):
     """
 
     patch_size: PositiveInt = 2
-    width: PositiveInt = 384
+    width: PositiveInt = 256
     depth: PositiveInt = 8
-    heads: PositiveInt = 6
+    heads: PositiveInt = 4
     mlp_ratio: PositiveFloat = 4.0
     positions: Literal["absolute", "relative"] = "absolute"
 

@@ -16,7 +16,7 @@ from genpipe.models.layers import LevelEmbedding, TransformerBlock
 class PriorConfig(Config):
     """Size of the prior's transformer."""
 
-    width: PositiveInt = 256
+    width: PositiveInt = 192
     depth: PositiveInt = 4
     heads: PositiveInt = 4
     mlp_ratio: PositiveFloat = 4.0

@@ -71,9 +71,7 @@ class Upsampler(nn.Module):
         in [0, 1] already added by the caller. H and W are multiples of patch_size.
         """
         if low_res.shape != x_BCHW.shape:
-            raise ValueError(
-                f"low_res {tuple(low_res.shape)} is not enlarged to the target's {tuple(x_BCHW.shape)}"
-            )
+            raise ValueError(f"low_res {tuple(low_res.shape)} is not enlarged to the target's {tuple(x_BCHW.shape)}")
         both = torch.cat([x_BCHW, low_res.to(x_BCHW.dtype)], dim=1)
         x = self.image_in(F.pixel_unshuffle(both, self.cfg.patch_size))
         vector = F.silu(self.time_in(t_B) + self.noise_aug_in(noise_aug))

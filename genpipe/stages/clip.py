@@ -70,7 +70,7 @@ def _split(cfg: Config, dataset: ShardDataset, tokenizer: CaptionTokenizer, *, s
         choices = caption_choice(positions, seed=cfg.train.seed) if shuffled_captions else np.zeros_like(positions)
         captions = [dataset.captions(int(i)) for i in indices]
         chosen = [options[int(choice) % len(options)] for options, choice in zip(captions, choices, strict=True)]
-        tokens = tokenizer.encode_batch(chosen, context_length=cfg.context_length)
+        tokens = tokenizer.encode_short(chosen, context_length=cfg.context_length)
         return {
             "images": image_batch(dataset, indices, size=cfg.model.image_size),
             "tokens": torch.from_numpy(tokens),

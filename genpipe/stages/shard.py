@@ -35,7 +35,7 @@ class Config(StageConfig):
     format: ImageFormat = "jpeg"
     quality: int = Field(95, ge=1, le=100, description="of jpeg and webp; png is lossless")
     max_image_pixels: int = Field(2**26, gt=0, description="larger source images are rejected undecoded")
-    heldout_fraction: float = Field(0.05, ge=0, lt=1, description="share of subjects kept from training")
+    heldout_fraction: float = Field(0.05, gt=0, lt=1, description="share of subjects kept from training")
     split_seed: int = 0
     part_size: int = Field(10_000, gt=0, description="samples in a part of work and at most in a shard")
     max_shard_bytes: int = Field(256 * 2**20, gt=0, description="a larger part is written as several shards")
@@ -138,7 +138,7 @@ def finish(
             f"source: none of the {samples_in} samples is left to train on ({why}; {samples['heldout']} held "
             "out); look at the images and captions, or lower heldout_fraction"
         )
-    if cfg.heldout_fraction > 0 and not samples["heldout"]:
+    if not samples["heldout"]:
         raise ValueError(
             f"heldout_fraction {cfg.heldout_fraction} of {written} samples left nothing to validate on; "
             "raise it, add images, or change split_seed"

@@ -103,6 +103,8 @@ def validate(
             )
             moved = (to_device(batch, rt.device) for _, batch in batches)
             result = objective.validate(moved, seeded(rt.device, cfg.seed, "validate"))
+        if bad := [name for name, value in result.metrics.items() if not math.isfinite(value)]:
+            raise FloatingPointError(f"held-out {', '.join(bad)} is not finite after {state.samples_seen} samples")
     if rt.world_size > 1:
         dist.barrier()
     return result

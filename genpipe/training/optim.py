@@ -10,6 +10,11 @@ from pydantic import Field, model_validator
 from torch import nn
 
 from genpipe.config import Config
+from genpipe.data.stream import check_batch_sizes
+from genpipe.training import muon
+
+MATRICES = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)
+"""Layers whose weights multiply activations: what Muon is for."""
 
 
 class AdamW(Config):
@@ -70,6 +75,12 @@ class TrainConfig(Config):
         """Samples of one forward pass on one rank."""
         return self.micro_batch_size or max(1, self.global_batch_size // world_size)
 
+    def check_ranks(self, world_size: int) -> None:
+        """Raise ValueError, with values that work, unless a step divides evenly over this many ranks."""
+        check_batch_sizes(
+            self.global_batch_size, micro_batch_size=self.micro_batch(world_size), world_size=world_size
+        )
+
     @property
     def validation_batch(self) -> int:
         """Samples of one forward pass of validation: not a matter of ranks, as its noise is drawn by batch."""
@@ -92,33 +103,19 @@ def lr_scale(cfg: TrainConfig, *, samples_seen: int) -> float:
 
 def build_optimizers(module: nn.Module, cfg: AdamW | Muon) -> list[torch.optim.Optimizer]:
     """The optimizers of one part. Each group remembers its peak learning rate in `peak_lr`."""
-    matrices, vectors, hidden = [], [], []
-    for name, p in module.named_parameters():
-        if p.ndim < 2:
-            vectors.append(p)
-        elif cfg.kind == "muon" and p.ndim == 2 and "blocks" in name.split("."):
-            hidden.append(p)
-        else:
-            matrices.append(p)
-    groups = [
-        {"params": matrices, "weight_decay": cfg.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
+    weights = [m.weight for m in module.modules() if isinstance(m, MATRICES)]
+    by_muon = {id(p) for p in weights} if cfg.kind == "muon" else set()
+    parameters = list(module.parameters())
+    hidden = [p for p in parameters if id(p) in by_muon]
+    decayed = [p for p in parameters if id(p) not in by_muon and p.ndim >= 2]
+    undecayed = [p for p in parameters if id(p) not in by_muon and p.ndim < 2]
+    groups = [{"params": decayed, "weight_decay": cfg.weight_decay}, {"params": undecayed, "weight_decay": 0.0}]
     groups = [group for group in groups if group["params"]]
-    adamw_lr = cfg.adamw_lr if cfg.kind == "muon" else cfg.lr
     optimizers: list[torch.optim.Optimizer] = []
     if groups:
-        optimizers.append(torch.optim.AdamW(groups, lr=adamw_lr, betas=cfg.betas))
+        optimizers.append(torch.optim.AdamW(groups, lr=cfg.adamw_lr if cfg.kind == "muon" else cfg.lr, betas=cfg.betas))
     if cfg.kind == "muon" and hidden:
-        optimizers.append(
-            torch.optim.Muon(
-                hidden,
-                lr=cfg.lr,
-                momentum=cfg.momentum,
-                weight_decay=cfg.weight_decay,
-                adjust_lr_fn="match_rms_adamw",
-            )
-        )
+        optimizers.append(muon.Muon(hidden, lr=cfg.lr, momentum=cfg.momentum, weight_decay=cfg.weight_decay))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]

@@ -29,9 +29,7 @@ def gaussian(schedule: Schedule) -> Denoise:
     return denoise
 
 
-def mixture(
-    schedule: Schedule, *, modes: tuple[float, ...], weights: tuple[float, ...], std: float
-) -> Denoise:
+def mixture(schedule: Schedule, *, modes: tuple[float, ...], weights: tuple[float, ...], std: float) -> Denoise:
     """E[x0 | x_t] when x0 is a mixture of N(mode, std^2)."""
     mode, weight = torch.tensor(modes), torch.tensor(weights)
 
@@ -54,9 +52,7 @@ def end_error(sampler: Callable[..., Tensor], *, steps: int, schedule: Schedule)
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize(("sampler", "order"), [(ddim, 1), (heun, 2)])
-def test_samplers_converge_at_their_order(
-    sampler: Callable[..., Tensor], order: int, schedule: Schedule
-) -> None:
+def test_samplers_converge_at_their_order(sampler: Callable[..., Tensor], order: int, schedule: Schedule) -> None:
     coarse = end_error(sampler, steps=32, schedule=schedule)
     fine = end_error(sampler, steps=64, schedule=schedule)
     assert math.log2(coarse / fine) == pytest.approx(order, abs=0.25)

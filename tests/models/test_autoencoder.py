@@ -17,16 +17,12 @@ from genpipe.models.discriminator import (
     generator_loss,
 )
 
-TINY = AutoencoderConfig(width=16, multipliers=(1, 2), blocks=1, latent_channels=4, patch_size=2)
+TINY = AutoencoderConfig(width=16, multipliers=(1, 2), blocks=1, latent_channels=4, patch_size=2, mid_attention=True)
 
 
-@pytest.mark.parametrize(
-    ("patch_size", "multipliers", "factor"), [(1, (1, 1, 1), 4), (2, (1, 2), 4), (4, (1,), 4)]
-)
+@pytest.mark.parametrize(("patch_size", "multipliers", "factor"), [(1, (1, 1, 1), 4), (2, (1, 2), 4), (4, (1,), 4)])
 def test_any_divisible_size(patch_size: int, multipliers: tuple[int, ...], factor: int) -> None:
-    cfg = AutoencoderConfig(
-        width=16, multipliers=multipliers, blocks=1, latent_channels=3, patch_size=patch_size
-    )
+    cfg = AutoencoderConfig(width=16, multipliers=multipliers, blocks=1, latent_channels=3, patch_size=patch_size)
     assert cfg.factor == factor
     model = Autoencoder(cfg)
     images = torch.zeros(2, 3, 8, 20)

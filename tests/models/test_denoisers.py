@@ -89,18 +89,12 @@ def test_prior_without_its_text_does_not_depend_on_it() -> None:
     other = {"text_encodings": randn(B, L, W, seed=3), "text_embed": randn(B, D, seed=4)}
     torch.testing.assert_close(run_prior(model, drop_text=DROP, **other), out)
     torch.testing.assert_close(run_prior(model, drop_text=DROP, text_mask=~TEXT_MASK), out)
-    assert (
-        not torch.isclose(run_prior(model, drop_text=DROP, noised_embed=randn(B, D, seed=5)), out)
-        .all(1)
-        .any()
-    )
+    assert not torch.isclose(run_prior(model, drop_text=DROP, noised_embed=randn(B, D, seed=5)), out).all(1).any()
 
 
 def test_prior_overfits_one_batch() -> None:
     model = prior()
-    assert (
-        overfit(model, predict=lambda: run_prior(model), goal=randn(B, D, seed=9), lr=3e-3, steps=40) < 0.05
-    )
+    assert overfit(model, predict=lambda: run_prior(model), goal=randn(B, D, seed=9), lr=3e-3, steps=40) < 0.05
 
 
 @pytest.mark.parametrize("positions", ["absolute", "relative"])
@@ -169,9 +163,7 @@ def test_decoder_ignores_padding_and_the_length_of_a_dropped_caption() -> None:
 
 
 @pytest.mark.parametrize(("drop_image", "drop_text"), [(KEEP, KEEP), (DROP, DROP), (KEEP, DROP)])
-def test_every_decoder_parameter_has_a_gradient_whatever_is_dropped(
-    drop_image: Tensor, drop_text: Tensor
-) -> None:
+def test_every_decoder_parameter_has_a_gradient_whatever_is_dropped(drop_image: Tensor, drop_text: Tensor) -> None:
     model = decoder()
     run_decoder(model, drop_image=drop_image, drop_text=drop_text).square().mean().backward()
     assert [name for name, p in model.named_parameters() if p.grad is None] == []

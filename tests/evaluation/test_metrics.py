@@ -1,0 +1,99 @@
+"""Metrics by hand and by numpy; pictures by their pixels."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+from genpipe.evaluation.grids import LABEL_WIDTH, MARGIN, labelled_grid, tile
+from genpipe.evaluation.metrics import cosine, mean_losses, psnr, recall_at, retrieval_ranks, unrelated
+
+
+def test_psnr_by_hand() -> None:
+    reference = torch.zeros(4, 3, 2, 2)
+    images = torch.stack([torch.full((3, 2, 2), value) for value in (0.0, 0.02, 0.2, 2.0)])
+    # The peak is 2 ([-1, 1]): 20 log10(2 / error); the last image is clamped to 1 first.
+    expected = [100.0, 40.0, 20.0, 20 * math.log10(2)]
+    torch.testing.assert_close(psnr(images, reference), torch.tensor(expected))
+
+
+def test_ranks_by_hand() -> None:
+    pool = torch.eye(3)
+    queries = F.normalize(torch.tensor([[3.0, 2.0, 1.0], [3.0, 2.0, 1.0], [3.0, 2.0, 1.0]]), dim=-1)
+    assert retrieval_ranks(queries, pool, torch.tensor([0, 1, 2])).tolist() == [0, 1, 2]
+
+
+def test_ties_count_against_the_query() -> None:
+    """A pool of one repeated embedding says nothing, so its own entry comes last, not first."""
+    pool = torch.tensor([[1.0, 0.0]]).repeat(5, 1)
+    ranks = retrieval_ranks(torch.tensor([[1.0, 0.0]]), pool, torch.tensor([2]))
+    assert ranks.tolist() == [4]
+    assert recall_at(ranks, 1) == 0.0
+    assert recall_at(ranks, 5) == 1.0
+
+
+@given(st.integers(1, 12), st.integers(1, 6), st.integers(0, 2**31))
+def test_ranks_are_the_places_in_the_sorted_order(queries: int, dims: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    pool = F.normalize(torch.randn(20, dims, generator=generator, dtype=torch.float64), dim=-1).float()
+    asked = F.normalize(torch.randn(queries, dims, generator=generator), dim=-1)
+    target = torch.randint(20, (queries,), generator=generator)
+    ranks = retrieval_ranks(asked, pool, target)
+    similarity = asked @ pool.T
+    for row, own, rank in zip(similarity, target, ranks, strict=True):
+        others = torch.cat([row[:own], row[own + 1 :]])
+        assert int(rank) == sum(float(other) >= float(row[own]) for other in others)
+
+
+def test_recall() -> None:
+    ranks = torch.tensor([0, 1, 4, 5, 9])
+    assert [recall_at(ranks, k) for k in (1, 5, 10)] == pytest.approx([0.2, 0.6, 1.0])
+
+
+def test_cosine_and_its_baseline() -> None:
+    rows = torch.tensor([[1.0, 0.0], [0.0, 2.0], [-3.0, 0.0]])
+    assert cosine(rows, rows).tolist() == pytest.approx([1, 1, 1])
+    assert cosine(rows, unrelated(rows)).tolist() == pytest.approx([-1, 0, 0])
+    many = torch.arange(50)
+    assert (unrelated(many) != many).all() and sorted(unrelated(many).tolist()) == many.tolist()
+
+
+def test_means_are_over_samples_and_not_over_batches() -> None:
+    batches = [{"loss": torch.tensor([1.0, 2.0, 3.0])}, {"loss": torch.tensor([10.0])}]
+    assert mean_losses(batches) == {"loss": 4.0}
+
+
+def flat(value: int, size: int = 4) -> np.ndarray:
+    return np.full((size, size, 3), value, np.uint8)
+
+
+def test_tiles_stand_where_their_images_do() -> None:
+    picture = tile([[flat(10), flat(20), flat(30)], [flat(40), flat(50)]], cell=8)
+    assert picture.shape == (16, 24, 3) and picture.dtype == np.uint8
+    for row, column, value in ((0, 0, 10), (0, 1, 20), (0, 2, 30), (1, 0, 40), (1, 1, 50), (1, 2, 255)):
+        assert (picture[8 * row : 8 * row + 8, 8 * column : 8 * column + 8] == value).all()
+
+
+def test_a_labelled_grid_shows_every_image_whole() -> None:
+    colours = {value: (value, 0, 200) for value in (10, 20, 30, 40, 50, 60)}  # no grey, which text is drawn in
+    images = {value: np.broadcast_to(np.uint8(colour), (4, 4, 3)) for value, colour in colours.items()}
+    rows = [[images[10], images[20]], [images[30], images[40]], [images[50], images[60]]]
+    captions = ["a red apple", "e\u0301 日本 🍎", "a caption so long that it takes several lines to write " * 3]
+    picture = labelled_grid(rows, captions=captions, columns=["first", "second"], cell=40)
+    for value, colour in colours.items():
+        where = np.argwhere((picture == colour).all(-1))
+        (top, left), (bottom, right) = where.min(0), where.max(0)
+        assert (bottom - top, right - left) == (39, 39)
+        assert left == LABEL_WIDTH + (40 + MARGIN) * ((value // 10 - 1) % 2)
+    dark = (picture[:, :LABEL_WIDTH] < 128).all(-1).any(1)
+    head = len(picture) - 3 * (40 + MARGIN)
+    assert [dark[head + 46 * row : head + 46 * row + 40].any() for row in range(3)] == [True] * 3, (
+        "captions are written"
+    )
+    assert not any(dark[head + 46 * row + 40 : head + 46 * row + 46].any() for row in range(3)), "each in its own row"

@@ -1,0 +1,212 @@
+"""Stages on a real Ray: one local cluster for the module, jobs through its dashboard, faults by real signals."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from mlflow import MlflowClient
+from mlflow.entities import Run
+from safetensors.torch import load_file
+from toybox import Toys, artifact_of, install, wait_for
+
+from genpipe import artifacts
+from genpipe.artifacts import Artifact
+from genpipe.launch import ray as on_ray
+from genpipe.launch.local import run_local
+from genpipe.launch.ray import Cluster, JobLost, StageError, cluster, connect
+from genpipe.launch.spec import Progress, StageSpec, read_progress
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def ray() -> Iterator[Cluster]:
+    install()  # before Ray's processes inherit the environment
+    with cluster() as local:
+        yield local
+
+
+@pytest.fixture
+def toys(tmp_path: Path) -> Toys:
+    return Toys(tmp_path)
+
+
+@pytest.fixture
+def data(toys: Toys) -> Artifact:
+    return run_local(toys.spec("toy_data"))
+
+
+def run(ray: Cluster, spec: StageSpec) -> str:
+    return ray.run(spec, report=lambda progress: None)
+
+
+def run_of(toys: Toys, spec: StageSpec) -> Run:
+    """The only MLflow run of the fingerprint."""
+    client = MlflowClient(toys.tracking_uri)
+    experiment = client.get_experiment_by_name(spec.experiment)
+    assert experiment is not None
+    query = f"tags.`genpipe.fingerprint` = '{spec.target.fingerprint}'"
+    [found] = client.search_runs([experiment.experiment_id], query)
+    return found
+
+
+def history(toys: Toys, spec: StageSpec, name: str) -> list[tuple[int, float]]:
+    """(samples seen, value) of a metric of a finished stage."""
+    found = run_of(toys, spec)
+    assert found.info.status == "FINISHED"
+    metrics = MlflowClient(toys.tracking_uri).get_metric_history(found.info.run_id, name)
+    return [(metric.step, metric.value) for metric in metrics]
+
+
+def weights(spec: StageSpec) -> dict[str, torch.Tensor]:
+    return load_file(Path(spec.target.uri) / "model.safetensors")
+
+
+def test_a_data_stage_maps_every_part_once(ray: Cluster, toys: Toys) -> None:
+    spec = toys.spec("toy_data", parts=5, resources={"workers": 2})
+    seen: list[Progress | None] = []
+    job = ray.run(spec, report=seen.append)
+    assert job == f"genpipe-toy_data-{spec.target.fingerprint[:16]}-1"
+    manifest = artifacts.verify(spec.target.uri)
+    assert {file.path for file in manifest.files} == {*(f"part-{n}.npy" for n in range(5)), "preview.png"}
+    assert manifest.artifact.meta["samples"] == 500
+    assert seen[0] is None, "no progress before the job has begun"
+
+
+def test_a_killed_actor_costs_its_part_only(ray: Cluster, toys: Toys, tmp_path: Path) -> None:
+    spec = toys.spec("toy_data", parts=3, die_once=str(tmp_path / "died"))
+    run(ray, spec)
+    assert (tmp_path / "died").exists()
+    assert artifact_of(spec).meta["samples"] == 300
+
+
+def test_two_ranks_train_as_one(ray: Cluster, toys: Toys, data: Artifact, tmp_path: Path) -> None:
+    """The global batch is the same samples with the same noise, so the weights agree up to rounding."""
+    two = toys.line(data, samples=160, resources={"workers": 2, "cpus": 0.5})
+    run(ray, two)
+    (tmp_path / "alone").mkdir()
+    alone = Toys(tmp_path / "alone").line(data, samples=160)
+    run_local(alone)
+    for name, tensor in weights(alone).items():
+        torch.testing.assert_close(weights(two)[name], tensor, rtol=1e-4, atol=1e-5)
+    assert weights(alone)["weight"].item() > 0.5, "it did learn something on its way to the slope of 2"
+
+
+def test_a_killed_rank_goes_on_from_its_checkpoint(ray: Cluster, toys: Toys, data: Artifact) -> None:
+    resources = {"checkpoint_seconds": 0.1}
+    spec = toys.line(data, samples=400, step_seconds=0.05, resources=resources)
+    killed: list[int] = []
+
+    def kill_one(progress: Progress | None) -> None:
+        if progress and progress.done >= 100 and not killed:
+            killed.append(int(progress.metrics["line/pid"]))
+            os.kill(killed[0], signal.SIGKILL)
+
+    ray.run(spec, report=kill_one)
+    assert killed
+    pids = history(toys, spec, "line/pid")
+    assert len({pid for _, pid in pids}) == 2, "one rank, and the one that took its place"
+    again = min(step for step, pid in pids if pid != killed[0])
+    assert again > 100 - 20, "the second rank went on from a checkpoint"
+    assert max(step for step, _ in pids) == 400
+
+
+def test_a_stage_that_fails_says_so_once(ray: Cluster, toys: Toys, data: Artifact) -> None:
+    spec = toys.line(data, fail="the loss is wrong; mend it")
+    with pytest.raises(StageError, match=r"^the loss is wrong; mend it \(log: .*job.log\)$") as failure:
+        run(ray, spec)
+    assert not isinstance(failure.value, JobLost)
+    assert "toy_line.py" in failure.value.details, "the traceback, for a debugger"
+    log = Path(spec.work, "job.log").read_text()
+    assert log.count("Started training worker group") == 1, "a stage's own fault is not tried again"
+    found = run_of(toys, spec)
+    assert found.info.status == "FAILED"
+    assert found.data.tags["genpipe.error"] == "StageError: the loss is wrong; mend it"
+    assert artifacts.find(spec.target.uri) is None
+
+
+def test_a_failing_part_is_named(ray: Cluster, toys: Toys) -> None:
+    spec = toys.spec("toy_data", parts=2, fail="part-1")
+    with pytest.raises(StageError, match=r"^part-1 cannot be read; replace the file \(log: "):
+        run(ray, spec)
+
+
+def test_the_same_stage_is_adopted_not_started_again(ray: Cluster, toys: Toys) -> None:
+    spec = toys.spec("toy_data", parts=2, seconds=1.5)
+    jobs: list[str] = []
+    first = threading.Thread(target=lambda: jobs.append(run(ray, spec)))
+    second = threading.Thread(target=lambda: jobs.append(run(ray, spec)))
+    first.start()
+    second.start()
+    first.join()
+    second.join()
+    assert jobs == [on_ray.job_id(spec, 1)] * 2
+
+
+def test_a_killed_driver_is_a_lost_job_and_the_next_attempt_goes_on(ray: Cluster, toys: Toys, data: Artifact) -> None:
+    spec = toys.line(data, samples=400, step_seconds=0.05, resources={"checkpoint_seconds": 0.1})
+
+    def kill_driver(progress: Progress | None) -> None:
+        if progress and progress.done >= 60:
+            for process in drivers(spec):
+                process.kill()
+
+    with pytest.raises(JobLost, match="died; its log: "):
+        ray.run(spec, report=kill_driver)
+    assert run(ray, spec) == on_ray.job_id(spec, 2)
+    steps = [step for step, _ in history(toys, spec, "line/pid")]
+    assert steps.count(20) == 1, "the second attempt did not begin at the beginning"
+
+
+def drivers(spec: StageSpec) -> list[psutil.Process]:
+    """The processes that drive the job of `spec`, found by the spec that they were given."""
+    processes = psutil.process_iter(["cmdline"])
+    return [p for p in processes if f"{spec.work}/spec.json" in (p.info["cmdline"] or ())]
+
+
+def test_interrupt_stops_the_job_and_the_run_is_killed(toys: Toys, ray: Cluster, data: Artifact) -> None:
+    spec = toys.line(data, samples=4000, step_seconds=0.05)
+    own = Cluster(ray.client, runtime_env={}, capacity=ray.capacity)
+    ended: list[Any] = []
+
+    def submit() -> None:
+        try:
+            run(own, spec)
+        except on_ray.Stopped as stopped:
+            ended.append(stopped)
+
+    thread = threading.Thread(target=submit)
+    thread.start()
+    wait_for(lambda: read_progress(spec.work))
+    own.interrupt(stop_jobs=True)
+    thread.join(10)
+    assert len(ended) == 1
+    assert str(ray.client.get_job_status(on_ray.job_id(spec, 1))) == "STOPPED"
+    wait_for(lambda: run_of(toys, spec).info.status == "KILLED", seconds=15)
+
+
+def test_what_does_not_fit_is_said_at_once(ray: Cluster, toys: Toys) -> None:
+    spec = toys.spec("toy_data", resources={"workers": 64, "cpus": 8})
+    with pytest.raises(ValueError, match=r"stages.toy_data.resources: 64 workers x 8 CPUs do not fit this machine"):
+        run(ray, spec)
+
+
+def test_unreachable_clusters_are_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(on_ray, "REACH_SECONDS", 1.0)
+    with pytest.raises(ValueError, match=r"ray.address: 'head:8265' is not a dashboard URL such as http://head:8265"):
+        connect("head:8265")
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        port = silent.getsockname()[1]
+        with pytest.raises(ValueError, match=rf"ray.address: no Ray dashboard at http://127.0.0.1:{port} \(timed"):
+            connect(f"http://127.0.0.1:{port}")
+    with pytest.raises(ValueError, match=r"leave ray.address empty for a local Ray"):
+        connect(f"http://127.0.0.1:{port}")

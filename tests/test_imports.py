@@ -1,0 +1,49 @@
+"""Everything from the stages down lives without Ray, Prefect and MLflow: imported and run with the three blocked."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+SCRIPT = """
+import importlib, importlib.abc, pkgutil, sys
+from pathlib import Path
+
+BLOCKED = {"ray", "prefect", "mlflow"}
+
+class Blocker(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in BLOCKED:
+            raise ModuleNotFoundError(f"{name} is blocked", name=name)
+        return None
+
+sys.meta_path.insert(0, Blocker())
+
+import genpipe
+ABOVE = ("genpipe.launch", "genpipe.tracking", "genpipe.recorder", "genpipe.cli", "genpipe.console", "genpipe.doctor")
+names = [m.name for m in pkgutil.walk_packages(genpipe.__path__, "genpipe.") if not m.name.startswith(ABOVE)]
+for name in names:
+    importlib.import_module(name)
+assert {f"genpipe.stages.{stage}" for stage in ("shard", "clip", "evaluate")} <= set(names), names
+
+from genpipe.stages import shard
+cfg = shard.Config.model_validate({"source": {"kind": "folder", "path": sys.argv[1]}, "image_size": 16})
+(part,) = shard.parts(cfg, {})
+stats = shard.Worker(cfg, {})(part, Path(sys.argv[2]))
+meta, metrics = shard.finish(cfg, {}, [stats], Path(sys.argv[2]))
+assert not BLOCKED & {name.split(".")[0] for name in sys.modules}
+print(int(metrics["samples_in"]), meta["image_size"])
+"""
+
+
+def test_stages_and_all_below_run_without_the_orchestrators(shapes: Path, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, str(shapes), str(tmp_path)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["60", "16"]

@@ -1,0 +1,90 @@
+"""A Runtime of one process that keeps its records in memory and its checkpoints in a folder, as the real one does."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from genpipe.config import Resources
+from genpipe.launch.execute import latest_checkpoint, save_checkpoint
+from genpipe.launch.spec import StageSpec
+from genpipe.stages import load_stage
+from genpipe.training.loop import train
+from genpipe.training.objective import Objective, Validation
+
+CPU = torch.device("cpu")
+SGD_RATE = 0.05
+
+
+@dataclass
+class FolderRuntime:
+    """`stop_at` samples it asks for a stop."""
+
+    work: Path
+    stop_at: int | None = None
+    rank: int = 0
+    world_size: int = 1
+    device: torch.device = CPU
+    logged: dict[int, dict[str, float]] = field(default_factory=dict)
+    pictures: list[str] = field(default_factory=list)
+
+    def log(self, metrics: dict[str, float], *, samples_seen: int) -> None:
+        assert self.rank == 0, "only rank 0 logs"
+        self.logged.setdefault(samples_seen, {}).update(metrics)
+
+    def log_images(self, images: dict[str, np.ndarray], *, samples_seen: int) -> None:
+        self.pictures += images
+
+    def save(self, folder: Path, *, samples_seen: int) -> None:
+        save_checkpoint(str(self.work), folder, samples_seen=samples_seen)
+
+    def latest(self) -> Path | None:
+        return latest_checkpoint(str(self.work))
+
+    def should_stop(self) -> bool:
+        return self.stop_at is not None and max(self.logged, default=0) >= self.stop_at
+
+    def checkpoints(self) -> list[int]:
+        return sorted(int(path.parent.name) for path in self.work.glob("checkpoints/*/manifest.json"))
+
+
+def train_stage(
+    spec: StageSpec, rt: FolderRuntime, *, resources: Resources | None = None
+) -> tuple[Objective, Validation]:
+    """Train a stage as `launch.execute.train_rank` does, with this runtime."""
+    stage = load_stage(spec.stage)
+    cfg = stage.Config.model_validate(spec.config)
+    objective = build(spec)
+    result = train(objective, stage.data(cfg, spec.inputs), cfg.train, rt, resources or cfg.resources)
+    return objective, result
+
+
+def build(spec: StageSpec) -> Objective:
+    """The objective of a training stage with its initial weights, on the CPU."""
+    stage = load_stage(spec.stage)
+    cfg = stage.Config.model_validate(spec.config)
+    torch.manual_seed(cfg.train.seed)
+    objective: Objective = stage.objective(cfg, spec.inputs, CPU)
+    return objective
+
+
+def weights(objective: Objective) -> dict[str, Tensor]:
+    """Every tensor of every part, by dotted name."""
+    return {
+        f"{part}.{name}": tensor.detach().clone()
+        for part, module in objective.trainable.items()
+        for name, tensor in module.state_dict().items()
+    }
+
+
+def sgd(module: nn.Module, _: object) -> list[torch.optim.Optimizer]:
+    """Ranks add in another order, so gradients differ in their last bits; Adam, dividing by their size, blows those
+    bits up where a gradient is near zero. Plain descent shows gradients as they are.
+    """
+    optimizer = torch.optim.SGD(module.parameters(), lr=SGD_RATE)
+    optimizer.param_groups[0]["peak_lr"] = SGD_RATE
+    return [optimizer]

@@ -1,0 +1,71 @@
+"""The running average against its closed form."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from genpipe.training.ema import Ema
+
+
+def linear(value: float) -> nn.Linear:
+    module = nn.Linear(2, 3, dtype=torch.float64)
+    with torch.no_grad():
+        for p in module.parameters():
+            p.fill_(value)
+    return module
+
+
+def set_to(module: nn.Module, value: float) -> None:
+    with torch.no_grad():
+        for p in module.parameters():
+            p.fill_(value)
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.3, 0.99])
+def test_closed_form(decay: float) -> None:
+    """shadow_n = sum over k of w_k (1 - d_k) times the later decays, plus w_0 times all of them."""
+    values = [1.0, -2.0, 0.5, 4.0, 3.0, -1.0]
+    decays = [min(decay, (1 + k) / (10 + k)) for k in range(len(values) - 1)]
+    module = linear(values[0])
+    ema = Ema(module, decay=decay)
+    for value in values[1:]:
+        set_to(module, value)
+        ema.update()
+    expected = values[0] * torch.tensor(decays, dtype=torch.float64).prod()
+    for k, value in enumerate(values[1:]):
+        expected += value * (1 - decays[k]) * torch.tensor(decays[k + 1 :], dtype=torch.float64).prod()
+    for shadow in ema.shadow.values():
+        torch.testing.assert_close(shadow, torch.full_like(shadow, expected.item()))
+
+
+def test_swapping_gives_the_average_and_gives_the_weights_back() -> None:
+    module = linear(1.0)
+    ema = Ema(module, decay=0.999)
+    set_to(module, 2.0)
+    ema.update()  # the first decay is 1 / 10
+    with ema.swapped():
+        torch.testing.assert_close(module.weight, torch.full_like(module.weight, 1.9))
+    assert (module.weight == 2.0).all()
+    with pytest.raises(RuntimeError, match="inside"), ema.swapped():
+        raise RuntimeError("inside")
+    assert (module.weight == 2.0).all(), "an error in validation does not lose the weights"
+    ema.swap()
+    torch.testing.assert_close(module.weight, torch.full_like(module.weight, 1.9))
+
+
+def test_a_restored_average_goes_on_as_the_first_would() -> None:
+    module = linear(0.0)
+    first = Ema(module, decay=0.9)
+    for value in (1.0, 2.0, 3.0):
+        set_to(module, value)
+        first.update()
+    second = Ema(module, decay=0.9)
+    second.load_state_dict(first.state_dict())
+    set_to(module, 4.0)
+    first.update()
+    second.update()
+    assert second.updates == 4
+    for name, shadow in first.shadow.items():
+        assert torch.equal(shadow, second.shadow[name])

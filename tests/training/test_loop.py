@@ -1,0 +1,228 @@
+"""The loop on real stages: exact resume, damaged checkpoints, numbers that stop being finite, losses that fall."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+import torch
+from folder_runtime import CPU, SGD_RATE, FolderRuntime, build, sgd, train_stage, weights
+
+from genpipe.config import Resources
+from genpipe.data.stream import order
+from genpipe.launch.spec import StageSpec
+from genpipe.stages import load_stage
+from genpipe.training import state
+from genpipe.training.loop import Interrupted, seeded
+from genpipe.training.objective import Step
+
+if TYPE_CHECKING:
+    from conftest import TinyPipeline
+
+BATCH = 16
+SHORT = ("samples=128", f"global_batch_size={BATCH}", "micro_batch_size=8", "log_every=1", "validate_every=0")
+ADVERSARIAL = "stages.autoencoder.adversarial={start: 48, model: {width: 8, layers: 2}}"
+
+
+@pytest.fixture(autouse=True)
+def _full_precision() -> None:
+    torch.set_float32_matmul_precision("highest")
+
+
+def short(tiny: TinyPipeline, stage: str, *overrides: str) -> StageSpec:
+    """Eight steps of a stage: the autoencoder with its discriminator from the fourth on, the prior with Muon."""
+    special = {"autoencoder": (ADVERSARIAL,), "prior": ("stages.prior.train.optim.kind=muon",)}
+    settings = [f"stages.{stage}.train.{setting}" for setting in SHORT]
+    return tiny.spec(stage, *settings, *special.get(stage, ()), *overrides)
+
+
+@pytest.fixture(params=["autoencoder", "prior", "decoder", "upsampler"])
+def spec(request: pytest.FixtureRequest, tiny: TinyPipeline) -> StageSpec:
+    return short(tiny, request.param)
+
+
+def steps_of(rt: FolderRuntime) -> dict[int, dict[str, float]]:
+    """What training logged, without the clock's values."""
+    clock = {"samples_per_second", "step_seconds", "data_wait_share"}
+    return {at: {n: v for n, v in values.items() if n not in clock} for at, values in rt.logged.items()}
+
+
+def test_an_interrupted_run_resumed_is_the_run_bitwise(spec: StageSpec, tmp_path: Path) -> None:
+    straight = FolderRuntime(tmp_path / "straight")
+    expected, result = train_stage(spec, straight)
+    assert straight.checkpoints() == [], "checkpoints come by time; this run was too short for one"
+
+    first = FolderRuntime(tmp_path / "cut", stop_at=5 * BATCH)
+    with pytest.raises(Interrupted, match="stopped at 80 samples"):
+        train_stage(spec, first)
+    assert first.checkpoints() == [80]
+    second = FolderRuntime(tmp_path / "cut")
+    found, resumed = train_stage(spec, second)
+
+    assert min(second.logged) == 96, "it went on after the checkpoint"
+    assert steps_of(first) | steps_of(second) == steps_of(straight)
+    assert resumed.metrics == result.metrics
+    one, other = weights(expected), weights(found)
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_the_discriminator_joins_late(tiny: TinyPipeline, tmp_path: Path) -> None:
+    rt = FolderRuntime(tmp_path)
+    train_stage(short(tiny, "autoencoder"), rt)
+    assert [at for at, values in rt.logged.items() if "discriminator/loss" in values] == [64, 80, 96, 112, 128]
+    assert all(values["autoencoder/adaptive_weight"] > 0 for at, values in rt.logged.items() if at >= 64)
+
+
+@pytest.mark.parametrize("stage", ["autoencoder", "decoder"])
+def test_the_loop_is_gradient_descent(
+    tiny: TinyPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    """Against the textbook: gradients of each part's own loss by its own weights alone, clipped and applied."""
+    settings = ("samples=96", "micro_batch_size=16", "precision=fp32", "ema_decay=0", "grad_clip=0.1", "decay=linear")
+    spec = short(tiny, stage, *(f"stages.{stage}.train.{setting}" for setting in settings))
+    monkeypatch.setattr(state, "build_optimizers", sgd)
+    found, _ = train_stage(spec, FolderRuntime(tmp_path))
+
+    objective, cfg = build(spec), load_stage(stage).Config.model_validate(spec.config)
+    train = load_stage(stage).data(cfg, spec.inputs).train
+    for seen in range(0, 96, BATCH):
+        positions = np.arange(seen, seen + BATCH)
+        batch = train.collate(order(positions, n=train.length, seed=cfg.train.seed), positions)
+        for part in objective.parts(seen):
+            parameters = list(objective.trainable[part].parameters())
+            loss, _ = objective.loss(part, batch, Step(seen, seeded(CPU, cfg.train.seed, part, seen)))
+            gradients = torch.autograd.grad(loss, parameters)
+            norm = torch.cat([g.flatten() for g in gradients]).norm()
+            rate = SGD_RATE * (1 - seen / 96) * min(1.0, 0.1 / norm.item())
+            with torch.no_grad():
+                for p, gradient in zip(parameters, gradients, strict=True):
+                    p -= rate * gradient
+    expected = weights(objective)
+    for name, tensor in weights(found).items():
+        torch.testing.assert_close(tensor, expected[name], atol=1e-6, rtol=1e-5)
+
+
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(tiny: TinyPipeline, tmp_path: Path) -> None:
+    spec = short(tiny, "prior")
+    expected, _ = train_stage(spec, FolderRuntime(tmp_path / "straight"))
+    often = Resources(checkpoint_seconds=1e-9)
+    first = FolderRuntime(tmp_path / "cut", stop_at=5 * BATCH)
+    with pytest.raises(Interrupted):
+        train_stage(spec, first, resources=often)
+    assert first.checkpoints() == [64, 80], "two are kept"
+    newest = tmp_path / "cut" / "checkpoints" / f"{80:015d}" / "state.pt"
+    newest.write_bytes(newest.read_bytes()[:-100])
+
+    second = FolderRuntime(tmp_path / "cut")
+    found, _ = train_stage(spec, second)
+    assert min(second.logged) == 80, "it went on from 64 samples"
+    one, other = weights(expected), weights(found)
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_checkpoint_without_its_manifest_is_none(tiny: TinyPipeline, tmp_path: Path) -> None:
+    """Killed between the files and the manifest: the files alone are not a checkpoint."""
+    spec = short(tiny, "prior")
+    with pytest.raises(Interrupted):
+        train_stage(spec, FolderRuntime(tmp_path, stop_at=2 * BATCH))
+    (tmp_path / "checkpoints" / f"{32:015d}" / "manifest.json").unlink()
+    again = FolderRuntime(tmp_path)
+    train_stage(spec, again)
+    assert min(again.logged) == BATCH
+
+
+def test_numbers_that_are_not_finite_stop_training_unsaved(tiny: TinyPipeline, tmp_path: Path) -> None:
+    spec = short(tiny, "upsampler", "stages.upsampler.train.optim.lr=1e30", "stages.upsampler.train.precision=fp32")
+    rt = FolderRuntime(tmp_path)
+    with pytest.raises(FloatingPointError) as error:
+        train_stage(spec, rt, resources=Resources(checkpoint_seconds=1e-9))
+    told = str(error.value)
+    assert told.startswith("upsampler/loss")
+    assert "is not finite after" in told and "lower train.optim.lr" in told
+    failed_at = max(rt.logged) + BATCH
+    assert f"after {failed_at} samples" in told
+    assert max(rt.checkpoints()) < failed_at, "what was saved is from before"
+    for at in rt.checkpoints():
+        state = torch.load(tmp_path / "checkpoints" / f"{at:015d}" / "state.pt", weights_only=True)
+        assert all(t.isfinite().all() for t in state["trainable"]["upsampler"].values())
+
+
+def test_validation_and_checkpoints_leave_training_as_it_is(tiny: TinyPipeline, tmp_path: Path) -> None:
+    """Looking often must not change what is looked at."""
+    quiet, busy = FolderRuntime(tmp_path / "quiet"), FolderRuntime(tmp_path / "busy")
+    one, _ = train_stage(short(tiny, "decoder"), quiet)
+    every = f"stages.decoder.train.validate_every={BATCH}"
+    other, _ = train_stage(short(tiny, "decoder", every), busy, resources=Resources(checkpoint_seconds=1e-9))
+    assert sum("heldout/loss" in values for values in busy.logged.values()) == 8
+    assert busy.pictures.count("samples") == 8
+    assert weights(one).keys() == weights(other).keys()
+    assert all(torch.equal(tensor, weights(other)[name]) for name, tensor in weights(one).items())
+
+
+def test_the_weights_left_in_place_are_the_average(tiny: TinyPipeline, tmp_path: Path) -> None:
+    """With decay 0 the average is the last weights; with a long memory it is not."""
+    left = {}
+    for decay in (0.0, 0.9):
+        override = f"stages.prior.train.ema_decay={decay}"
+        objective, _ = train_stage(short(tiny, "prior", override), FolderRuntime(tmp_path / str(decay)))
+        left[decay] = weights(objective)
+    assert any(not torch.equal(left[0.0][name], left[0.9][name]) for name in left[0.0])
+
+
+def test_metrics_are_means_over_the_steps_between(tiny: TinyPipeline, tmp_path: Path) -> None:
+    """Logged every 4 steps or every one: the same numbers."""
+    fine, coarse = FolderRuntime(tmp_path / "fine"), FolderRuntime(tmp_path / "coarse")
+    train_stage(short(tiny, "prior"), fine)
+    train_stage(short(tiny, "prior", "stages.prior.train.log_every=4"), coarse)
+    assert sorted(coarse.logged) == [64, 128]
+    for name in ("prior/loss", "prior/grad_norm"):
+        losses = [values[name] for _, values in sorted(fine.logged.items())]
+        for half, at in ((losses[:4], 64), (losses[4:], 128)):
+            assert coarse.logged[at][name] == pytest.approx(sum(half) / 4, rel=1e-5)
+
+
+def test_logged_rates_are_what_the_clock_says(tiny: TinyPipeline, tmp_path: Path) -> None:
+    rt = FolderRuntime(tmp_path)
+    started = time.monotonic()
+    train_stage(short(tiny, "upsampler"), rt)
+    seconds = time.monotonic() - started
+    assert 0 < sum(values["step_seconds"] for values in rt.logged.values()) <= seconds
+    for values in rt.logged.values():
+        if "step_seconds" in values:
+            assert values["samples_per_second"] * values["step_seconds"] == pytest.approx(BATCH)
+            assert 0 <= values["data_wait_share"] <= 1
+
+
+@pytest.mark.parametrize(
+    ("stage", "metric", "falls"),
+    [
+        ("autoencoder", "psnr", False),
+        ("clip", "loss", True),
+        ("prior", "loss", True),
+        ("decoder", "loss", True),
+        ("upsampler", "loss", True),
+    ],
+)
+def test_training_improves_the_heldout_metric(
+    tiny: TinyPipeline, tmp_path: Path, stage: str, metric: str, falls: bool
+) -> None:
+    """After 30 steps the fixed-noise held-out number is better than after one."""
+    values = {}
+    for samples in (BATCH, 30 * BATCH):
+        settings = ("ema_decay=0.5", "warmup_samples=0", "validate_every=0", f"samples={samples}")
+        spec = tiny.spec(stage, *(f"stages.{stage}.train.{setting}" for setting in settings))
+        _, result = train_stage(spec, FolderRuntime(tmp_path / str(samples)))
+        values[samples] = result.metrics[metric]
+    assert (values[30 * BATCH] < values[BATCH]) == falls
+
+
+def test_losses_fall_over_training(tiny: TinyPipeline, tmp_path: Path) -> None:
+    for stage in ("autoencoder", "clip"):
+        rt = FolderRuntime(tmp_path / stage)
+        train_stage(tiny.spec(stage, f"stages.{stage}.train.log_every=1"), rt)
+        losses = [values[f"{stage}/loss"] for _, values in sorted(rt.logged.items())]
+        assert sum(losses[-5:]) < sum(losses[:5])
