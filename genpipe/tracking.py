@@ -400,7 +400,21 @@ def _log_inputs(client: MlflowClient, run_id: str, spec: StageSpec) -> None:
         models += _models_of(client, artifact)
     if datasets:
         unique = [LoggedModelInput(model) for model in dict.fromkeys(models)]
-        client.log_inputs(run_id, datasets=datasets, models=unique)
+        _insist(lambda: client.log_inputs(run_id, datasets=datasets, models=unique))
+
+
+def _insist(write: Callable[[], Any], *, times: int = 3) -> None:
+    """Call `write` again if MLflow fails: two stages that name the same dataset at once trip over each other there."""
+    from mlflow.exceptions import MlflowException
+
+    for left in reversed(range(times)):
+        try:
+            write()
+            return
+        except MlflowException:
+            if not left:
+                raise
+            time.sleep(0.2)
 
 
 def _models_of(client: MlflowClient, artifact: Artifact) -> list[str]:

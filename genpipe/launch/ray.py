@@ -7,13 +7,17 @@ and on a cluster alike. What a job tells its submitter lies in the stage's work 
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import itertools
+import json
 import logging
 import os
 import secrets
 import shlex
 import signal
+import socket
+import subprocess
 import sys
 import tempfile
 import threading
@@ -22,10 +26,11 @@ import traceback
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+import psutil
 from pydantic import Field
 
 from genpipe import artifacts
@@ -39,7 +44,8 @@ if TYPE_CHECKING:
 POLL_SECONDS = 0.3
 REACH_SECONDS = 5.0
 LOST_SECONDS = 60.0
-STOP_SECONDS = 10.0
+STOP_SECONDS = 15.0
+START_SECONDS = 120.0
 FAILURE = "error.json"
 OBJECT_STORE_BYTES = 256 * 2**20
 
@@ -50,6 +56,7 @@ TUNING = {
     "RAY_TRAIN_METRICS_ENABLED": "0",
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "RAY_JOB_STOP_WAIT_TIME_S": "10",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
 }
 
@@ -133,17 +140,21 @@ class Cluster:
         python = sys.executable if self.embedded else "python"
         command = [python, "-m", "genpipe.launch.ray", spec.write(), job]
         metadata = {"fingerprint": spec.target.fingerprint, "mlflow_run": spec.pipeline_run_id, **spec.links}
-        try:
-            self.client.submit_job(
-                entrypoint=shlex.join(command),
-                submission_id=job,
-                runtime_env=self.runtime_env,
-                metadata=metadata,
-            )
-        except RuntimeError as error:
-            if "already exists" not in str(error):
-                raise JobLost(f"Ray refused the job: {_first_line(error)}") from error
-        return job
+        deadline = time.monotonic() + LOST_SECONDS
+        while True:
+            try:
+                return self.client.submit_job(
+                    entrypoint=shlex.join(command),
+                    submission_id=job,
+                    runtime_env=self.runtime_env,
+                    metadata=metadata,
+                )
+            except RuntimeError as error:
+                if "already exists" in str(error):
+                    return job
+                if "No available agent" not in str(error) or time.monotonic() > deadline:
+                    raise JobLost(f"Ray refused the job: {_first_line(error)}") from error
+            time.sleep(POLL_SECONDS)  # the cluster has only just started
 
     def _wait(self, spec: StageSpec, job: str, report: Report) -> None:
         heard = time.monotonic()
@@ -192,47 +203,101 @@ def cluster(address: str = "", *, runtime_env: dict[str, Any] | None = None) -> 
         yield Cluster(connect(address), runtime_env=runtime_env or {}, capacity={})
         return
     with tempfile.TemporaryDirectory(prefix="genpipe-ray-", ignore_cleanup_errors=True) as folder:
-        import ray
-
-        os.environ.update({key: value for key, value in TUNING.items() if key not in os.environ})
-        context = ray.init(
-            address="local",
-            _node_ip_address=_own_loopback(),
-            include_dashboard=True,
-            dashboard_host="127.0.0.1",
-            object_store_memory=OBJECT_STORE_BYTES,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            _temp_dir=folder,
-        )
+        token = secrets.token_hex(32)  # other users of this machine can reach loopback, too
+        process, address = _start_head(folder, token=token)
         try:
-            client = connect(f"http://{context.dashboard_url}")
-            local = Cluster(client, runtime_env=runtime_env or {}, capacity=ray.cluster_resources())
+            client, capacity = _await_head(process, address, folder, token=token)
+            local = Cluster(client, runtime_env=runtime_env or {}, capacity=capacity)
             try:
                 yield local
             finally:
                 stop(client, local.jobs)
         finally:
-            ray.shutdown()
+            _end(process)
 
 
-def _own_loopback() -> str:
-    """An address of this machine that nobody else reaches, and on Linux no other local Ray uses.
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Kill a local Ray and all that it started: its jobs have ended, so nothing there is worth an orderly end."""
+    family = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
+    process.kill()
+    process.wait()
+    for member in family:
+        with suppress(psutil.NoSuchProcess):
+            member.kill()
+    psutil.wait_procs(family, timeout=STOP_SECONDS)
 
-    Ray's agent listens on a fixed port, so that two local clusters on one address cannot both take jobs.
+
+def _start_head(folder: str, *, token: str) -> tuple[subprocess.Popen[bytes], str]:
+    """A Ray head in a process of its own, on loopback and on ports of its own, and its dashboard's address."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    options = {
+        "port": 0,
+        "node-ip-address": "127.0.0.1",
+        "include-dashboard": "true",
+        "dashboard-host": "127.0.0.1",
+        "dashboard-port": port,
+        "dashboard-agent-listen-port": 0,
+        "object-store-memory": OBJECT_STORE_BYTES,
+        "temp-dir": folder,
+    }
+    arguments = [f"--{name}={value}" for name, value in options.items()]
+    command = [sys.executable, "-c", "from genpipe.launch.ray import head; head()", "start", "--head", "--block"]
+    with open(f"{folder}/head.log", "wb") as log:
+        process = subprocess.Popen(
+            [*command, *arguments],
+            env={**TUNING, **os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token},
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,  # Ctrl-C is for this process, which then stops the jobs in order
+        )
+    return process, f"http://127.0.0.1:{port}"
+
+
+def head() -> None:
+    """Ray's own command line, in a process that ends when its parent does, even if that is killed (on Linux)."""
+    if sys.platform == "linux":
+        set_parent_death_signal = 1
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
+    from ray.scripts.scripts import main
+
+    main()
+
+
+def _await_head(
+    process: subprocess.Popen[bytes], address: str, folder: str, *, token: str
+) -> tuple[JobSubmissionClient, dict[str, float]]:
+    """A client for the local Ray, and its CPUs and GPUs, once it has them."""
+    deadline = time.monotonic() + START_SECONDS
+    while process.poll() is None and time.monotonic() < deadline:
+        try:
+            capacity = _capacity(address, token=token)
+        except OSError:  # not listening yet, or not all of it
+            capacity = {}
+        if any(capacity.values()):
+            return connect(address, token=token), capacity
+        time.sleep(POLL_SECONDS)
+    with open(f"{folder}/head.log", encoding="utf-8", errors="replace") as log:
+        raise RuntimeError(f"the local Ray did not start; it said:\n{log.read()[-2000:]}")
+
+
+def _capacity(address: str, *, token: str) -> dict[str, float]:
+    """The CPUs and GPUs of a local Ray."""
+    nodes = json.loads(_get(f"{address}/api/v0/nodes?detail=true", token=token))["data"]["result"]["result"]
+    return {kind: sum(node["resources_total"].get(kind, 0.0) for node in nodes) for kind in ("CPU", "GPU")}
+
+
+def connect(address: str, *, token: str = "") -> JobSubmissionClient:
+    """A client for the jobs of the cluster at `address`. Raises ValueError if none answers within seconds.
+
+    Without `token`, Ray finds its own where it always does (RAY_AUTH_TOKEN, ~/.ray/auth_token).
     """
-    if sys.platform != "linux":
-        return "127.0.0.1"
-    return f"127.{secrets.randbelow(254) + 1}.{secrets.randbelow(256)}.{secrets.randbelow(254) + 1}"
-
-
-def connect(address: str) -> JobSubmissionClient:
-    """A client for the jobs of the cluster at `address`. Raises ValueError if none answers within seconds."""
     remedy = "correct it, start the cluster, or leave ray.address empty for a local Ray"
     if not address.startswith(("http://", "https://")):
         raise ValueError(f"ray.address: {address!r} is not a dashboard URL such as http://head:8265; {remedy}")
     try:
-        urllib.request.urlopen(f"{address.rstrip('/')}/api/version", timeout=REACH_SECONDS).close()
+        _get(f"{address.rstrip('/')}/api/version", token=token)
     except urllib.error.HTTPError as error:
         if error.code not in (401, 403):
             raise ValueError(f"ray.address: {address} answers, but not as Ray does ({error}); {remedy}") from None
@@ -242,9 +307,22 @@ def connect(address: str) -> JobSubmissionClient:
     from ray.job_submission import JobSubmissionClient
 
     try:
-        return JobSubmissionClient(address)
+        return JobSubmissionClient(address, headers=_authorization(token))
     except AuthenticationError as error:
-        raise ValueError(f"ray.address: {address} wants a token: {_first_line(error)}") from None
+        raise ValueError(
+            f"ray.address: {address} asks for a token: {_first_line(error)}; set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN"
+        ) from None
+
+
+def _get(url: str, *, token: str) -> bytes:
+    request = urllib.request.Request(url, headers=_authorization(token))
+    with urllib.request.urlopen(request, timeout=REACH_SECONDS) as response:
+        body: bytes = response.read()
+    return body
+
+
+def _authorization(token: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {token}"} if token else {}
 
 
 def job_id(spec: StageSpec, attempt: int) -> str:

@@ -112,8 +112,9 @@ def build_optimizers(module: nn.Module, cfg: AdamW | Muon) -> list[torch.optim.O
     groups = [{"params": decayed, "weight_decay": cfg.weight_decay}, {"params": undecayed, "weight_decay": 0.0}]
     groups = [group for group in groups if group["params"]]
     optimizers: list[torch.optim.Optimizer] = []
+    lr = cfg.adamw_lr if cfg.kind == "muon" else cfg.lr
     if groups:
-        optimizers.append(torch.optim.AdamW(groups, lr=cfg.adamw_lr if cfg.kind == "muon" else cfg.lr, betas=cfg.betas))
+        optimizers.append(torch.optim.AdamW(groups, lr=lr, betas=cfg.betas, fused=True))
     if cfg.kind == "muon" and hidden:
         optimizers.append(muon.Muon(hidden, lr=cfg.lr, momentum=cfg.momentum, weight_decay=cfg.weight_decay))
     for optimizer in optimizers:

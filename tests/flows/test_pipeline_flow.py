@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
+import socket
 import sqlite3
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -16,6 +20,7 @@ import pytest
 import yaml
 from mlflow import MlflowClient
 from mlflow.entities import Run
+from ray.exceptions import RayError
 from ray.job_submission import JobSubmissionClient
 from toybox import TOYS, survivors, wait_for
 
@@ -48,6 +53,7 @@ class Project:
             stderr=subprocess.STDOUT,
             text=True,
             start_new_session=True,  # a process group, as a terminal gives one to a command
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # even under a `&` of a script
         )
 
     def run(self, *overrides: str, stage: str = "all") -> tuple[int, str]:
@@ -146,7 +152,8 @@ def test_nothing_survives_the_command(tmp_path: Path, sent: signal.Signals) -> N
     assert survivors(rays if sent == signal.SIGKILL else started) == []
     if sent == signal.SIGKILL:
         for p in started:
-            p.kill()  # Prefect's server
+            with suppress(psutil.NoSuchProcess):
+                p.kill()  # Prefect's server
         return
     assert process.returncode == (130 if sent == signal.SIGINT else 143), output
     assert "Traceback" not in output, output
@@ -156,19 +163,25 @@ def test_nothing_survives_the_command(tmp_path: Path, sent: signal.Signals) -> N
 
 
 @pytest.fixture
-def head(tmp_path: Path) -> Iterator[str]:
+def head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The dashboard of a Ray that is not ours: started by itself, as a cluster's head node is."""
-    command = ["ray", "start", "--head", "--block", "--port=0", "--dashboard-port=28265", "--include-dashboard=true"]
-    environment = os.environ | {
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "PYTHONPATH": str(TOYS),
-    }
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    ports = ("--port=0", f"--dashboard-port={port}", "--dashboard-agent-listen-port=0", "--include-dashboard=true")
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "0123456789abcdef" * 2)
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    monkeypatch.setenv("PYTHONPATH", str(TOYS))
+    folder = tempfile.mkdtemp(prefix="ray-")  # short, for Ray's sockets
     with (tmp_path / "head.log").open("wb") as log:
         process = subprocess.Popen(
-            [*command, f"--temp-dir={tmp_path}/r"], env=environment, stdout=log, stderr=log, start_new_session=True
+            ["ray", "start", "--head", "--block", *ports, "--num-cpus=2", f"--temp-dir={folder}"],
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
         )
         try:
-            address = "http://127.0.0.1:28265"
+            address = f"http://127.0.0.1:{port}"
             wait_for(lambda: answers(address))
             yield address
         finally:
@@ -176,13 +189,15 @@ def head(tmp_path: Path) -> Iterator[str]:
             process.terminate()
             process.wait(30)
             for child in children:
-                child.kill()
+                with suppress(psutil.NoSuchProcess):
+                    child.kill()
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def answers(address: str) -> bool:
     try:
         JobSubmissionClient(address).list_jobs()
-    except (ConnectionError, RuntimeError):
+    except (ConnectionError, RuntimeError, RayError):
         return False
     return True
 
@@ -196,7 +211,8 @@ def test_a_new_run_adopts_what_a_dead_one_left_on_the_cluster(tmp_path: Path, he
     process.kill()
     process.communicate()
     for child in children:
-        child.kill()  # Prefect's server
+        with suppress(psutil.NoSuchProcess):
+            child.kill()  # Prefect's server
     code, output = project.run(*settings)
     assert code == 0, output
     assert results(output) == {"toy_data": "cached", "toy_line": "ran", "toy_slow": "ran", "toy_end": "ran"}
