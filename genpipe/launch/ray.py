@@ -7,34 +7,27 @@ and on a cluster alike. What a job tells its submitter lies in the stage's work 
 
 from __future__ import annotations
 
-import ctypes
 import importlib
 import itertools
-import json
 import logging
 import os
-import secrets
 import shlex
 import signal
-import socket
-import subprocess
 import sys
-import tempfile
 import threading
 import time
 import traceback
 import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-import psutil
 from pydantic import Field
 
 from genpipe import artifacts
 from genpipe.config import Config, Resources
+from genpipe.launch.head import authorization, get, local_head
 from genpipe.launch.spec import Progress, StageSpec, read_progress, write_progress
 from genpipe.storage import join, open_storage
 
@@ -45,9 +38,7 @@ POLL_SECONDS = 0.3
 REACH_SECONDS = 5.0
 LOST_SECONDS = 60.0
 STOP_SECONDS = 15.0
-START_SECONDS = 120.0
 FAILURE = "error.json"
-OBJECT_STORE_BYTES = 256 * 2**20
 
 # Ray Train's own pauses, which would otherwise stand in every stage; a group waits in line for CPUs for a week.
 TUNING = {
@@ -129,17 +120,18 @@ class Cluster:
     def _submit(self, spec: StageSpec) -> str:
         for attempt in itertools.count(1):
             job = job_id(spec, attempt)
-            status = _status(self.client, job)
-            if status is None:
+            if _status(self.client, job) is None:
                 return self._submit_as(spec, job)
-            if not status.is_terminal():
+            there = self.client.get_job_info(job)
+            ours = (there.metadata or {}).get("artifact") == spec.target.uri  # not of a like stage in another store
+            if ours and not there.status.is_terminal():
                 return job
         raise AssertionError("unreachable")
 
     def _submit_as(self, spec: StageSpec, job: str) -> str:
         python = sys.executable if self.embedded else "python"
         command = [python, "-m", "genpipe.launch.ray", spec.write(), job]
-        metadata = {"fingerprint": spec.target.fingerprint, "mlflow_run": spec.pipeline_run_id, **spec.links}
+        metadata = {"artifact": spec.target.uri, "mlflow_run": spec.pipeline_run_id, **spec.links}
         deadline = time.monotonic() + LOST_SECONDS
         while True:
             try:
@@ -202,90 +194,13 @@ def cluster(address: str = "", *, runtime_env: dict[str, Any] | None = None) -> 
     if address:
         yield Cluster(connect(address), runtime_env=runtime_env or {}, capacity={})
         return
-    with tempfile.TemporaryDirectory(prefix="genpipe-ray-", ignore_cleanup_errors=True) as folder:
-        token = secrets.token_hex(32)  # other users of this machine can reach loopback, too
-        process, address = _start_head(folder, token=token)
+    with local_head({**TUNING, **os.environ}) as head:
+        client = connect(head.address, token=head.token)
+        local = Cluster(client, runtime_env=runtime_env or {}, capacity=head.capacity)
         try:
-            client, capacity = _await_head(process, address, folder, token=token)
-            local = Cluster(client, runtime_env=runtime_env or {}, capacity=capacity)
-            try:
-                yield local
-            finally:
-                stop(client, local.jobs)
+            yield local
         finally:
-            _end(process)
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """Kill a local Ray and all that it started: its jobs have ended, so nothing there is worth an orderly end."""
-    family = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
-    process.kill()
-    process.wait()
-    for member in family:
-        with suppress(psutil.NoSuchProcess):
-            member.kill()
-    psutil.wait_procs(family, timeout=STOP_SECONDS)
-
-
-def _start_head(folder: str, *, token: str) -> tuple[subprocess.Popen[bytes], str]:
-    """A Ray head in a process of its own, on loopback and on ports of its own, and its dashboard's address."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    options = {
-        "port": 0,
-        "node-ip-address": "127.0.0.1",
-        "include-dashboard": "true",
-        "dashboard-host": "127.0.0.1",
-        "dashboard-port": port,
-        "dashboard-agent-listen-port": 0,
-        "object-store-memory": OBJECT_STORE_BYTES,
-        "temp-dir": folder,
-    }
-    arguments = [f"--{name}={value}" for name, value in options.items()]
-    command = [sys.executable, "-c", "from genpipe.launch.ray import head; head()", "start", "--head", "--block"]
-    with open(f"{folder}/head.log", "wb") as log:
-        process = subprocess.Popen(
-            [*command, *arguments],
-            env={**TUNING, **os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token},
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            start_new_session=True,  # Ctrl-C is for this process, which then stops the jobs in order
-        )
-    return process, f"http://127.0.0.1:{port}"
-
-
-def head() -> None:
-    """Ray's own command line, in a process that ends when its parent does, even if that is killed (on Linux)."""
-    if sys.platform == "linux":
-        set_parent_death_signal = 1
-        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
-    from ray.scripts.scripts import main
-
-    main()
-
-
-def _await_head(
-    process: subprocess.Popen[bytes], address: str, folder: str, *, token: str
-) -> tuple[JobSubmissionClient, dict[str, float]]:
-    """A client for the local Ray, and its CPUs and GPUs, once it has them."""
-    deadline = time.monotonic() + START_SECONDS
-    while process.poll() is None and time.monotonic() < deadline:
-        try:
-            capacity = _capacity(address, token=token)
-        except OSError:  # not listening yet, or not all of it
-            capacity = {}
-        if any(capacity.values()):
-            return connect(address, token=token), capacity
-        time.sleep(POLL_SECONDS)
-    with open(f"{folder}/head.log", encoding="utf-8", errors="replace") as log:
-        raise RuntimeError(f"the local Ray did not start; it said:\n{log.read()[-2000:]}")
-
-
-def _capacity(address: str, *, token: str) -> dict[str, float]:
-    """The CPUs and GPUs of a local Ray."""
-    nodes = json.loads(_get(f"{address}/api/v0/nodes?detail=true", token=token))["data"]["result"]["result"]
-    return {kind: sum(node["resources_total"].get(kind, 0.0) for node in nodes) for kind in ("CPU", "GPU")}
+            stop(client, local.jobs)
 
 
 def connect(address: str, *, token: str = "") -> JobSubmissionClient:
@@ -297,7 +212,7 @@ def connect(address: str, *, token: str = "") -> JobSubmissionClient:
     if not address.startswith(("http://", "https://")):
         raise ValueError(f"ray.address: {address!r} is not a dashboard URL such as http://head:8265; {remedy}")
     try:
-        _get(f"{address.rstrip('/')}/api/version", token=token)
+        get(f"{address.rstrip('/')}/api/version", token=token, timeout=REACH_SECONDS)
     except urllib.error.HTTPError as error:
         if error.code not in (401, 403):
             raise ValueError(f"ray.address: {address} answers, but not as Ray does ({error}); {remedy}") from None
@@ -307,22 +222,11 @@ def connect(address: str, *, token: str = "") -> JobSubmissionClient:
     from ray.job_submission import JobSubmissionClient
 
     try:
-        return JobSubmissionClient(address, headers=_authorization(token))
+        return JobSubmissionClient(address, headers=authorization(token))
     except AuthenticationError as error:
         raise ValueError(
             f"ray.address: {address} asks for a token: {_first_line(error)}; set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN"
         ) from None
-
-
-def _get(url: str, *, token: str) -> bytes:
-    request = urllib.request.Request(url, headers=_authorization(token))
-    with urllib.request.urlopen(request, timeout=REACH_SECONDS) as response:
-        body: bytes = response.read()
-    return body
-
-
-def _authorization(token: str) -> dict[str, str]:
-    return {"Authorization": f"Bearer {token}"} if token else {}
 
 
 def job_id(spec: StageSpec, attempt: int) -> str:

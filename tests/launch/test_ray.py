@@ -153,7 +153,7 @@ def test_the_same_stage_is_adopted_not_started_again(ray: Cluster, toys: Toys) -
 
 
 def test_a_killed_driver_is_a_lost_job_and_the_next_attempt_goes_on(ray: Cluster, toys: Toys, data: Artifact) -> None:
-    spec = toys.line(data, samples=400, step_seconds=0.05, resources={"checkpoint_seconds": 0.1})
+    spec = toys.line(data, samples=400, step_seconds=0.051, resources={"checkpoint_seconds": 0.1})
 
     def kill_driver(progress: Progress | None) -> None:
         if progress and progress.done >= 60:
@@ -165,6 +165,19 @@ def test_a_killed_driver_is_a_lost_job_and_the_next_attempt_goes_on(ray: Cluster
     assert run(ray, spec) == on_ray.job_id(spec, 2)
     steps = [step for step, _ in history(toys, spec, "line/pid")]
     assert steps.count(20) == 1, "the second attempt did not begin at the beginning"
+
+
+def test_a_like_stage_of_another_store_is_not_adopted(ray: Cluster, toys: Toys, tmp_path: Path) -> None:
+    mine = toys.spec("toy_data", parts=2, seconds=1.0)
+    (tmp_path / "other").mkdir()
+    other = Toys(tmp_path / "other").spec("toy_data", parts=2, seconds=1.0)
+    assert mine.target.fingerprint == other.target.fingerprint
+    thread = threading.Thread(target=lambda: run(ray, mine))
+    thread.start()
+    wait_for(lambda: str(on_ray.jobs_of(ray.client, artifact=mine.target.uri)) != "[]")
+    assert run(ray, other) == on_ray.job_id(other, 2)
+    thread.join()
+    assert artifact_of(mine).uri != artifact_of(other).uri
 
 
 def drivers(spec: StageSpec) -> list[psutil.Process]:

@@ -1,0 +1,120 @@
+"""A Ray of one's own: a head node on this machine that ends with whoever started it."""
+
+from __future__ import annotations
+
+import json
+import secrets
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import NamedTuple
+
+import psutil
+
+START_SECONDS = 120.0
+END_SECONDS = 15.0
+POLL_SECONDS = 0.3
+OBJECT_STORE_BYTES = 256 * 2**20
+
+# On Linux the kernel ends the head when its parent is gone, even if that was killed.
+ENTRY = """
+import ctypes, runpy, sys
+if sys.platform == "linux":
+    PR_SET_PDEATHSIG, SIGTERM = 1, 15
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, SIGTERM)
+runpy.run_module("ray.scripts.scripts", run_name="__main__")
+"""
+
+
+class Head(NamedTuple):
+    """A running head node: its dashboard's URL, the token that it asks for, and its CPUs and GPUs."""
+
+    address: str
+    token: str
+    capacity: dict[str, float]
+
+
+@contextmanager
+def local_head(environment: Mapping[str, str]) -> Iterator[Head]:
+    """Start a head node on loopback, with ports, files and a token of its own, and kill it when the block ends.
+
+    To be opened on the main thread: the head dies with the thread that started it.
+    """
+    token = secrets.token_hex(32)  # other users of this machine can reach loopback, too
+    authenticated = {**environment, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token}
+    with tempfile.TemporaryDirectory(prefix="genpipe-ray-", ignore_cleanup_errors=True) as folder:
+        process, address = _start(Path(folder), authenticated)
+        try:
+            yield Head(address, token, _await_capacity(process, address, Path(folder), token=token))
+        finally:
+            _end(process)
+
+
+def get(url: str, *, token: str, timeout: float) -> bytes:
+    """The body of what a dashboard answers. Raises OSError (of which HTTPError is one)."""
+    request = urllib.request.Request(url, headers=authorization(token))
+    with urllib.request.urlopen(request, timeout=timeout) as response:
+        body: bytes = response.read()
+    return body
+
+
+def authorization(token: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {token}"} if token else {}
+
+
+def _start(folder: Path, environment: Mapping[str, str]) -> tuple[subprocess.Popen[bytes], str]:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    options = {
+        "port": 0,
+        "node-ip-address": "127.0.0.1",
+        "include-dashboard": "true",
+        "dashboard-host": "127.0.0.1",
+        "dashboard-port": port,
+        "dashboard-agent-listen-port": 0,  # its default is one fixed port, which allows one Ray a machine
+        "object-store-memory": OBJECT_STORE_BYTES,
+        "temp-dir": folder,
+    }
+    arguments = [f"--{name}={value}" for name, value in options.items()]
+    with (folder / "head.log").open("wb") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-c", ENTRY, "start", "--head", "--block", *arguments],
+            env={**environment, "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0"},
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,  # Ctrl-C is for the parent, which stops the jobs first
+        )
+    return process, f"http://127.0.0.1:{port}"
+
+
+def _await_capacity(process: subprocess.Popen[bytes], address: str, folder: Path, *, token: str) -> dict[str, float]:
+    deadline = time.monotonic() + START_SECONDS
+    while process.poll() is None and time.monotonic() < deadline:
+        try:
+            answer = json.loads(get(f"{address}/api/v0/nodes?detail=true", token=token, timeout=START_SECONDS))
+        except OSError:  # not listening yet, or not all of it
+            answer = None
+        nodes = answer["data"]["result"]["result"] if answer else []
+        if nodes:
+            return {kind: sum(node["resources_total"].get(kind, 0.0) for node in nodes) for kind in ("CPU", "GPU")}
+        time.sleep(POLL_SECONDS)
+    said = (folder / "head.log").read_text(errors="replace")[-2000:]
+    raise RuntimeError(f"the local Ray did not start; it said:\n{said}")
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Kill the head and all that it started: the jobs have ended, so nothing there is worth an orderly end."""
+    family = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
+    process.kill()
+    process.wait()
+    for member in family:
+        with suppress(psutil.NoSuchProcess):
+            member.kill()
+    psutil.wait_procs(family, timeout=END_SECONDS)
