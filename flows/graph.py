@@ -14,7 +14,7 @@ from pydantic import Field
 from genpipe import artifacts, config
 from genpipe.artifacts import Artifact
 from genpipe.config import Config, ConfigError, StageConfig, Tree
-from genpipe.launch.spec import StageSpec, TrackingConfig
+from genpipe.spec import StageSpec, TrackingConfig
 from genpipe.stages import is_training, load_stage
 from genpipe.storage import join, local_path
 

@@ -32,7 +32,7 @@ from genpipe import artifacts, tracking
 from genpipe.artifacts import Artifact
 from genpipe.config import ConfigError
 from genpipe.launch import ray
-from genpipe.launch.spec import Progress, StageSpec
+from genpipe.spec import Progress, StageSpec
 from genpipe.stages import load_stage
 from genpipe.storage import local_path
 

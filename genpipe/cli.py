@@ -132,9 +132,7 @@ def sample(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     system = Generator(inputs, device=device)
     wanted = [prompt for prompt in prompts for _ in range(each)]
-    made = system.generate(
-        wanted, GenerationConfig.model_validate(settings), generator=seeded(device, seed, *prompts)
-    )
+    made = system.generate(wanted, GenerationConfig.model_validate(settings), generator=seeded(device, seed, *prompts))
     images = to_uint8(made.upsampled).permute(0, 2, 3, 1).cpu().numpy()
     rows = [list(images[i : i + each]) for i in range(0, len(images), each)]
     picture: np.ndarray = labelled_grid(rows, captions=prompts, columns=[""] * each, cell=system.size)
@@ -245,11 +243,10 @@ def _trained(source: str) -> tuple[dict[str, Artifact], object]:
 
 def _summary(results: Sequence[StageResult]) -> None:
     """The table at the end of a run, the pictures, and the exit code."""
-    from genpipe.launch.spec import duration
+    from genpipe.spec import duration
 
     rows = [
-        (r.stage, r.status, duration(r.seconds), console.headline(r.stage, r.metrics), r.run_id or "-")
-        for r in results
+        (r.stage, r.status, duration(r.seconds), console.headline(r.stage, r.metrics), r.run_id or "-") for r in results
     ]
     console.table(("stage", "", "wall time", "headline", "MLflow run"), rows)
     failed = [r for r in results if r.status == "failed"]

@@ -235,7 +235,7 @@ def _visible(loc: Sequence[int | str], values: Any) -> Iterator[str]:
     """pydantic's location without the union tags that it adds and the user never wrote."""
     for position, part in enumerate(loc):
         last = position == len(loc) - 1
-        if isinstance(values, Mapping) and part not in values and part == values.get("kind"):
+        if isinstance(values, Mapping) and part not in values and (part == values.get("kind") or not last):
             continue
         yield str(part)
         if not last:

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from genpipe.launch.spec import Progress as StageProgress
+from genpipe.spec import Progress as StageProgress
 
 HEADLINES = {
     "shard": ("samples_train", "samples_heldout", "rejected"),
@@ -58,9 +58,7 @@ class Display:
     def __exit__(self, *_: object) -> None:
         self.bars.stop()
 
-    def update(
-        self, stage: str, status: str, *, progress: StageProgress | None = None, message: str = ""
-    ) -> None:
+    def update(self, stage: str, status: str, *, progress: StageProgress | None = None, message: str = "") -> None:
         """A running stage has a bar; one that ended leaves a line."""
         with self.lock:
             if status == "running":

@@ -98,9 +98,7 @@ def prior_model(prior: Prior, text: Text, *, drop_text: Tensor) -> Model:
     )
 
 
-def decoder_model(
-    decoder: Decoder, image_embed: Tensor, text: Text, *, drop_image: Tensor, drop_text: Tensor
-) -> Model:
+def decoder_model(decoder: Decoder, image_embed: Tensor, text: Text, *, drop_image: Tensor, drop_text: Tensor) -> Model:
     """The decoder with its conditions bound; `image_embed` [B, D] is standardised."""
     return lambda x, t: decoder(
         x,
@@ -274,9 +272,7 @@ class Generator:
         )
 
     @torch.no_grad()
-    def decode(
-        self, image_embeds: Tensor, text: Text, cfg: GenerationConfig, *, generator: torch.Generator
-    ) -> Tensor:
+    def decode(self, image_embeds: Tensor, text: Text, cfg: GenerationConfig, *, generator: torch.Generator) -> Tensor:
         """Base-size images in [-1, 1] for unit image embeddings and their captions."""
         latents = sample_latents(
             self.decoder,
@@ -330,6 +326,4 @@ def check_lineage(inputs: Mapping[str, Artifact]) -> None:
     if {"upsampler", "autoencoder"} <= inputs.keys():
         low, base = inputs["upsampler"].meta["low_size"], inputs["autoencoder"].meta["image_size"]
         if low != base:
-            raise ValueError(
-                f"upsampler.low_size is {low}, but the autoencoder's images are {base} px; set them equal"
-            )
+            raise ValueError(f"upsampler.low_size is {low}, but the autoencoder's images are {base} px; set them equal")

@@ -36,7 +36,7 @@ from genpipe.stages import is_training, load_stage
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-    from genpipe.launch.spec import StageSpec
+    from genpipe.spec import StageSpec
 
 # MLflow reads these when it is imported: a silent server is given up after some seconds instead of minutes.
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")

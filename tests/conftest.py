@@ -23,7 +23,7 @@ from PIL import Image, ImageDraw
 from flows import graph
 from genpipe.artifacts import Artifact
 from genpipe.launch.local import run_local
-from genpipe.launch.spec import StageSpec
+from genpipe.spec import StageSpec
 
 torch.set_num_threads(1)
 

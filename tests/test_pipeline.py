@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -180,23 +179,6 @@ def _cmdline(process: psutil.Process) -> list[str]:
         return process.cmdline()
     except (psutil.NoSuchProcess, psutil.AccessDenied):
         return []
-
-
-def test_ctrl_c_leaves_no_process_and_the_next_run_goes_on(project: tuple[Project, str]) -> None:
-    made, _ = project
-    settings = ["stages.prior.train.seed=7", "stages.prior.train.samples=160000"]
-    process = made.start("stage", "prior", settings=settings)
-    while not list((made.store / "work" / "prior").glob("*/progress.json")):
-        assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.2)
-    family = _children(process.pid)
-    os.kill(process.pid, 2)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 130, output
-    assert "interrupted" in output and "Traceback" not in output
-    _, alive = psutil.wait_procs(family, timeout=15)
-    assert not [child.name() for child in alive if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
-    assert len(made.manifests("prior")) == 1, "nothing half-done is taken for whole"
 
 
 def test_corrupted_manifest_is_refused(project: tuple[Project, str]) -> None:

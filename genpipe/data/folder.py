@@ -60,9 +60,7 @@ class FolderSource:
         self.part_size = part_size
         if not self.root.is_dir():
             what = "is not a folder" if self.root.exists() else "does not exist"
-            raise ValueError(
-                f"source.path: the folder {self.root} {what}; give the folder that holds the images"
-            )
+            raise ValueError(f"source.path: the folder {self.root} {what}; give the folder that holds the images")
         self._files = sorted(_walk(self.root))
         self._entries = self._list_entries()
 
@@ -119,9 +117,7 @@ class FolderSource:
                     rejects.append(Reject("", where, "bad_metadata", str(error)))
                     continue
                 if name in rows:
-                    rejects.append(
-                        Reject(name, where, "duplicate_key", f"{name} has an earlier metadata line")
-                    )
+                    rejects.append(Reject(name, where, "duplicate_key", f"{name} has an earlier metadata line"))
                 elif name not in images:
                     rejects.append(Reject(name, where, "missing_file", f"no image {name} in {self.root}"))
                 else:
@@ -135,9 +131,7 @@ class FolderSource:
             captions = row.captions or self._read_sidecar(entry.name)
             image = path.read_bytes()
         except UnicodeDecodeError as error:
-            return Reject(
-                entry.key, entry.name, "bad_caption", f"{_sidecar(entry.name)} is not UTF-8: {error}"
-            )
+            return Reject(entry.key, entry.name, "bad_caption", f"{_sidecar(entry.name)} is not UTF-8: {error}")
         except OSError as error:
             return Reject(entry.key, entry.name, "unreadable", str(error))
         if not captions:

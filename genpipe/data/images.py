@@ -45,9 +45,7 @@ def encode(image_HWC: np.ndarray, *, format: ImageFormat, quality: int = 95) -> 
     """uint8 [H, W, 3] to bytes. `quality` 1-100 is for jpeg and webp; jpeg keeps full colour (4:4:4)."""
     image_HWC = np.ascontiguousarray(image_HWC)
     if format == "jpeg":
-        return bytes(
-            simplejpeg.encode_jpeg(image_HWC, quality=quality, colorspace="RGB", colorsubsampling="444")
-        )
+        return bytes(simplejpeg.encode_jpeg(image_HWC, quality=quality, colorspace="RGB", colorsubsampling="444"))
     buffer = io.BytesIO()
     options = {"quality": quality} if format == "webp" else {}
     Image.fromarray(image_HWC).save(buffer, format=format, **options)
@@ -92,9 +90,7 @@ def _load(data: bytes, *, max_pixels: int) -> Image.Image:
         raise ImageError("too_large", f"{width} x {height} is more than {max_pixels} pixels")
     try:
         image.load()
-    except (
-        Exception
-    ) as error:  # decoders of damaged data raise anything: OSError, SyntaxError, struct.error, ...
+    except Exception as error:  # decoders of damaged data raise anything: OSError, SyntaxError, struct.error, ...
         raise _damaged(error) from None
     return image
 

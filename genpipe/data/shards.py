@@ -119,9 +119,7 @@ class ShardWriter:
         self._tar.close()
         path = self.folder / f"{self._name}.tar"
         os.replace(self._partial, path)
-        write_table(
-            pa.Table.from_pylist(self._rows, INDEX_SCHEMA), self.folder / f"{self._name}{INDEX_SUFFIX}"
-        )
+        write_table(pa.Table.from_pylist(self._rows, INDEX_SCHEMA), self.folder / f"{self._name}{INDEX_SUFFIX}")
         facts = {
             "name": self._name,
             "split": self.split,

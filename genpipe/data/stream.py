@@ -229,9 +229,7 @@ class Batches:
             yield ready, batch
 
 
-def sequential(
-    n: int, *, batch_size: int, collate: Collate, limit: int | None = None
-) -> Iterator[tuple[int, Batch]]:
+def sequential(n: int, *, batch_size: int, collate: Collate, limit: int | None = None) -> Iterator[tuple[int, Batch]]:
     """`(position, batch)` of the samples 0, 1, ... once, at most `limit` of them; the last may be short."""
     stop = n if limit is None else min(n, limit)
     for first in range(0, stop, batch_size):

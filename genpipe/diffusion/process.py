@@ -62,9 +62,7 @@ def fixed_time_losses(
     losses = {}
     for t in FIXED_TIMES:
         noise = torch.randn(x0.shape, generator=generator, device=x0.device)
-        losses[f"loss_t{t}"] = loss_at(
-            model, x0, cfg, t_B=x0.new_full((len(x0),), t), noise=noise, gamma=None
-        )
+        losses[f"loss_t{t}"] = loss_at(model, x0, cfg, t_B=x0.new_full((len(x0),), t), noise=noise, gamma=None)
     return {**losses, "loss": torch.stack(list(losses.values())).mean(0)}
 
 
@@ -75,9 +73,7 @@ def loss_at(
     alpha, sigma = alpha_sigma(t_B, cfg.schedule)
     pred = model(add_noise(x0, noise=noise, t=t_B, schedule=cfg.schedule), t_B)
     weight = None if gamma is None else min_snr_weight(cfg.predict, alpha=alpha, sigma=sigma, gamma=gamma)
-    return diffusion_loss(
-        pred, target(cfg.predict, x0=x0, noise=noise, alpha=alpha, sigma=sigma), weight=weight
-    )
+    return diffusion_loss(pred, target(cfg.predict, x0=x0, noise=noise, alpha=alpha, sigma=sigma), weight=weight)
 
 
 def denoiser(model: Model, cfg: DiffusionConfig) -> Denoise:

@@ -19,7 +19,7 @@ import torch
 from genpipe import artifacts
 from genpipe.artifacts import Artifact
 from genpipe.config import StageConfig
-from genpipe.launch.spec import Progress, StageSpec, write_progress
+from genpipe.spec import Progress, StageSpec, write_progress
 from genpipe.stages import is_training, load_stage
 from genpipe.storage import join, open_storage
 from genpipe.tracking import StageRun, open_stage_run

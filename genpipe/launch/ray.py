@@ -28,7 +28,7 @@ from pydantic import Field
 from genpipe import artifacts
 from genpipe.config import Config, Resources
 from genpipe.launch.head import authorization, get, local_head
-from genpipe.launch.spec import Progress, StageSpec, read_progress, write_progress
+from genpipe.spec import Progress, StageSpec, read_progress, write_progress
 from genpipe.storage import join, open_storage
 
 if TYPE_CHECKING:

@@ -145,9 +145,7 @@ def hwc(images: Tensor) -> list[np.ndarray]:
     return list(images.permute(0, 2, 3, 1).cpu().numpy())
 
 
-def export(
-    objective: Objective, cfg: Config, inputs: Mapping[str, Artifact], folder: Path
-) -> dict[str, Any]:
+def export(objective: Objective, cfg: Config, inputs: Mapping[str, Artifact], folder: Path) -> dict[str, Any]:
     save_weights(objective.model, folder, kind="autoencoder", config=cfg.model, sizes={}, extra={})
     return latent_moments(objective.model, data(cfg, inputs).train, cfg)
 

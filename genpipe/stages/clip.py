@@ -128,9 +128,7 @@ class Objective:
         return Validation(metrics)
 
 
-def export(
-    objective: Objective, cfg: Config, inputs: Mapping[str, Artifact], folder: Path
-) -> dict[str, Any]:
+def export(objective: Objective, cfg: Config, inputs: Mapping[str, Artifact], folder: Path) -> dict[str, Any]:
     tokenizer = tokenizer_of(fetch(inputs["shard"]), vocab_size=cfg.vocab_size, captions=cfg.tokenizer_captions)
     tokenizer.save(folder / TOKENIZER_FILE)
     sizes = {"vocab_size": objective.vocab_size, "context_length": cfg.context_length}

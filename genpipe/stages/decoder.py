@@ -79,9 +79,7 @@ def objective(cfg: Config, inputs: Mapping[str, Artifact], device: torch.device)
 class Objective:
     """The diffusion loss on latents, with the two conditions dropped independently."""
 
-    def __init__(
-        self, cfg: Config, meta: Mapping[str, Any], autoencoder: Autoencoder, device: torch.device
-    ) -> None:
+    def __init__(self, cfg: Config, meta: Mapping[str, Any], autoencoder: Autoencoder, device: torch.device) -> None:
         self.cfg = cfg
         self.autoencoder = autoencoder
         self.embed_statistics = embed_statistics(meta, device)
@@ -121,9 +119,7 @@ class Objective:
                 pictures["samples"] = self._picture(latents, batch["image_embeds"], text, generator)
         return Validation(mean_losses(losses), pictures)
 
-    def _picture(
-        self, latents: Tensor, image_embeds: Tensor, text: Text, generator: torch.Generator
-    ) -> np.ndarray:
+    def _picture(self, latents: Tensor, image_embeds: Tensor, text: Text, generator: torch.Generator) -> np.ndarray:
         """Held-out images as the autoencoder has them, over what the decoder makes of their embeddings."""
         few = slice(0, PICTURES)
         sampled = sample_latents(
@@ -140,9 +136,7 @@ class Objective:
         return tile([hwc(row) for row in rows], cell=2 * rows[0].shape[-1])
 
 
-def export(
-    objective: Objective, cfg: Config, inputs: Mapping[str, Artifact], folder: Path
-) -> dict[str, Any]:
+def export(objective: Objective, cfg: Config, inputs: Mapping[str, Artifact], folder: Path) -> dict[str, Any]:
     extra = {"diffusion": cfg.diffusion.model_dump(mode="json")}
     save_weights(objective.model, folder, kind="decoder", config=cfg.model, sizes=objective.sizes, extra=extra)
     return {}

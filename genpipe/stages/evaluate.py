@@ -216,8 +216,6 @@ def finish(
     return {"gate_missed": {name: [metrics[name], least] for name, least in missed.items()}}, metrics
 
 
-def _by_split(
-    cfg: Config, inputs: Mapping[str, Artifact], results: list[dict[str, Any]]
-) -> list[list[dict[str, Any]]]:
+def _by_split(cfg: Config, inputs: Mapping[str, Artifact], results: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
     named = list(zip(parts(cfg, inputs), results, strict=True))
     return [[result for part, result in named if part.startswith(f"prompts {split} ")] for split in SPLITS]

@@ -59,9 +59,7 @@ class Worker:
         self.folder = fetch(inputs["shard"])
         clip, autoencoder = fetch(inputs["clip"]), fetch(inputs["autoencoder"])
         self.clip = cast(CLIP, load_weights(clip, kind="clip", device=self.device).module)
-        self.autoencoder = cast(
-            Autoencoder, load_weights(autoencoder, kind="autoencoder", device=self.device).module
-        )
+        self.autoencoder = cast(Autoencoder, load_weights(autoencoder, kind="autoencoder", device=self.device).module)
         self.tokenizer = CaptionTokenizer.load(clip / TOKENIZER_FILE)
         self.statistics = latent_statistics(inputs["autoencoder"].meta, self.device)
         self.image_size: int = inputs["autoencoder"].meta["image_size"]

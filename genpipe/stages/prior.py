@@ -115,9 +115,7 @@ class Objective:
         return Validation(metrics)
 
 
-def export(
-    objective: Objective, cfg: Config, inputs: Mapping[str, Artifact], folder: Path
-) -> dict[str, Any]:
+def export(objective: Objective, cfg: Config, inputs: Mapping[str, Artifact], folder: Path) -> dict[str, Any]:
     extra = {"diffusion": cfg.diffusion.model_dump(mode="json")}
     save_weights(objective.model, folder, kind="prior", config=cfg.model, sizes=objective.sizes, extra=extra)
     return {}

@@ -147,9 +147,7 @@ def finish(
         **agree(cfg, inputs),
         "format": cfg.format,
         "samples": samples,
-        "shards": {
-            split: sorted(shard["name"] for shard in of_split) for split, of_split in by_split.items()
-        },
+        "shards": {split: sorted(shard["name"] for shard in of_split) for split, of_split in by_split.items()},
         "rejected": dict(sorted(rejected.items())),
     }
     metrics = {

@@ -168,9 +168,7 @@ def random_crops(images: Sequence[Tensor], *, side: int, generator: torch.Genera
     return [image[here, :, rows, columns].permute(0, 3, 1, 2) for image in images]
 
 
-def export(
-    objective: Objective, cfg: Config, inputs: Mapping[str, Artifact], folder: Path
-) -> dict[str, Any]:
+def export(objective: Objective, cfg: Config, inputs: Mapping[str, Artifact], folder: Path) -> dict[str, Any]:
     extra = {"diffusion": cfg.diffusion.model_dump(mode="json"), "residual_std": objective.residual_std}
     save_weights(objective.model, folder, kind="upsampler", config=cfg.model, sizes={}, extra=extra)
     return {}

@@ -82,9 +82,7 @@ class Interrupted(Exception):
 
 
 @torch.no_grad()
-def validate(
-    objective: Objective, data: Data, cfg: TrainConfig, rt: Runtime, state: TrainState
-) -> Validation:
+def validate(objective: Objective, data: Data, cfg: TrainConfig, rt: Runtime, state: TrainState) -> Validation:
     """Validate the EMA weights on the first `heldout_samples` held-out samples, on rank 0; the others wait."""
     result = Validation({})
     if rt.rank == 0:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 from torch import nn
 
 from genpipe.config import Config
@@ -42,7 +42,12 @@ class Muon(Config):
     betas: tuple[float, float] = (0.9, 0.99)
 
 
-OptimConfig = Annotated[AdamW | Muon, Field(discriminator="kind")]
+def _kind(value: Any) -> Any:
+    """The kind of an optimizer block; AdamW where none is named, so that `optim.lr=1e-3` alone is enough."""
+    return value.get("kind", "adamw") if isinstance(value, dict) else getattr(value, "kind", None)
+
+
+OptimConfig = Annotated[Annotated[AdamW, Tag("adamw")] | Annotated[Muon, Tag("muon")], Discriminator(_kind)]
 
 
 class TrainConfig(Config):
@@ -77,9 +82,7 @@ class TrainConfig(Config):
 
     def check_ranks(self, world_size: int) -> None:
         """Raise ValueError, with values that work, unless a step divides evenly over this many ranks."""
-        check_batch_sizes(
-            self.global_batch_size, micro_batch_size=self.micro_batch(world_size), world_size=world_size
-        )
+        check_batch_sizes(self.global_batch_size, micro_batch_size=self.micro_batch(world_size), world_size=world_size)
 
     @property
     def validation_batch(self) -> int:

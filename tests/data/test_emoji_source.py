@@ -53,9 +53,7 @@ def test_reading_a_part_again_gives_the_same(source: EmojiSource) -> None:
 
 
 def test_captions_are_unique_within_a_style(source: EmojiSource) -> None:
-    seen = Counter(
-        caption for emoji in source._emoji for caption in captions(emoji.name, emoji.category, emoji.style)
-    )
+    seen = Counter(caption for emoji in source._emoji for caption in captions(emoji.name, emoji.category, emoji.style))
     assert seen.most_common(1)[0][1] == 1
 
 

@@ -38,9 +38,7 @@ def samples(folder: Path) -> dict[str, Sample]:
 
 
 def rejects(folder: Path) -> list[tuple[str, str]]:
-    return [
-        (item.reason, item.source) for item in read_all(folder_source(folder)) if isinstance(item, Reject)
-    ]
+    return [(item.reason, item.source) for item in read_all(folder_source(folder)) if isinstance(item, Reject)]
 
 
 def test_sidecars_give_one_caption_a_line(tmp_path: Path) -> None:

@@ -62,9 +62,7 @@ def test_resizing_is_antialiased() -> None:
     assert abs(small.astype(int) - 127).max() < 12  # without a filter it would be all 0 or all 255
 
 
-@pytest.mark.parametrize(
-    "orientation, top, left", [(1, RED, None), (3, BLUE, None), (6, None, BLUE), (8, None, RED)]
-)
+@pytest.mark.parametrize("orientation, top, left", [(1, RED, None), (3, BLUE, None), (6, None, BLUE), (8, None, RED)])
 def test_exif_orientation(orientation: int, top: Any, left: Any) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation

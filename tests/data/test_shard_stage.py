@@ -75,9 +75,7 @@ def test_every_sample_is_in_a_shard_or_in_the_ledger(photos: Path, tmp_path: Pat
     cfg, out = configured(photos), tmp_path / "out"
     results = run(cfg, out)
     meta, metrics = shard.finish(cfg, {}, results, out)
-    ledger = [
-        row for path in sorted(out.glob("rejects-*.parquet")) for row in pq.read_table(path).to_pylist()
-    ]
+    ledger = [row for path in sorted(out.glob("rejects-*.parquet")) for row in pq.read_table(path).to_pylist()]
     assert {row["source"]: row["reason"] for row in ledger} == {
         "bad-bomb.jpg": "too_large",
         "bad-empty.jpg": "empty",
@@ -107,9 +105,7 @@ def test_stored_images_are_the_centre_of_the_originals(photos: Path, tmp_path: P
 
 
 @pytest.mark.parametrize("format, suffix", [("jpeg", "jpg"), ("png", "png"), ("webp", "webp")])
-def test_any_webdataset_reader_opens_the_shards(
-    photos: Path, tmp_path: Path, format: str, suffix: str
-) -> None:
+def test_any_webdataset_reader_opens_the_shards(photos: Path, tmp_path: Path, format: str, suffix: str) -> None:
     out = tmp_path / "out"
     run(configured(photos, format=format), out)
     urls = [str(path) for path in sorted(out.glob("train-*.tar"))]
@@ -165,17 +161,13 @@ def test_nothing_usable_is_an_error_that_says_why(tmp_path: Path) -> None:
         (folder / f"{name}.jpg").write_bytes(b"<html>")
         (folder / f"{name}.txt").write_text("caption")
     cfg = configured(folder)
-    with pytest.raises(
-        ValueError, match=r"none of the 2 samples is left to train on \(2 not_an_image; 0 held out\)"
-    ):
+    with pytest.raises(ValueError, match=r"none of the 2 samples is left to train on \(2 not_an_image; 0 held out\)"):
         shard.finish(cfg, {}, run(cfg, tmp_path / "out"), tmp_path / "out")
 
 
 def test_an_empty_heldout_split_is_an_error(photos: Path, tmp_path: Path) -> None:
     cfg = configured(photos, heldout_fraction=1e-9)
-    with pytest.raises(
-        ValueError, match=r"heldout_fraction 1e-09 of 30 samples left nothing to validate on; raise"
-    ):
+    with pytest.raises(ValueError, match=r"heldout_fraction 1e-09 of 30 samples left nothing to validate on; raise"):
         shard.finish(cfg, {}, run(cfg, tmp_path / "a"), tmp_path / "a")
 
 

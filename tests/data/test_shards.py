@@ -59,9 +59,7 @@ def test_the_index_points_at_each_image(tmp_path: Path) -> None:
     assert [row["offset"] for row in rows] == offsets
     for number, row in enumerate(rows):
         assert data[row["offset"] : row["offset"] + row["length"]] == bytes([number]) * row["length"]
-        assert (
-            row["captions"] == [f"caption {number}", "zweite: \u00fc"] and row["group"] == f"group {number}"
-        )
+        assert row["captions"] == [f"caption {number}", "zweite: \u00fc"] and row["group"] == f"group {number}"
         assert (row["key"], row["format"]) == (f"key-{number}", "jpeg")
 
 

@@ -80,9 +80,7 @@ def test_threads_read_the_same_bytes(folder: Path) -> None:
     wrong: list[int] = []
 
     def read(offset: int) -> None:
-        wrong.extend(
-            i for i in np.roll(np.arange(10), offset) if (dataset.image(int(i)) != picture(int(i))).any()
-        )
+        wrong.extend(i for i in np.roll(np.arange(10), offset) if (dataset.image(int(i)) != picture(int(i))).any())
 
     threads = [threading.Thread(target=read, args=(offset,)) for offset in range(8)]
     for thread in threads:
@@ -134,9 +132,7 @@ def test_epochs_and_seeds_give_unrelated_orders() -> None:
 def test_consecutive_positions_are_spread_evenly(n: int) -> None:
     bins = np.bincount(order(np.arange(n // 2), n=n, seed=3) * 20 // n, minlength=20)
     expected = n // 2 / 20
-    chi2 = (
-        (bins - expected) ** 2 / expected
-    ).sum() * 2  # sampling half without replacement halves the variance
+    chi2 = ((bins - expected) ** 2 / expected).sum() * 2  # sampling half without replacement halves the variance
     assert chi2 < 60  # 19 degrees of freedom: the chance is below 1e-5
     steps = np.diff(order(np.arange(1000), n=n, seed=3))
     assert len(np.unique(steps)) > 350
@@ -169,9 +165,7 @@ def batches(n: int, *, rank: int = 0, world_size: int = 1, start: int = 0, **opt
         "workers": 0,
         "seed": 5,
     } | options
-    return Batches(
-        n, collate=indices_and_positions, rank=rank, world_size=world_size, start=start, **settings
-    )  # type: ignore[arg-type]
+    return Batches(n, collate=indices_and_positions, rank=rank, world_size=world_size, start=start, **settings)  # type: ignore[arg-type]
 
 
 def delivered(stream: Batches, count: int) -> Iterator[tuple[int, tuple[int, ...]]]:
@@ -204,9 +198,7 @@ def test_the_stream_is_the_same_for_any_ranks_and_restart(
         assert [position for position, _ in mine] == sorted(position for position, _ in mine)
         assert all((position - step * 24) // 2 % world_size == rank for position, _ in mine)
         restarted |= mine
-    assert restarted == {
-        position: indices for position, indices in reference.items() if position >= step * 24
-    }
+    assert restarted == {position: indices for position, indices in reference.items() if position >= step * 24}
 
 
 def test_any_start_continues_where_it_stopped() -> None:
@@ -288,15 +280,11 @@ def test_prefetch_is_bounded_and_waiting_is_counted() -> None:
     assert len(started) <= 3 + 4
     assert stream.wait_seconds > 0
     before = len(started)
-    assert not any(
-        thread.name.startswith("batches") and thread.is_alive() for thread in threading.enumerate()
-    )
+    assert not any(thread.name.startswith("batches") and thread.is_alive() for thread in threading.enumerate())
     assert len(started) == before
 
 
-@pytest.mark.parametrize(
-    "limit, expected", [(None, [0, 1, 2, 3, 4, 5, 6]), (5, [0, 1, 2, 3, 4]), (99, list(range(7)))]
-)
+@pytest.mark.parametrize("limit, expected", [(None, [0, 1, 2, 3, 4, 5, 6]), (5, [0, 1, 2, 3, 4]), (99, list(range(7)))])
 def test_sequential(limit: int | None, expected: list[int]) -> None:
     got = list(sequential(7, batch_size=3, collate=indices_and_positions, limit=limit))
     assert [position for position, _ in got] == list(range(0, len(expected), 3))

@@ -74,9 +74,7 @@ def test_training_depends_on_the_captions_only() -> None:
         "from genpipe.data.tokenizer import train_tokenizer;"
         f"print(train_tokenizer({CAPTIONS!a}, vocab_size=300).digest)"
     )
-    other = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
-    ).stdout.strip()
+    other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
     assert other == TOKENIZER.digest
 
 

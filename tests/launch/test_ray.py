@@ -23,7 +23,7 @@ from genpipe.artifacts import Artifact
 from genpipe.launch import ray as on_ray
 from genpipe.launch.local import run_local
 from genpipe.launch.ray import Cluster, JobLost, StageError, cluster, connect
-from genpipe.launch.spec import Progress, StageSpec, read_progress
+from genpipe.spec import Progress, StageSpec, read_progress
 
 pytestmark = pytest.mark.slow
 

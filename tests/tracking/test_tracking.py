@@ -12,7 +12,7 @@ from toybox import Toys
 
 from genpipe import artifacts, tracking
 from genpipe.launch.local import run_local
-from genpipe.launch.spec import StageSpec
+from genpipe.spec import StageSpec
 from genpipe.tracking import open_stage_run
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from genpipe.config import Resources
 from genpipe.launch.execute import latest_checkpoint, save_checkpoint
-from genpipe.launch.spec import StageSpec
+from genpipe.spec import StageSpec
 from genpipe.stages import load_stage
 from genpipe.training.loop import train
 from genpipe.training.objective import Objective, Validation

@@ -13,7 +13,7 @@ from folder_runtime import CPU, SGD_RATE, FolderRuntime, build, sgd, train_stage
 
 from genpipe.config import Resources
 from genpipe.data.stream import order
-from genpipe.launch.spec import StageSpec
+from genpipe.spec import StageSpec
 from genpipe.stages import load_stage
 from genpipe.training import state
 from genpipe.training.loop import Interrupted, seeded

@@ -1,4 +1,4 @@
-"""What a launcher is told: one stage, with everything it needs to run anywhere."""
+"""One stage to run, with everything that it needs anywhere, and how far it is: what launchers and tracking share."""
 
 from __future__ import annotations
 
