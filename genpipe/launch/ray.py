@@ -34,7 +34,7 @@ from genpipe.storage import join, open_storage
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
 
-POLL_SECONDS = 0.3
+POLL_SECONDS = 0.5
 REACH_SECONDS = 5.0
 LOST_SECONDS = 60.0
 STOP_SECONDS = 15.0
@@ -49,6 +49,7 @@ TUNING = {
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "RAY_JOB_STOP_WAIT_TIME_S": "10",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "RAY_worker_niceness": "0",  # Ray would have training give way to every other process
 }
 
 
