@@ -34,7 +34,7 @@ imports: $(READY)
 
 tests: $(READY)
 	@echo "== tests"
-	OMP_NUM_THREADS=1 $(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadfile
 
 format: $(READY)
 	$(BIN)/ruff check --fix .

@@ -69,12 +69,13 @@ class PlainReporter:
         self.said: dict[str, tuple[str, float]] = {}
 
     def update(self, stage: str, status: str, *, progress: Progress | None = None, message: str = "") -> None:
-        before, at = self.said.get(stage, ("", 0.0))
+        before, at = self.said.get(stage, ("waiting", 0.0))
         if status == before and (progress is None or time.monotonic() - at < self.EVERY_SECONDS):
             return
         self.said[stage] = (status, time.monotonic())
         done = f" {progress.describe()}" if progress else ""
-        print(f"{stage}: {status}{done}{f' ({message})' if message else ''}", flush=True)
+        told = f" ({message})" if message else ""
+        print(f"{stage}: {status}{done}{told}\n", end="", flush=True)  # one write, as threads share the line
 
 
 class StagesFailed(RuntimeError):

@@ -320,7 +320,8 @@ def _experiment(client: MlflowClient, uri: str, name: str) -> str:
         beside = Path(uri.removeprefix("sqlite:///")).absolute().parent / "mlartifacts"
         location = beside.as_uri() if uri.startswith("sqlite:") else None
         try:
-            return str(client.create_experiment(name, artifact_location=location))
+            kind = {"mlflow.experimentKind": "custom_model_development"}  # opens the UI's pages for model training
+            return str(client.create_experiment(name, artifact_location=location, tags=kind))
         except MlflowException:  # another process was first
             experiment = client.get_experiment_by_name(name)
             if experiment is None:

@@ -12,10 +12,10 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from genpipe.artifacts import Artifact, fetch
+from genpipe.artifacts import Artifact
 from genpipe.config import Config as Block
 from genpipe.config import StageConfig
-from genpipe.data.stream import ShardDataset, image_batch, sequential, to_float, to_uint8
+from genpipe.data.stream import sequential, to_float, to_uint8
 from genpipe.evaluation.grids import tile
 from genpipe.evaluation.metrics import psnr
 from genpipe.models.autoencoder import Autoencoder, AutoencoderConfig, kl_divergence
@@ -26,6 +26,7 @@ from genpipe.models.discriminator import (
     discriminator_loss,
     generator_loss,
 )
+from genpipe.stages.shard import check_image_size, image_data
 from genpipe.training.objective import Batch, Data, Metrics, Split, Step, Validation
 from genpipe.training.optim import TrainConfig
 from genpipe.weights import save_weights
@@ -54,10 +55,7 @@ class Config(StageConfig):
 
 
 def agree(cfg: Config, inputs: Mapping[str, Artifact]) -> dict[str, Any]:
-    stored = inputs["shard"].meta["image_size"]
-    if cfg.image_size > stored:
-        raise ValueError(f"image_size {cfg.image_size} is larger than the shards' {stored} px; lower it or raise "
-                         "stages.shard.image_size")  # fmt: skip
+    check_image_size(inputs["shard"], cfg.image_size, setting="image_size")
     if cfg.image_size % cfg.model.factor:
         raise ValueError(f"image_size {cfg.image_size} is not a multiple of the model's factor {cfg.model.factor}")
     if cfg.adversarial and cfg.image_size >> cfg.adversarial.model.layers < 3:
@@ -71,12 +69,7 @@ def agree(cfg: Config, inputs: Mapping[str, Artifact]) -> dict[str, Any]:
 
 
 def data(cfg: Config, inputs: Mapping[str, Artifact]) -> Data:
-    folder = fetch(inputs["shard"])
-    return Data(*(_split(ShardDataset(folder, split=split), cfg.image_size) for split in ("train", "heldout")))
-
-
-def _split(dataset: ShardDataset, size: int) -> Split:
-    return Split(len(dataset), lambda indices, _: {"images": image_batch(dataset, indices, size=size)})
+    return image_data(inputs["shard"], size=cfg.image_size)
 
 
 def objective(cfg: Config, inputs: Mapping[str, Artifact], device: torch.device) -> Objective:

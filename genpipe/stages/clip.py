@@ -20,6 +20,7 @@ from genpipe.data.tokenizer import CaptionTokenizer, train_tokenizer
 from genpipe.evaluation.metrics import recall_at, retrieval_ranks
 from genpipe.generation import TOKENIZER_FILE
 from genpipe.models.clip import CLIP, CLIPConfig, contrastive_loss
+from genpipe.stages.shard import check_image_size
 from genpipe.training.objective import Batch, Data, Metrics, Split, Step, Validation
 from genpipe.training.optim import TrainConfig
 from genpipe.weights import save_weights
@@ -41,10 +42,7 @@ class Config(StageConfig):
 
 
 def agree(cfg: Config, inputs: Mapping[str, Artifact]) -> dict[str, Any]:
-    stored = inputs["shard"].meta["image_size"]
-    if cfg.model.image_size > stored:
-        raise ValueError(f"model.image_size {cfg.model.image_size} is larger than the shards' {stored} px; lower it "
-                         "or raise stages.shard.image_size")  # fmt: skip
+    check_image_size(inputs["shard"], cfg.model.image_size, setting="model.image_size")
     if cfg.train.micro_batch_size is not None:
         raise ValueError("train.micro_batch_size: the contrastive loss compares the whole batch at once, so it "
                          "cannot be cut; remove the setting, or lower global_batch_size or add workers")  # fmt: skip

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 from genpipe.artifacts import Artifact, fetch
 from genpipe.config import StageConfig
-from genpipe.data.features import FeatureDataset
-from genpipe.data.stream import caption_choice, to_uint8
+from genpipe.data.stream import to_uint8
 from genpipe.diffusion.process import DiffusionConfig, SamplerConfig, fixed_time_losses, training_loss
 from genpipe.evaluation.grids import tile
 from genpipe.evaluation.metrics import mean_losses
@@ -22,7 +21,8 @@ from genpipe.generation import Text, decoder_model, embed_statistics, latent_sta
 from genpipe.models.autoencoder import Autoencoder
 from genpipe.models.unclip import Decoder, DecoderConfig
 from genpipe.stages.autoencoder import hwc
-from genpipe.training.objective import Batch, Data, Metrics, Split, Step, Validation
+from genpipe.stages.features import cached_data
+from genpipe.training.objective import Batch, Data, Metrics, Step, Validation
 from genpipe.training.optim import TrainConfig
 from genpipe.weights import load_weights, save_weights
 
@@ -50,25 +50,7 @@ def agree(cfg: Config, inputs: Mapping[str, Artifact]) -> dict[str, Any]:
 
 
 def data(cfg: Config, inputs: Mapping[str, Artifact]) -> Data:
-    folder = fetch(inputs["features"])
-    return Data(
-        train=_split(FeatureDataset(folder, split="train"), seed=cfg.train.seed),
-        heldout=_split(FeatureDataset(folder, split="heldout"), seed=None),
-    )
-
-
-def _split(features: FeatureDataset, *, seed: int | None) -> Split:
-    """Latents and their conditions; a seed picks captions by position, none takes each sample's first."""
-
-    def collate(indices: np.ndarray, positions: np.ndarray) -> Batch:
-        choices = np.zeros_like(positions) if seed is None else caption_choice(positions, seed=seed)
-        return {
-            "latents": features.latents(indices),
-            "image_embeds": features.image_embeds(indices),
-            **features.text(indices, choices),
-        }
-
-    return Split(len(features), collate)
+    return cached_data(inputs["features"], arrays=("latents", "image_embeds"), seed=cfg.train.seed)
 
 
 def objective(cfg: Config, inputs: Mapping[str, Artifact], device: torch.device) -> Objective:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -13,12 +13,15 @@ from torch import Tensor
 
 from genpipe.artifacts import Artifact, fetch
 from genpipe.config import StageConfig
-from genpipe.data.features import write_features
-from genpipe.data.stream import ShardDataset, image_batch, to_float
+from genpipe.data.features import FeatureDataset, write_features
+from genpipe.data.shards import Split
+from genpipe.data.stream import Batch, ShardDataset, caption_choice, image_batch, to_float
 from genpipe.data.tokenizer import CaptionTokenizer
 from genpipe.generation import TOKENIZER_FILE, check_lineage, latent_statistics
 from genpipe.models.autoencoder import Autoencoder
 from genpipe.models.clip import CLIP
+from genpipe.training.objective import Data
+from genpipe.training.objective import Split as DataSplit
 from genpipe.weights import load_weights
 
 VERSION = 1
@@ -114,3 +117,22 @@ def finish(
 ) -> tuple[dict[str, Any], dict[str, float]]:
     totals = {name: sum(result[name] for result in results) for name in ("samples", "captions")}
     return {**totals, "dtype": cfg.dtype}, {name: float(total) for name, total in totals.items()}
+
+
+def cached_data(features: Artifact, *, arrays: Sequence[str], seed: int) -> Data:
+    """The cache as a stage trains on it: `arrays` (latents, image_embeds) and the text of one caption a sample.
+
+    Training takes a caption by its position in the stream and `seed`, held-out samples take their first.
+    """
+    folder = fetch(features)
+
+    def split(name: Split) -> DataSplit:
+        dataset = FeatureDataset(folder, split=name)
+
+        def collate(indices: np.ndarray, positions: np.ndarray) -> Batch:
+            choices = caption_choice(positions, seed=seed) if name == "train" else np.zeros_like(positions)
+            return {array: getattr(dataset, array)(indices) for array in arrays} | dataset.text(indices, choices)
+
+        return DataSplit(len(dataset), collate)
+
+    return Data(train=split("train"), heldout=split("heldout"))

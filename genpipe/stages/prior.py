@@ -6,20 +6,18 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from genpipe.artifacts import Artifact, fetch
+from genpipe.artifacts import Artifact
 from genpipe.config import StageConfig
-from genpipe.data.features import FeatureDataset
-from genpipe.data.stream import caption_choice
 from genpipe.diffusion.process import DiffusionConfig, SamplerConfig, fixed_time_losses, training_loss
 from genpipe.evaluation.metrics import cosine, mean_losses, unrelated
 from genpipe.generation import Text, embed_statistics, prior_model, sample_image_embeds
 from genpipe.models.prior import Prior, PriorConfig
-from genpipe.training.objective import Batch, Data, Metrics, Split, Step, Validation
+from genpipe.stages.features import cached_data
+from genpipe.training.objective import Batch, Data, Metrics, Step, Validation
 from genpipe.training.optim import TrainConfig
 from genpipe.weights import save_weights
 
@@ -42,21 +40,7 @@ def agree(cfg: Config, inputs: Mapping[str, Artifact]) -> dict[str, Any]:
 
 
 def data(cfg: Config, inputs: Mapping[str, Artifact]) -> Data:
-    folder = fetch(inputs["features"])
-    return Data(
-        train=_split(FeatureDataset(folder, split="train"), seed=cfg.train.seed),
-        heldout=_split(FeatureDataset(folder, split="heldout"), seed=None),
-    )
-
-
-def _split(features: FeatureDataset, *, seed: int | None) -> Split:
-    """Embeddings and captions; a seed picks captions by position, none takes each sample's first."""
-
-    def collate(indices: np.ndarray, positions: np.ndarray) -> Batch:
-        choices = np.zeros_like(positions) if seed is None else caption_choice(positions, seed=seed)
-        return {"image_embeds": features.image_embeds(indices), **features.text(indices, choices)}
-
-    return Split(len(features), collate)
+    return cached_data(inputs["features"], arrays=("image_embeds",), seed=cfg.train.seed)
 
 
 def objective(cfg: Config, inputs: Mapping[str, Artifact], device: torch.device) -> Objective:

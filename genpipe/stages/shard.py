@@ -15,12 +15,15 @@ from typing import Any
 import numpy as np
 from pydantic import Field
 
-from genpipe.artifacts import Artifact
+from genpipe.artifacts import Artifact, fetch
 from genpipe.config import StageConfig
 from genpipe.data.images import ImageError, ImageFormat, contact_sheet, encode, prepare
 from genpipe.data.samples import Reject, Sample
 from genpipe.data.shards import SPLITS, ShardWriter, Split, split_of, write_rejects
 from genpipe.data.sources import SourceConfig, open_source
+from genpipe.data.stream import ShardDataset, image_batch
+from genpipe.training.objective import Data
+from genpipe.training.objective import Split as DataSplit
 
 VERSION = 1
 CONSUMES: tuple[str, ...] = ()
@@ -160,3 +163,23 @@ def finish(
         **{f"rejected_{reason}": count for reason, count in rejected.items()},
     }
     return meta, {name: float(value) for name, value in metrics.items()}
+
+
+def check_image_size(shard: Artifact, size: int, *, setting: str) -> None:
+    """Raise ValueError if a stage's `setting` asks for larger images than the shards hold."""
+    stored = shard.meta["image_size"]
+    if size > stored:
+        raise ValueError(
+            f"{setting} {size} is larger than the shards' {stored} px; lower it or raise stages.shard.image_size"
+        )
+
+
+def image_data(shard: Artifact, *, size: int) -> Data:
+    """The images alone, as uint8 [B, 3, size, size]: what stages without captions train on."""
+    folder = fetch(shard)
+
+    def split(name: Split) -> DataSplit:
+        dataset = ShardDataset(folder, split=name)
+        return DataSplit(len(dataset), lambda indices, _: {"images": image_batch(dataset, indices, size=size)})
+
+    return Data(train=split("train"), heldout=split("heldout"))

@@ -12,15 +12,16 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from genpipe.artifacts import Artifact, fetch
+from genpipe.artifacts import Artifact
 from genpipe.config import StageConfig
-from genpipe.data.stream import ShardDataset, image_batch, sequential, to_float, to_uint8
+from genpipe.data.stream import sequential, to_float, to_uint8
 from genpipe.diffusion.process import DiffusionConfig, Model, SamplerConfig, fixed_time_losses, training_loss
 from genpipe.evaluation.grids import tile
 from genpipe.evaluation.metrics import mean_losses, psnr
 from genpipe.generation import augment, enlarge, upsample
 from genpipe.models.upsampler import Upsampler, UpsamplerConfig
 from genpipe.stages.autoencoder import hwc
+from genpipe.stages.shard import check_image_size, image_data
 from genpipe.training.objective import Batch, Data, Metrics, Split, Step, Validation
 from genpipe.training.optim import TrainConfig
 from genpipe.weights import save_weights
@@ -36,7 +37,7 @@ class Config(StageConfig):
     image_size: int = Field(128, ge=16, description="side of the images that it makes")
     crop: int = Field(64, ge=8, description="side of the training crops, in large pixels")
     model: UpsamplerConfig = UpsamplerConfig()
-    diffusion: DiffusionConfig = DiffusionConfig()
+    diffusion: DiffusionConfig = DiffusionConfig(schedule="cosine", predict="x0", time_sampling="uniform")
     noise_aug: float = Field(0.3, ge=0, lt=1, description="training noise levels on low_res are uniform up to this")
     sampler: SamplerConfig = Field(SamplerConfig(steps=8), description="of the validation's pictures")
     statistics_samples: int = Field(512, ge=1, description="images over which the residual's scale is measured")
@@ -44,10 +45,7 @@ class Config(StageConfig):
 
 
 def agree(cfg: Config, inputs: Mapping[str, Artifact]) -> dict[str, Any]:
-    stored = inputs["shard"].meta["image_size"]
-    if cfg.image_size > stored:
-        raise ValueError(f"image_size {cfg.image_size} is larger than the shards' {stored} px; lower it or raise "
-                         "stages.shard.image_size")  # fmt: skip
+    check_image_size(inputs["shard"], cfg.image_size, setting="image_size")
     if cfg.image_size % cfg.low_size or cfg.image_size == cfg.low_size:
         raise ValueError(f"image_size {cfg.image_size} is not a multiple of low_size {cfg.low_size}")
     patch = cfg.model.patch_size
@@ -60,15 +58,7 @@ def agree(cfg: Config, inputs: Mapping[str, Artifact]) -> dict[str, Any]:
 
 
 def data(cfg: Config, inputs: Mapping[str, Artifact]) -> Data:
-    folder = fetch(inputs["shard"])
-    return Data(
-        train=_split(ShardDataset(folder, split="train"), size=cfg.image_size),
-        heldout=_split(ShardDataset(folder, split="heldout"), size=cfg.image_size),
-    )
-
-
-def _split(dataset: ShardDataset, *, size: int) -> Split:
-    return Split(len(dataset), lambda indices, _: {"images": image_batch(dataset, indices, size=size)})
+    return image_data(inputs["shard"], size=cfg.image_size)
 
 
 def objective(cfg: Config, inputs: Mapping[str, Artifact], device: torch.device) -> Objective:

@@ -1,0 +1,126 @@
+"""The command line as a user meets it: what it prints, and the exit code."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import TinyPipeline
+from PIL import Image
+
+from genpipe import cli
+
+TINY = "configs/pipeline/tiny.yaml"
+Command = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def genpipe(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    """Run the command line in this process: exit code, standard output, standard error."""
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["genpipe", *arguments])
+        with pytest.raises(SystemExit) as exited:
+            cli.main()
+        code = exited.value.code
+        printed = capsys.readouterr()
+        return (code if isinstance(code, int) else 0), printed.out, printed.err
+
+    return run
+
+
+def settings(shapes: Path, store: Path) -> list[str]:
+    return [f"stages.shard.source.path={shapes}", f"store={store}"]
+
+
+def test_help_lists_the_commands(genpipe: Command) -> None:
+    code, out, _ = genpipe("--help")
+    assert code == 0
+    assert all(name in out for name in ("run", "stage", "plan", "check", "sample", "ui", "doctor"))
+
+
+def test_the_shipped_demo_is_valid(genpipe: Command) -> None:
+    assert genpipe("check", "configs/pipeline/demo.yaml")[:2] == (0, "configs/pipeline/demo.yaml: ok\n")
+
+
+def test_a_misspelt_key_is_one_message_without_a_trace(genpipe: Command, shapes: Path, tmp_path: Path) -> None:
+    code, _, err = genpipe("plan", TINY, *settings(shapes, tmp_path), "stages.decoder.trian.samples=3")
+    assert code == 2
+    assert err == (
+        "error: override 'stages.decoder.trian.samples=3': stages.decoder.trian: unknown key; did you mean 'train'?\n"
+    )
+
+
+def test_debug_shows_the_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["genpipe", "--debug", "check", "absent.yaml"])
+    with pytest.raises(ValueError, match=r"absent\.yaml: no such configuration file"):
+        cli.main()
+
+
+def test_an_optimizer_setting_alone_keeps_the_default_optimizer(genpipe: Command, shapes: Path, tmp_path: Path) -> None:
+    code, out, err = genpipe("plan", TINY, *settings(shapes, tmp_path), "stages.prior.train.optim.lr=1e-3")
+    assert code == 0, err
+    assert out.count("not made yet") == 8
+
+
+def test_stages_that_disagree_are_named(genpipe: Command, shapes: Path, tmp_path: Path) -> None:
+    code, _, err = genpipe("plan", TINY, *settings(shapes, tmp_path), "stages.autoencoder.image_size=64")
+    assert code == 2
+    assert "stages.autoencoder: image_size 64 is larger than the shards' 32 px" in err
+
+
+def test_a_missing_folder_is_named(genpipe: Command) -> None:
+    code, _, err = genpipe("check", TINY)
+    assert code == 2
+    assert "stages.shard: source.path: the folder data/tiny does not exist" in err
+
+
+def test_a_stage_says_which_inputs_it_lacks(genpipe: Command, shapes: Path, tmp_path: Path) -> None:
+    code, _, err = genpipe("stage", "prior", TINY, *settings(shapes, tmp_path))
+    assert code == 2
+    assert "features" in err and "is not committed for this configuration" in err
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("tracking.uri=http://127.0.0.1:9", "tracking.uri: no MLflow at http://127.0.0.1:9"),
+        ("ray.address=http://127.0.0.1:9", "ray.address: no Ray dashboard at http://127.0.0.1:9"),
+    ],
+)
+def test_an_unreachable_service_is_named_with_its_setting(
+    genpipe: Command, shapes: Path, tmp_path: Path, setting: str, said: str
+) -> None:
+    code, out, err = genpipe("run", TINY, *settings(shapes, tmp_path), setting)
+    assert code == 2
+    assert said in err and "Traceback" not in out + err
+
+
+def test_sample_before_training_says_what_to_do(genpipe: Command, shapes: Path, tmp_path: Path) -> None:
+    config = tmp_path / "mine.yaml"
+    source = {"shard": {"source": {"kind": "folder", "path": str(shapes)}}}
+    mine = {"base": str(Path(TINY).absolute()), "store": str(tmp_path / "store"), "stages": source}
+    config.write_text(yaml.safe_dump(mine))
+    code, _, err = genpipe("sample", str(config), "a red circle")
+    assert code == 2
+    assert f"autoencoder, clip, features, prior, decoder, upsampler not made yet; `genpipe run {config}`" in err
+
+
+def test_sample_draws_from_an_evaluation(genpipe: Command, tiny: TinyPipeline, tmp_path: Path) -> None:
+    evaluate = tiny.run("evaluate")
+    pictures = [tmp_path / "one.png", tmp_path / "two.png"]
+    for picture in pictures:
+        code, out, err = genpipe("sample", evaluate.uri, "a red circle", "--each", "3", "--out", str(picture))
+        assert code == 0, err
+        assert str(picture) in out
+    assert pictures[0].read_bytes() == pictures[1].read_bytes(), "the same seed gives the same pictures"
+    assert Image.open(pictures[0]).width > 3 * 32
+
+
+def test_doctor_tries_the_addresses_of_a_configuration(genpipe: Command) -> None:
+    code, out, err = genpipe("doctor", TINY)
+    assert code == 0, err
+    assert "torch" in out and "CPU cores" in out and "MLflow" in out
