@@ -34,7 +34,7 @@ from genpipe.storage import join, open_storage
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
 
-POLL_SECONDS = 0.5
+POLL_SECONDS = 1.0
 REACH_SECONDS = 5.0
 LOST_SECONDS = 60.0
 STOP_SECONDS = 15.0
@@ -42,7 +42,7 @@ FAILURE = "error.json"
 
 # Ray Train's own pauses, which would otherwise stand in every stage; a group waits in line for CPUs for a week.
 TUNING = {
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(7 * 24 * 3600),
     "RAY_TRAIN_METRICS_ENABLED": "0",
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
