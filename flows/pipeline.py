@@ -196,16 +196,17 @@ def stage_task(stage: str) -> StageResult:
         run.reporter.update(stage, "cached", message=planned.why)
         return result
     assert place.cluster is not None, "a plan with work to do has a cluster"
-    started = time.monotonic()
-    spec = _spec(place, planned)
-    run.reporter.update(stage, "running", message=planned.why)
-    try:
-        place.cluster.run(spec, report=lambda progress: run.reporter.update(stage, "running", progress=progress))
-    except ray.JobLost as error:
-        run.reporter.update(stage, "lost", message=str(error))
-        tracking.fail_stage_run(spec, str(error))
-        raise
-    result = _result(planned, "ran", seconds=time.monotonic() - started)
+    with place.cluster.turn(stage, planned.cfg.resources, order=list(run.plans).index(stage)):
+        started = time.monotonic()
+        spec = _spec(place, planned)
+        run.reporter.update(stage, "running", message=planned.why)
+        try:
+            place.cluster.run(spec, report=lambda progress: run.reporter.update(stage, "running", progress=progress))
+        except ray.JobLost as error:
+            run.reporter.update(stage, "lost", message=str(error))
+            tracking.fail_stage_run(spec, str(error))
+            raise
+        result = _result(planned, "ran", seconds=time.monotonic() - started)
     run.reporter.update(stage, "ran")
     return result
 

@@ -21,7 +21,7 @@ from genpipe.artifacts import Manifest, read_manifest
 pytestmark = pytest.mark.slow
 
 CONFIG = "configs/pipeline/tiny.yaml"
-STAGES = ["shard", "autoencoder", "clip", "features", "prior", "decoder", "upsampler", "evaluate"]
+STAGES = ["shard", "autoencoder", "clip", "features", "decoder", "prior", "upsampler", "evaluate"]
 TRAINED = ["autoencoder", "clip", "prior", "decoder", "upsampler"]
 
 

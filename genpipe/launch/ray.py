@@ -28,6 +28,7 @@ from pydantic import Field
 from genpipe import artifacts
 from genpipe.config import Config, Resources
 from genpipe.launch.head import authorization, get, local_head
+from genpipe.launch.turns import Turns
 from genpipe.spec import Progress, StageSpec, read_progress, write_progress
 from genpipe.storage import join, open_storage
 
@@ -81,18 +82,33 @@ class Cluster:
         self.capacity = capacity
         self.jobs: set[str] = set()
         self.interrupted = threading.Event()
+        self.turns = Turns(capacity, interrupted=self.interrupted)
 
     @property
     def embedded(self) -> bool:
         return bool(self.capacity)
 
+    @contextmanager
+    def turn(self, stage: str, resources: Resources, *, order: int) -> Iterator[None]:
+        """Hold what a stage needs of the local Ray, the lowest `order` first; a cluster has a queue of its own.
+
+        Raises ValueError if the local Ray could never run it, Stopped after `interrupt`.
+        """
+        if not self.embedded:
+            yield
+            return
+        self._fits(stage, resources)
+        needs = {"CPU": resources.workers * resources.cpus, "GPU": resources.workers * resources.gpus}
+        with self.turns.take(needs, order=order) as granted:
+            if not granted:
+                raise Stopped(f"{stage} was stopped before it began")
+            yield
+
     def run(self, spec: StageSpec, *, report: Report) -> str:
         """Submit a stage, or adopt the job that already runs it, and wait for its artifact; the job's id.
 
-        `report` gets the progress, None before the first. Raises ValueError if the local Ray could never run it,
-        StageError, JobLost, or Stopped after `interrupt`.
+        `report` gets the progress, None before the first. Raises StageError, JobLost, or Stopped after `interrupt`.
         """
-        self._fits(spec)
         job = self._submit(spec)
         self.jobs.add(job)
         try:
@@ -108,13 +124,12 @@ class Cluster:
         if stop_jobs:
             stop(self.client, self.jobs)
 
-    def _fits(self, spec: StageSpec) -> None:
-        resources = Resources.model_validate(spec.config.get("resources", {}))
+    def _fits(self, stage: str, resources: Resources) -> None:
         for kind, each in (("CPU", resources.cpus), ("GPU", resources.gpus)):
             there = self.capacity.get(kind, 0.0)
-            if self.embedded and resources.workers * each > there:
+            if resources.workers * each > there:
                 raise ValueError(
-                    f"stages.{spec.stage}.resources: {resources.workers} workers x {each:g} {kind}s do not fit this "
+                    f"stages.{stage}.resources: {resources.workers} workers x {each:g} {kind}s do not fit this "
                     f"machine, which has {there:g}; lower them, or set ray.address to a cluster"
                 )
 

@@ -20,6 +20,7 @@ from toybox import Toys, artifact_of, install, wait_for
 
 from genpipe import artifacts
 from genpipe.artifacts import Artifact
+from genpipe.config import Resources
 from genpipe.launch import ray as on_ray
 from genpipe.launch.local import run_local
 from genpipe.launch.ray import Cluster, JobLost, StageError, cluster, connect
@@ -208,9 +209,17 @@ def test_interrupt_stops_the_job_and_the_run_is_killed(toys: Toys, ray: Cluster,
 
 
 def test_what_does_not_fit_is_said_at_once(ray: Cluster, toys: Toys) -> None:
-    spec = toys.spec("toy_data", resources={"workers": 64, "cpus": 8})
-    with pytest.raises(ValueError, match=r"stages.toy_data.resources: 64 workers x 8 CPUs do not fit this machine"):
-        run(ray, spec)
+    refused = pytest.raises(ValueError, match=r"stages.toy_data.resources: 64 workers x 8 CPUs do not fit this machine")
+    with refused, ray.turn("toy_data", Resources(workers=64, cpus=8), order=0):
+        raise AssertionError("it was let in")
+
+
+def test_a_turn_ends_when_the_run_is_interrupted(ray: Cluster) -> None:
+    own = Cluster(ray.client, runtime_env={}, capacity={"CPU": 1.0, "GPU": 0.0})
+    with own.turn("first", Resources(cpus=1), order=0):
+        threading.Timer(1.0, lambda: own.interrupt(stop_jobs=False)).start()
+        with pytest.raises(on_ray.Stopped, match="second was stopped"), own.turn("second", Resources(cpus=1), order=1):
+            raise AssertionError("it was let in")
 
 
 def test_unreachable_clusters_are_explained(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,60 @@
+"""Whose turn it is: stages that are ready wait here for the cores and GPUs of one machine."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+SETTLE_SECONDS = 0.5
+POLL_SECONDS = 0.5
+
+
+class Turns:
+    """Gives out what a machine has, in an order that does not depend on who asked first.
+
+    Ray would serve stages that became ready together by chance, and one that others wait for might come last.
+    """
+
+    def __init__(self, capacity: Mapping[str, float], *, interrupted: threading.Event) -> None:
+        self.free = dict(capacity)
+        self.waiting: list[int] = []
+        self.changed = threading.Condition()
+        self.interrupted = interrupted
+
+    @contextmanager
+    def take(self, needs: Mapping[str, float], *, order: int) -> Iterator[bool]:
+        """Wait for `needs` and hold them during the block; yields False, without them, once `interrupted` is set.
+
+        Nobody overtakes a lower `order` that waits, so that a stage that needs the whole machine gets it. `needs` must
+        fit the capacity.
+        """
+        granted = self._acquire(needs, order=order)
+        try:
+            yield granted
+        finally:
+            if granted:
+                self._give(needs, sign=1)
+
+    def _acquire(self, needs: Mapping[str, float], *, order: int) -> bool:
+        with self.changed:
+            self.waiting.append(order)
+        time.sleep(SETTLE_SECONDS)  # stages become ready together, but their threads do not come at the same instant
+        with self.changed:
+            while not self._served(needs, order=order) and not self.interrupted.is_set():
+                self.changed.wait(POLL_SECONDS)
+            self.waiting.remove(order)
+            if self.interrupted.is_set():
+                return False
+            self._give(needs, sign=-1)
+            return True
+
+    def _served(self, needs: Mapping[str, float], *, order: int) -> bool:
+        return order == min(self.waiting) and all(self.free.get(kind, 0.0) >= n for kind, n in needs.items())
+
+    def _give(self, needs: Mapping[str, float], *, sign: int) -> None:
+        with self.changed:  # a re-entrant lock
+            for kind, amount in needs.items():
+                self.free[kind] = self.free.get(kind, 0.0) + sign * amount
+            self.changed.notify_all()
