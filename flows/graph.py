@@ -19,8 +19,8 @@ from genpipe.stages import is_training, load_stage
 from genpipe.storage import join, local_path
 
 STAGES = ("shard", "autoencoder", "clip", "features", "decoder", "prior", "upsampler", "evaluate")
-"""Every stage, in an order that runs; the edges are each stage's CONSUMES. Where several wait for cores of the local Ray
-the earliest here goes first: hence the decoder, the longest, before the prior."""
+"""Every stage, in an order that runs; the edges are each stage's CONSUMES. Where several wait for cores of the local
+Ray the earliest here goes first: hence the decoder, the longest, before the prior."""
 
 
 class RayConfig(Config):

@@ -154,7 +154,19 @@ def stop_jobs(flow: Flow[Any, Any], flow_run: FlowRun, state: State) -> None:
         ray.stop(client, ray.jobs_of(client, prefect_flow_run_id=str(flow_run.id)))
 
 
-@flow(name="genpipe", task_runner=ThreadPoolTaskRunner(max_workers=16), on_cancellation=[stop_jobs])
+def _run_name() -> str:
+    """What Prefect and MLflow call this run: the pipeline's file, the stage if it is one, and the time."""
+    given = flow_run.parameters
+    stage = f" {given['stage']}" if "stage" in given else ""
+    return f"{Path(given['config']).stem}{stage} {datetime.now():%Y-%m-%d %H:%M:%S}"
+
+
+@flow(
+    name="genpipe",
+    flow_run_name=_run_name,
+    task_runner=ThreadPoolTaskRunner(max_workers=16),
+    on_cancellation=[stop_jobs],
+)
 def pipeline_flow(
     config: str,
     overrides: list[str] | None = None,
@@ -166,7 +178,12 @@ def pipeline_flow(
     return _run_stages(run)
 
 
-@flow(name="genpipe-stage", task_runner=ThreadPoolTaskRunner(max_workers=1), on_cancellation=[stop_jobs])
+@flow(
+    name="genpipe-stage",
+    flow_run_name=_run_name,
+    task_runner=ThreadPoolTaskRunner(max_workers=1),
+    on_cancellation=[stop_jobs],
+)
 def stage_flow(
     stage: str, config: str, overrides: list[str] | None = None, given: dict[str, Artifact] | None = None
 ) -> list[StageResult]:
@@ -317,12 +334,11 @@ def _run_stages(run: _Run) -> list[StageResult]:
         "genpipe.overrides": " ".join(run.overrides),
         **{f"genpipe.{name}": value for name, value in links.items()},
     }
-    name = f"{pipeline.cfg.name} {datetime.now():%Y-%m-%d %H:%M}"
     files = [Path(pipeline.source)] if Path(pipeline.source).is_file() else []
     with ExitStack() as stack:
         parent = stack.enter_context(
             tracking.pipeline_run(
-                pipeline.tracking_uri, experiment=pipeline.experiment, name=name, tags=tags, files=files
+                pipeline.tracking_uri, experiment=pipeline.experiment, name=flow_run.name, tags=tags, files=files
             )
         )
         cluster = None

@@ -116,9 +116,11 @@ def test_records_link_prefect_ray_and_mlflow(project: Project) -> None:
     assert parent.data.tags["genpipe.prefect_flow_run_id"] == flow_run
     with sqlite3.connect(project.folder / "prefect" / "prefect.db") as database:
         states = dict(database.execute("select id, state_type from flow_run").fetchall())
+        names = dict(database.execute("select id, name from flow_run").fetchall())
         tasks = database.execute("select name, state_type from task_run where flow_run_id = ?", (flow_run,)).fetchall()
         tables = database.execute("select data from artifact where key = 'genpipe-stages'").fetchall()
     assert states[flow_run] == "COMPLETED"
+    assert names[flow_run] == parent.info.run_name, "one name in both pages"
     assert sorted(states.values()) == ["COMPLETED"] * 3 + ["FAILED"]
     assert dict(tasks) == dict.fromkeys(("toy_data", "toy_line", "toy_slow", "toy_end"), "COMPLETED")
     assert any(newest.info.run_id in str(table) for table in tables), "Prefect's table names the MLflow runs"
