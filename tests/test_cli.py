@@ -106,7 +106,7 @@ def test_sample_before_training_says_what_to_do(genpipe: Command, shapes: Path, 
     config.write_text(yaml.safe_dump(mine))
     code, _, err = genpipe("sample", str(config), "a red circle")
     assert code == 2
-    assert f"autoencoder, clip, features, decoder, prior, upsampler not made yet; `genpipe run {config}`" in err
+    assert f"autoencoder, clip, features, prior, decoder, upsampler not made yet; `genpipe run {config}`" in err
 
 
 def test_sample_draws_from_an_evaluation(genpipe: Command, tiny: TinyPipeline, tmp_path: Path) -> None:

@@ -53,7 +53,7 @@ def test_everything_is_cached_after_a_run(tiny: TinyPipeline) -> None:
     assert changed["evaluate"].why == "its input decoder changed"
     seeded = tiny.plan("stages.autoencoder.train.seed=1", "stages.autoencoder.kl_weight=2e-6")
     ran = [name for name, planned in seeded.items() if planned.status == "run"]
-    assert ran == ["autoencoder", "features", "prior", "decoder", "evaluate"]
+    assert ran == ["autoencoder", "features", "decoder", "prior", "evaluate"]
     assert seeded["autoencoder"].why == "kl_weight: 1e-06 -> 2e-06; train.seed: 0 -> 1"
     assert seeded["decoder"].why == "its input autoencoder changed; its input features changed"
 
