@@ -20,14 +20,22 @@ from genpipe.launch.ray import TUNING, connect
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_nothing_survives_the_command(tmp_path: Path, sent: signal.Signals) -> None:
+SLOW = {
+    "toy_data": ["stages.toy_data.seconds=60"],
+    "toy_line": ["stages.toy_line.step_seconds=0.1", "stages.toy_line.train.samples=4000"],
+}
+
+
+@pytest.mark.parametrize(
+    ("sent", "stage"), [(signal.SIGINT, "toy_line"), (signal.SIGTERM, "toy_data"), (signal.SIGKILL, "toy_data")]
+)
+def test_nothing_survives_the_command(tmp_path: Path, sent: signal.Signals, stage: str) -> None:
     project = Project(tmp_path)
-    process = project.start("stages.toy_line.step_seconds=0.1", "stages.toy_line.train.samples=4000")
-    wait_for(lambda: project.progress("toy_line") or process.poll() is not None, seconds=120)
+    process = project.start(*SLOW[stage])
+    wait_for(lambda: project.progress(stage) or process.poll() is not None, seconds=120)
     assert process.poll() is None, project.output.read_text()
     started = psutil.Process(process.pid).children(recursive=True)
-    rays = [p for p in started if "prefect.server" not in " ".join(p.cmdline())]
+    rays = [p for p in started if "prefect.server" not in command_of(p)]
     assert len(rays) > 5
     if sent == signal.SIGINT:
         os.killpg(process.pid, sent)  # as Ctrl-C does: the whole group gets it
@@ -43,9 +51,16 @@ def test_nothing_survives_the_command(tmp_path: Path, sent: signal.Signals) -> N
         return
     assert process.returncode == (130 if sent == signal.SIGINT else 143), output
     assert "Traceback" not in output, output
-    assert project.runs("toy_line")[0].info.status == "KILLED"
+    assert project.runs(stage)[0].info.status == "KILLED"
     assert project.runs("parent")[0].info.status == "KILLED"
-    assert not list((project.store / "artifacts" / "toy_line").glob("*/manifest.json"))
+    assert not list((project.store / "artifacts" / stage).glob("*/manifest.json"))
+
+
+def command_of(process: psutil.Process) -> str:
+    """The command line of a process; nothing of one that has ended meanwhile."""
+    with suppress(psutil.NoSuchProcess):
+        return " ".join(process.cmdline())
+    return ""
 
 
 @pytest.fixture
