@@ -11,7 +11,7 @@ export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export DO_NOT_TRACK := true
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: demo test lint types imports tests format clean
+.PHONY: demo test lint types imports tests bench-data format clean
 
 demo: $(READY)
 	@echo "== running the pipeline $(CONFIG)"
@@ -35,6 +35,11 @@ imports: $(READY)
 tests: $(READY)
 	@echo "== tests"
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadfile
+
+# How fast data are read and cached, each time beside what else would do it; takes minutes, and a quiet machine.
+bench-data: $(READY)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
+	@for script in tests/benchmarks/bench_*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
 
 format: $(READY)
 	$(BIN)/ruff check --fix .

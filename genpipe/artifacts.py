@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -91,32 +91,39 @@ def work_uri(store: str, kind: str, fingerprint: str) -> str:
     return join(store, "work", kind, fingerprint[:16])
 
 
-def read_manifest(uri: str) -> Manifest | None:
+def read_manifest(uri: str, *, check_files: bool = True) -> Manifest | None:
     """The manifest of a committed artifact, None where nothing is committed.
 
     Checks the manifest against its own digest and every file's presence and size. Raises ManifestError if
     either fails: a damaged artifact is neither used nor silently made anew.
     """
-    storage = open_storage(uri)
     try:
-        raw = storage.read(MANIFEST)
+        raw = open_storage(uri).read(MANIFEST)
     except FileNotFoundError:
         return None
-    remedy = f"delete {uri} to have it made again, or restore it from a copy"
     try:
         record = json.loads(raw)
         digest = record.pop("digest")
         manifest = Manifest.model_validate(record)
     except (ValueError, KeyError, AttributeError, TypeError):
-        raise ManifestError(f"{join(uri, MANIFEST)}: not a readable manifest; {remedy}") from None
+        raise ManifestError(f"{join(uri, MANIFEST)}: not a readable manifest; {_remedy(uri)}") from None
     if digest != _digest(record):
-        raise ManifestError(f"{join(uri, MANIFEST)}: changed since it was written (its digest differs); {remedy}")
-    sizes = {entry.key: entry.size for entry in storage.list()}
+        raise ManifestError(f"{join(uri, MANIFEST)}: changed since it was written (its digest differs); {_remedy(uri)}")
+    if check_files:
+        _check_sizes(uri, manifest)
+    return manifest
+
+
+def _check_sizes(uri: str, manifest: Manifest) -> None:
+    sizes = {entry.key: entry.size for entry in open_storage(uri).list()}
     for file in manifest.files:
         if sizes.get(file.path) != file.size:
             found = f"has {sizes[file.path]} bytes" if file.path in sizes else "is missing"
-            raise ManifestError(f"{join(uri, file.path)}: {found}, its manifest says {file.size} bytes; {remedy}")
-    return manifest
+            raise ManifestError(f"{join(uri, file.path)}: {found}, its manifest says {file.size} bytes; {_remedy(uri)}")
+
+
+def _remedy(uri: str) -> str:
+    return f"delete {uri} to have it made again, or restore it from a copy"
 
 
 def find(uri: str) -> Artifact | None:
@@ -130,11 +137,31 @@ def verify(uri: str) -> Manifest:
     manifest = read_manifest(uri)
     if manifest is None:
         raise ManifestError(f"{uri}: no {MANIFEST} here, so nothing was committed")
+    for fault in damaged_files(uri):
+        raise ManifestError(fault)
+    return manifest
+
+
+def damaged_files(uri: str) -> Iterator[str]:
+    """A sentence for each file of a committed artifact whose size or sha256 is not its manifest's.
+
+    Raises ManifestError if there is no manifest, or a damaged one.
+    """
+    manifest = read_manifest(uri, check_files=False)
+    if manifest is None:
+        raise ManifestError(f"{uri}: no {MANIFEST} here, so nothing was committed")
     storage = open_storage(uri)
     for file in manifest.files:
-        if hashlib.sha256(storage.read(file.path)).hexdigest() != file.sha256:
-            raise ManifestError(f"{join(uri, file.path)}: its content differs from the manifest's sha256")
-    return manifest
+        where = join(uri, file.path)
+        try:
+            content = storage.read(file.path)
+        except FileNotFoundError:
+            yield f"{where}: is missing"
+            continue
+        if len(content) != file.size:
+            yield f"{where}: has {len(content)} bytes, its manifest says {file.size} bytes"
+        elif hashlib.sha256(content).hexdigest() != file.sha256:
+            yield f"{where}: its content differs from the manifest's sha256"
 
 
 def add_part(uri: str, part: str, folder: Path, stats: Mapping[str, Any]) -> None:
@@ -167,19 +194,21 @@ def commit(
     git_revision: str = "",
     run_id: str = "",
 ) -> Artifact:
-    """Make `artifact` real: upload `folder`, gather the finished `parts`, and write the manifest last."""
+    """Make `artifact` real: gather the finished `parts`, upload `folder`, and write the manifest last.
+
+    A file of `folder` takes the place of one of the same path that a part brought.
+    """
     storage = open_storage(artifact.uri)
-    files = list(_upload(storage, folder)) if folder else []
     done = finished_parts(artifact.uri)
-    for part in parts:
-        files += [FileEntry.model_validate(file) for file in done[part]["files"]]
+    gathered = [FileEntry.model_validate(file) for part in parts for file in done[part]["files"]]
+    files = {file.path: file for file in [*gathered, *(_upload(storage, folder) if folder else ())]}
     manifest = Manifest(
         artifact=artifact,
         version=version,
         config=dict(config),
         inputs=dict(inputs),
         metrics=dict(metrics),
-        files=tuple(sorted(files, key=lambda file: file.path)),
+        files=tuple(file for _, file in sorted(files.items())),
         git_revision=git_revision,
         run_id=run_id,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -191,6 +220,12 @@ def commit(
     return artifact
 
 
+def cache_folder(artifact: Artifact) -> Path:
+    """Where this machine keeps a whole copy of a remote artifact, whether or not it is there yet."""
+    cache = Path(os.environ.get("GENPIPE_CACHE", "~/.cache/genpipe")).expanduser()
+    return cache / artifact.kind / artifact.fingerprint
+
+
 def fetch(artifact: Artifact) -> Path:
     """The artifact's files as a local folder: itself if it is local, else a copy in the cache.
 
@@ -200,8 +235,7 @@ def fetch(artifact: Artifact) -> Path:
     here = local_path(artifact.uri)
     if here is not None:
         return here
-    cache = Path(os.environ.get("GENPIPE_CACHE", "~/.cache/genpipe")).expanduser()
-    target = cache / artifact.kind / artifact.fingerprint
+    target = cache_folder(artifact)
     if target.exists():
         return target
     manifest = read_manifest(artifact.uri)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from genpipe import console
+from genpipe import cli_data, console
 from genpipe.config import ConfigError
 
 if TYPE_CHECKING:
@@ -32,6 +32,8 @@ Begin with `genpipe doctor`, then `genpipe plan CONFIG`, then `genpipe run CONFI
 Any setting can be overridden: `genpipe run configs/pipeline/demo.yaml stages.decoder.train.samples=200000`.
 """,
 )
+
+app.add_typer(cli_data.app)
 
 ConfigFile = Annotated[str, typer.Argument(metavar="CONFIG", help="a pipeline's YAML file")]
 Overrides = Annotated[
@@ -123,7 +125,7 @@ def sample(
     import torch
     from PIL import Image
 
-    from genpipe.data.stream import to_uint8
+    from genpipe.data.pixels import to_uint8
     from genpipe.evaluation.grids import labelled_grid
     from genpipe.generation import GenerationConfig, Generator
     from genpipe.training.loop import seeded

@@ -33,6 +33,7 @@ class Resources(Config):
     cpus: float = Field(1.0, gt=0, description="CPU cores of each worker; also its number of torch threads")
     gpus: float = Field(0.0, ge=0, description="GPUs of each worker")
     loader_threads: int = Field(1, ge=1, description="threads that read and decode batches in each worker")
+    loader_processes: int = Field(0, ge=0, description="processes that do so instead of the threads; 0: threads")
     checkpoint_seconds: float = Field(120.0, gt=0, description="wall time between checkpoints")
     max_failures: int = Field(3, ge=0, description="worker losses a stage survives before it fails")
 
@@ -250,7 +251,8 @@ def _known_keys(model: Any, loc: Loc, values: Any) -> set[str]:
     models = list(_models_in(model))
     for key in loc:
         values = values.get(key) if isinstance(values, Mapping) else None
-        models = [m for owner in models if key in owner.model_fields for m in _field_models(owner, key)]
+        inner = [m for owner in models if key in owner.model_fields for m in _field_models(owner, key)]
+        models = inner or models  # a key that is no field is one of a mapping of models
     if isinstance(values, Mapping) and "kind" in values:
         chosen = [m for m in models if values["kind"] in get_args(_annotation(m, "kind"))]
         models = chosen or models

@@ -314,7 +314,7 @@ def check_lineage(inputs: Mapping[str, Artifact]) -> None:
     another training, even of equal sizes, would give noise without an error.
     """
     for name in ("features", "prior", "decoder"):
-        for source in ("clip", "autoencoder"):
+        for source in ("clip", "autoencoder", "shard"):
             if name not in inputs or source not in inputs or source not in inputs[name].meta:
                 continue
             trained, here = inputs[name].meta[source], inputs[source].fingerprint

@@ -6,27 +6,43 @@ region and endpoint of S3 come from the usual AWS settings (AWS_ENDPOINT_URL nam
 
 from __future__ import annotations
 
+import io
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
+
+T = TypeVar("T")
+BODY_ATTEMPTS = 3
 
 
 class Entry(NamedTuple):
-    """One stored object: its key and its size in bytes."""
+    """One stored object: its key, its size in bytes, and what changes with its content.
+
+    `version` is the modification time in nanoseconds in a folder, the ETag under S3.
+    """
 
     key: str
     size: int
+    version: str
 
 
 class Storage(Protocol):
-    """Named bytes. Reading a key that is not there raises FileNotFoundError."""
+    """Named bytes.
+
+    A key that is not there raises FileNotFoundError, refused access PermissionError, a service that cannot be
+    reached or keeps failing ConnectionError; each names the key. `read_range` gives exactly `length` bytes
+    from `offset` on, or raises OSError.
+    """
 
     uri: str
 
     def read(self, key: str) -> bytes: ...
+    def read_range(self, key: str, *, offset: int, length: int) -> bytes: ...
+    def stat(self, key: str) -> Entry: ...
     def write(self, key: str, data: bytes) -> None: ...
     def upload(self, key: str, path: Path) -> None: ...
     def download(self, key: str, path: Path) -> None: ...
@@ -55,6 +71,11 @@ def local_path(uri: str) -> Path | None:
     return None if "://" in uri else Path(uri)
 
 
+def open_object(storage: Storage, entry: Entry, *, block: int) -> io.BufferedReader:
+    """An object as a seekable binary file that reads `block` bytes at a time."""
+    return io.BufferedReader(_RangeFile(storage, entry), block)
+
+
 class LocalStorage:
     """A folder."""
 
@@ -64,6 +85,17 @@ class LocalStorage:
 
     def read(self, key: str) -> bytes:
         return self._path(key).read_bytes()
+
+    def read_range(self, key: str, *, offset: int, length: int) -> bytes:
+        with self._path(key).open("rb", buffering=0) as file:
+            file.seek(offset)
+            return _whole(file.read(length) or b"", uri=self.uri, key=key, offset=offset, length=length)
+
+    def stat(self, key: str) -> Entry:
+        path = self._path(key)
+        if path.is_dir():
+            raise FileNotFoundError(f"{path} is a folder")
+        return _entry(key, path.stat())
 
     def write(self, key: str, data: bytes) -> None:
         with _replacing(self._path(key)) as temporary, temporary.open("wb") as file:
@@ -88,7 +120,8 @@ class LocalStorage:
                 path = Path(folder, name)
                 key = path.relative_to(self.root).as_posix()
                 if key.startswith(prefix) and not name.endswith(_TEMPORARY):
-                    yield Entry(key, path.stat().st_size)
+                    with suppress(FileNotFoundError):  # deleted since its folder was read
+                        yield _entry(key, path.stat())
 
     def delete(self, key: str) -> None:
         self._path(key).unlink(missing_ok=True)
@@ -105,7 +138,7 @@ class LocalStorage:
 
 
 class S3Storage:
-    """A prefix of an S3 bucket. Large files go up and down in concurrent parts."""
+    """A prefix of an S3 bucket. Large files go up and down in concurrent parts; failing requests are repeated."""
 
     def __init__(self, uri: str) -> None:
         import boto3
@@ -115,41 +148,42 @@ class S3Storage:
         self.bucket, _, prefix = self.uri.removeprefix("s3://").partition("/")
         self.prefix = prefix + "/" if prefix else ""
         retries: Any = {"max_attempts": 8, "mode": "adaptive"}
-        self.client = boto3.client("s3", config=BotoConfig(retries=retries))
+        self.client = boto3.client("s3", config=BotoConfig(retries=retries, max_pool_connections=32))
 
     def read(self, key: str) -> bytes:
-        try:
-            body: bytes = self.client.get_object(Bucket=self.bucket, Key=self._key(key))["Body"].read()
-        except self.client.exceptions.NoSuchKey:
-            raise FileNotFoundError(f"{self.uri}/{key}") from None
-        return body
+        return self._get(key)
+
+    def read_range(self, key: str, *, offset: int, length: int) -> bytes:
+        if not length:
+            return b""
+        data = self._get(key, Range=f"bytes={offset}-{offset + length - 1}")
+        return _whole(data, uri=self.uri, key=key, offset=offset, length=length)
+
+    def stat(self, key: str) -> Entry:
+        head = self._call(key, lambda: self.client.head_object(Bucket=self.bucket, Key=self._key(key)))
+        return Entry(key, head["ContentLength"], head["ETag"].strip('"'))
 
     def write(self, key: str, data: bytes) -> None:
-        self.client.put_object(Bucket=self.bucket, Key=self._key(key), Body=data)
+        self._call(key, lambda: self.client.put_object(Bucket=self.bucket, Key=self._key(key), Body=data))
 
     def upload(self, key: str, path: Path) -> None:
-        self.client.upload_file(str(path), self.bucket, self._key(key))
+        self._call(key, lambda: self.client.upload_file(str(path), self.bucket, self._key(key)))
 
     def download(self, key: str, path: Path) -> None:
-        from botocore.exceptions import ClientError
-
-        try:
-            with _replacing(path) as temporary:
-                self.client.download_file(self.bucket, self._key(key), str(temporary))
-        except ClientError as error:
-            if error.response.get("Error", {}).get("Code") in ("404", "NoSuchKey"):
-                raise FileNotFoundError(f"{self.uri}/{key}") from None
-            raise
+        with _replacing(path) as temporary:
+            self._call(key, lambda: self.client.download_file(self.bucket, self._key(key), str(temporary)))
 
     def list(self, prefix: str = "") -> Iterator[Entry]:
         _check_prefix(prefix)
-        pages = self.client.get_paginator("list_objects_v2")
-        for page in pages.paginate(Bucket=self.bucket, Prefix=self.prefix + prefix):
+        pages = iter(
+            self.client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=self.prefix + prefix)
+        )
+        while page := self._call(prefix, lambda: next(pages, None)):
             for item in page.get("Contents", []):
-                yield Entry(item["Key"].removeprefix(self.prefix), item["Size"])
+                yield Entry(item["Key"].removeprefix(self.prefix), item["Size"], item["ETag"].strip('"'))
 
     def delete(self, key: str) -> None:
-        self.client.delete_object(Bucket=self.bucket, Key=self._key(key))
+        self._call(key, lambda: self.client.delete_object(Bucket=self.bucket, Key=self._key(key)))
 
     def delete_all(self, prefix: str = "") -> None:
         for entry in list(self.list(prefix)):
@@ -157,6 +191,59 @@ class S3Storage:
 
     def _key(self, key: str) -> str:
         return self.prefix + check_key(key)
+
+    def _get(self, key: str, **options: Any) -> bytes:
+        from botocore.exceptions import IncompleteReadError, ReadTimeoutError, ResponseStreamingError
+
+        def get() -> bytes:
+            body: bytes = self.client.get_object(Bucket=self.bucket, Key=self._key(key), **options)["Body"].read()
+            return body
+
+        def get_whole() -> bytes:  # boto repeats requests, but no body that breaks off
+            for _ in range(BODY_ATTEMPTS - 1):
+                with suppress(IncompleteReadError, ReadTimeoutError, ResponseStreamingError):
+                    return get()
+            return get()
+
+        return self._call(key, get_whole)
+
+    def _call(self, key: str, request: Callable[[], T]) -> T:
+        """The answer to a request, or an OSError that says what is wrong and what to look at."""
+        from boto3.exceptions import Boto3Error
+        from botocore.exceptions import BotoCoreError, ClientError
+
+        try:
+            return request()
+        except (ClientError, BotoCoreError, Boto3Error) as error:
+            # boto3's uploads wrap the client's error in one of their own that holds only its text.
+            cause = error.__context__ if isinstance(error, Boto3Error) and error.__context__ else error
+            raise self._explained(key, cause) from None
+
+    def _explained(self, key: str, error: BaseException) -> OSError:
+        from botocore.exceptions import NoCredentialsError, ParamValidationError, PartialCredentialsError
+
+        where = f"{self.uri}/{key}".rstrip("/")
+        endpoint = self.client.meta.endpoint_url
+        answer: Any = getattr(error, "response", {})
+        status = answer.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+        code = answer.get("Error", {}).get("Code", "")
+        if code == "NoSuchBucket":
+            remedy = "create it, or look at the name and at AWS_ENDPOINT_URL"
+            return FileNotFoundError(f"{where}: {endpoint} has no bucket {self.bucket}; {remedy}")
+        if status == 404:
+            return FileNotFoundError(f"{where}: no such object at {endpoint}")
+        if status in (401, 403) or isinstance(error, NoCredentialsError | PartialCredentialsError) or "Token" in code:
+            return PermissionError(
+                f"{where}: {endpoint} refused access ({error}); look at the credentials (AWS_ACCESS_KEY_ID and "
+                f"AWS_SECRET_ACCESS_KEY, or AWS_PROFILE), what they may do with bucket {self.bucket}, and "
+                "AWS_ENDPOINT_URL"
+            )
+        if 0 < status < 500 or isinstance(error, ParamValidationError):
+            return OSError(f"{where}: not a request that {endpoint} takes ({error}); look at AWS_DEFAULT_REGION too")
+        return ConnectionError(
+            f"{where}: {endpoint} cannot be reached or keeps failing ({error}); look at AWS_ENDPOINT_URL and at "
+            "the service, then start again: finished parts are kept"
+        )
 
 
 def check_key(key: str) -> str:
@@ -170,6 +257,42 @@ def check_key(key: str) -> str:
 def _check_prefix(prefix: str) -> None:
     if prefix:
         check_key(prefix)
+
+
+def _entry(key: str, stat: os.stat_result) -> Entry:
+    return Entry(key, stat.st_size, str(stat.st_mtime_ns))
+
+
+def _whole(data: bytes, *, uri: str, key: str, offset: int, length: int) -> bytes:
+    if len(data) != length:
+        raise OSError(
+            f"{uri}/{key}: {len(data)} bytes at offset {offset} where {length} were expected: has it changed?"
+        )
+    return data
+
+
+class _RangeFile(io.RawIOBase):
+    """Reads of an object by ranges, for `open_object` to buffer."""
+
+    def __init__(self, storage: Storage, entry: Entry) -> None:
+        self.storage, self.entry, self.offset = storage, entry, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        start = {os.SEEK_SET: 0, os.SEEK_CUR: self.offset, os.SEEK_END: self.entry.size}[whence]
+        self.offset = start + offset
+        return self.offset
+
+    def readinto(self, buffer: Any) -> int:
+        length = max(0, min(len(buffer), self.entry.size - self.offset))
+        buffer[:length] = self.storage.read_range(self.entry.key, offset=self.offset, length=length)
+        self.offset += length
+        return length
 
 
 _TEMPORARY = ".part"

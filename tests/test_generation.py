@@ -13,7 +13,8 @@ from torch.nn import functional as F
 from genpipe import generation
 from genpipe.artifacts import Artifact, fetch
 from genpipe.data.features import FeatureDataset
-from genpipe.data.stream import ShardDataset, image_batch, to_float
+from genpipe.data.pixels import image_batch, to_float
+from genpipe.data.stream import ShardDataset
 from genpipe.diffusion.process import SamplerConfig
 from genpipe.generation import GenerationConfig, Generator, Statistics, Text, check_lineage, with_guidance
 from genpipe.training.loop import seeded

@@ -1,67 +1,86 @@
 """The packed feature cache: a folder of `.npy` files per shard, row-aligned with the shard, memory-mapped.
 
-Shape legend: N samples of a shard, T captions of a shard, B samples of a batch, C H W of the latents,
-D embedding width, L caption tokens, E width of the text encodings.
+Shape legend: N samples of a shard, V variants (1, or the image and its mirror image), T captions of a shard,
+B samples of a batch, C H W of the latents, D embedding width, L caption tokens, E width of the text encodings.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import lru_cache, partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
+from genpipe.data.order import pick
 from genpipe.data.shards import Split
 from genpipe.data.stream import ShardDataset
 
-CAPTION_ARRAYS = ("text_embeds", "text_tokens", "text_encodings", "text_lengths")  # [T, ...]
+TEXT_ARRAYS = ("text_embeds", "text_encodings", "text_lengths", "text_tokens")
+CAPTION_ARRAYS = (*TEXT_ARRAYS, "caption_weights")  # [T, ...]
+VARIANT_ARRAYS = ("latents", "latent_logvars", "image_embeds")  # [N, V, ...]
+OPTIONAL = {"rows", "latent_logvars", "caption_weights", "text_tokens"}
 KINDS = {  # numpy's dtype kinds: U text, f float, i and u integers
     "keys": "U",
+    "rows": "iu",
     "latents": "f",
+    "latent_logvars": "f",
     "image_embeds": "f",
     "caption_offsets": "iu",
+    "caption_weights": "f",
     "text_embeds": "f",
     "text_tokens": "iu",
     "text_encodings": "f",
     "text_lengths": "iu",
 }
+NULL_TEXT = "null_text"
+OPEN_ARRAYS = 4096
 
 
 def write_features(folder: Path, arrays: Mapping[str, np.ndarray]) -> None:
     """Write one shard's features into `folder`, named as the shard: whole or absent, replaced if present.
 
-    keys [N] str; latents [N, C, H, W] and image_embeds [N, D] float16 or float32; caption_offsets [N + 1]:
-    the captions of row i are offsets[i] to offsets[i + 1]; text_embeds [T, D] and text_encodings [T, L, E]
-    float; text_tokens int [T, L]; text_lengths int [T]. `text_tokens` may be left out.
+    keys [N] str; latents [N, V, C, H, W], latent_logvars alike and image_embeds [N, V, D] float16 or float32;
+    rows [N] int, the row that stands for each: itself, unless its image was damaged; caption_offsets [N + 1]: the
+    captions of row i are offsets[i] to offsets[i + 1]; caption_weights float [T], how often each is to be chosen;
+    text_embeds [T, D] and text_encodings [T, L, E] float; text_tokens int [T, L]; text_lengths int [T].
+    May be left out: latent_logvars, text_tokens, rows if each is itself, caption_weights if all are alike.
     """
     _check_arrays(arrays)
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    for name, array in arrays.items():
-        np.save(partial / f"{name}.npy", np.ascontiguousarray(array), allow_pickle=False)
-    if folder.exists():
-        shutil.rmtree(folder)
-    os.replace(partial, folder)
+    _write(folder, arrays)
+
+
+def write_null_text(folder: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Write what the text encoder says of the empty caption into the cache's `folder`: the text arrays, of one row."""
+    assert set(arrays) <= set(TEXT_ARRAYS) and all(len(array) == 1 for array in arrays.values())
+    _write(folder / NULL_TEXT, arrays)
 
 
 class FeatureDataset:
     """The cached features of one split. Index i is the sample that `ShardDataset` of the same split calls i.
 
-    Batches come back as torch tensors in the dtype of the cache (float16 or float32).
+    Batches come back as torch tensors in the dtype of the cache (float16 or float32). Thread-safe; pickled as its
+    arguments. Arrays are mapped when they are first used, `OPEN_ARRAYS` of them at a time.
     """
 
     def __init__(self, folder: Path, *, split: Split) -> None:
-        self.folder = Path(folder)
-        shards = sorted(path for path in self.folder.glob(f"{split}-*") if path.is_dir())
-        if not shards:
+        self.folder, self.split = Path(folder), split
+        self._names = sorted(path.name for path in self.folder.glob(f"{split}-*") if path.is_dir())
+        if not self._names:
             raise ValueError(f"{self.folder} holds no {split} features ({split}-*/latents.npy)")
-        self._names = [path.name for path in shards]
-        self._shards = [{file.stem: _open(file) for file in sorted(path.glob("*.npy"))} for path in shards]
-        self._starts = np.cumsum([0, *(len(shard["keys"]) for shard in self._shards)])
+        self._array = lru_cache(maxsize=OPEN_ARRAYS)(self._open)
+        self._bytes = lru_cache(maxsize=OPEN_ARRAYS)(self._view)
+        self._starts = np.cumsum([0, *(len(self._open(n, "keys")) for n in range(len(self._names)))])
+        self._there = {path.stem for path in (self.folder / self._names[0]).glob("*.npy")}
+        self._damaged, self._weighted = self._shards_with("rows"), self._shards_with("caption_weights")
+
+    def __reduce__(self) -> Any:
+        return partial(FeatureDataset, split=self.split), (self.folder,)
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -69,92 +88,155 @@ class FeatureDataset:
     @property
     def keys(self) -> list[str]:
         """The keys of all samples in order."""
-        return [str(key) for shard in self._shards for key in shard["keys"]]
+        return [str(key) for shard in range(len(self._names)) for key in self._array(shard, "keys")]
+
+    @property
+    def variants(self) -> int:
+        """How many versions of each image are cached: 1, or 2 with its mirror image."""
+        return int(self._array(0, "latents").shape[1])
+
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        """(C, H, W)."""
+        return self._array(0, "latents").shape[2:]
+
+    @property
+    def has_spread(self) -> bool:
+        """Whether the latents' log variances are cached, so that `latent_samples` works."""
+        return "latent_logvars" in self._there
 
     def shards(self) -> list[str]:
         """Names of the shards in order."""
         return list(self._names)
 
-    def latents(self, indices: np.ndarray) -> torch.Tensor:
-        """[B, C, H, W]: the autoencoder's mean, standardised."""
-        return self._gather("latents", *self._locate(indices))
+    def latents(self, indices: np.ndarray, *, variants: np.ndarray | None = None) -> torch.Tensor:
+        """[B, C, H, W]: the autoencoder's mean, standardised. `variants` int [B]: which version of each image."""
+        return self._gather("latents", *self._versions(indices, variants))
 
-    def image_embeds(self, indices: np.ndarray) -> torch.Tensor:
+    def latent_samples(
+        self, indices: np.ndarray, *, noise: np.ndarray, variants: np.ndarray | None = None
+    ) -> torch.Tensor:
+        """[B, C, H, W]: mean + exp(logvar / 2) noise, standardised; `noise` float32 [B, C, H, W]."""
+        versions = self._versions(indices, variants)
+        mean, logvar = self._gather("latents", *versions), self._gather("latent_logvars", *versions)
+        return torch.addcmul(mean.float(), (0.5 * logvar.float()).exp(), torch.from_numpy(noise)).to(mean.dtype)
+
+    def image_embeds(self, indices: np.ndarray, *, variants: np.ndarray | None = None) -> torch.Tensor:
         """[B, D]."""
-        return self._gather("image_embeds", *self._locate(indices))
+        return self._gather("image_embeds", *self._versions(indices, variants))
 
-    def caption_counts(self, indices: np.ndarray) -> np.ndarray:
-        """int64 [B]: how many captions each sample has."""
-        shards, rows = self._locate(indices)
-        first, stop = self._caption_bounds(shards, rows)
-        counts: np.ndarray = stop - first
-        return counts
-
-    def text(self, indices: np.ndarray, caption_choice: np.ndarray) -> dict[str, torch.Tensor]:
+    def text(self, indices: np.ndarray, draws: np.ndarray) -> dict[str, torch.Tensor]:
         """text_embeds [B, D], text_encodings [B, L, E], text_lengths [B], and text_tokens [B, L] if cached.
 
         L is the length of the longest of these captions: what lies beyond it is padding for all of them.
 
-        caption_choice: int64 [B], any non-negative numbers; a sample takes caption `choice % its captions`.
+        draws: float [B] in [0, 1), which caption of each sample; 0 is the first.
         """
-        shards, rows = self._locate(indices)
-        first, stop = self._caption_bounds(shards, rows)
-        captions = first + np.asarray(caption_choice) % (stop - first)
+        shards, rows = self._places(indices)
+        places = zip(shards, rows, np.asarray(draws).tolist(), strict=True)
+        captions = [self._caption(shard, row, draw) for shard, row, draw in places]
         lengths = self._gather("text_lengths", shards, captions)
         longest = int(lengths.max())
-        tokenwise = [name for name in ("text_encodings", "text_tokens") if name in self._shards[0]]
+        tokenwise = [name for name in ("text_encodings", "text_tokens") if name in self._there]
         return {
             "text_embeds": self._gather("text_embeds", shards, captions),
             "text_lengths": lengths,
             **{name: self._gather(name, shards, captions, tokens=longest) for name in tokenwise},
         }
 
+    def null_text(self) -> dict[str, torch.Tensor]:
+        """The empty caption as `text` gives others, B = 1: what a dropped caption is replaced by."""
+        arrays = {path.stem: np.load(path, allow_pickle=False) for path in (self.folder / NULL_TEXT).glob("*.npy")}
+        return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
     def verify_alignment(self, shards: ShardDataset) -> None:
         """Raise ValueError unless `shards` has the same sample, with as many captions, at every index."""
         if self.shards() != shards.shards():
             raise ValueError(f"{self.folder} was not made from {shards.folder}: other shards; cache again")
-        for name, arrays in zip(self._names, self._shards, strict=True):
+        for number, name in enumerate(self._names):
             rows = shards.rows(name)
             keys = [shards.key(i) for i in rows]
             counts = [len(shards.captions(i)) for i in rows]
-            if keys != arrays["keys"].tolist() or counts != np.diff(arrays["caption_offsets"]).tolist():
+            offsets = self._array(number, "caption_offsets")
+            if keys != self._array(number, "keys").tolist() or counts != np.diff(offsets).tolist():
                 where = self.folder / name
                 raise ValueError(f"{where} holds other samples than {shards.folder / name}.tar; cache again")
 
-    def _locate(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The shard number of each index and its row there."""
+    def _open(self, shard: int, name: str) -> np.ndarray:
+        # As a plain array on the map: numpy's own class for maps is slow to index.
+        return np.asarray(np.load(self.folder / self._names[shard] / f"{name}.npy", mmap_mode="r", allow_pickle=False))
+
+    def _shards_with(self, name: str) -> set[int]:
+        return {n for n, shard in enumerate(self._names) if (self.folder / shard / f"{name}.npy").exists()}
+
+    def _places(self, indices: np.ndarray) -> tuple[list[int], list[int]]:
+        """The shard of each index, and the row there that stands for it."""
         indices = np.asarray(indices, np.int64)
         if indices.size and (indices.min() < 0 or indices.max() >= len(self)):
             raise IndexError(f"samples {indices.min()} to {indices.max()} of {len(self)}")
-        shards = np.searchsorted(self._starts, indices, side="right") - 1
-        return shards, indices - self._starts[shards]
+        numbers = np.searchsorted(self._starts, indices, side="right") - 1
+        shards, rows = numbers.tolist(), (indices - self._starts[numbers]).tolist()
+        if self._damaged:
+            places = zip(shards, rows, strict=True)
+            rows = [int(self._array(n, "rows")[row]) if n in self._damaged else row for n, row in places]
+        return shards, rows
 
-    def _caption_bounds(self, shards: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        bounds = np.empty((2, len(rows)), np.int64)
-        for shard in np.unique(shards):
-            mine = shards == shard
-            offsets = self._shards[shard]["caption_offsets"]
-            bounds[:, mine] = offsets[rows[mine]], offsets[rows[mine] + 1]
-        return bounds[0], bounds[1]
+    def _versions(self, indices: np.ndarray, variants: np.ndarray | None) -> tuple[list[int], list[int]]:
+        """The shard of each image, and its place among all variants of all rows there."""
+        shards, rows = self._places(indices)
+        chosen = [0] * len(rows) if variants is None else variants.tolist()
+        count = self.variants
+        return shards, [row * count + variant for row, variant in zip(rows, chosen, strict=True)]
 
-    def _gather(self, name: str, shards: np.ndarray, rows: np.ndarray, *, tokens: int | None = None) -> torch.Tensor:
-        """Rows of an array across shards; `tokens` limits the second axis."""
-        cut = slice(None) if tokens is None else (slice(None), slice(tokens))
-        first = self._shards[0][name][:1][cut]
-        batch = np.empty((len(rows), *first.shape[1:]), first.dtype)
-        for shard in np.unique(shards):
-            mine = shards == shard
-            batch[mine] = self._shards[shard][name][rows[mine]][cut]
-        return torch.from_numpy(batch)
+    def _caption(self, shard: int, row: int, draw: float) -> int:
+        """Where the caption of a row stands on which the draw falls."""
+        offsets = self._array(shard, "caption_offsets")
+        first, stop = int(offsets[row]), int(offsets[row + 1])
+        weights = self._array(shard, "caption_weights")[first:stop] if shard in self._weighted else None
+        return first + pick(draw, count=stop - first, weights=weights)
+
+    def _gather(
+        self, name: str, shards: Sequence[int], entries: Sequence[int], *, tokens: int | None = None
+    ) -> torch.Tensor:
+        """An array's entries [B, ...] at these places of the shards, or the first `tokens` of each.
+
+        Their bytes are joined: a batch meets most shards once or twice, and indexing costs more than copying.
+        """
+        kind, shape = self._entry(name)
+        stride = kind.itemsize * math.prod(shape)
+        shape = shape if tokens is None else (min(tokens, shape[0]), *shape[1:])
+        size = kind.itemsize * math.prod(shape)
+        starts = [entry * stride for entry in entries]
+        pieces = [self._bytes(n, name)[at : at + size] for n, at in zip(shards, starts, strict=True)]
+        joined = np.frombuffer(bytearray().join(pieces), kind)
+        return torch.from_numpy(joined.reshape(len(pieces), *shape))
+
+    def _entry(self, name: str, shard: int = 0) -> tuple[np.dtype, tuple[int, ...]]:
+        """The dtype and the shape of one entry of an array."""
+        array = self._array(shard, name)
+        return array.dtype, array.shape[2 if name in VARIANT_ARRAYS else 1 :]
+
+    def _view(self, shard: int, name: str) -> memoryview:
+        """An array's bytes. Raises ValueError if they are not to be read as those of the first shard."""
+        if self._entry(name, shard) != self._entry(name):
+            where = self.folder / self._names[shard] / f"{name}.npy"
+            raise ValueError(f"{where} holds {self._entry(name, shard)}, other shards {self._entry(name)}; cache again")
+        return self._array(shard, name).data.cast("B")
 
 
-def _open(file: Path) -> np.ndarray:
-    array: np.ndarray = np.load(file, mmap_mode="r", allow_pickle=False)
-    return array
+def _write(folder: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    partial_folder = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial_folder, ignore_errors=True)
+    partial_folder.mkdir(parents=True)
+    for name, array in arrays.items():
+        np.save(partial_folder / f"{name}.npy", np.ascontiguousarray(array), allow_pickle=False)
+    if folder.exists():
+        shutil.rmtree(folder)
+    os.replace(partial_folder, folder)
 
 
 def _check_arrays(arrays: Mapping[str, np.ndarray]) -> None:
-    assert set(KINDS) == {*arrays, "text_tokens"}, f"features must be {sorted(KINDS)}: {sorted(arrays)}"
+    assert set(KINDS) - OPTIONAL <= set(arrays) <= set(KINDS), f"features must be {sorted(KINDS)}: {sorted(arrays)}"
     samples, captions = len(arrays["keys"]), int(arrays["caption_offsets"][-1])
     for name, array in arrays.items():
         rows = captions if name in CAPTION_ARRAYS else samples + (name == "caption_offsets")

@@ -19,7 +19,9 @@ class Sample:
     group: the subject; the train/held-out split never separates two samples of one group.
     image: the encoded image as the source holds it.
     captions: at least one, cleaned by `clean_captions`.
-    meta: JSON-able facts that travel with the sample.
+    meta: JSON-able facts that travel with the sample; `file_name` says where it came from.
+    source: the name of its source in a mix, "" where there is one source only.
+    caption_weights: how likely each caption is to be chosen, > 0 on any scale; empty means uniform.
     """
 
     key: str
@@ -27,11 +29,13 @@ class Sample:
     image: bytes
     captions: tuple[str, ...]
     meta: Mapping[str, Any] = field(default_factory=dict)
+    source: str = ""
+    caption_weights: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
 class Reject:
-    """A sample that did not make it: which (`key`, `source`), why (`reason`, a short code), `detail`."""
+    """A sample that did not make it: which (`key`, and `source`, its place), why (`reason`, a short code), `detail`."""
 
     key: str
     source: str
@@ -51,7 +55,7 @@ class Source(Protocol):
         ...
 
     def digest(self) -> str:
-        """sha256 of the content's identity (names, sizes, times or versions), without reading it."""
+        """sha256 of the content's identity (names, sizes, times or versions), without reading the images."""
         ...
 
 
@@ -60,3 +64,15 @@ def clean_captions(captions: Iterable[str]) -> tuple[str, ...]:
     plain = (_CONTROL.sub(" ", unicodedata.normalize("NFC", caption)) for caption in captions)
     cleaned = (" ".join(caption.split()) for caption in plain)
     return tuple(dict.fromkeys(caption for caption in cleaned if caption))
+
+
+def weigh_captions(weighted: Iterable[tuple[str, float]]) -> tuple[tuple[str, ...], tuple[float, ...]]:
+    """Captions cleaned as by `clean_captions` and their weights; repeated captions add theirs up.
+
+    The weights are () where all are equal.
+    """
+    total: dict[str, float] = {}
+    for caption, weight in weighted:
+        for clean in clean_captions([caption]):
+            total[clean] = total.get(clean, 0.0) + weight
+    return tuple(total), () if len(set(total.values())) < 2 else tuple(total.values())

@@ -1,8 +1,10 @@
 """Ordinary WebDataset tars, each with a parquet index beside it, and the ledger of rejects.
 
-A sample is `{key}.jpg` (or png, webp), `{key}.txt` (its first caption) and `{key}.json` (all the rest). The
+A sample is `{key}.jpg` (or png, webp, ...), `{key}.txt` (its first caption) and `{key}.json` (all the rest). The
 index holds the place of each image in the tar and the captions, so that reading a sample is one `pread` and
 reading captions touches no tar. The same samples give the same bytes.
+
+The index says which samples there are: a tar may hold members that no index names any more.
 """
 
 from __future__ import annotations
@@ -13,16 +15,18 @@ import json
 import os
 import re
 import tarfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from genpipe.data.images import SUFFIX, ImageFormat
+from genpipe.data.images import SUFFIX
 from genpipe.data.samples import Reject
 
 Split = Literal["train", "heldout"]
@@ -36,8 +40,26 @@ INDEX_SCHEMA = pa.schema(
         ("offset", pa.int64()),  # of the image's first byte in the tar
         ("length", pa.int64()),  # of the image in bytes
         ("format", pa.string()),
+        ("source", pa.string()),  # its name in a mix, else empty
+        ("caption_weights", pa.list_(pa.float32())),  # one a caption; null where all are as likely
+        ("height", pa.int32()),  # of the upright image in pixels
+        ("width", pa.int32()),
+        ("sha256", pa.string()),  # of the image's bytes in the tar, in hex
     ]
 )
+STATISTICS_SCHEMA = pa.schema(
+    [
+        ("name", pa.string()),
+        ("split", pa.string()),
+        ("samples", pa.int64()),
+        ("captions", pa.int64()),
+        ("caption_chars", pa.int64()),
+        ("pixels", pa.int64()),  # of all its images
+        ("image_bytes", pa.int64()),
+        ("bytes", pa.int64()),  # of the tar
+    ]
+)
+STATISTICS = "statistics.parquet"
 REJECT_SCHEMA = pa.schema([(name, pa.string()) for name in ("key", "source", "reason", "detail")])
 _KEY = re.compile(r"[A-Za-z0-9_-]+")  # a dot would end the key for WebDataset, a slash would leave the folder
 
@@ -60,7 +82,7 @@ class ShardWriter:
     part: int
     max_samples: int
     max_bytes: int
-    shards: list[dict[str, Any]] = field(default_factory=list, init=False)  # name, split, samples, bytes
+    shards: list[dict[str, Any]] = field(default_factory=list, init=False)  # what `statistics` says of each
     _tar: tarfile.TarFile | None = field(default=None, init=False)
     _rows: list[dict[str, Any]] = field(default_factory=list, init=False)
 
@@ -70,14 +92,23 @@ class ShardWriter:
         *,
         group: str,
         image: bytes,
-        format: ImageFormat,
+        format: str,
+        height: int,
+        width: int,
         captions: Sequence[str],
+        caption_weights: Sequence[float] = (),
+        source: str = "",
         meta: Mapping[str, Any],
     ) -> None:
-        """Append a sample. `key` must be new to the part and made of letters, digits, `-` and `_`."""
+        """Append a sample. `key` must be new to the part and made of letters, digits, `-` and `_`.
+
+        `format` is one of `images.SUFFIX`; `height` and `width` are those of the upright image.
+        """
         assert _KEY.fullmatch(key) and captions, f"sources give clean keys and at least one caption: {key!r}"
-        facts = {"key": key, "group": group, "captions": list(captions), "meta": dict(meta)}
-        described = json.dumps(facts, ensure_ascii=False, sort_keys=True).encode()
+        assert len(caption_weights) in (0, len(captions)), "one weight a caption, or none"
+        facts: dict[str, Any] = {"key": key, "group": group, "source": source, "captions": list(captions)}
+        facts["caption_weights"] = list(caption_weights) or None
+        described = json.dumps({**facts, "meta": dict(meta)}, ensure_ascii=False, sort_keys=True).encode()
         if self._tar is not None and self._full(len(image) + len(described)):
             self._finish()
         if self._tar is None:
@@ -85,8 +116,8 @@ class ShardWriter:
         offset = _add(self._tar, f"{key}.{SUFFIX[format]}", image)
         _add(self._tar, f"{key}.txt", captions[0].encode())
         _add(self._tar, f"{key}.json", described)
-        row = {"key": key, "group": group, "captions": list(captions)}
-        self._rows.append(row | {"offset": offset, "length": len(image), "format": format})
+        place = {"offset": offset, "length": len(image), "format": format, "height": height, "width": width}
+        self._rows.append(facts | place | {"sha256": hashlib.sha256(image).hexdigest()})
 
     def __enter__(self) -> ShardWriter:
         return self
@@ -96,19 +127,23 @@ class ShardWriter:
     ) -> None:
         if self._tar is None:
             return
-        if error is None:
-            self._finish()
-        else:
-            self._tar.close()
-            self._partial.unlink()
+        try:
+            if error is None:
+                self._finish()
+        finally:
+            if self._tar is not None:  # closing writes the end of the archive, for which the disk may be too full
+                with suppress(OSError):
+                    self._tar.close()
+                self._partial.unlink(missing_ok=True)
 
     @property
-    def _name(self) -> str:
+    def name(self) -> str:
+        """The shard that the last sample went to."""
         return f"{self.split}-{self.part:05d}-{len(self.shards):02d}"
 
     @property
     def _partial(self) -> Path:
-        return self.folder / f".{self._name}.tar.partial"
+        return self.folder / f".{self.name}.tar.partial"
 
     def _full(self, coming: int) -> bool:
         assert self._tar is not None
@@ -117,30 +152,115 @@ class ShardWriter:
     def _finish(self) -> None:
         assert self._tar is not None
         self._tar.close()
-        path = self.folder / f"{self._name}.tar"
+        path = self.folder / f"{self.name}.tar"
         os.replace(self._partial, path)
-        write_table(pa.Table.from_pylist(self._rows, INDEX_SCHEMA), self.folder / f"{self._name}{INDEX_SUFFIX}")
-        facts = {
-            "name": self._name,
-            "split": self.split,
-            "samples": len(self._rows),
-            "bytes": path.stat().st_size,
-        }
-        self.shards.append(facts)
+        index = pa.Table.from_pylist(self._rows, INDEX_SCHEMA)
+        write_table(index, self.folder / f"{self.name}{INDEX_SUFFIX}")
+        facts = statistics(self.name, index, tar_bytes=path.stat().st_size)
         self._tar, self._rows = None, []
+        self.shards.append(facts)
 
 
-def write_rejects(folder: Path, rejects: Sequence[Reject], *, part: int) -> None:
-    """The part's ledger, `rejects-{part:05d}.parquet`; written also when it is empty."""
+def statistics(name: str, index: pa.Table, *, tar_bytes: int) -> dict[str, Any]:
+    """What STATISTICS_SCHEMA says of a shard, from its index; as JSON values."""
+    captions = pc.list_flatten(index["captions"])
+    pixels = pc.multiply(index["height"].cast(pa.int64()), index["width"].cast(pa.int64()))
+    sums = {"caption_chars": pc.utf8_length(captions), "pixels": pixels, "image_bytes": index["length"]}
+    return {
+        "name": name,
+        "split": name.split("-")[0],
+        "samples": len(index),
+        "captions": len(captions),
+        **{column: pc.sum(values).as_py() or 0 for column, values in sums.items()},
+        "bytes": tar_bytes,
+    }
+
+
+def write_statistics(folder: Path, shards: Sequence[dict[str, Any]]) -> None:
+    """`statistics.parquet`: a row for each shard, by name."""
+    rows = sorted(shards, key=lambda shard: str(shard["name"]))
+    write_table(pa.Table.from_pylist(rows, STATISTICS_SCHEMA), folder / STATISTICS)
+
+
+def write_rejects(folder: Path, rejects: Sequence[Reject], *, name: str) -> None:
+    """A ledger, `rejects-{name}.parquet`; written also when it is empty."""
     table = pa.Table.from_pylist([vars(reject) for reject in rejects], REJECT_SCHEMA)
-    write_table(table, folder / f"rejects-{part:05d}.parquet")
+    write_table(table, folder / f"rejects-{name}.parquet")
 
 
 def write_table(table: pa.Table, path: Path) -> None:
     """Write parquet so that `path` is either whole or absent."""
     partial = path.with_name(f".{path.name}.partial")
-    pq.write_table(table, partial)
-    os.replace(partial, path)
+    try:
+        pq.write_table(table, partial)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def read_index(path: Path) -> pa.Table:
+    """An index with the columns of today; those that it is too old to have are null."""
+    table = pq.read_table(path)
+    columns = {name: table[name] for name in table.column_names}
+    return pa.table([columns.get(f.name, pa.nulls(len(table), f.type)) for f in INDEX_SCHEMA], schema=INDEX_SCHEMA)
+
+
+def rewrite_shard(name: str, folder: Path, out: Path, *, without: Collection[str]) -> dict[str, Any]:
+    """Write the shard `name` of `folder` once more into `out`, without the keys in `without`; its statistics.
+
+    Nor does it hold members any more that no index names. The bytes of what stays are copied as they are.
+    """
+    index = read_index(folder / f"{name}{INDEX_SUFFIX}")
+    keys = index["key"].to_pylist()
+    rows = [row for row, key in enumerate(keys) if key not in without]
+    kept = {keys[row] for row in rows}
+    offsets: dict[str, int] = {}
+    with (
+        tarfile.open(folder / f"{name}.tar") as old,
+        tarfile.open(out / f"{name}.tar", "w", format=tarfile.PAX_FORMAT) as new,
+    ):
+        for member in old:
+            key = member.name.split(".")[0]
+            if key in kept:
+                content = old.extractfile(member) if member.isreg() else None
+                assert content is not None, f"{name}.tar: {member.name} is not of our making"
+                offset = _add(new, member.name, content.read())
+                offsets.setdefault(key, offset)  # the image is a sample's first member
+    place = INDEX_SCHEMA.get_field_index("offset")
+    moved = pa.array([offsets[keys[row]] for row in rows], pa.int64())
+    index = index.take(pa.array(rows, pa.int64())).set_column(place, INDEX_SCHEMA.field(place), moved)
+    write_table(index, out / f"{name}{INDEX_SUFFIX}")
+    return statistics(name, index, tar_bytes=(out / f"{name}.tar").stat().st_size)
+
+
+def check_shard(name: str, folder: Path) -> Iterator[str]:
+    """What is wrong with a shard, a sentence each: every row of the index is held against the tar's bytes."""
+    try:
+        index = read_index(folder / f"{name}{INDEX_SUFFIX}")
+        with tarfile.open(folder / f"{name}.tar") as tar:
+            members = {member.offset_data: member for member in tar}
+    except (pa.ArrowInvalid, tarfile.TarError, OSError) as error:
+        yield f"{name}: cannot be read: {error}"
+        return
+    with (folder / f"{name}.tar").open("rb") as file:
+        for row in index.to_pylist():
+            file.seek(row["offset"])
+            fault = _fault(row, members.get(row["offset"]), file.read(row["length"]))
+            if fault:
+                yield f"{name}: {row['key']}: {fault}"
+
+
+def _fault(row: Mapping[str, Any], member: tarfile.TarInfo | None, image: bytes) -> str:
+    expected = f"{row['key']}.{SUFFIX[row['format']]}"
+    if member is None:
+        return f"no member of the tar begins at byte {row['offset']}, where the index has {expected}"
+    if not member.isreg() or member.name != expected:
+        return f"the tar has {member.name} where the index has {expected}"
+    if member.size != row["length"]:
+        return f"{member.name} has {member.size} bytes, the index says {row['length']}"
+    if row["sha256"] and hashlib.sha256(image).hexdigest() != row["sha256"]:
+        return f"the bytes of {member.name} differ from the sha256 in the index"
+    return ""
 
 
 def _add(tar: tarfile.TarFile, name: str, data: bytes) -> int:

@@ -1,57 +1,93 @@
-"""Read shards by index, in an order that is a pure function of (seed, position), for any number of ranks.
+"""Read shards by index, where they are: a sample is one `pread` in a folder, one ranged GET under S3.
 
-Shape legend: B samples, C = 3 channels (RGB), H height, W width, N positions.
+Shape legend: B samples, N samples of a shard, C = 3 channels (RGB), H height, W width.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
+import sys
+import tarfile
 import threading
-import time
-from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
-from torch.nn import functional as F
 
-from genpipe.data.images import decode
+from genpipe.artifacts import Artifact, ManifestError, cache_folder, read_manifest, sha256_file
+from genpipe.data.blocks import BlockCache, Files, LocalFiles, RemoteFiles, Stored
+from genpipe.data.images import ImageError, decode
+from genpipe.data.order import pick
+from genpipe.data.samples import Reject
 from genpipe.data.shards import INDEX_SUFFIX, Split
+from genpipe.storage import local_path
 
-Batch = dict[str, torch.Tensor]
-Collate = Callable[[np.ndarray, np.ndarray], Batch]
+CACHE_GB = "GENPIPE_CACHE_GB"
+DEFAULT_CACHE_GB = 20.0
+TOLD = 20
+"""Skipped samples that a dataset names on stderr."""
 
-_FEISTEL_ROUNDS = 6
-_UINT = np.uint64
+_TEXTS = ("key", "group", "captions", "caption_weights")
+_noticed: ContextVar[list[Reject] | None] = ContextVar("noticed", default=None)
+
+
+@contextmanager
+def noticing() -> Iterator[list[Reject]]:
+    """The samples that turn out damaged inside the block, in this thread: key, tar, reason and detail."""
+    token = _noticed.set([])
+    try:
+        noticed = _noticed.get()
+        assert noticed is not None
+        yield noticed
+    finally:
+        _noticed.reset(token)
 
 
 class ShardDataset:
-    """The samples of one split, shard after shard in the order of their names. Thread-safe.
+    """The samples of one split, shard after shard in the order of their names. Thread-safe; pickled as its arguments.
 
-    Raises ValueError if the folder holds no shard of this split, or an index whose tar is missing.
+    In memory are 12 bytes a sample; the text of a shard (keys, groups, captions) joins at its first use, in Arrow.
+    `files` are the tars if they are not beside the indexes in `folder`; `only` names a single shard to open.
+
+    Raises ValueError if the folder holds no shard of this split, or an index that its tar does not bear out.
     """
 
-    def __init__(self, folder: Path, *, split: Split) -> None:
+    def __init__(self, folder: Path, *, split: Split, files: Files | None = None, only: str = "") -> None:
         self.folder = Path(folder)
-        indexes = sorted(self.folder.glob(f"{split}-*{INDEX_SUFFIX}"))
+        self.split, self.only = split, only
+        self.files = files or LocalFiles(self.folder)
+        indexes = sorted(self.folder.glob(f"{only or f'{split}-*'}{INDEX_SUFFIX}"))
         if not indexes:
-            raise ValueError(f"{self.folder} holds no {split} shards (looked for {split}-*{INDEX_SUFFIX})")
-        self._names = [path.name.removesuffix(INDEX_SUFFIX) for path in indexes]
-        missing = [name for name in self._names if not (self.folder / f"{name}.tar").exists()]
-        if missing:
-            raise ValueError(f"{self.folder}: no tar beside the index of {', '.join(missing)}; shard again")
-        tables = [pq.read_table(path).combine_chunks() for path in indexes]
-        texts = ("key", "group", "captions")
-        self._columns = [{name: table[name].chunk(0) for name in texts} for table in tables]
-        self._offsets = np.concatenate([table["offset"].to_numpy() for table in tables])
-        self._lengths = np.concatenate([table["length"].to_numpy() for table in tables])
-        self._starts = np.cumsum([0, *(len(table) for table in tables)])
-        self._files: dict[int, int] = {}
+            raise ValueError(f"{self.folder} holds no {split} shards (looked for {only or split + '-*'}{INDEX_SUFFIX})")
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+            every = zip(indexes, pool.map(_read_index, indexes), strict=True)
+        filled = {path.name.removesuffix(INDEX_SUFFIX): index for path, index in every if len(index.offsets)}
+        if not filled:
+            raise ValueError(f"{self.folder}: the {split} shards hold no samples any more; shard again")
+        self._numbers = {name: number for number, name in enumerate(filled)}
+        self._names, self._tars = list(filled), [f"{name}.tar" for name in filled]
+        self._check_sizes([index.end for index in filled.values()])
+        self._offsets = np.concatenate([index.offsets for index in filled.values()])  # in blocks of the tar
+        self._lengths = np.concatenate([index.lengths for index in filled.values()])
+        self._sizes = np.concatenate([index.sizes for index in filled.values()])
+        self._starts = np.cumsum([0, *(len(index.offsets) for index in filled.values())])
+        self._sources = self._ranges([index.source for index in filled.values()])
+        self._texts: dict[int, pa.Table] = {}
+        self._described: set[int] = set()  # shards whose tar was seen to be the one that the index describes
+        self._told = 0
         self._lock = threading.Lock()
+
+    def __reduce__(self) -> Any:
+        return partial(ShardDataset, split=self.split, files=self.files, only=self.only), (self.folder,)
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -62,229 +98,244 @@ class ShardDataset:
 
     def rows(self, shard: str) -> range:
         """The indices of this dataset that lie in a shard, in the order of its members."""
-        number = self._names.index(shard)
+        number = self._numbers[shard]
         return range(int(self._starts[number]), int(self._starts[number + 1]))
+
+    def sources(self) -> dict[str, range]:
+        """The indices of each source of a mix; one source named "" if there is no mix."""
+        return dict(self._sources)
 
     def key(self, i: int) -> str:
         """The sample's key, unique within the dataset."""
-        return str(self._value("key", i))
+        return str(self._text("key", i))
 
     def group(self, i: int) -> str:
         """The sample's subject."""
-        return str(self._value("group", i))
+        return str(self._text("group", i))
 
     def captions(self, i: int) -> list[str]:
         """The sample's captions, at least one; from the index, without reading the tar."""
-        return list(self._value("captions", i))
+        return list(self._text("captions", i))
+
+    def caption_weights(self, i: int) -> list[float]:
+        """How often each caption is to be chosen, on any scale; empty if equally often."""
+        return list(self._text("caption_weights", i) or ())
+
+    def caption(self, i: int, *, draw: float) -> str:
+        """The caption on which `draw` in [0, 1) falls; 0 gives the first."""
+        options = self.captions(i)
+        return options[pick(draw, count=len(options), weights=self.caption_weights(i))]
 
     def image(self, i: int) -> np.ndarray:
-        """uint8 [H, W, C]: one `pread` and one decode. Raises ImageError if the bytes are damaged."""
+        """uint8 [H, W, C]: one read and one decode. Raises ImageError if the bytes are damaged."""
         return decode(self.image_bytes(i))
 
     def image_bytes(self, i: int) -> bytes:
-        """The encoded image."""
-        return os.pread(self._file(self._shard_of(i)), int(self._lengths[i]), int(self._offsets[i]))
+        """The encoded image.
+
+        Raises FileNotFoundError if the tar is gone, OSError if it ends early, ValueError if it is another than the
+        index describes.
+        """
+        self._shard_of(i)
+        return next(self.images_bytes(np.asarray([i])))
+
+    def images_bytes(self, indices: np.ndarray) -> Iterator[bytes]:
+        """The encoded images of int64 [B], one after the other; `image_bytes` says what it raises."""
+        shards = np.searchsorted(self._starts, indices, side="right") - 1
+        offsets, lengths = self._offsets[indices] * np.int64(tarfile.BLOCKSIZE), self._lengths[indices]
+        places = zip(indices.tolist(), shards.tolist(), offsets.tolist(), lengths.tolist(), strict=True)
+        for i, shard, offset, length in places:
+            if shard in self._described:
+                yield self._read(shard, offset, length)
+                continue
+            data = self._read(shard, offset - tarfile.BLOCKSIZE, length + tarfile.BLOCKSIZE)
+            self._check_header(shard, i, data[: tarfile.BLOCKSIZE])
+            self._described.add(shard)
+            yield data[tarfile.BLOCKSIZE :]
+
+    def stored_sizes(self, indices: np.ndarray) -> np.ndarray:
+        """int [B, 2]: height and width of the stored images; 0 where the index does not say."""
+        sizes: np.ndarray = self._sizes[indices]
+        return sizes
+
+    def skip(self, i: int, error: ImageError) -> int:
+        """The sample to take for a damaged one, the next of its source; the damaged one is noticed.
+
+        Raises ValueError if the tar holds something else at its place than the index says.
+        """
+        shard = self._shard_of(i)
+        header = self._read(shard, (int(self._offsets[i]) - 1) * tarfile.BLOCKSIZE, tarfile.BLOCKSIZE)
+        self._check_header(shard, i, header)
+        written, found = self._row("sha256", i), hashlib.sha256(self.image_bytes(i)).hexdigest()
+        changed = "; its bytes have changed since the index was written" if written not in (None, found) else ""
+        reject = Reject(self._row("key", i), self._tars[shard], error.reason, error.detail + changed)
+        if (noticed := _noticed.get()) is not None:
+            noticed.append(reject)
+        with self._lock:
+            self._told += 1
+        if self._told <= TOLD:
+            more = "; more are not told here" if self._told == TOLD else ""
+            print(f"skipped {reject.key} in {reject.source}: {error}{changed}{more}", file=sys.stderr, flush=True)
+        rows = next(rows for rows in self._sources.values() if i in rows)
+        return i + 1 if i + 1 < rows.stop else rows.start
 
     def close(self) -> None:
         """Close the tars; reading opens them again."""
-        with self._lock:
-            for file in self._files.values():
-                os.close(file)
-            self._files.clear()
+        self.files.close()
+
+    def _ranges(self, sources: list[str]) -> dict[str, range]:
+        """The indices of each source, given that of each shard."""
+        found: dict[str, range] = {}
+        for number, source in enumerate(sources):
+            start, stop = int(self._starts[number]), int(self._starts[number + 1])
+            assert source not in found or found[source].stop == start, "the shards of a source follow one another"
+            found[source] = range(found[source].start if source in found else start, stop)
+        return found
 
     def _shard_of(self, i: int) -> int:
         if not 0 <= i < len(self):
             raise IndexError(f"sample {i} of {len(self)}")
         return int(np.searchsorted(self._starts, i, side="right")) - 1
 
-    def _value(self, column: str, i: int) -> Any:
+    def _text(self, column: str, i: int) -> Any:
         shard = self._shard_of(i)
-        return self._columns[shard][column][int(i - self._starts[shard])].as_py()
+        table = self._texts.get(shard)
+        if table is None:
+            table = _read_columns(self._index(shard), _TEXTS).combine_chunks()
+            self._texts[shard] = table
+        if column not in table.column_names:
+            return None
+        return table[column].chunk(0)[int(i - self._starts[shard])].as_py()
 
-    def _file(self, shard: int) -> int:
-        with self._lock:
-            if shard not in self._files:
-                self._files[shard] = os.open(self.folder / f"{self._names[shard]}.tar", os.O_RDONLY)
-            return self._files[shard]
+    def _row(self, column: str, i: int) -> Any:
+        """A value of the index, None if it has no such column, without keeping the column in memory."""
+        shard = self._shard_of(i)
+        table = _read_columns(self._index(shard), (column,))
+        return table[column][int(i - self._starts[shard])].as_py() if table.num_columns else None
 
+    def _index(self, shard: int) -> Path:
+        return self.folder / f"{self._names[shard]}{INDEX_SUFFIX}"
 
-def order(positions: np.ndarray, *, n: int, seed: int) -> np.ndarray:
-    """The sample at each global position: int64 [N] in, int64 [N] in [0, n) out.
+    def _read(self, shard: int, offset: int, length: int) -> bytes:
+        try:
+            return self.files.read(self._tars[shard], offset=offset, length=length)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{error}: gone since its index was read; restore it or shard again") from None
 
-    Epoch e = p // n is the permutation of range(n) keyed by (seed, e), evaluated at p % n: a balanced Feistel
-    network (Luby & Rackoff 1988) over the smallest even number of bits that holds n, with cycle walking for
-    the values beyond it (Black & Rogaway 2002, section 3). Nothing of size n is ever in memory.
-    """
-    positions = np.asarray(positions, np.int64)
-    assert n > 0 and (positions >= 0).all()
-    epochs = (positions // n).astype(_UINT)
-    key = _mix(_mix(np.full_like(epochs, seed % 2**64)) + epochs)
-    half = _UINT(max(1, ((n - 1).bit_length() + 1) // 2))
-    values = _feistel((positions % n).astype(_UINT), key=key, half=half)
-    # Walking the cycle from a value in range must come back into range: at most 4 values per one that counts.
-    while (outside := values >= n).any():
-        values[outside] = _feistel(values[outside], key=key[outside], half=half)
-    return values.astype(np.int64)
+    def _check_sizes(self, ends: list[int]) -> None:
+        """Raise ValueError if a tar is missing or shorter than its index says."""
+        missing, short = [], []
+        for name, end in zip(self._names, ends, strict=True):
+            try:
+                if self.files.size(f"{name}.tar") < end:
+                    short.append(f"{name}.tar")
+            except FileNotFoundError:
+                missing.append(name)
+        if missing:
+            raise ValueError(f"{self.folder}: no tar beside the index of {', '.join(missing)}; shard again")
+        if short:
+            raise ValueError(f"{self.folder}: {', '.join(short)} ends before its index does; restore it or shard again")
 
-
-def caption_choice(positions: np.ndarray, *, seed: int) -> np.ndarray:
-    """int64 [N], uniform in [0, 2**63), a function of (seed, position): `% captions` picks one."""
-    key = _mix(np.asarray([(seed + 0x632BE59BD9B4E019) % 2**64], _UINT))
-    return (_mix(key + np.asarray(positions).astype(_UINT)) >> _UINT(1)).astype(np.int64)
-
-
-def _feistel(values: np.ndarray, *, key: np.ndarray, half: np.uint64) -> np.ndarray:
-    mask = (_UINT(1) << half) - _UINT(1)
-    left, right = values >> half, values & mask
-    for number in range(_FEISTEL_ROUNDS):
-        round_key = _mix(key + _UINT(number))
-        left, right = right, left ^ (_mix(right + round_key) & mask)
-    return (left << half) | right
-
-
-def _mix(x: np.ndarray) -> np.ndarray:
-    """SplitMix64 (Steele, Lea & Flood 2014): uint64 to well-mixed uint64, wrapping on overflow."""
-    x = x + _UINT(0x9E3779B97F4A7C15)
-    x = (x ^ (x >> _UINT(30))) * _UINT(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> _UINT(27))) * _UINT(0x94D049BB133111EB)
-    mixed: np.ndarray = x ^ (x >> _UINT(31))
-    return mixed
+    def _check_header(self, shard: int, i: int, header: bytes) -> None:
+        """Raise ValueError unless `header`, the tar's before the sample's image, names its key."""
+        key = self._row("key", i)
+        name = header[:100].split(b"\0", 1)[0].decode(errors="replace")
+        if not name.startswith(f"{key}."[:100]):
+            raise ValueError(
+                f"{self._index(shard)} does not describe {self._names[shard]}.tar: where it has {key!r} stands "
+                f"{name!r}; restore the two from one copy, or shard again"
+            )
 
 
-class Batches:
-    """This rank's micro-batches, for ever, from global position `start` (samples seen by all ranks together).
+@dataclass(frozen=True)
+class _Index:
+    """The numbers of an index: 12 bytes a sample."""
 
-    Each global batch is the next `global_batch_size` positions, cut into micro-batches of `micro_batch_size`;
-    rank r of n gets micro-batches r, r + n, ... of it. So the same samples meet in the same micro-batches
-    however many ranks there are, and `start` alone restores the place.
-
-    Iterating yields `(position of the first sample, collate(indices, positions))`. `workers` threads collate
-    up to `prefetch` micro-batches ahead, in order; with `workers=0` the consumer's own thread does it. An
-    error in `collate` is raised at its place in the stream. `wait_seconds` is how long the consumer waited.
-
-    Raises ValueError if the global batch does not divide evenly over ranks and micro-batches.
-    """
-
-    def __init__(
-        self,
-        dataset_len: int,
-        *,
-        collate: Collate,
-        seed: int,
-        global_batch_size: int,
-        micro_batch_size: int,
-        rank: int,
-        world_size: int,
-        start: int,
-        prefetch: int,
-        workers: int,
-    ) -> None:
-        check_batch_sizes(global_batch_size, micro_batch_size=micro_batch_size, world_size=world_size)
-        assert dataset_len > 0 and 0 <= rank < world_size and start >= 0
-        self._n, self._collate, self._seed = dataset_len, collate, seed
-        self._global, self._micro = global_batch_size, micro_batch_size
-        self._rank, self._world = rank, world_size
-        self._start = start
-        self._prefetch = max(prefetch, 1)
-        self._pool = ThreadPoolExecutor(workers, "batches") if workers else None
-        self.wait_seconds = 0.0
-
-    def __iter__(self) -> Iterator[tuple[int, Batch]]:
-        positions = self._positions()
-        if self._pool is None:
-            for position in positions:
-                began = time.perf_counter()
-                batch = self._load(position)
-                self.wait_seconds += time.perf_counter() - began
-                yield position, batch
-        else:
-            yield from self._ahead(positions, self._pool)
-
-    def close(self) -> None:
-        """Stop the threads; what is being collated is finished, what waits is dropped."""
-        if self._pool is not None:
-            self._pool.shutdown(cancel_futures=True)
-
-    def _positions(self) -> Iterator[int]:
-        first = self._start
-        while True:
-            mine = first + self._rank * self._micro
-            yield from range(mine, first + self._global, self._world * self._micro)
-            first += self._global
-
-    def _load(self, position: int) -> Batch:
-        positions = np.arange(position, position + self._micro, dtype=np.int64)
-        return self._collate(order(positions, n=self._n, seed=self._seed), positions)
-
-    def _ahead(self, positions: Iterator[int], pool: ThreadPoolExecutor) -> Iterator[tuple[int, Batch]]:
-        pending: deque[tuple[int, Future[Batch]]] = deque()
-        for position in positions:
-            pending.append((position, pool.submit(self._load, position)))
-            if len(pending) < self._prefetch:
-                continue
-            ready, future = pending.popleft()
-            began = time.perf_counter()
-            batch = future.result()
-            self.wait_seconds += time.perf_counter() - began
-            yield ready, batch
+    source: str
+    end: int  # the least bytes of the tar
+    offsets: np.ndarray  # uint32 [N], in tar blocks of 512 bytes
+    lengths: np.ndarray  # uint32 [N]
+    sizes: np.ndarray  # uint16 [N, 2], height and width, 0 for unknown
 
 
-def sequential(n: int, *, batch_size: int, collate: Collate, limit: int | None = None) -> Iterator[tuple[int, Batch]]:
-    """`(position, batch)` of the samples 0, 1, ... once, at most `limit` of them; the last may be short."""
-    stop = n if limit is None else min(n, limit)
-    for first in range(0, stop, batch_size):
-        indices = np.arange(first, min(first + batch_size, stop), dtype=np.int64)
-        yield first, collate(indices, indices)
-
-
-def image_batch(dataset: ShardDataset, indices: np.ndarray, *, size: int) -> torch.Tensor:
-    """uint8 [B, C, size, size]: averaged over boxes from a whole multiple of `size`, else interpolated."""
-    images_BHWC = np.stack([dataset.image(int(i)) for i in indices])
-    stored = images_BHWC.shape[1]
-    if stored % size == 0:
-        images_BHWC = _box_downsample(images_BHWC, factor=stored // size)
-    images_BCHW = torch.from_numpy(images_BHWC).permute(0, 3, 1, 2)
-    if stored % size:
-        resized = F.interpolate(images_BCHW.float(), (size, size), mode="bicubic", antialias=True)
-        images_BCHW = resized.round().clamp(0, 255).to(torch.uint8)
-    return images_BCHW.contiguous()
-
-
-def to_float(images: torch.Tensor) -> torch.Tensor:
-    """uint8 in [0, 255] to float32 in [-1, 1]: the one place where images are normalised."""
-    return images.float() / 127.5 - 1.0
-
-
-def to_uint8(images: torch.Tensor) -> torch.Tensor:
-    """The inverse of `to_float`, clamped: float in [-1, 1] to uint8 in [0, 255]."""
-    return ((images.float() + 1.0) * 127.5).round().clamp(0, 255).to(torch.uint8)
-
-
-def _box_downsample(images_BHWC: np.ndarray, *, factor: int) -> np.ndarray:
-    """The mean of every factor x factor box, rounded half up; in integers, where floats are much slower."""
-    if factor == 1:
-        return images_BHWC
-    batch, height, width, channels = images_BHWC.shape
-    dtype = np.uint32 if factor > 16 else np.uint16  # 16 * 16 * 255 fits 16 bits
-    rows = np.zeros((batch, height // factor, width, channels), dtype)
-    sums = np.zeros((batch, height // factor, width // factor, channels), dtype)
-    for offset in range(factor):
-        rows += images_BHWC[:, offset::factor]
-    for offset in range(factor):
-        sums += rows[:, :, offset::factor]
-    means: np.ndarray = (sums + factor**2 // 2) // factor**2
-    return means.astype(np.uint8)
-
-
-def check_batch_sizes(global_batch_size: int, *, micro_batch_size: int, world_size: int) -> None:
-    """Raise ValueError, with values that work, unless a step divides evenly over ranks and micro-batches."""
-    assert global_batch_size > 0 and micro_batch_size > 0 and world_size > 0
-    unit = micro_batch_size * world_size
-    if global_batch_size % unit == 0:
-        return
-    below = global_batch_size // unit * unit
-    values = f"{below} or {below + unit}" if below > 0 else f"{unit}"
-    raise ValueError(
-        f"global_batch_size {global_batch_size} is not a multiple of micro_batch_size {micro_batch_size} x "
-        f"{world_size} ranks = {unit}; set global_batch_size to {values}, or choose another micro_batch_size"
+def _read_index(path: Path) -> _Index:
+    table = _read_columns(path, ("offset", "length", "height", "width", "source"))
+    offsets, lengths = table["offset"].to_numpy(), table["length"].to_numpy()
+    least = tarfile.BLOCKSIZE
+    if len(table) and (offsets.min() < least or (offsets % least).any() or lengths.min() < 0):
+        raise ValueError(f"{path}: holds offsets at which no tar has a member; shard again")
+    sizes = np.zeros((len(table), 2), np.uint16)
+    for axis, name in enumerate(("height", "width")):
+        if name in table.column_names:
+            side = table[name].to_numpy()
+            sizes[:, axis] = np.where(side < 2**16, side, 0)
+    sources = table["source"].unique().to_pylist() if "source" in table.column_names else []
+    assert len(sources) <= 1, f"{path}: a shard is of one source, this one of {sources}"
+    return _Index(
+        source=str(sources[0] or "") if sources else "",
+        end=int((offsets + lengths).max()) if len(table) else 0,
+        offsets=(offsets // least).astype(np.uint32),
+        lengths=lengths.astype(np.uint32),
+        sizes=sizes,
     )
+
+
+def _read_columns(path: Path, columns: tuple[str, ...]) -> pa.Table:
+    """Those of `columns` that there are. Raises ValueError for what is no index."""
+    try:
+        with pq.ParquetFile(path) as file:
+            there = file.schema_arrow.names
+            return file.read([name for name in columns if name in there], use_threads=False)
+    except pa.ArrowInvalid as error:
+        raise ValueError(f"{path}: not a readable index ({error}); shard again") from None
+
+
+def open_shards(artifact: Artifact, *, split: Split, only: str = "") -> ShardDataset:
+    """The shards of an artifact, where they are: those under S3 are read piece by piece.
+
+    Their indexes are copied whole, into `GENPIPE_CACHE` (default `~/.cache/genpipe`), where blocks of the tars are
+    kept too, up to GENPIPE_CACHE_GB (default 20). Raises ManifestError if an index does not arrive as committed.
+    """
+    here = local_path(artifact.uri)
+    if here is None:
+        copy = cache_folder(artifact)  # a whole copy, if somebody fetched one
+        here = copy if copy.exists() else None
+    if here is not None:
+        return ShardDataset(here, split=split, only=only)
+    files = _remote_files(artifact.uri, cache_folder(artifact).parent.parent / "blocks", _cache_bytes())
+    folder = cache_folder(artifact).parent / f"{artifact.fingerprint}.indexes"
+    wanted = [name for name in files.stored if name.startswith(only or f"{split}-") and name.endswith(INDEX_SUFFIX)]
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(partial(_fetch_index, files, folder=folder), wanted))
+    return ShardDataset(folder, split=split, files=files, only=only)
+
+
+@lru_cache(maxsize=8)
+def _remote_files(uri: str, blocks: Path, max_bytes: int) -> RemoteFiles:
+    """The files that the manifest at `uri` lists; one client and one cache for all who read them in this process."""
+    manifest = read_manifest(uri)
+    if manifest is None:
+        raise ManifestError(f"{uri}: no manifest here, so nothing was committed")
+    stored = {file.path: Stored(file.size, file.sha256) for file in manifest.files}
+    return RemoteFiles(uri, stored, BlockCache(blocks, max_bytes=max_bytes))
+
+
+def _fetch_index(files: RemoteFiles, name: str, *, folder: Path) -> None:
+    path, digest = folder / name, files.stored[name].version
+    if path.exists() and sha256_file(path) == digest:
+        return
+    files.storage.download(name, path)
+    if sha256_file(path) != digest:
+        path.unlink()
+        raise ManifestError(f"{files.storage.uri}/{name}: arrived with another sha256 than its manifest's")
+
+
+def _cache_bytes() -> int:
+    text = os.environ.get(CACHE_GB, str(DEFAULT_CACHE_GB))
+    try:
+        limit = float(text)
+    except ValueError:
+        limit = 0.0
+    if limit <= 0:
+        raise ValueError(f"{CACHE_GB}={text!r}: give the gigabytes that blocks of remote shards may take, e.g. 20")
+    return int(limit * 1e9)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -24,6 +25,9 @@ class CaptionTokenizer:
         # A caption that spells a special token is a caption, not a command.
         tokenizer.encode_special_tokens = True
         self._tokenizer = tokenizer
+
+    def __reduce__(self) -> Any:
+        return CaptionTokenizer, (self._tokenizer,)  # its own pickling forgets encode_special_tokens
 
     @property
     def vocab_size(self) -> int:

@@ -57,11 +57,21 @@ def execute(spec: StageSpec, launcher: Launcher) -> Artifact:
             _map_parts(spec, stage, cfg, launcher, run)
         artifact = artifacts.find(spec.target.uri)
         assert artifact is not None, "the launcher returned without a committed artifact"
-        for path in sorted(artifacts.fetch(artifact).rglob("*.png")):
-            run.log_file(path)
+        _log_pictures(artifact, run)
         run.finish(artifact)
     open_storage(spec.work).delete_all()
     return artifact
+
+
+def _log_pictures(artifact: Artifact, run: StageRun) -> None:
+    """Show the pictures of an artifact beside its metrics, without copying the rest of it here."""
+    storage = open_storage(artifact.uri)
+    with tempfile.TemporaryDirectory() as folder:
+        for entry in storage.list():
+            if entry.key.endswith(".png"):
+                path = Path(folder, Path(entry.key).name)
+                storage.download(entry.key, path)
+                run.log_file(path)
 
 
 def _map_parts(spec: StageSpec, stage: ModuleType, cfg: StageConfig, launcher: Launcher, run: StageRun) -> None:
@@ -71,8 +81,11 @@ def _map_parts(spec: StageSpec, stage: ModuleType, cfg: StageConfig, launcher: L
     if missing:
         launcher.map(spec, missing)
     finished = artifacts.finished_parts(spec.target.uri)
+    results = [finished[part]["stats"] for part in parts]
     with tempfile.TemporaryDirectory() as folder:
-        meta, metrics = stage.finish(cfg, spec.inputs, [finished[part]["stats"] for part in parts], Path(folder))
+        if hasattr(stage, "settle"):
+            results = stage.settle(cfg, open_storage(spec.target.uri), results, Path(folder))
+        meta, metrics = stage.finish(cfg, spec.inputs, results, Path(folder))
         run.log(metrics, samples_seen=0)
         commit(spec, stage, folder=Path(folder), parts=parts, meta=meta, metrics=metrics, run_id=run.run_id)
 
@@ -169,6 +182,10 @@ class RankRuntime:
         assert self.run is not None, "only rank 0 logs"
         for name, image in images.items():
             self.run.log_image(name, image, samples_seen=samples_seen)
+
+    def log_file(self, path: Path) -> None:
+        assert self.run is not None, "only rank 0 logs"
+        self.run.log_file(path)
 
     def save(self, folder: Path, *, samples_seen: int) -> None:
         save_checkpoint(self.spec.work, folder, samples_seen=samples_seen)

@@ -6,15 +6,16 @@ Shapes: B batch, L text tokens, N image patches, D embedding width, W tower widt
 from __future__ import annotations
 
 import math
+from typing import Self
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from pydantic import PositiveFloat, PositiveInt
+from pydantic import PositiveInt, model_validator
 from torch import Tensor, nn
 
 from genpipe.config import Config
-from genpipe.models.layers import TransformerBlock, patchify
+from genpipe.models.layers import TransformerBlock, TransformerConfig, patchify
 
 PAD_ID = 0
 """Token id of padding. Captions are [tokens ..., end of text, padding ...]."""
@@ -22,13 +23,11 @@ PAD_ID = 0
 MAX_LOGIT_SCALE = math.log(100.0)
 
 
-class TowerConfig(Config):
-    """Size of one transformer."""
+class TowerConfig(TransformerConfig):
+    """Size of one tower's transformer."""
 
     width: PositiveInt = 192
     depth: PositiveInt = 3
-    heads: PositiveInt = 4
-    mlp_ratio: PositiveFloat = 4.0
 
 
 class CLIPConfig(Config):
@@ -41,14 +40,20 @@ class CLIPConfig(Config):
     text: TowerConfig = TowerConfig(width=128, depth=2)
     causal_text: bool = True
 
+    @model_validator(mode="after")
+    def _patches_fill_the_image(self) -> Self:
+        if self.image_size % self.patch_size:
+            raise ValueError(
+                f"image_size {self.image_size} is not divisible by patch_size {self.patch_size}; change one"
+            )
+        return self
+
 
 class ImageTower(nn.Module):
     """ViT with learned positions; the mean of the final tokens is the image's feature."""
 
     def __init__(self, cfg: CLIPConfig) -> None:
         super().__init__()
-        if cfg.image_size % cfg.patch_size:
-            raise ValueError(f"image_size {cfg.image_size} is not divisible by patch_size {cfg.patch_size}")
         self.cfg = cfg
         width = cfg.image.width
         self.patches = nn.Linear(3 * cfg.patch_size**2, width)

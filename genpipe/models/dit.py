@@ -9,15 +9,15 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import PositiveFloat, PositiveInt
+from pydantic import PositiveInt
 from torch import Tensor, nn
 
-from genpipe.config import Config
 from genpipe.models.layers import (
     Attention,
     LevelEmbedding,
     Mlp,
     Rotary,
+    TransformerConfig,
     grid_coordinates,
     patchify,
     sinusoid,
@@ -25,7 +25,7 @@ from genpipe.models.layers import (
 )
 
 
-class DiTConfig(Config):
+class DiTConfig(TransformerConfig):
     """Size of the transformer and how it knows where a token is.
 
     positions: "absolute" adds sinusoids of the coordinates (a token knows its place in the image), "relative"
@@ -35,8 +35,6 @@ class DiTConfig(Config):
     patch_size: PositiveInt = 2
     width: PositiveInt = 256
     depth: PositiveInt = 8
-    heads: PositiveInt = 4
-    mlp_ratio: PositiveFloat = 4.0
     positions: Literal["absolute", "relative"] = "absolute"
 
 

@@ -6,10 +6,29 @@ Shapes: B batch, L tokens (Q queries, K keys), D width, H heads, E width of a he
 from __future__ import annotations
 
 import math
+from typing import Self
 
 import torch
 import torch.nn.functional as F
+from pydantic import PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
+
+from genpipe.config import Config
+
+
+class TransformerConfig(Config):
+    """Size of a transformer."""
+
+    width: PositiveInt
+    depth: PositiveInt
+    heads: PositiveInt = 4
+    mlp_ratio: PositiveFloat = 4.0
+
+    @model_validator(mode="after")
+    def _heads_share_the_width(self) -> Self:
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} is not divisible by heads {self.heads}; change one")
+        return self
 
 
 def attend(q_BHQE: Tensor, k_BHKE: Tensor, v_BHKE: Tensor, *, mask: Tensor | None = None) -> Tensor:
@@ -41,8 +60,7 @@ class Attention(nn.Module):
 
     def __init__(self, width: int, *, heads: int, context_dim: int | None = None) -> None:
         super().__init__()
-        if width % heads:
-            raise ValueError(f"width {width} is not divisible by heads {heads}")
+        assert width % heads == 0, "checked in TransformerConfig"
         self.heads = heads
         self.qkv = nn.Linear(width, 3 * width)
         self.q_norm = nn.LayerNorm(width)

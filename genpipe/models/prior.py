@@ -6,20 +6,17 @@ Shapes: B batch, L text tokens, D embedding width, W text width, M model width.
 from __future__ import annotations
 
 import torch
-from pydantic import PositiveFloat, PositiveInt
+from pydantic import PositiveInt
 from torch import Tensor, nn
 
-from genpipe.config import Config
-from genpipe.models.layers import LevelEmbedding, TransformerBlock
+from genpipe.models.layers import LevelEmbedding, TransformerBlock, TransformerConfig
 
 
-class PriorConfig(Config):
+class PriorConfig(TransformerConfig):
     """Size of the prior's transformer."""
 
     width: PositiveInt = 192
     depth: PositiveInt = 4
-    heads: PositiveInt = 4
-    mlp_ratio: PositiveFloat = 4.0
 
 
 class Prior(nn.Module):

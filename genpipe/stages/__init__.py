@@ -20,7 +20,9 @@ A *data* stage adds
     class Worker:  __init__(cfg, inputs), __call__(part, out) -> stats     one part to files in folder `out`
     finish(cfg, inputs, results, out) -> (meta, metrics) after all parts, given their stats in parts' order
 
-and may add `external(cfg) -> str`, a digest of what it reads from outside the pipeline. `agree` sees inputs
+and may add `external(cfg) -> str`, a digest of what it reads from outside the pipeline, and
+`settle(cfg, made, results, out) -> results`, called before `finish` with the storage that holds the files of all parts:
+what it puts into `out` takes the place of files of the same name. It may be called again. `agree` sees inputs
 that exist and inputs that are only planned, so it uses nothing but their `meta` and `fingerprint`.
 """
 

@@ -15,7 +15,8 @@ from torch.nn import functional as F
 from genpipe.artifacts import Artifact
 from genpipe.config import Config as Block
 from genpipe.config import StageConfig
-from genpipe.data.stream import sequential, to_float, to_uint8
+from genpipe.data.loader import sequential
+from genpipe.data.pixels import Crop, to_float, to_uint8
 from genpipe.evaluation.grids import tile
 from genpipe.evaluation.metrics import psnr
 from genpipe.models.autoencoder import Autoencoder, AutoencoderConfig, kl_divergence
@@ -47,6 +48,7 @@ class Adversarial(Block):
 
 class Config(StageConfig):
     image_size: int = Field(64, ge=8)
+    crop: Crop = Field("center", description="where squares are cut from images that are stored with another shape")
     model: AutoencoderConfig = AutoencoderConfig()
     kl_weight: float = Field(1e-6, ge=0, description="on the KL per image, against the L1 loss per pixel value")
     adversarial: Adversarial | None = None
@@ -69,7 +71,7 @@ def agree(cfg: Config, inputs: Mapping[str, Artifact]) -> dict[str, Any]:
 
 
 def data(cfg: Config, inputs: Mapping[str, Artifact]) -> Data:
-    return image_data(inputs["shard"], size=cfg.image_size)
+    return image_data(inputs["shard"], size=cfg.image_size, crop=cfg.crop, seed=cfg.train.seed)
 
 
 def objective(cfg: Config, inputs: Mapping[str, Artifact], device: torch.device) -> Objective:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
@@ -13,9 +14,13 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from genpipe.artifacts import Artifact, fetch
+from genpipe.artifacts import Artifact
 from genpipe.config import StageConfig
-from genpipe.data.stream import ShardDataset, caption_choice, image_batch, sequential, to_float
+from genpipe.data.loader import sequential
+from genpipe.data.order import caption_draws
+from genpipe.data.pixels import Crop, crop_draws, read_images, to_float
+from genpipe.data.shards import Split as SplitName
+from genpipe.data.stream import ShardDataset, open_shards
 from genpipe.data.tokenizer import CaptionTokenizer, train_tokenizer
 from genpipe.evaluation.metrics import recall_at, retrieval_ranks
 from genpipe.generation import TOKENIZER_FILE
@@ -34,6 +39,7 @@ MIN_STD = 1e-4
 
 class Config(StageConfig):
     model: CLIPConfig = CLIPConfig()
+    crop: Crop = Field("center", description="where squares are cut from images that are stored with another shape")
     context_length: int = Field(32, ge=4, description="tokens of a caption, first and last included")
     vocab_size: int = Field(2048, ge=259)
     tokenizer_captions: int = Field(1_000_000, ge=1, description="captions that the tokenizer is trained on")
@@ -55,32 +61,55 @@ def agree(cfg: Config, inputs: Mapping[str, Artifact]) -> dict[str, Any]:
 
 
 def data(cfg: Config, inputs: Mapping[str, Artifact]) -> Data:
-    folder = fetch(inputs["shard"])
-    tokenizer = tokenizer_of(folder, vocab_size=cfg.vocab_size, captions=cfg.tokenizer_captions)
-    return Data(
-        train=_split(cfg, ShardDataset(folder, split="train"), tokenizer, shuffled_captions=True),
-        heldout=_split(cfg, ShardDataset(folder, split="heldout"), tokenizer, shuffled_captions=False),
+    return Data(train=_split(cfg, inputs, "train"), heldout=_split(cfg, inputs, "heldout"))
+
+
+def _split(cfg: Config, inputs: Mapping[str, Artifact], name: SplitName) -> Split:
+    dataset = open_shards(inputs["shard"], split=name)
+    captioned = Captioned(
+        dataset,
+        _tokenizer(cfg, inputs),
+        context_length=cfg.context_length,
+        size=cfg.model.image_size,
+        crop=cfg.crop if name == "train" else "center",
+        seed=cfg.train.seed if name == "train" else None,
     )
+    return Split(len(dataset), captioned, dataset.sources())
 
 
-def _split(cfg: Config, dataset: ShardDataset, tokenizer: CaptionTokenizer, *, shuffled_captions: bool) -> Split:
-    def collate(indices: np.ndarray, positions: np.ndarray) -> Batch:
-        choices = caption_choice(positions, seed=cfg.train.seed) if shuffled_captions else np.zeros_like(positions)
-        captions = [dataset.captions(int(i)) for i in indices]
-        chosen = [options[int(choice) % len(options)] for options, choice in zip(captions, choices, strict=True)]
-        tokens = tokenizer.encode_short(chosen, context_length=cfg.context_length)
-        return {
-            "images": image_batch(dataset, indices, size=cfg.model.image_size),
-            "tokens": torch.from_numpy(tokens),
-        }
+@dataclass(frozen=True)
+class Captioned:
+    """Collates `images`, uint8 [B, 3, size, size], and `tokens`, int64 [B, L], of one caption each.
 
-    return Split(len(dataset), collate)
+    Caption and crop follow from the position in the stream and `seed`; without a seed it is the first caption.
+    """
+
+    dataset: ShardDataset
+    tokenizer: CaptionTokenizer
+    context_length: int
+    size: int
+    crop: Crop
+    seed: int | None
+
+    def __call__(self, indices: np.ndarray, positions: np.ndarray) -> Batch:
+        crops = crop_draws(positions, crop=self.crop, seed=self.seed or 0)
+        (images,), indices = read_images(self.dataset, indices, sizes=(self.size,), draws=crops)
+        draws = np.zeros(len(indices)) if self.seed is None else caption_draws(positions, seed=self.seed)
+        pairs = zip(indices.tolist(), draws.tolist(), strict=True)
+        captions = [self.dataset.caption(i, draw=draw) for i, draw in pairs]
+        tokens = self.tokenizer.encode_short(captions, context_length=self.context_length)
+        return {"images": images, "tokens": torch.from_numpy(tokens)}
+
+
+def _tokenizer(cfg: Config, inputs: Mapping[str, Artifact]) -> CaptionTokenizer:
+    shard = inputs["shard"]
+    return _train_tokenizer(shard.uri, shard.fingerprint, cfg.vocab_size, cfg.tokenizer_captions)
 
 
 @lru_cache(maxsize=1)
-def tokenizer_of(folder: Path, *, vocab_size: int, captions: int) -> CaptionTokenizer:
-    """The tokenizer of a folder of shards: trained anew, the same each time, by every rank for itself."""
-    dataset = ShardDataset(folder, split="train")
+def _train_tokenizer(uri: str, fingerprint: str, vocab_size: int, captions: int) -> CaptionTokenizer:
+    """The tokenizer of these shards: trained anew, the same each time, by every rank for itself."""
+    dataset = open_shards(Artifact(kind="shard", uri=uri, fingerprint=fingerprint), split="train")
 
     def every() -> Iterator[str]:
         for i in range(len(dataset)):
@@ -90,8 +119,7 @@ def tokenizer_of(folder: Path, *, vocab_size: int, captions: int) -> CaptionToke
 
 
 def objective(cfg: Config, inputs: Mapping[str, Artifact], device: torch.device) -> Objective:
-    tokenizer = tokenizer_of(fetch(inputs["shard"]), vocab_size=cfg.vocab_size, captions=cfg.tokenizer_captions)
-    return Objective(cfg, vocab_size=tokenizer.vocab_size, device=device)
+    return Objective(cfg, vocab_size=_tokenizer(cfg, inputs).vocab_size, device=device)
 
 
 class Objective:
@@ -127,7 +155,7 @@ class Objective:
 
 
 def export(objective: Objective, cfg: Config, inputs: Mapping[str, Artifact], folder: Path) -> dict[str, Any]:
-    tokenizer = tokenizer_of(fetch(inputs["shard"]), vocab_size=cfg.vocab_size, captions=cfg.tokenizer_captions)
+    tokenizer = _tokenizer(cfg, inputs)
     tokenizer.save(folder / TOKENIZER_FILE)
     sizes = {"vocab_size": objective.vocab_size, "context_length": cfg.context_length}
     save_weights(objective.model, folder, kind="clip", config=cfg.model, sizes=sizes, extra={})

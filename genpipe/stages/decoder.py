@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from genpipe.artifacts import Artifact, fetch
 from genpipe.config import StageConfig
-from genpipe.data.stream import to_uint8
+from genpipe.data.pixels import to_uint8
 from genpipe.diffusion.process import DiffusionConfig, SamplerConfig, fixed_time_losses, training_loss
 from genpipe.evaluation.grids import tile
 from genpipe.evaluation.metrics import mean_losses
@@ -50,7 +50,7 @@ def agree(cfg: Config, inputs: Mapping[str, Artifact]) -> dict[str, Any]:
 
 
 def data(cfg: Config, inputs: Mapping[str, Artifact]) -> Data:
-    return cached_data(inputs["features"], arrays=("latents", "image_embeds"), seed=cfg.train.seed)
+    return cached_data(inputs, arrays=("latents", "image_embeds"), seed=cfg.train.seed)
 
 
 def objective(cfg: Config, inputs: Mapping[str, Artifact], device: torch.device) -> Objective:

@@ -21,13 +21,17 @@ from torch import Tensor
 from genpipe.artifacts import Artifact, fetch, read_manifest
 from genpipe.config import StageConfig
 from genpipe.data.features import FeatureDataset
+from genpipe.data.loader import sequential
+from genpipe.data.order import order
+from genpipe.data.pixels import image_batch, to_uint8
 from genpipe.data.shards import SPLITS, Split
-from genpipe.data.stream import ShardDataset, image_batch, order, sequential, to_uint8
+from genpipe.data.stream import ShardDataset, open_shards
 from genpipe.evaluation.grids import labelled_grid
 from genpipe.evaluation.metrics import cosine, recall_at, retrieval_ranks
 from genpipe.generation import GenerationConfig, Generator, check_lineage
 from genpipe.stages import load_stage
 from genpipe.stages.autoencoder import hwc
+from genpipe.stages.features import check_made_from
 from genpipe.training.loop import seeded, to_device
 from genpipe.weights import load_weights
 
@@ -71,7 +75,7 @@ def parts(cfg: Config, inputs: Mapping[str, Artifact]) -> list[str]:
     """`grid`, `validate NAME` for each trained stage, and `prompts SPLIT FIRST` for each batch of prompts."""
     batches = []
     for split in SPLITS:
-        count = len(_chosen(cfg, ShardDataset(fetch(inputs["shard"]), split=split), split))
+        count = len(_chosen(cfg, open_shards(inputs["shard"], split=split), split))
         batches += [f"prompts {split} {first}" for first in range(0, count, cfg.batch_size)]
     return [*batches, *(f"validate {name}" for name in TRAINED), "grid"]
 
@@ -88,8 +92,9 @@ class Worker:
     def __init__(self, cfg: Config, inputs: Mapping[str, Artifact]) -> None:
         self.cfg, self.inputs = cfg, inputs
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        check_made_from(inputs)
         self.system = Generator(inputs, device=self.device)
-        self.shards = {split: ShardDataset(fetch(inputs["shard"]), split=split) for split in SPLITS}
+        self.shards = {split: open_shards(inputs["shard"], split=split) for split in SPLITS}
         self.features = {split: FeatureDataset(fetch(inputs["features"]), split=split) for split in SPLITS}
 
     @torch.no_grad()
@@ -210,7 +215,7 @@ def finish(
         for name in ("prior_cosine", "prior_cosine_unrelated"):
             metrics[f"{split}/{name}"] = float(np.mean([value for r in done for value in r[name]]))
         metrics[f"{split}/prompts"] = float(len(ranks))
-    metrics["pool"] = float(sum(len(ShardDataset(fetch(inputs["shard"]), split=split)) for split in SPLITS))
+    metrics["pool"] = float(sum(len(open_shards(inputs["shard"], split=split)) for split in SPLITS))
     missed = {name: least for name, least in cfg.gate.items() if metrics[name] < least}
     metrics["gate_passed"] = float(not missed)
     return {"gate_missed": {name: [metrics[name], least] for name, least in missed.items()}}, metrics

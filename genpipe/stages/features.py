@@ -1,42 +1,60 @@
-"""Cache what the frozen encoders say of every sample: latents, image and text embeddings, text encodings."""
+"""Cache what the frozen encoders say of every sample: latents, image and text embeddings, text encodings.
+
+Shape legend: B samples, C H W of the latents.
+"""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
+import pyarrow as pa
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from genpipe.artifacts import Artifact, fetch
-from genpipe.config import StageConfig
-from genpipe.data.features import FeatureDataset, write_features
-from genpipe.data.shards import Split
-from genpipe.data.stream import Batch, ShardDataset, caption_choice, image_batch, to_float
+from genpipe.artifacts import Artifact, fetch, read_manifest
+from genpipe.config import StageConfig, canonical_json
+from genpipe.data.features import NULL_TEXT, FeatureDataset, write_features, write_null_text
+from genpipe.data.loader import Batch, prefetched
+from genpipe.data.order import caption_draws, normal, uniform
+from genpipe.data.pixels import read_images, to_float
+from genpipe.data.samples import Reject
+from genpipe.data.shards import REJECT_SCHEMA, SPLITS, Split, write_table
+from genpipe.data.stream import ShardDataset, noticing, open_shards
 from genpipe.data.tokenizer import CaptionTokenizer
 from genpipe.generation import TOKENIZER_FILE, check_lineage, latent_statistics
 from genpipe.models.autoencoder import Autoencoder
 from genpipe.models.clip import CLIP
 from genpipe.training.objective import Data
 from genpipe.training.objective import Split as DataSplit
-from genpipe.weights import load_weights
+from genpipe.weights import WEIGHTS_FILE, load_weights
 
-VERSION = 1
+VERSION = 2
 CONSUMES: tuple[str, ...] = ("shard", "autoencoder", "clip")
 
 COPIED = (
     "latent_channels", "latent_size", "latent_mean", "latent_std",
     "embed_dim", "text_width", "context_length", "image_embed_mean", "image_embed_std", "tokenizer",
 )  # fmt: skip
+BAD_SAMPLES = "bad_samples.parquet"
+_FLIP, _NOISE = 0xD6E8FEB86659FD93, 0xA0761D6478BD642F  # keep their draws apart from others at the same position
 
 
 class Config(StageConfig):
     batch_size: int = Field(64, ge=1, description="images, or captions, of one forward pass")
     dtype: Literal["float16", "float32"] = "float16"
     precision: Literal["bf16", "fp32"] = Field("fp32", description="of the encoders")
+    latent_samples: bool = Field(
+        False, description="cache the latents' variances too, and train on samples instead of means"
+    )
+    flip: bool = Field(False, description="cache mirror images too; training takes either, by its place in the stream")
+    max_bad_share: float = Field(0.01, ge=0, le=1, description="share of damaged images that is put up with")
 
 
 def agree(cfg: Config, inputs: Mapping[str, Artifact]) -> dict[str, Any]:
@@ -49,54 +67,102 @@ def agree(cfg: Config, inputs: Mapping[str, Artifact]) -> dict[str, Any]:
 
 
 def parts(cfg: Config, inputs: Mapping[str, Artifact]) -> list[str]:
-    folder = fetch(inputs["shard"])
-    return [name for split in ("train", "heldout") for name in ShardDataset(folder, split=split).shards()]
+    """The shards of both splits, and the text that stands for no caption."""
+    shards = [name for split in SPLITS for name in open_shards(inputs["shard"], split=split).shards()]
+    return [*shards, NULL_TEXT]
+
+
+class Chunk(NamedTuple):
+    """Decoded images of some rows: at the autoencoder's size and at CLIP's, and the rows that they are of."""
+
+    images: list[Tensor]
+    rows: np.ndarray
+    damaged: list[Reject]
 
 
 class Worker:
-    """Loads both encoders once; a call caches one shard."""
+    """Loads both encoders once; a call caches one shard. Threads decode ahead of the encoders."""
 
     def __init__(self, cfg: Config, inputs: Mapping[str, Artifact]) -> None:
         self.cfg = cfg
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.folder = fetch(inputs["shard"])
+        self.shard = inputs["shard"]
         clip, autoencoder = fetch(inputs["clip"]), fetch(inputs["autoencoder"])
         self.clip = cast(CLIP, load_weights(clip, kind="clip", device=self.device).module)
         self.autoencoder = cast(Autoencoder, load_weights(autoencoder, kind="autoencoder", device=self.device).module)
         self.tokenizer = CaptionTokenizer.load(clip / TOKENIZER_FILE)
         self.statistics = latent_statistics(inputs["autoencoder"].meta, self.device)
-        self.image_size: int = inputs["autoencoder"].meta["image_size"]
-        self.clip_size: int = inputs["clip"].meta["clip_image_size"]
+        self.sizes: tuple[int, int] = (inputs["autoencoder"].meta["image_size"], inputs["clip"].meta["clip_image_size"])
         self.context_length: int = inputs["clip"].meta["context_length"]
 
     @torch.no_grad()
     def __call__(self, part: str, out: Path) -> dict[str, Any]:
-        dataset = ShardDataset(self.folder, split="train" if part.startswith("train-") else "heldout")
-        rows = np.asarray(dataset.rows(part))
-        captions = [dataset.captions(int(i)) for i in rows]
-        flat = [caption for options in captions for caption in options]
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.cfg.precision == "bf16"):
-            images = [self._images(dataset, chunk) for chunk in self._chunks(rows)]
-            texts = [self._texts(list(chunk)) for chunk in self._chunks(np.asarray(flat, dtype=object))]
-        arrays = {name: np.concatenate([batch[name] for batch in images]) for name in images[0]}
-        arrays |= {name: np.concatenate([batch[name] for batch in texts]) for name in texts[0]}
-        arrays["keys"] = np.asarray([dataset.key(int(i)) for i in rows])
-        arrays["caption_offsets"] = np.cumsum([0, *map(len, captions)])
+            if part == NULL_TEXT:
+                write_null_text(out, self._texts([""]))
+                return {"samples": 0, "captions": 0, "damaged": []}
+            split: Split = "train" if part.startswith("train-") else "heldout"
+            dataset = open_shards(self.shard, split=split, only=part)
+            arrays, damaged = self._images(dataset)
+            arrays |= self._captions(dataset)
+        arrays["keys"] = np.asarray([dataset.key(i) for i in range(len(dataset))])
         write_features(out / part, arrays)
-        return {"samples": len(rows), "captions": len(flat)}
-
-    def _chunks(self, rows: np.ndarray) -> list[np.ndarray]:
-        return [rows[i : i + self.cfg.batch_size] for i in range(0, len(rows), self.cfg.batch_size)]
-
-    def _images(self, dataset: ShardDataset, rows: np.ndarray) -> dict[str, np.ndarray]:
-        images = to_float(image_batch(dataset, rows, size=self.image_size).to(self.device))
-        mean, _ = self.autoencoder.encode(images)
-        if self.clip_size != self.image_size:
-            images = to_float(image_batch(dataset, rows, size=self.clip_size).to(self.device))
         return {
-            "latents": self._packed(self.statistics.standardise(mean)),
-            "image_embeds": self._packed(self.clip.encode_image(images)),
+            "samples": len(dataset),
+            "captions": len(arrays["text_lengths"]),
+            "damaged": [vars(reject) for reject in damaged],
+            "split": split,
+            "source": next(iter(dataset.sources())),
         }
+
+    def _images(self, dataset: ShardDataset) -> tuple[dict[str, np.ndarray], list[Reject]]:
+        """The image arrays of `write_features`, and what was damaged."""
+        batches: list[dict[str, np.ndarray]] = []
+        damaged: list[Reject] = []
+        threads = self.cfg.resources.loader_threads
+        chunks = _chunks(len(dataset), self.cfg.batch_size)
+        for _, chunk in prefetched(partial(self._decoded, dataset), chunks, threads=threads, ahead=threads + 1):
+            batches.append({"rows": chunk.rows.astype(np.int32), **self._encoded(chunk.images)})
+            damaged += chunk.damaged
+        dataset.close()
+        arrays = {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
+        if not damaged:
+            del arrays["rows"]
+        return arrays, damaged
+
+    def _decoded(self, dataset: ShardDataset, rows: range) -> Chunk:
+        with noticing() as damaged:
+            images, stand_ins = read_images(dataset, np.asarray(rows), sizes=self.sizes)
+        return Chunk(images, stand_ins, damaged)
+
+    def _encoded(self, images: Sequence[Tensor]) -> dict[str, np.ndarray]:
+        variants = [self._encode(*(to_float(i.to(self.device)) for i in images))]
+        if self.cfg.flip:
+            variants.append(self._encode(*(to_float(i.to(self.device)).flip(-1) for i in images)))
+        return {name: np.stack([variant[name] for variant in variants], axis=1) for name in variants[0]}
+
+    def _encode(self, images: Tensor, for_clip: Tensor) -> dict[str, np.ndarray]:
+        mean, logvar = self.autoencoder.encode(images)
+        encoded = {
+            "latents": self._packed(self.statistics.standardise(mean)),
+            "image_embeds": self._packed(self.clip.encode_image(for_clip)),
+        }
+        if self.cfg.latent_samples:
+            encoded["latent_logvars"] = self._packed(logvar - 2 * self.statistics.std.log())
+        return encoded
+
+    def _captions(self, dataset: ShardDataset) -> dict[str, np.ndarray]:
+        """The caption arrays of `write_features`."""
+        captions = [dataset.captions(i) for i in range(len(dataset))]
+        flat = [caption for options in captions for caption in options]
+        texts = [self._texts([flat[i] for i in chunk]) for chunk in _chunks(len(flat), self.cfg.batch_size)]
+        arrays = {name: np.concatenate([batch[name] for batch in texts]) for name in texts[0]}
+        arrays["caption_offsets"] = np.cumsum([0, *map(len, captions)])
+        weights = [dataset.caption_weights(i) for i in range(len(dataset))]
+        if any(weights):
+            each = [shares or [1.0] * len(options) for shares, options in zip(weights, captions, strict=True)]
+            arrays["caption_weights"] = np.concatenate(each).astype(np.float32)
+        return arrays
 
     def _texts(self, captions: list[str]) -> dict[str, np.ndarray]:
         tokens = self.tokenizer.encode_batch(captions, context_length=self.context_length)
@@ -112,27 +178,113 @@ class Worker:
         return tensor.float().cpu().numpy().astype(self.cfg.dtype)
 
 
+def _chunks(count: int, size: int) -> list[range]:
+    return [range(first, min(first + size, count)) for first in range(0, count, size)]
+
+
 def finish(
     cfg: Config, inputs: Mapping[str, Artifact], results: list[dict[str, Any]], out: Path
 ) -> tuple[dict[str, Any], dict[str, float]]:
+    """The cache's meta and metrics. Raises ValueError if more images were damaged than the configuration allows."""
     totals = {name: sum(result[name] for result in results) for name in ("samples", "captions")}
-    return {**totals, "dtype": cfg.dtype}, {name: float(total) for name, total in totals.items()}
+    damaged = [reject for result in results for reject in result["damaged"]]
+    if len(damaged) > cfg.max_bad_share * totals["samples"]:
+        first = damaged[0]
+        raise ValueError(
+            f"{len(damaged)} of {totals['samples']} images are damaged, the first {first['key']} in "
+            f"{first['source']} ({first['detail']}); restore the shards, take the samples out with `genpipe data "
+            f"remove`, or raise max_bad_share ({cfg.max_bad_share})"
+        )
+    write_table(pa.Table.from_pylist(damaged, REJECT_SCHEMA), out / BAD_SAMPLES)
+    meta = {
+        **totals,
+        "dtype": cfg.dtype,
+        "sources": _sources(results),
+        "made_from": {name: content_digest(inputs[name]) for name in CONSUMES},
+    }
+    return meta, {name: float(total) for name, total in {**totals, "bad_samples": len(damaged)}.items()}
 
 
-def cached_data(features: Artifact, *, arrays: Sequence[str], seed: int) -> Data:
-    """The cache as a stage trains on it: `arrays` (latents, image_embeds) and the text of one caption a sample.
+def _sources(results: list[dict[str, Any]]) -> dict[str, dict[str, list[int]]]:
+    """By split, the first index and the one past the last of each source of a mix."""
+    found: dict[str, dict[str, list[int]]] = {split: {} for split in SPLITS}
+    for split, sources in found.items():
+        start = 0
+        for result in (result for result in results if result.get("split") == split):
+            stop = start + result["samples"]
+            sources[result["source"]] = [sources.get(result["source"], [start])[0], stop]
+            start = stop
+    return found
 
-    Training takes a caption by its position in the stream and `seed`, held-out samples take their first.
+
+def content_digest(artifact: Artifact) -> str:
+    """What the features depend on of an artifact: sha256 over its weights' bytes, or over its shards'.
+
+    A fingerprint says how something was made. Training the same again on other hardware gives other weights under
+    the same fingerprint, and they do not understand what was cached with the first.
     """
+    manifest = read_manifest(artifact.uri)
+    assert manifest is not None, "inputs are committed"
+    names = (WEIGHTS_FILE, TOKENIZER_FILE)
+    files = {file.path: file.sha256 for file in manifest.files if file.path in names or artifact.kind == "shard"}
+    return hashlib.sha256(canonical_json(files).encode()).hexdigest()
+
+
+def check_made_from(inputs: Mapping[str, Artifact]) -> None:
+    """Raise ValueError if the features among `inputs` were made from other content than the inputs beside them."""
+    features = inputs["features"]
+    for name in CONSUMES:
+        if name not in inputs:
+            continue
+        made_from, here = features.meta["made_from"][name], content_digest(inputs[name])
+        if made_from != here:
+            raise ValueError(
+                f"{features.uri} was made from another {name} ({made_from[:12]}) than {inputs[name].uri} holds "
+                f"({here[:12]}); delete {features.uri} to have it made again, or restore the {name} it was made from"
+            )
+
+
+@dataclass(frozen=True)
+class Cached:
+    """Collates `arrays` (latents, image_embeds) and the text of one caption a sample.
+
+    Training takes caption, mirror image and the latents' noise by the position in the stream and `seed`; held-out
+    samples take their first caption, the image as it is, and the mean.
+    """
+
+    dataset: FeatureDataset
+    arrays: tuple[str, ...]
+    seed: int
+    training: bool
+
+    def __call__(self, indices: np.ndarray, positions: np.ndarray) -> Batch:
+        draws = caption_draws(positions, seed=self.seed) if self.training else np.zeros(len(indices))
+        return {name: self._array(name, indices, positions) for name in self.arrays} | self.dataset.text(indices, draws)
+
+    def _array(self, name: str, indices: np.ndarray, positions: np.ndarray) -> Tensor:
+        variants = np.zeros(len(indices), np.int64)
+        if self.training:
+            variants = (uniform(positions, seed=self.seed, salt=_FLIP) * self.dataset.variants).astype(np.int64)
+        if name == "image_embeds":
+            return self.dataset.image_embeds(indices, variants=variants)
+        if not (self.training and self.dataset.has_spread):
+            return self.dataset.latents(indices, variants=variants)
+        noise = normal(positions, shape=self.dataset.latent_shape, seed=self.seed, salt=_NOISE)
+        return self.dataset.latent_samples(indices, noise=noise, variants=variants)
+
+
+def cached_data(inputs: Mapping[str, Artifact], *, arrays: tuple[str, ...], seed: int) -> Data:
+    """The features among `inputs` as a stage trains on them: `Cached`.
+
+    Raises ValueError if they were made from another content than other inputs have.
+    """
+    check_made_from(inputs)
+    features = inputs["features"]
     folder = fetch(features)
 
     def split(name: Split) -> DataSplit:
         dataset = FeatureDataset(folder, split=name)
-
-        def collate(indices: np.ndarray, positions: np.ndarray) -> Batch:
-            choices = caption_choice(positions, seed=seed) if name == "train" else np.zeros_like(positions)
-            return {array: getattr(dataset, array)(indices) for array in arrays} | dataset.text(indices, choices)
-
-        return DataSplit(len(dataset), collate)
+        sources = {source: range(*span) for source, span in features.meta["sources"][name].items()}
+        return DataSplit(len(dataset), Cached(dataset, arrays, seed, training=name == "train"), sources)
 
     return Data(train=split("train"), heldout=split("heldout"))

@@ -40,7 +40,7 @@ def agree(cfg: Config, inputs: Mapping[str, Artifact]) -> dict[str, Any]:
 
 
 def data(cfg: Config, inputs: Mapping[str, Artifact]) -> Data:
-    return cached_data(inputs["features"], arrays=("image_embeds",), seed=cfg.train.seed)
+    return cached_data(inputs, arrays=("image_embeds",), seed=cfg.train.seed)
 
 
 def objective(cfg: Config, inputs: Mapping[str, Artifact], device: torch.device) -> Objective:

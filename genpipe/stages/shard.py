@@ -1,62 +1,128 @@
 """shard: a source's images and captions to WebDataset tars with indexes and a ledger of rejects.
 
 A data stage: the parts are slices of the source, and each is written by one call of `Worker`. Every sample of
-the source is either in a shard or in the ledger. Files of part p: `{train,heldout}-{p:05d}-{k:02d}.tar` with
-their `.index.parquet`, `rejects-{p:05d}.parquet`, and beside part 0 a contact sheet, `preview.png`.
+the source is either in an index or in the ledger. Files of part p: `{train,heldout}-{p:05d}-{k:02d}.tar` with
+their `.index.parquet`, `rejects-{p:05d}.parquet`, `hashes-{p:05d}.parquet` where duplicates are looked for, and
+beside part 0 a contact sheet, `preview.png`. `statistics.parquet` has a row for each shard.
+
+Duplicates are found across all parts when the last is there. They leave the indexes for
+`rejects-duplicates.parquet`; their bytes stay in the tars, where nothing reads them.
 """
 
 from __future__ import annotations
 
-from collections import Counter
+import hashlib
+from collections import Counter, defaultdict
 from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from genpipe.artifacts import Artifact, fetch
+from genpipe.artifacts import Artifact
 from genpipe.config import StageConfig
-from genpipe.data.images import ImageError, ImageFormat, contact_sheet, encode, prepare
+from genpipe.data.duplicates import Duplicate, find_duplicates, read_hashes, write_hashes, write_index_without
+from genpipe.data.filters import (
+    FilterConfig,
+    Filtered,
+    blocklist_digest,
+    check_blocked,
+    check_size,
+    keep_captions,
+    read_blocklist,
+)
+from genpipe.data.hashes import perceptual_hash
+from genpipe.data.images import (
+    MAX_PIXELS,
+    RGB,
+    WHITE,
+    Buckets,
+    CenterCrop,
+    ImageError,
+    ImageFormat,
+    Keep,
+    ResizeConfig,
+    buckets,
+    check_kept,
+    contact_sheet,
+    decode,
+    encode,
+    prepare,
+    read_header,
+)
+from genpipe.data.pixels import Crop, Images
 from genpipe.data.samples import Reject, Sample
-from genpipe.data.shards import SPLITS, ShardWriter, Split, split_of, write_rejects
+from genpipe.data.shards import SPLITS, ShardWriter, Split, split_of, statistics, write_rejects, write_statistics
 from genpipe.data.sources import SourceConfig, open_source
-from genpipe.data.stream import ShardDataset, image_batch
+from genpipe.data.stream import open_shards
+from genpipe.storage import Storage
 from genpipe.training.objective import Data
 from genpipe.training.objective import Split as DataSplit
 
-VERSION = 1
+VERSION = 2
 CONSUMES: tuple[str, ...] = ()
 PREVIEW_IMAGES = 64
+PREVIEW_CELL = 128
+HASHED_SIDE = 128
 
 
 class Config(StageConfig):
-    """Every image becomes a square of `image_size`: the centre crop, resized with antialiasing."""
+    """How images become shards. `resize` says what `image_size` means; each filter is off until it is set."""
 
     source: SourceConfig
-    image_size: int = Field(64, ge=8, description="side of the stored images in pixels")
-    format: ImageFormat = "jpeg"
+    image_size: int = Field(64, ge=8, description="pixels, as resize says; of kept images, what training may ask for")
+    resize: ResizeConfig = CenterCrop()
+    background: RGB = Field(WHITE, description="colour below what is transparent")
+    format: ImageFormat = Field("jpeg", description="of the stored images, unless they are kept")
     quality: int = Field(95, ge=1, le=100, description="of jpeg and webp; png is lossless")
-    max_image_pixels: int = Field(2**26, gt=0, description="larger source images are rejected undecoded")
+    max_image_pixels: int = Field(2**26, gt=0, le=MAX_PIXELS, description="larger images are rejected undecoded")
+    filters: FilterConfig = FilterConfig()
     heldout_fraction: float = Field(0.05, gt=0, lt=1, description="share of subjects kept from training")
     split_seed: int = 0
     part_size: int = Field(10_000, gt=0, description="samples in a part of work and at most in a shard")
     max_shard_bytes: int = Field(256 * 2**20, gt=0, description="a larger part is written as several shards")
 
+    @model_validator(mode="after")
+    def _resize_fits(self) -> Self:
+        if isinstance(self.resize, Buckets):
+            buckets(self.resize, size=self.image_size)
+        if isinstance(self.resize, Keep) and self.background != WHITE:
+            raise ValueError("background has no effect on images that resize.kind 'keep' leaves as they are (they are "
+                             "laid on white when they are read); leave one of the two out")  # fmt: skip
+        return self
+
 
 def external(cfg: Config) -> str:
-    """The digest of the source's listing, which lies outside the pipeline."""
-    return open_source(cfg.source, part_size=cfg.part_size).digest()
+    """The digest of what lies outside the pipeline: the source's listing, and the blocklist's lines."""
+    return open_source(cfg.source, part_size=cfg.part_size).digest() + blocklist_digest(cfg.filters)
 
 
 def agree(cfg: Config, inputs: Mapping[str, Artifact]) -> dict[str, Any]:
-    """What consumers may rely on before the stage has run."""
+    """What consumers may rely on before the stage has run: the side of the squares that each image can give."""
+    if isinstance(cfg.resize, Buckets):
+        return {"image_size": min(min(sides) for sides in buckets(cfg.resize, size=cfg.image_size))}
     return {"image_size": cfg.image_size}
 
 
 def parts(cfg: Config, inputs: Mapping[str, Artifact]) -> list[str]:
     """The source's parts. Raises ValueError for a source that is missing, empty or without captions."""
     return open_source(cfg.source, part_size=cfg.part_size).parts()
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A sample as it goes into a shard; with the hashes of its image, where duplicates are looked for."""
+
+    image: bytes
+    format: str
+    height: int
+    width: int
+    captions: tuple[str, ...]
+    caption_weights: tuple[float, ...]
+    hashes: dict[str, Any]
 
 
 class Worker:
@@ -66,43 +132,40 @@ class Worker:
         self.cfg = cfg
         self.source = open_source(cfg.source, part_size=cfg.part_size)
         self.number = {part: number for number, part in enumerate(self.source.parts())}
+        self.blocked = read_blocklist(cfg.filters)
 
     def __call__(self, part: str, out: Path) -> dict[str, Any]:
-        """Write the part's shards and ledger into `out`; its counts: samples_in = written + rejected."""
+        """Write the part's shards, ledger and hashes into `out`; its counts: samples_in = written + rejected."""
         number = self.number[part]
         rejects: list[Reject] = []
+        hashes: list[dict[str, Any]] = []
         keys: set[str] = set()
-        preview: list[np.ndarray] = []
-        samples_in = captions = 0
+        preview: list[bytes] = []
+        samples_in = dropped = 0
         with self._writer(out, "train", number) as train, self._writer(out, "heldout", number) as heldout:
             writers = {"train": train, "heldout": heldout}
             for item in self.source.read(part):
                 samples_in += 1
-                if isinstance(item, Reject):
-                    rejects.append(item)
+                stored = item if isinstance(item, Reject) else self._store(item, keys=keys)
+                if isinstance(stored, Reject):
+                    rejects.append(stored)
                     continue
-                image = self._prepare(item, keys=keys)
-                if isinstance(image, Reject):
-                    rejects.append(image)
-                    continue
-                writers[self._split(item)].write(
-                    item.key,
-                    group=item.group,
-                    image=encode(image, format=self.cfg.format, quality=self.cfg.quality),
-                    format=self.cfg.format,
-                    captions=item.captions,
-                    meta=item.meta,
-                )
+                assert isinstance(item, Sample)
+                writer = writers[self._split(item)]
+                self._write(writer, item, stored)
                 keys.add(item.key)
-                captions += len(item.captions)
+                hashes.append({"shard": writer.name, "key": item.key, "place": _place(item), **stored.hashes})
+                dropped += len(item.captions) - len(stored.captions)
                 if number == 0 and len(preview) < PREVIEW_IMAGES:
-                    preview.append(image)
-        write_rejects(out, rejects, part=number)
+                    preview.append(stored.image)
+        write_rejects(out, rejects, name=f"{number:05d}")
+        if self.cfg.filters.finds_duplicates:
+            write_hashes(out, hashes, part=number)
         if preview:
-            (out / "preview.png").write_bytes(contact_sheet(preview, columns=8))
+            (out / "preview.png").write_bytes(preview_sheet(preview))
         return {
             "samples_in": samples_in,
-            "captions": captions,
+            "captions_dropped": dropped,
             "rejected": dict(sorted(Counter(reject.reason for reject in rejects).items())),
             "shards": [*train.shards, *heldout.shards],
         }
@@ -114,41 +177,120 @@ class Worker:
     def _split(self, sample: Sample) -> Split:
         return split_of(sample.group, heldout_fraction=self.cfg.heldout_fraction, seed=self.cfg.split_seed)
 
-    def _prepare(self, sample: Sample, *, keys: set[str]) -> np.ndarray | Reject:
-        source = str(sample.meta.get("file_name", sample.key))
-        if sample.key in keys:
-            return Reject(sample.key, source, "duplicate_key", "an earlier sample of this part has the key")
+    def _write(self, writer: ShardWriter, sample: Sample, stored: Stored) -> None:
+        writer.write(
+            sample.key,
+            group=sample.group,
+            image=stored.image,
+            format=stored.format,
+            height=stored.height,
+            width=stored.width,
+            captions=stored.captions,
+            caption_weights=stored.caption_weights,
+            source=sample.source,
+            meta=sample.meta,
+        )
+
+    def _store(self, sample: Sample, *, keys: set[str]) -> Stored | Reject:
         try:
-            return prepare(sample.image, size=self.cfg.image_size, max_pixels=self.cfg.max_image_pixels)
-        except ImageError as error:
-            return Reject(sample.key, source, error.reason, error.detail)
+            if sample.key in keys:
+                raise Filtered("duplicate_key", "an earlier sample of this part has the key")
+            return self._stored(sample)
+        except (ImageError, Filtered) as fault:
+            return Reject(sample.key, _place(sample), fault.reason, fault.detail)
+
+    def _stored(self, sample: Sample) -> Stored:
+        """The sample as it is to be stored, cheap checks first. Raises ImageError or Filtered."""
+        cfg = self.cfg
+        captions, weights = keep_captions(cfg.filters, sample.captions, sample.caption_weights)
+        self._check_blocked(sample.key, sample.image)
+        picture = read_header(sample.image, max_pixels=cfg.max_image_pixels)
+        check_size(cfg.filters, height=picture.height, width=picture.width)
+        if isinstance(cfg.resize, Keep):
+            check_kept(picture)
+            hashes = self._hashes(sample, None)
+            return Stored(sample.image, picture.format, picture.height, picture.width, captions, weights, hashes)
+        pixels = prepare(picture, resize=cfg.resize, size=cfg.image_size, background=cfg.background)
+        image = encode(pixels, format=cfg.format, quality=cfg.quality)
+        self._check_blocked(sample.key, image)
+        hashes = self._hashes(sample, pixels)
+        return Stored(image, cfg.format, pixels.shape[0], pixels.shape[1], captions, weights, hashes)
+
+    def _check_blocked(self, key: str, image: bytes) -> None:
+        if self.blocked:
+            check_blocked(self.blocked, key=key, sha256=hashlib.sha256(image).hexdigest())
+
+    def _hashes(self, sample: Sample, pixels: np.ndarray | None) -> dict[str, Any]:
+        """What duplicates are found by. Raises ImageError if kept bytes, which nobody decoded yet, are damaged."""
+        filters, phash = self.cfg.filters, None
+        if filters.near_duplicates is not None:
+            phash = perceptual_hash(decode(sample.image, least=HASHED_SIDE) if pixels is None else pixels)
+        exact = hashlib.sha256(sample.image).digest() if filters.exact_duplicates else None
+        return {"sha256": exact, "phash": phash}
+
+
+def settle(cfg: Config, made: Storage, results: list[dict[str, Any]], out: Path) -> list[dict[str, Any]]:
+    """Take duplicates out of the indexes of all parts, which lie in `made`; the results as they are after that.
+
+    New indexes and the ledger of duplicates go to `out`. Doing it again, after an attempt that was cut off, gives the
+    same: who is a duplicate follows from the tables of hashes, which stay as they are.
+    """
+    if not cfg.filters.finds_duplicates:
+        return results
+    hashes = read_hashes(made, parts=len(results))
+    found = list(find_duplicates(hashes, exact=cfg.filters.exact_duplicates, distance=cfg.filters.near_duplicates))
+    write_rejects(out, [duplicate.reject for duplicate in found], name="duplicates")
+    by_shard: dict[str, list[Duplicate]] = defaultdict(list)
+    for duplicate in found:
+        by_shard[duplicate.shard].append(duplicate)
+    return [_without(result, by_shard, made, out) for result in results]
+
+
+def _without(
+    result: dict[str, Any], by_shard: Mapping[str, list[Duplicate]], made: Storage, out: Path
+) -> dict[str, Any]:
+    """A part's result, and its indexes, without the duplicates."""
+    shards, gone = [], []
+    for shard in result["shards"]:
+        duplicates = by_shard.get(shard["name"], [])
+        gone += duplicates
+        if duplicates:
+            keys = {duplicate.reject.key for duplicate in duplicates}
+            index = write_index_without(made, shard["name"], keys=keys, out=out)
+            assert len(index) == shard["samples"] - len(duplicates), "keys are unique in a part"
+            shard = statistics(shard["name"], index, tar_bytes=shard["bytes"])
+        shards.append(shard)
+    rejected = Counter(result["rejected"]) + Counter(duplicate.reject.reason for duplicate in gone)
+    return {**result, "rejected": dict(sorted(rejected.items())), "shards": shards}
 
 
 def finish(
     cfg: Config, inputs: Mapping[str, Artifact], results: list[dict[str, Any]], out: Path
 ) -> tuple[dict[str, Any], dict[str, float]]:
     """The dataset's meta and metrics. Raises ValueError if a split that was asked for came out empty."""
-    shards = [shard for result in results for shard in result["shards"]]
+    shards = [shard for result in results for shard in result["shards"] if shard["samples"]]
     by_split = {split: [shard for shard in shards if shard["split"] == split] for split in SPLITS}
     samples = {split: sum(shard["samples"] for shard in of_split) for split, of_split in by_split.items()}
     rejected: Counter[str] = sum((Counter(result["rejected"]) for result in results), Counter())
     samples_in = sum(result["samples_in"] for result in results)
     written = sum(samples.values())
-    assert samples_in == written + rejected.total(), "every sample is in a shard or in the ledger"
+    assert samples_in == written + rejected.total(), "every sample is in an index or in the ledger"
     if not samples["train"]:
         why = ", ".join(f"{count} {reason}" for reason, count in rejected.most_common()) or "none rejected"
         raise ValueError(
             f"source: none of the {samples_in} samples is left to train on ({why}; {samples['heldout']} held "
-            "out); look at the images and captions, or lower heldout_fraction"
+            "out); look at the images and captions, at filters, or lower heldout_fraction"
         )
     if not samples["heldout"]:
         raise ValueError(
             f"heldout_fraction {cfg.heldout_fraction} of {written} samples left nothing to validate on; "
             "raise it, add images, or change split_seed"
         )
+    write_statistics(out, shards)
     meta = {
         **agree(cfg, inputs),
-        "format": cfg.format,
+        "resize": cfg.resize.model_dump(mode="json"),
+        "format": "as in the source" if isinstance(cfg.resize, Keep) else cfg.format,
         "samples": samples,
         "shards": {split: sorted(shard["name"] for shard in of_split) for split, of_split in by_split.items()},
         "rejected": dict(sorted(rejected.items())),
@@ -157,12 +299,29 @@ def finish(
         "samples_in": samples_in,
         "samples_train": samples["train"],
         "samples_heldout": samples["heldout"],
-        "captions": sum(result["captions"] for result in results),
+        "captions": sum(shard["captions"] for shard in shards),
+        "captions_dropped": sum(result["captions_dropped"] for result in results),
         "rejected": rejected.total(),
         "bytes": sum(shard["bytes"] for shard in shards),
         **{f"rejected_{reason}": count for reason, count in rejected.items()},
     }
     return meta, {name: float(value) for name, value in metrics.items()}
+
+
+def preview_sheet(images: list[bytes]) -> bytes:
+    """A contact sheet of encoded images, as PNG; kept ones may turn out damaged here, and are passed over."""
+    pixels = []
+    for image in images:
+        with suppress(ImageError):
+            pixels.append(decode(image, least=PREVIEW_CELL))
+    cell = min(PREVIEW_CELL, max((max(image.shape[:2]) for image in pixels), default=PREVIEW_CELL))
+    return contact_sheet(pixels, columns=8, cell=cell)
+
+
+def _place(sample: Sample) -> str:
+    """Where a sample came from, for the ledger."""
+    place = str(sample.meta.get("file_name", sample.key))
+    return f"{sample.source}/{place}" if sample.source else place
 
 
 def check_image_size(shard: Artifact, size: int, *, setting: str) -> None:
@@ -174,12 +333,11 @@ def check_image_size(shard: Artifact, size: int, *, setting: str) -> None:
         )
 
 
-def image_data(shard: Artifact, *, size: int) -> Data:
+def image_data(shard: Artifact, *, size: int, crop: Crop = "center", seed: int = 0) -> Data:
     """The images alone, as uint8 [B, 3, size, size]: what stages without captions train on."""
-    folder = fetch(shard)
 
-    def split(name: Split) -> DataSplit:
-        dataset = ShardDataset(folder, split=name)
-        return DataSplit(len(dataset), lambda indices, _: {"images": image_batch(dataset, indices, size=size)})
+    def split(name: Split, crop: Crop) -> DataSplit:
+        dataset = open_shards(shard, split=name)
+        return DataSplit(len(dataset), Images(dataset, size, crop, seed), dataset.sources())
 
-    return Data(train=split("train"), heldout=split("heldout"))
+    return Data(train=split("train", crop), heldout=split("heldout", "center"))

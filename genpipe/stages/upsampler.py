@@ -14,7 +14,8 @@ from torch.nn import functional as F
 
 from genpipe.artifacts import Artifact
 from genpipe.config import StageConfig
-from genpipe.data.stream import sequential, to_float, to_uint8
+from genpipe.data.loader import sequential
+from genpipe.data.pixels import to_float, to_uint8
 from genpipe.diffusion.process import DiffusionConfig, Model, SamplerConfig, fixed_time_losses, training_loss
 from genpipe.evaluation.grids import tile
 from genpipe.evaluation.metrics import mean_losses, psnr

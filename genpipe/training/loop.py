@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from genpipe.config import Resources
-from genpipe.data.stream import Batches, sequential
+from genpipe.data.loader import Batches, sequential
+from genpipe.data.order import order_of
+from genpipe.training.damage import Damage
 from genpipe.training.objective import Batch, Data, Metrics, Objective, Step, Validation
 from genpipe.training.optim import TrainConfig, lr_scale
 from genpipe.training.runtime import Runtime
@@ -40,18 +42,22 @@ def train(objective: Objective, data: Data, cfg: TrainConfig, rt: Runtime, resou
     meter = _Meter(rt, cfg, state.step)
     micro_batch = cfg.micro_batch(rt.world_size)
     saved_at = time.monotonic()
+    sources = data.train.sources or {"": range(data.train.length)}
+    loaders = resources.loader_processes or resources.loader_threads
     batches = Batches(
-        data.train.length,
-        collate=data.train.collate,
-        seed=cfg.seed,
+        data.train.collate,
+        order=order_of(sources, weights=cfg.source_weights, seed=cfg.seed),
         global_batch_size=cfg.global_batch_size,
         micro_batch_size=micro_batch,
         rank=rt.rank,
         world_size=rt.world_size,
         start=state.samples_seen,
-        prefetch=2 * cfg.global_batch_size // (micro_batch * rt.world_size),
-        workers=resources.loader_threads,
+        prefetch=max(2 * cfg.global_batch_size // (micro_batch * rt.world_size), loaders + 1),
+        threads=resources.loader_threads,
+        processes=resources.loader_processes,
+        pin=rt.device.type == "cuda",
     )
+    damage = Damage(batches, rt, length=data.train.length, max_share=cfg.max_bad_share, start=state.samples_seen)
     with ExitStack() as stack:
         stack.callback(batches.close)
         stream = iter(batches)
@@ -62,7 +68,7 @@ def train(objective: Objective, data: Data, cfg: TrainConfig, rt: Runtime, resou
                 _log_validation(validate(objective, data, cfg, rt, state), rt, state)
             if not last and state.step % cfg.log_every:
                 continue
-            meter.report(state, batches.wait_seconds)  # raises on non-finite values, so they are never saved
+            meter.report(state, batches.wait_seconds, damage.report())  # before a save, as it raises on bad values
             stop, due = _agreed(rt, rt.should_stop(), time.monotonic() - saved_at > resources.checkpoint_seconds)
             if not last and (stop or due):
                 if rt.rank == 0:
@@ -219,7 +225,7 @@ class _Meter:
             self.sums[name] = self.sums[name] + value.float() if name in self.sums else value.float()
             self.counts[name] = self.counts.get(name, 0) + 1
 
-    def report(self, state: TrainState, waited: float) -> None:
+    def report(self, state: TrainState, waited: float, bad_samples: int) -> None:
         """Log the means since the last report. Raises FloatingPointError if one is not finite."""
         means = torch.stack([total / self.counts[name] for name, total in self.sums.items()])
         if self.rt.world_size > 1:
@@ -236,6 +242,7 @@ class _Meter:
         values["samples_per_second"] = steps * self.cfg.global_batch_size / seconds
         values["step_seconds"] = seconds / steps
         values["data_wait_share"] = waiting / seconds
+        values["bad_samples"] = float(bad_samples)
         values["lr_scale"] = lr_scale(self.cfg, samples_seen=state.samples_seen)
         if self.rt.rank == 0:
             self.rt.log(values, samples_seen=state.samples_seen)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from genpipe.data.stream import Batch, Collate
+from genpipe.data.loader import Batch, Collate
 
 Metrics = dict[str, Tensor]
 
@@ -19,11 +20,13 @@ class Split(NamedTuple):
     """`length` samples, and how to make a batch of some of them.
 
     `collate(indices, positions)` takes int64 arrays [B]: which samples, and at which global positions of the
-    training stream they stand, so that a choice (caption, crop) can depend on the position alone.
+    training stream they stand, so that a choice (caption, crop) can depend on the position alone. With loader
+    processes it is pickled. `sources` are the ranges of indices that come from each source of a mix.
     """
 
     length: int
     collate: Collate
+    sources: Mapping[str, range] = MappingProxyType({})
 
 
 class Data(NamedTuple):

@@ -10,7 +10,7 @@ from pydantic import Discriminator, Field, Tag, model_validator
 from torch import nn
 
 from genpipe.config import Config
-from genpipe.data.stream import check_batch_sizes
+from genpipe.data.loader import check_batch_sizes
 from genpipe.training import muon
 
 MATRICES = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)
@@ -67,6 +67,10 @@ class TrainConfig(Config):
     log_every: int = Field(20, ge=1, description="steps between metrics")
     validate_every: int = Field(0, ge=0, description="samples between validations; 0: at the end only")
     heldout_samples: int = Field(256, ge=1, description="held-out samples of one validation")
+    source_weights: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]] = Field(
+        default_factory=dict, description="share of the training samples from each source of a mix; default: by size"
+    )
+    max_bad_share: float = Field(0.01, ge=0, le=1, description="share of damaged samples beyond which training stops")
 
     @model_validator(mode="after")
     def _batches_fit(self) -> TrainConfig:

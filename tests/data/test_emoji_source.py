@@ -7,10 +7,10 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from genpipe.data.emoji import EmojiConfig, EmojiSource, captions
-from genpipe.data.emoji_names import phrase
 from genpipe.data.images import decode
 from genpipe.data.samples import Reject, Sample
+from genpipe.data.sources.emoji import EmojiConfig, EmojiSource, captions
+from genpipe.data.sources.emoji_names import phrase
 
 
 @pytest.fixture(scope="module")

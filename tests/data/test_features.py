@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from genpipe.data.features import FeatureDataset, write_features
+from genpipe.data.features import FeatureDataset, write_features, write_null_text
 from genpipe.data.shards import ShardWriter
 from genpipe.data.stream import ShardDataset
 
@@ -14,14 +17,15 @@ CAPTIONS = (1, 3, 2, 1, 4)  # of samples 0 to 4; samples 0-2 in the first shard,
 SHARDS = {"train-00000-00": range(3), "train-00001-00": range(3, 5)}
 
 
-def features(samples: range, *, dtype: type = np.float16) -> dict[str, np.ndarray]:
-    """Arrays whose values say whose they are: 10 x sample + caption."""
+def features(samples: range, *, dtype: type = np.float16, variants: int = 1) -> dict[str, np.ndarray]:
+    """Arrays whose values say whose they are: sample + 100 x variant, and 10 x sample + caption."""
+    images = np.array(samples, dtype)[:, None] + 100 * np.arange(variants, dtype=dtype)
     labels = np.array([10 * i + caption for i in samples for caption in range(CAPTIONS[i])], dtype)
     tokens = labels.astype(np.int32)
     return {
         "keys": np.array([f"key-{i}" for i in samples]),
-        "latents": np.array(samples, dtype)[:, None, None, None] + np.zeros((1, 2, 4, 4), dtype),
-        "image_embeds": np.array(samples, dtype)[:, None] + np.zeros((1, 6), dtype),
+        "latents": images[:, :, None, None, None] + np.zeros((1, 1, 2, 4, 4), dtype),
+        "image_embeds": images[:, :, None] + np.zeros((1, 1, 6), dtype),
         "caption_offsets": np.cumsum([0, *(CAPTIONS[i] for i in samples)]),
         "text_embeds": labels[:, None] + np.zeros((1, 6), dtype),
         "text_tokens": tokens[:, None] + np.zeros((1, 5), np.int32),
@@ -37,13 +41,17 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "features"
 
 
-def write_shards(folder: Path, *, captions: tuple[int, ...] = CAPTIONS, prefix: str = "key") -> ShardDataset:
+def write_shards(
+    folder: Path, *, captions: tuple[int, ...] = CAPTIONS, prefix: str = "key", only: int = len(SHARDS)
+) -> ShardDataset:
     folder.mkdir(exist_ok=True)
-    for part, samples in enumerate(SHARDS.values()):
+    for part, samples in enumerate(list(SHARDS.values())[:only]):
         with ShardWriter(folder, split="train", part=part, max_samples=9, max_bytes=10**6) as writer:
             for i in samples:
                 names = [f"{i}.{n}" for n in range(captions[i])]
-                writer.write(f"{prefix}-{i}", group="g", image=b"x", format="png", captions=names, meta={})
+                writer.write(
+                    f"{prefix}-{i}", group="g", image=b"x", format="png", height=1, width=1, captions=names, meta={}
+                )
     return ShardDataset(folder, split="train")
 
 
@@ -55,14 +63,14 @@ def test_batches_cross_shards_in_the_asked_order(folder: Path) -> None:
     assert latents.shape == (5, 2, 4, 4) and latents.dtype == torch.float16
     assert latents[:, 0, 0, 0].tolist() == indices.tolist()
     assert dataset.image_embeds(indices)[:, 5].tolist() == indices.tolist()
-    assert dataset.caption_counts(indices).tolist() == [4, 1, 1, 1, 2]
+    assert dataset.variants == 1 and dataset.latent_shape == (2, 4, 4) and not dataset.has_spread
 
 
 def test_text_takes_the_chosen_caption(folder: Path) -> None:
     dataset = FeatureDataset(folder, split="train")
-    indices, choice = np.array([4, 1, 1, 0, 4]), np.array([3, 2, 3, 7, 2**62 + 1])
-    expected = [10 * i + c % CAPTIONS[i] for i, c in zip(indices.tolist(), choice.tolist(), strict=True)]
-    text = dataset.text(indices, choice)
+    indices, draws = np.array([4, 1, 1, 0, 4]), np.array([0.75, 0.7, 0.1, 0.99, 0.49])
+    expected = [10 * i + c for i, c in zip(indices.tolist(), (3, 2, 0, 0, 1), strict=True)]
+    text = dataset.text(indices, draws)
     assert set(text) == {"text_embeds", "text_encodings", "text_lengths", "text_tokens"}
     assert text["text_encodings"].shape == (5, 5, 7) and text["text_embeds"].shape == (5, 6)
     assert all(values.reshape(5, -1)[:, 0].tolist() == expected for values in text.values())
@@ -98,7 +106,9 @@ def test_arrays_that_do_not_fit_together_are_refused(tmp_path: Path) -> None:
         good | {"caption_offsets": good["caption_offsets"][:-1]},
         good | {"keys": good["keys"].astype(object)},
         good | {"extra": good["latents"]},
+        good | {"caption_weights": good["text_lengths"][:-1].astype(np.float32)},
         {name: array for name, array in good.items() if name != "latents"},
+        {name: array for name, array in good.items() if name != "caption_offsets"},
     ]
     for arrays in bad:
         with pytest.raises(AssertionError):
@@ -121,3 +131,83 @@ def test_alignment_with_the_shards(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "same" / "train-00001-00.index.parquet").unlink()
     with pytest.raises(ValueError, match="other shards; cache again"):
         dataset.verify_alignment(ShardDataset(tmp_path / "same", split="train"))
+
+
+@settings(max_examples=40, deadline=None)
+@given(indices=st.lists(st.integers(0, 4), min_size=1, max_size=30), data=st.data())
+def test_any_batch_holds_its_own_rows(
+    tmp_path_factory: pytest.TempPathFactory, indices: list[int], data: st.DataObject
+) -> None:
+    """Several times the same sample, any order, either variant, any caption."""
+    folder = tmp_path_factory.getbasetemp() / "any-batch"
+    if not folder.exists():
+        for name, samples in SHARDS.items():
+            write_features(folder / name, features(samples, variants=2))
+    each = {"min_size": len(indices), "max_size": len(indices)}
+    variants = np.array(data.draw(st.lists(st.integers(0, 1), **each)))  # type: ignore[arg-type]
+    draws = np.array(data.draw(st.lists(st.floats(0, 1, exclude_max=True), **each)))  # type: ignore[arg-type]
+    dataset = FeatureDataset(folder, split="train")
+    expected = np.array(indices) + 100 * variants
+    assert dataset.latents(np.array(indices), variants=variants)[:, 1, 2, 3].tolist() == expected.tolist()
+    assert dataset.image_embeds(np.array(indices), variants=variants)[:, 5].tolist() == expected.tolist()
+    captions = [10 * i + int(draw * CAPTIONS[i]) for i, draw in zip(indices, draws, strict=True)]
+    assert dataset.text(np.array(indices), draws)["text_embeds"][:, 0].tolist() == captions
+
+
+def test_captions_by_their_weights(tmp_path: Path) -> None:
+    arrays = features(range(3)) | {"caption_weights": np.array([1, 7, 2, 1, 0.5, 2])}
+    write_features(tmp_path / "train-00000-00", arrays)
+    draws = np.array([0.69, 0.7, 0.899, 0.95, 0.19, 0.2, 0.999])
+    text = FeatureDataset(tmp_path, split="train").text(np.array([1, 1, 1, 1, 2, 2, 0]), draws)
+    assert text["text_embeds"][:, 0].tolist() == [10, 11, 11, 12, 20, 21, 0]
+
+
+def test_samples_of_the_latents(tmp_path: Path) -> None:
+    """mean + exp(logvar / 2) noise, by numpy."""
+    arrays = features(range(3), dtype=np.float32)
+    arrays["latent_logvars"] = np.random.default_rng(0).normal(size=arrays["latents"].shape).astype(np.float32)
+    write_features(tmp_path / "train-00000-00", arrays)
+    dataset = FeatureDataset(tmp_path, split="train")
+    indices, noise = np.array([2, 0]), np.random.default_rng(1).normal(size=(2, 2, 4, 4)).astype(np.float32)
+    expected = arrays["latents"][indices, 0] + np.exp(arrays["latent_logvars"][indices, 0] / 2) * noise
+    assert dataset.has_spread
+    np.testing.assert_allclose(dataset.latent_samples(indices, noise=noise).numpy(), expected, rtol=1e-6)
+    assert torch.equal(dataset.latents(indices), torch.from_numpy(arrays["latents"][indices, 0]))
+
+
+def test_another_row_stands_for_a_damaged_one(tmp_path: Path) -> None:
+    """Its image and its captions; what the damaged row itself holds is never seen."""
+    arrays = features(range(3)) | {"rows": np.array([0, 2, 2])}
+    write_features(tmp_path / "train-00000-00", arrays)
+    dataset = FeatureDataset(tmp_path, split="train")
+    assert dataset.latents(np.array([1, 0]))[:, 0, 0, 0].tolist() == [2, 0]
+    assert dataset.text(np.array([1]), np.array([0.6]))["text_embeds"][0, 0] == 21
+    dataset.verify_alignment(write_shards(tmp_path / "shards", only=1))
+
+
+def test_the_empty_captions_text_is_kept_once(folder: Path) -> None:
+    arrays = features(range(1))
+    null = {name: arrays[name] for name in ("text_embeds", "text_encodings", "text_lengths", "text_tokens")}
+    write_null_text(folder, null)
+    text = FeatureDataset(folder, split="train").null_text()
+    assert {name: tensor.numpy().tolist() for name, tensor in text.items()} == {
+        name: array.tolist() for name, array in null.items()
+    }
+    assert len(FeatureDataset(folder, split="train").shards()) == 2
+
+
+def test_a_pickled_cache_is_its_folder(folder: Path) -> None:
+    dataset = FeatureDataset(folder, split="train")
+    data = pickle.dumps(dataset)
+    assert len(data) < 1000
+    assert torch.equal(pickle.loads(data).latents(np.array([4, 1])), dataset.latents(np.array([4, 1])))
+
+
+def test_shards_of_another_dtype_are_named(folder: Path) -> None:
+    write_features(folder / "train-00001-00", features(SHARDS["train-00001-00"], dtype=np.float32))
+    dataset = FeatureDataset(folder, split="train")
+    assert dataset.latents(np.array([0, 2])).dtype == torch.float16
+    with pytest.raises(
+        ValueError, match=r"train-00001-00/latents.npy holds .*float32.*, other shards .*float16.*again"
+    ):
+        dataset.latents(np.array([0, 4]))

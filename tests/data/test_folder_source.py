@@ -1,44 +1,16 @@
 from __future__ import annotations
 
-import io
 import json
 import os
 from pathlib import Path
 
+import boto3
 import pytest
-from PIL import Image
+from botocore.config import Config
+from source_files import png, put, read_all, rejects, samples, source
 
-from genpipe.data.samples import Reject, Sample, clean_captions
-from genpipe.data.sources import FolderConfig, Source, open_source
-
-
-def png(color: str = "red") -> bytes:
-    buffer = io.BytesIO()
-    Image.new("RGB", (8, 8), color).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def put(folder: Path, files: dict[str, bytes | str]) -> None:
-    for name, content in files.items():
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content.encode() if isinstance(content, str) else content)
-
-
-def folder_source(folder: Path, *, part_size: int = 100) -> Source:
-    return open_source(FolderConfig(kind="folder", path=str(folder)), part_size=part_size)
-
-
-def read_all(source: Source) -> list[Sample | Reject]:
-    return [item for part in source.parts() for item in source.read(part)]
-
-
-def samples(folder: Path) -> dict[str, Sample]:
-    return {item.key: item for item in read_all(folder_source(folder)) if isinstance(item, Sample)}
-
-
-def rejects(folder: Path) -> list[tuple[str, str]]:
-    return [(item.reason, item.source) for item in read_all(folder_source(folder)) if isinstance(item, Reject)]
+from genpipe.data.samples import Reject, Sample, clean_captions, weigh_captions
+from genpipe.storage import open_storage
 
 
 def test_sidecars_give_one_caption_a_line(tmp_path: Path) -> None:
@@ -47,7 +19,7 @@ def test_sidecars_give_one_caption_a_line(tmp_path: Path) -> None:
         {"cat.png": png(), "cat.txt": "a cat\n\n  a  small\tcat \na cat\n", "sub/dog.PNG": png("blue")},
     )
     put(tmp_path, {"sub/dog.txt": "a dog"})
-    found = samples(tmp_path)
+    found = samples(source("folder", tmp_path))
     assert found["cat"].captions == ("a cat", "a small cat")
     assert (found["cat"].group, found["cat"].image) == ("cat", png())
     assert found["sub_dog"].captions == ("a dog",)
@@ -60,7 +32,7 @@ def test_metadata_gives_captions_group_and_meta(tmp_path: Path) -> None:
         {"file_name": "b.png", "captions": ["one", "two"], "caption": "zero", "group": 7},
     ]
     put(tmp_path, {"x/a.png": png(), "x/b.png": png(), "x/metadata.jsonl": "\n".join(map(json.dumps, rows))})
-    found = samples(tmp_path)
+    found = samples(source("folder", tmp_path))
     assert found["x_a"].captions == ("first",) and found["x_a"].group == "subject"
     assert found["x_a"].meta == {"width": 8, "file_name": "x/a.png"}
     assert found["x_b"].captions == ("zero", "one", "two") and found["x_b"].group == "7"
@@ -81,8 +53,8 @@ def test_metadata_faults_are_rejects_with_their_line(tmp_path: Path) -> None:
         '{"file_name": "b.png", "text": "b", "score": NaN}',
     ]
     put(tmp_path, {"a.png": png(), "b.png": png(), "metadata.jsonl": "\n".join(lines)})
-    assert samples(tmp_path)["a"].captions == ("fine",)
-    assert sorted(rejects(tmp_path)) == [
+    assert samples(source("folder", tmp_path))["a"].captions == ("fine",)
+    assert sorted(rejects(source("folder", tmp_path))) == [
         ("bad_metadata", "metadata.jsonl:10"),
         ("bad_metadata", "metadata.jsonl:11"),
         ("bad_metadata", "metadata.jsonl:4"),
@@ -100,20 +72,24 @@ def test_metadata_faults_are_rejects_with_their_line(tmp_path: Path) -> None:
 def test_images_without_a_usable_caption_are_rejects(tmp_path: Path) -> None:
     put(tmp_path, {"a.png": png(), "a.txt": "fine", "b.png": png(), "c.png": png(), "c.txt": " \n"})
     put(tmp_path, {"d.png": png(), "d.txt": b"caf\xe9"})
-    assert rejects(tmp_path) == [("no_caption", "b.png"), ("no_caption", "c.png"), ("bad_caption", "d.png")]
+    assert rejects(source("folder", tmp_path)) == [
+        ("no_caption", "b.png"),
+        ("no_caption", "c.png"),
+        ("bad_caption", "d.png"),
+    ]
 
 
 def test_a_file_deleted_after_listing_is_a_reject(tmp_path: Path) -> None:
     put(tmp_path, {"a.png": png(), "a.txt": "fine"})
-    source = folder_source(tmp_path)
+    opened = source("folder", tmp_path)
     (tmp_path / "a.png").unlink()
-    (item,) = read_all(source)
+    (item,) = read_all(opened)
     assert isinstance(item, Reject) and item.reason == "unreadable" and "a.png" in item.detail
 
 
 def test_names_that_clash_get_different_keys_and_the_same_group(tmp_path: Path) -> None:
     put(tmp_path, {"a.png": png(), "a.gif": png(), "a.txt": "both", "b.c.png": png(), "b.c.txt": "dotted"})
-    items = [item for item in read_all(folder_source(tmp_path)) if isinstance(item, Sample)]
+    items = [item for item in read_all(source("folder", tmp_path)) if isinstance(item, Sample)]
     assert len({item.key for item in items}) == 3
     assert {item.group for item in items} == {"a", "b.c"}
     assert all("." not in item.key for item in items)
@@ -123,8 +99,8 @@ def test_a_name_that_is_no_text_is_a_reject(tmp_path: Path) -> None:
     put(tmp_path, {"a.png": png(), "a.txt": "fine"})
     with open(os.path.join(os.fsencode(tmp_path), b"caf\xe9.png"), "wb") as file:
         file.write(png())
-    assert rejects(tmp_path) == [("bad_name", r"'caf\udce9.png'")]
-    assert len(folder_source(tmp_path).digest()) == 64
+    assert rejects(source("folder", tmp_path)) == [("bad_name", r"'caf\udce9.png'")]
+    assert len(source("folder", tmp_path).digest()) == 64
 
 
 def test_hidden_files_are_not_samples(tmp_path: Path) -> None:
@@ -132,51 +108,158 @@ def test_hidden_files_are_not_samples(tmp_path: Path) -> None:
         tmp_path,
         {"a.png": png(), "a.txt": "fine", ".b.png": png(), ".cache/c.png": png(), ".cache/c.txt": "no"},
     )
-    assert list(samples(tmp_path)) == ["a"]
+    assert list(samples(source("folder", tmp_path))) == ["a"]
 
 
 @pytest.mark.parametrize("count, expected", [(1, 1), (5, 2), (6, 2), (7, 3)])
 def test_parts_hold_part_size_samples_and_cover_all(tmp_path: Path, count: int, expected: int) -> None:
     for number in range(count):
         put(tmp_path, {f"{number}.png": png(), f"{number}.txt": f"number {number}"})
-    source = folder_source(tmp_path, part_size=3)
-    assert len(source.parts()) == expected
-    assert [item.key for item in read_all(source)] == [str(number) for number in range(count)]
+    opened = source("folder", tmp_path, part_size=3)
+    assert len(opened.parts()) == expected
+    assert [item.key for item in read_all(opened)] == [str(number) for number in range(count)]
 
 
 def test_digest_follows_names_sizes_and_times(tmp_path: Path) -> None:
     put(tmp_path, {"a.png": png(), "a.txt": "fine", "unrelated.md": "notes"})
-    digest = folder_source(tmp_path).digest()
-    assert folder_source(tmp_path).digest() == digest and len(digest) == 64
+    digest = source("folder", tmp_path).digest()
+    assert source("folder", tmp_path).digest() == digest and len(digest) == 64
     put(tmp_path, {"unrelated.md": "longer notes"})
-    assert folder_source(tmp_path).digest() == digest
+    assert source("folder", tmp_path).digest() == digest
     put(tmp_path, {"a.txt": "changed"})
-    changed = folder_source(tmp_path).digest()
+    changed = source("folder", tmp_path).digest()
     os.utime(tmp_path / "a.txt", ns=(1, 1))
-    assert len({digest, changed, folder_source(tmp_path).digest()}) == 3
+    assert len({digest, changed, source("folder", tmp_path).digest()}) == 3
 
 
 def test_a_missing_folder_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"source.path: .*/nowhere does not exist; give the folder"):
-        folder_source(tmp_path / "nowhere")
+        source("folder", tmp_path / "nowhere")
     put(tmp_path, {"file": "x"})
     with pytest.raises(ValueError, match=r"source.path: .*/file is not a folder; give the folder"):
-        folder_source(tmp_path / "file")
+        source("folder", tmp_path / "file")
 
 
 def test_a_folder_without_images_says_what_was_looked_for(tmp_path: Path) -> None:
     put(tmp_path, {"a.txt": "a caption", "b.tiff": "x"})
     with pytest.raises(ValueError, match=r"no images in .* \(looked for \.bmp, \.gif, \.jpeg, .*\); give"):
-        folder_source(tmp_path)
+        source("folder", tmp_path)
 
 
 def test_a_folder_without_captions_says_what_would_be_one(tmp_path: Path) -> None:
     put(tmp_path, {"a.png": png(), "metadata.jsonl": '{"file_name": "a.png", "text": ""}'})
     with pytest.raises(ValueError) as error:
-        folder_source(tmp_path)
+        source("folder", tmp_path)
     assert "no captions for the 1 images" in str(error.value)
     assert "a.txt" in str(error.value) and '{"file_name": "a.png", "text": "a caption"}' in str(error.value)
 
 
+@pytest.mark.parametrize("in_csv", [False, True])
+def test_weighted_captions_in_metadata(tmp_path: Path, in_csv: bool) -> None:
+    lists = ['["one", "two"]', '["one", "one "]', '["one", "two"]', '["one", ""]', '["one"]', '["one"]', '["one"]']
+    weights = ["[3, 1]", "[3, 1]", "[2, 2]", "[0.5, 0.5]", "[1, 2]", "[0]", '["1"]']
+    names = [f"{number}.png" for number in range(len(lists))]
+    if in_csv:
+        quoted = [[cell.replace('"', '""') for cell in row] for row in zip(lists, weights, strict=True)]
+        lines = ["file_name,captions,caption_weights"]
+        lines += [f'{name},"{texts}","{weight}"' for name, (texts, weight) in zip(names, quoted, strict=True)]
+        put(tmp_path, {"metadata.csv": "\n".join(lines)})
+    else:
+        rows = zip(names, lists, weights, strict=True)
+        lines = [f'{{"file_name": "{name}", "captions": {texts}, "caption_weights": {w}}}' for name, texts, w in rows]
+        put(tmp_path, {"metadata.jsonl": "\n".join(lines)})
+    put(tmp_path, {name: png(number) for number, name in enumerate(names)})
+    opened = source("folder", tmp_path)
+    found = samples(opened)
+    assert (found["0"].captions, found["0"].caption_weights) == (("one", "two"), (3, 1))
+    assert (found["1"].captions, found["1"].caption_weights) == (("one",), ())
+    assert (found["2"].captions, found["2"].caption_weights) == (("one", "two"), ())
+    assert (found["3"].captions, found["3"].caption_weights) == (("one",), ())
+    faults = [item for item in read_all(opened) if isinstance(item, Reject) and item.reason == "bad_metadata"]
+    assert len(faults) == 3
+    assert faults[0].detail == "caption_weights must be a list with a number above 0 for each of the 1 captions"
+    assert len(found) == 4
+
+
+def test_metadata_csv_as_image_folder_has_it(tmp_path: Path) -> None:
+    lines = [
+        "\ufefffile_name,text,group,license",
+        "a.png,a cat,pets,CC0",
+        'b/b.png,"two\nlines",,',
+        "c.png,,,",
+        "short",
+    ]
+    put(tmp_path, {"metadata.csv": "\r\n".join(lines), **{name: png() for name in ("a.png", "b/b.png", "c.png")}})
+    put(tmp_path, {"c.txt": "of the sidecar"})
+    opened = source("folder", tmp_path)
+    found = samples(opened)
+    assert found["a"].captions == ("a cat",) and found["a"].group == "pets"
+    assert found["a"].meta == {"license": "CC0", "file_name": "a.png"}
+    assert found["b_b"].captions == ("two lines",) and found["b_b"].group == "b"
+    assert found["c"].captions == ("of the sidecar",)
+    assert rejects(opened) == [("bad_metadata", "metadata.csv:6")]
+
+
+def test_captions_of_named_fields(tmp_path: Path) -> None:
+    rows = [{"file_name": "a.png", "text": "web", "blip": "long"}, {"file_name": "b.png", "text": "web"}]
+    put(tmp_path, {"a.png": png(1), "b.png": png(2), "metadata.jsonl": "\n".join(map(json.dumps, rows))})
+    found = samples(source("folder", tmp_path, captions={"text": 1, "blip": 3}))
+    assert (found["a"].captions, found["a"].caption_weights) == (("long", "web"), (3, 1))
+    assert (found["b"].captions, found["b"].caption_weights) == (("web",), ())
+    only = samples(source("folder", tmp_path, captions="blip"))
+    assert list(only) == ["a"] and only["a"].captions == ("long",) and only["a"].meta["text"] == "web"
+
+
+def test_a_folder_under_s3_gives_what_a_local_one_gives(tmp_path: Path, s3_server: str) -> None:
+    remote = f"s3://genpipe/{tmp_path.name}"
+    files: dict[str, bytes | str] = {f"many/{number:03d}.png": png(number) for number in range(50)}
+    files |= {f"many/{number:03d}.txt": f"number {number}\nagain {number}" for number in range(49)}
+    files |= {"x/a.png": png(), "x/metadata.jsonl": '{"file_name": "a.png", "text": "a", "group": "g"}', "y.md": "-"}
+    for uri in (tmp_path, remote):
+        put(uri, files)
+    here, there = source("folder", tmp_path, part_size=20), source("folder", remote, part_size=20)
+    assert there.parts() == here.parts() == ["00000", "00001", "00002"]
+    assert read_all(there) == read_all(here) and len(samples(there)) == 50
+    before = there.digest()
+    assert source("folder", remote).digest() == before
+    put(remote, {"x/a.png": png("blue")})
+    assert source("folder", remote).digest() != before
+    open_storage(remote).delete("many/000.png")
+    assert ("unreadable", "many/000.png") in rejects(there)
+
+
+def test_a_missing_folder_under_s3_is_named(s3_server: str) -> None:
+    with pytest.raises(ValueError) as error:
+        source("folder", "s3://genpipe/nowhere")
+    assert str(error.value) == (
+        "source.path: no images in s3://genpipe/nowhere or its subfolders (looked for .bmp, .gif, .jpeg, .jpg, .png, "
+        ".webp); give the folder that holds the images"
+    )
+    with pytest.raises(
+        ValueError, match=r"^source.path: s3://no-such-bucket/photos: .* has no bucket no-such-bucket; "
+    ):
+        source("folder", "s3://no-such-bucket/photos")
+
+
+def test_s3_that_is_lost_while_reading_is_no_reject(s3_server: str, tmp_path: Path) -> None:
+    """A service that cannot be reached must stop the part, not fill the ledger."""
+    put(f"s3://genpipe/{tmp_path.name}", {"a.png": png(), "a.txt": "caption"})
+    opened = source("folder", f"s3://genpipe/{tmp_path.name}")
+    storage = opened.storage  # type: ignore[attr-defined]
+    storage.client = boto3.client("s3", endpoint_url="http://127.0.0.1:9", config=Config(retries={"max_attempts": 0}))
+    with pytest.raises(ConnectionError, match=r"a\.txt: http://127.0.0.1:9 cannot be reached"):
+        read_all(opened)
+    wrong = {"aws_access_key_id": "tester", "aws_secret_access_key": "of yesterday"}
+    storage.client = boto3.client("s3", endpoint_url=s3_server, **wrong)
+    with pytest.raises(PermissionError, match=r"a\.txt: .* refused access"):
+        read_all(opened)
+
+
 def test_clean_captions() -> None:
     assert clean_captions([" a\x00b\r\n c", "", "a b c", "cafe\u0301"]) == ("a b c", "caf\u00e9")
+
+
+def test_weigh_captions() -> None:
+    assert weigh_captions([("a", 1), (" a ", 2), ("b", 1), ("", 5)]) == (("a", "b"), (3, 1))
+    assert weigh_captions([("a", 2), ("b", 2)]) == (("a", "b"), ())
+    assert weigh_captions([]) == ((), ())

@@ -7,9 +7,25 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageOps
 
-from genpipe.data.images import ImageError, contact_sheet, decode, encode, prepare
+from genpipe.data import images
+from genpipe.data.images import (
+    Buckets,
+    CenterCrop,
+    ImageError,
+    Picture,
+    ShorterSide,
+    buckets,
+    check_kept,
+    contact_sheet,
+    decode,
+    encode,
+    fit,
+    read_header,
+)
 
 RED, BLUE, WHITE = (255, 0, 0), (0, 0, 255), (255, 255, 255)
 
@@ -18,6 +34,12 @@ def saved(image: Image.Image, format: str = "PNG", **options: Any) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, format, **options)
     return buffer.getvalue()
+
+
+def prepare(data: bytes, *, size: int, max_pixels: int = 2**26, **options: Any) -> np.ndarray:
+    """The stage's way: header first, then pixels; a centre crop unless told otherwise."""
+    picture = read_header(data, max_pixels=max_pixels)
+    return images.prepare(picture, size=size, **{"resize": CenterCrop(), **options})
 
 
 def halves(size: tuple[int, int] = (16, 16)) -> Image.Image:
@@ -62,15 +84,38 @@ def test_resizing_is_antialiased() -> None:
     assert abs(small.astype(int) - 127).max() < 12  # without a filter it would be all 0 or all 255
 
 
-@pytest.mark.parametrize("orientation, top, left", [(1, RED, None), (3, BLUE, None), (6, None, BLUE), (8, None, RED)])
-def test_exif_orientation(orientation: int, top: Any, left: Any) -> None:
+def turned(format: str, orientation: int, size: tuple[int, int] = (48, 32)) -> bytes:
+    """A picture whose four corners differ, with an EXIF orientation."""
+    image = Image.new("RGB", size, RED)
+    image.paste(BLUE, (0, size[1] // 2, size[0], size[1]))
+    image.paste(WHITE, (0, 0, size[0] // 2, size[1] // 2))
     exif = Image.Exif()
     exif[0x0112] = orientation
-    out = prepare(saved(halves(), exif=exif.tobytes()), size=16)
-    if top is not None:
-        assert tuple(out[2, 8]) == top
-    if left is not None:
-        assert tuple(out[8, 2]) == left
+    exif[0x010F] = "a maker, so that the tag is not the first"
+    options = {"quality": 95, "subsampling": 0} if format == "JPEG" else {"lossless": True}
+    return saved(image, format, exif=exif.tobytes(), **options)
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation(format: str, orientation: int) -> None:
+    data = turned(format, orientation)
+    upright = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
+    header = read_header(data)
+    assert (header.width, header.height) == upright.size
+    assert np.abs(decode(data).astype(int) - np.asarray(upright)).max() <= 4
+    for resize in (CenterCrop(), ShorterSide(kind="shorter_side")):
+        out = prepare(data, size=16, resize=resize)
+        span, shape = fit(resize, height=upright.height, width=upright.width, size=16)
+        left, top = (upright.width - span[1]) // 2, (upright.height - span[0]) // 2
+        box = (left, top, left + span[1], top + span[0])
+        reference = np.asarray(upright.resize(shape[::-1], Image.Resampling.BICUBIC, box=box)).astype(int)
+        assert np.abs(out - reference).mean() < 3, orientation
+
+
+def test_an_orientation_that_is_none_is_ignored() -> None:
+    for orientation in (0, 9, 60000):
+        assert read_header(turned("JPEG", orientation)).orientation == 1
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF")
@@ -92,6 +137,8 @@ def test_alpha_lies_on_white() -> None:
     palette.putpalette([255, 0, 0, 0, 0, 255])
     assert (prepare(saved(palette), size=8) == RED).all()
     assert (prepare(saved(palette, transparency=0), size=8) == WHITE).all()
+    assert (prepare(saved(clear), size=8, background=(1, 2, 3)) == (1, 2, 3)).all()
+    assert np.abs(prepare(saved(half), size=8, background=BLUE).astype(int) - (128, 0, 127)).max() <= 1
 
 
 def test_gray_cmyk_and_16_bit() -> None:
@@ -155,8 +202,201 @@ def test_decoding_what_only_looks_like_jpeg() -> None:
         decode(b"\xff\xd8\xff" + b"\0" * 50)
 
 
+def natural(height: int, width: int, seed: int = 0) -> Image.Image:
+    """Colour noise whose amplitude falls as 1 / frequency, as in photographs (Field 1987), with sharp edges on it."""
+    rng = np.random.default_rng(seed)
+    rows, columns = np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None]
+    decay = 1 / np.maximum(np.hypot(rows, columns), 1 / max(height, width))
+    shared, own = rng.normal(size=(height, width)), rng.normal(size=(height, width, 3))
+    noise = [np.fft.irfft2(np.fft.rfft2(shared + 0.5 * own[..., c]) * decay, (height, width)) for c in range(3)]
+    pixels = np.stack([128 + 48 * (plane - plane.mean()) / plane.std() for plane in noise], axis=-1)
+    pixels[height // 5 : height // 2, width // 3 : width // 2] = (200, 60, 40)
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
+
+def exact_resize(image: Image.Image, *, box: tuple[float, ...], shape: tuple[int, int]) -> np.ndarray:
+    """Lanczos in floats, channel by channel, from the full resolution."""
+    planes = np.moveaxis(np.asarray(image).astype(np.float32), -1, 0)
+    resized = [Image.fromarray(plane).resize(shape[::-1], Image.Resampling.LANCZOS, box=box) for plane in planes]
+    return np.stack([np.asarray(plane) for plane in resized], axis=-1).clip(0, 255)
+
+
+def psnr(a: np.ndarray, b: np.ndarray) -> float:
+    return float(-10 * np.log10(((a.astype(float) - b) ** 2).mean() / 255**2))
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6])
+@pytest.mark.parametrize("side, size", [(1000, 64), (500, 64), (333, 64), (1000, 96), (400, 256)])
+def test_a_jpeg_reduced_as_it_is_decoded_is_as_close_to_an_exact_resize_as_area_averages(
+    side: int, size: int, orientation: int
+) -> None:
+    for seed, slack in enumerate((0, 160, 496)):  # multiples of 16, so that the crop begins on a reduced pixel
+        data = saved(natural(side, side + slack, seed), "JPEG", quality=90, exif=saved_exif(orientation))
+        full = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+        left, top = (full.width - side) // 2, (full.height - side) // 2
+        box = (left, top, left + side, top + side)
+        reference = exact_resize(full, box=box, shape=(size, size))
+        averages = np.asarray(full.resize((size, size), Image.Resampling.BOX, box=box))
+        assert psnr(prepare(data, size=size), reference) > max(33, psnr(averages, reference) - 0.5)
+
+
+@given(height=st.integers(1, 300), width=st.integers(1, 300), size=st.integers(8, 64), shape=st.sampled_from("csb"))
+@settings(deadline=None, max_examples=200)
+def test_a_reduced_jpeg_shows_what_the_whole_one_shows(height: int, width: int, size: int, shape: str) -> None:
+    """A smooth picture at any size: the crop may be off by half a reduced pixel, 4 of the original, and no more."""
+    slope = 255 / max(height, width, 64)
+    y, x = np.mgrid[0:height, 0:width] * slope
+    data = saved(Image.fromarray(np.stack([x, y, 0 * x], axis=-1).astype(np.uint8)), "JPEG", quality=98, subsampling=0)
+    resize: Any = {"c": CenterCrop(), "s": ShorterSide(kind="shorter_side"), "b": Buckets(kind="buckets", step=1)}[
+        shape
+    ]
+    span, out = fit(resize, height=height, width=width, size=size)
+    left, top = (width - span[1]) / 2, (height - span[0]) / 2
+    whole = Image.open(io.BytesIO(data)).convert("RGB")
+    box = (left, top, left + span[1], top + span[0])
+    reference = np.asarray(whole.resize(out[::-1], Image.Resampling.BICUBIC, box=box)).astype(float)
+    made = prepare(data, size=size, resize=resize)
+    assert made.shape == reference.shape
+    assert np.abs(made - reference)[1:-1, 1:-1, :2].max(initial=0) <= 4 * slope + 4
+
+
+def test_a_reduced_jpeg_is_not_shifted_or_stretched() -> None:
+    """Sides that no factor divides: the last, partial pixel of what libjpeg gives must not count as a whole one."""
+    ramp = np.linspace(0, 255, 501)
+    image = Image.fromarray(np.repeat(np.broadcast_to(ramp, (501, 501))[..., None], 3, axis=2).round().astype(np.uint8))
+    centres = (np.arange(64) + 0.5) * 501 / 64 - 0.5
+    expected = np.interp(centres, np.arange(501), ramp)
+    row = prepare(saved(image, "JPEG", quality=98), size=64)[32, :, 0].astype(float)
+    assert np.abs(row - expected)[2:-2].max() < 1.0  # one source pixel is half a level
+
+
+def test_decode_to_a_least_size() -> None:
+    data = saved(natural(600, 900), "JPEG", quality=90, exif=saved_exif(6))
+    for least, shape in ((0, (900, 600)), (1, (113, 75)), (75, (113, 75)), (76, (225, 150)), (500, (900, 600))):
+        assert decode(data, least=least).shape == (*shape, 3)
+    assert decode(saved(natural(60, 90)), least=10).shape == (60, 90, 3)
+
+
+def saved_exif(orientation: int) -> bytes:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return exif.tobytes()
+
+
+@pytest.mark.parametrize(
+    "height, width, span, out",
+    [
+        (100, 150, (100, 150), (32, 48)),
+        (150, 100, (150, 100), (48, 32)),
+        (100, 500, (100, 200), (32, 64)),
+        (20_000, 1, (2, 1), (64, 32)),
+        (100, 100, (100, 100), (32, 32)),
+        (7, 13, (7, 13), (32, 59)),
+    ],
+)
+def test_the_shorter_side(height: int, width: int, span: Any, out: Any) -> None:
+    resize = ShorterSide(kind="shorter_side", max_aspect=2)
+    assert fit(resize, height=height, width=width, size=32) == (span, out)
+    assert prepare(saved(Image.new("RGB", (width, height), RED)), size=32, resize=resize).shape == (*out, 3)
+
+
+def test_the_buckets_of_a_size() -> None:
+    # By hand: at most 64 * 64 = 4096 pixels, sides multiples of 16, at most 2 : 1.
+    assert buckets(Buckets(kind="buckets", step=16, max_aspect=2), size=64) == ((80, 48), (64, 64), (48, 80))
+    assert buckets(Buckets(kind="buckets", step=64, max_aspect=1), size=64) == ((64, 64),)
+    with pytest.raises(ValueError, match=r"image_size 100 is not a multiple of resize\.step 32; change one"):
+        buckets(Buckets(kind="buckets"), size=100)
+
+
+@given(step=st.sampled_from([1, 8, 16, 32, 64]), times=st.integers(1, 12), aspect=st.floats(1, 4))
+def test_buckets_keep_the_budget(step: int, times: int, aspect: float) -> None:
+    size = step * times
+    found = buckets(Buckets(kind="buckets", step=step, max_aspect=aspect), size=size)
+    assert (size, size) in found and len(set(found)) == len(found)
+    for height, width in found:
+        assert height % step == width % step == 0 and (width, height) in found
+        assert height * width <= size * size < (max(height, width) + step) * (min(height, width) + step)
+        assert max(height, width) <= aspect * min(height, width)
+
+
+@given(height=st.integers(1, 3000), width=st.integers(1, 3000))
+def test_a_bucket_is_near_in_aspect_and_cuts_one_side_only(height: int, width: int) -> None:
+    resize = Buckets(kind="buckets", step=32)
+    span, out = fit(resize, height=height, width=width, size=256)
+    distance = {side: abs(np.log(side[0] / side[1]) - np.log(height / width)) for side in buckets(resize, size=256)}
+    assert distance[out] == pytest.approx(min(distance.values()))
+    assert span[0] == height or span[1] == width
+    assert 1 <= span[0] <= height and 1 <= span[1] <= width
+    exact = min(width, height * out[1] / out[0])
+    assert abs(span[1] - max(1, exact)) <= 0.5 or abs(span[0] - max(1, min(height, width * out[0] / out[1]))) <= 0.5
+
+
+def test_images_come_in_their_bucket() -> None:
+    resize = Buckets(kind="buckets", step=16)
+    wide = Image.new("RGB", (200, 100), RED)
+    wide.paste(BLUE, (17, 0, 183, 100))  # 5 : 3 of it
+    assert np.abs(prepare(saved(wide), size=64, resize=resize)[:, 1:-1].astype(int) - BLUE).max() <= 4
+    assert prepare(saved(wide), size=64, resize=resize).shape == (48, 80, 3)
+
+
+def test_what_may_be_kept() -> None:
+    for format in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"):
+        check_kept(read_header(saved(photo(), format)))
+    for format in ("JPEG", "PNG"):
+        with pytest.raises(ImageError, match="truncated"):
+            check_kept(read_header(saved(photo(), format)[:-20]))
+    check_kept(read_header(saved(photo(), "JPEG") + b"bytes behind the end"))
+    with pytest.raises(ImageError, match="unsupported: ppm files are not kept"):
+        check_kept(read_header(saved(photo(), "PPM")))
+
+
+def test_formats_that_run_other_programs_are_not_opened() -> None:
+    eps = saved(photo(), "EPS")
+    assert Image.open(io.BytesIO(eps)).format == "EPS"
+    assert reason(eps) == "not_an_image"
+
+
+@settings(deadline=None, max_examples=300)
+@given(
+    data=st.sampled_from([turned("JPEG", 6), turned("PNG", 3), turned("WEBP", 8), saved(photo(), "TIFF")]),
+    cuts=st.lists(st.tuples(st.floats(0, 1), st.binary(max_size=4)), max_size=4),
+    end=st.floats(0, 1),
+)  # fmt: skip
+@pytest.mark.filterwarnings("ignore")
+def test_damaged_bytes_give_an_image_or_a_reason(data: bytes, cuts: list[tuple[float, bytes]], end: float) -> None:
+    damaged = bytearray(data[: int(len(data) * end)] if end > 0.5 else data)
+    for place, new in cuts:
+        at = int(place * len(damaged))
+        damaged[at : at + len(new)] = new
+    reasons = {"empty", "not_an_image", "too_large", "truncated", "corrupt"}
+    for attempt in (
+        lambda: prepare(bytes(damaged), size=16, max_pixels=10**6),
+        lambda: prepare(bytes(damaged), size=16, max_pixels=10**6, resize=ShorterSide(kind="shorter_side")),
+        lambda: decode(bytes(damaged)),
+        lambda: decode(bytes(damaged), least=8),
+    ):
+        try:
+            assert attempt().shape[2] == 3
+        except ImageError as error:
+            assert error.reason in reasons
+
+
+def test_a_header_is_read_without_decoding() -> None:
+    data = saved(photo(), "JPEG")[:700]
+    assert read_header(data) == Picture(data, "jpeg", 64, 64, 1)
+
+
 def test_contact_sheet() -> None:
     red = np.full((4, 4, 3), RED, np.uint8)
-    sheet = decode(contact_sheet([red, red, red], columns=2))
+    sheet = decode(contact_sheet([red, red, red], columns=2, cell=4))
     assert sheet.shape == (2 + 2 * 6, 2 + 2 * 6, 3)
     assert tuple(sheet[3, 3]) == RED and tuple(sheet[-4, -4]) == WHITE and tuple(sheet[0, 0]) == WHITE
+
+
+def test_a_contact_sheet_fits_any_shape_and_draws_captions() -> None:
+    red = np.full((40, 20, 3), RED, np.uint8)
+    plain = decode(contact_sheet([red, red], columns=2, cell=20, captions=["", ""]))
+    assert tuple(plain[12, 12]) == RED and tuple(plain[12, 4]) == WHITE  # 10 pixels wide, in the middle
+    drawn = decode(contact_sheet([red, red], columns=2, cell=20, captions=["two words", "more"]))
+    assert plain.shape == drawn.shape
+    assert (plain[:22] == drawn[:22]).all() and (plain[22:] != drawn[22:]).any()

@@ -1,30 +1,24 @@
 from __future__ import annotations
 
 import itertools
+import pickle
+import shutil
+import tarfile
 import threading
-import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
-import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from genpipe.data.images import encode
+from genpipe import artifacts
+from genpipe.artifacts import Artifact, ManifestError
+from genpipe.data.images import ImageError, encode
+from genpipe.data.pixels import image_batch
 from genpipe.data.shards import ShardWriter
-from genpipe.data.stream import (
-    Batch,
-    Batches,
-    ShardDataset,
-    caption_choice,
-    image_batch,
-    order,
-    sequential,
-    to_float,
-    to_uint8,
-)
+from genpipe.data.stream import ShardDataset, noticing, open_shards
+from genpipe.storage import open_storage
 
 SIDE = 16
 
@@ -46,6 +40,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
                     group=f"group-{number // 2}",
                     image=encode(picture(number), format="png"),
                     format="png",
+                    height=SIDE,
+                    width=SIDE,
+                    source="",
                     captions=[f"caption {number}.{n}" for n in range(number % 3 + 1)],
                     meta={},
                 )
@@ -100,214 +97,245 @@ def test_missing_shards_are_named(folder: Path, tmp_path: Path) -> None:
         ShardDataset(tmp_path, split="train")
 
 
-@settings(deadline=None, max_examples=150)
-@given(n=st.integers(1, 700), seed=st.integers(-5, 2**63), epoch=st.integers(0, 10**9))
-def test_every_epoch_is_a_permutation(n: int, seed: int, epoch: int) -> None:
-    positions = np.arange(epoch * n, (epoch + 1) * n)
-    assert (np.sort(order(positions, n=n, seed=seed)) == np.arange(n)).all()
+def test_a_damaged_sample_gives_way_to_the_next_of_its_source(tmp_path: Path) -> None:
+    """Sources of five and three samples; the last of the first and all of the second are cut off."""
+    mixed = mix(tmp_path, counts={"photos": 5, "web": 3}, damaged={4, 5, 6, 7})
+    dataset = ShardDataset(mixed, split="train")
+    assert dataset.sources() == {"photos": range(0, 5), "web": range(5, 8)}
+    with noticing() as noticed:
+        images = image_batch(dataset, np.array([2, 4]), size=SIDE).permute(0, 2, 3, 1).numpy()
+    assert (images == [picture(2), picture(0)]).all(), "the last of a source is followed by its first"
+    (reject,) = noticed
+    assert (reject.key, reject.source) == ("key-4", "train-00001-00.tar")
+    assert reject.reason in ("truncated", "corrupt") and reject.detail and "changed since" not in reject.detail
+    with pytest.raises(ValueError) as error:
+        image_batch(dataset, np.array([0, 6]), size=SIDE)
+    assert str(error.value) == (
+        f"{mixed}: 100 samples in a row are damaged, from 'key-6' on; `genpipe data verify` says what is wrong with "
+        "the shards"
+    )
+    with pytest.raises(ImageError):
+        dataset.image(4)
 
 
-@settings(deadline=None, max_examples=100)
-@given(
-    n=st.integers(1, 2**40),
-    seed=st.integers(0, 100),
-    positions=st.lists(st.integers(0, 2**50), min_size=1, max_size=50),
-)
-def test_order_is_a_function_of_each_position_alone(n: int, seed: int, positions: list[int]) -> None:
-    together = order(np.array(positions), n=n, seed=seed)
-    assert together.dtype == np.int64 and ((together >= 0) & (together < n)).all()
-    assert together.tolist() == [int(order(np.array([p]), n=n, seed=seed)[0]) for p in positions]
+def mix(folder: Path, *, counts: dict[str, int], damaged: set[int]) -> Path:
+    """Shards of up to four samples, several sources after one another, and weights on the captions of the second."""
+    numbers, parts = itertools.count(), itertools.count()
+    for source, count in counts.items():
+        for first in range(0, count, 4):
+            with ShardWriter(folder, split="train", part=next(parts), max_samples=9, max_bytes=10**6) as writer:
+                for number in itertools.islice(numbers, min(4, count - first)):
+                    image = encode(picture(number), format="png")
+                    writer.write(
+                        f"key-{number}",
+                        group="g",
+                        image=image[:90] if number in damaged else image,
+                        format="png",
+                        height=SIDE,
+                        width=SIDE,
+                        source=source,
+                        captions=["one", "two"],
+                        caption_weights=() if source == "photos" else (1.0, 3.0),
+                        meta={},
+                    )
+    return folder
 
 
-def test_epochs_and_seeds_give_unrelated_orders() -> None:
-    n = 5000
-    orders = [order(np.arange(n) + epoch * n, n=n, seed=seed) for seed in (0, 1) for epoch in (0, 1, 2)]
-    for a, b in itertools.combinations([np.arange(n), *orders], 2):
-        # For random permutations the correlation is N(0, 1/n) and the number of agreements Poisson(1).
-        assert abs(np.corrcoef(a, b)[0, 1]) < 5 / np.sqrt(n)
-        assert (a == b).sum() < 10
+def test_captions_are_chosen_by_their_weights(tmp_path: Path) -> None:
+    dataset = ShardDataset(mix(tmp_path, counts={"photos": 1, "web": 1}, damaged=set()), split="train")
+    assert [dataset.caption_weights(i) for i in (0, 1)] == [[], [1.0, 3.0]]
+    draws = (0.0, 0.24, 0.26, 0.49, 0.51, 0.99)
+    assert [dataset.caption(0, draw=draw) for draw in draws] == ["one"] * 4 + ["two"] * 2
+    assert [dataset.caption(1, draw=draw) for draw in draws] == ["one"] * 2 + ["two"] * 4
 
 
-@pytest.mark.parametrize("n", [1000, 1024, 1025, 10**6 + 3])
-def test_consecutive_positions_are_spread_evenly(n: int) -> None:
-    bins = np.bincount(order(np.arange(n // 2), n=n, seed=3) * 20 // n, minlength=20)
-    expected = n // 2 / 20
-    chi2 = ((bins - expected) ** 2 / expected).sum() * 2  # sampling half without replacement halves the variance
-    assert chi2 < 60  # 19 degrees of freedom: the chance is below 1e-5
-    steps = np.diff(order(np.arange(1000), n=n, seed=3))
-    assert len(np.unique(steps)) > 350
+def test_an_index_of_an_earlier_version_is_read_by_its_names(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "old")
+    for path in (tmp_path / "old").glob("*.parquet"):
+        table = pq.read_table(path)
+        pq.write_table(table.select(["format", "length", "offset", "captions", "group", "key"]), path)
+    dataset = ShardDataset(tmp_path / "old", split="train")
+    assert dataset.sources() == {"": range(10)} and dataset.caption_weights(1) == []
+    assert (image_batch(dataset, np.array([3]), size=SIDE)[0].permute(1, 2, 0).numpy() == picture(3)).all()
+    assert dataset.caption(1, draw=0.9) == "caption 1.1"
 
 
-def test_a_billion_samples_need_no_permutation() -> None:
-    positions = np.arange(64) + 10**9 * 7 + 123_456_789
-    indices = order(positions, n=10**9, seed=0)
-    assert len(np.unique(indices)) == 64 and indices.max() > 5 * 10**8
+def test_a_pickled_dataset_is_its_arguments(folder: Path) -> None:
+    dataset = ShardDataset(folder, split="train", only="train-00001-00")
+    data = pickle.dumps(dataset)
+    assert len(data) < 1000
+    again = pickle.loads(data)
+    assert len(again) == 3 and again.key(0) == "key-5" and (again.image(2) == picture(7)).all()
 
 
-def test_caption_choice_is_even_and_follows_seed_and_position() -> None:
-    choice = caption_choice(np.arange(30_000), seed=1)
-    assert choice.dtype == np.int64 and (choice >= 0).all()
-    counts = np.bincount(choice % 3)
-    assert np.abs(counts - 10_000).max() < 5 * np.sqrt(10_000 * 2 / 3)
-    assert (caption_choice(np.arange(100, 200), seed=1) == choice[100:200]).all()
-    assert (caption_choice(np.arange(100), seed=2) != choice[:100]).all()
+def test_a_shard_that_lost_all_its_samples_is_passed_over(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "less")
+    index = tmp_path / "less" / "train-00000-01.index.parquet"
+    pq.write_table(pq.read_table(index).slice(0, 0), index)
+    dataset = ShardDataset(tmp_path / "less", split="train")
+    assert dataset.shards() == ["train-00000-00", "train-00001-00", "train-00001-01"]
+    assert [dataset.key(i) for i in range(len(dataset))] == [f"key-{i}" for i in (0, 1, 2, 5, 6, 7, 8, 9)]
 
 
-def indices_and_positions(indices: np.ndarray, positions: np.ndarray) -> Batch:
-    return {"indices": torch.from_numpy(indices), "positions": torch.from_numpy(positions)}
+def spoil(path: Path, column: str, values: list[object]) -> None:
+    table = pq.read_table(path)
+    place = table.schema.get_field_index(column)
+    pq.write_table(
+        table.set_column(place, table.schema.field(place), pa.array(values, table.schema.types[place])), path
+    )
 
 
-def batches(n: int, *, rank: int = 0, world_size: int = 1, start: int = 0, **options: int) -> Batches:
-    settings = {
-        "global_batch_size": 24,
-        "micro_batch_size": 2,
-        "prefetch": 3,
-        "workers": 0,
-        "seed": 5,
-    } | options
-    return Batches(n, collate=indices_and_positions, rank=rank, world_size=world_size, start=start, **settings)  # type: ignore[arg-type]
+def test_an_index_that_disagrees_with_its_tar_is_refused(folder: Path, tmp_path: Path) -> None:
+    def copy(name: str) -> Path:
+        shutil.copytree(folder, tmp_path / name)
+        return tmp_path / name
+
+    short = copy("short")
+    tar = short / "train-00000-00.tar"
+    tar.write_bytes(tar.read_bytes()[:3000])
+    with pytest.raises(ValueError, match=r"short: train-00000-00.tar ends before its index does; restore it or shard"):
+        ShardDataset(short, split="train")
+
+    odd = copy("odd")
+    index = odd / "train-00000-00.index.parquet"
+    spoil(index, "offset", [512, 700, 4096])
+    with pytest.raises(ValueError, match=r"00.index.parquet: holds offsets at which no tar has a member; shard again"):
+        ShardDataset(odd, split="train")
+    index.write_bytes(b"<html>not found</html>")
+    with pytest.raises(ValueError, match=r"00.index.parquet: not a readable index .*; shard again"):
+        ShardDataset(odd, split="train")
+
+    swapped = copy("swapped")
+    (swapped / "train-00000-00.tar").rename(swapped / "tar")
+    (swapped / "train-00001-00.tar").rename(swapped / "train-00000-00.tar")
+    (swapped / "tar").rename(swapped / "train-00001-00.tar")
+    dataset = ShardDataset(swapped, split="train")
+    with pytest.raises(ValueError) as error:
+        dataset.image(0)
+    assert str(error.value) == (
+        f"{swapped}/train-00000-00.index.parquet does not describe train-00000-00.tar: where it has 'key-0' stands "
+        "'key-5.png'; restore the two from one copy, or shard again"
+    )
+
+    shifted = copy("shifted")
+    offsets = pq.read_table(shifted / "train-00000-00.index.parquet")["offset"].to_pylist()
+    spoil(shifted / "train-00000-00.index.parquet", "offset", [offsets[0], offsets[1] + 512, offsets[2]])
+    dataset = ShardDataset(shifted, split="train")
+    dataset.image(0)
+    with pytest.raises(ValueError, match=r"does not describe train-00000-00.tar: where it has 'key-1' stands"):
+        image_batch(dataset, np.array([1]), size=SIDE)
 
 
-def delivered(stream: Batches, count: int) -> Iterator[tuple[int, tuple[int, ...]]]:
-    for position, batch in itertools.islice(stream, count):
-        assert batch["positions"].tolist() == list(range(position, position + len(batch["positions"])))
-        yield position, tuple(batch["indices"].tolist())
+def test_a_shard_deleted_after_its_listing_is_named(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "copy")
+    dataset = ShardDataset(tmp_path / "copy", split="train")
+    (tmp_path / "copy" / "train-00001-00.tar").unlink()
+    dataset.image(0)
+    with pytest.raises(FileNotFoundError, match=r"train-00001-00.tar.*: gone since its index was read; restore it or"):
+        image_batch(dataset, np.array([0, 5]), size=SIDE)
 
 
-@settings(deadline=None, max_examples=40)
-@given(
-    n=st.integers(1, 100),
-    world_size=st.sampled_from([1, 2, 3, 4, 6]),
-    seed=st.integers(0, 10),
-    step=st.integers(0, 12),
-    workers=st.sampled_from([0, 0, 0, 2]),
-)
-def test_the_stream_is_the_same_for_any_ranks_and_restart(
-    n: int, world_size: int, seed: int, step: int, workers: int
+def commit(folder: Path, uri: str) -> Artifact:
+    made = Artifact(kind="shard", uri=f"{uri}/shards", fingerprint="ab" * 32)
+    return artifacts.commit(made, folder=folder, version=1, config={}, inputs={}, metrics={})
+
+
+def test_shards_are_read_where_they_are(
+    folder: Path, store_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    steps, micro_batches = 3, 12
-    reference = dict(delivered(batches(n, seed=seed), (step + steps) * micro_batches))
-    everything = order(np.arange((step + steps) * 24), n=n, seed=seed)
-    assert [i for _, indices in sorted(reference.items()) for i in indices] == everything.tolist()
-
-    restarted: dict[int, tuple[int, ...]] = {}
-    for rank in range(world_size):
-        stream = batches(n, seed=seed, rank=rank, world_size=world_size, start=step * 24, workers=workers)
-        mine = list(delivered(stream, steps * micro_batches // world_size))
-        stream.close()
-        assert [position for position, _ in mine] == sorted(position for position, _ in mine)
-        assert all((position - step * 24) // 2 % world_size == rank for position, _ in mine)
-        restarted |= mine
-    assert restarted == {position: indices for position, indices in reference.items() if position >= step * 24}
-
-
-def test_any_start_continues_where_it_stopped() -> None:
-    whole = [indices for _, indices in delivered(batches(50), 24)]
-    assert [indices for _, indices in delivered(batches(50, start=14), 17)] == whole[7:]
-
-
-@pytest.mark.parametrize(
-    "sizes, ranks, remedy",
-    [
-        (
-            (24, 5),
-            1,
-            "24 is not a multiple of micro_batch_size 5 x 1 ranks = 5; set global_batch_size to 20 or 25",
-        ),
-        (
-            (24, 8),
-            2,
-            "24 is not a multiple of micro_batch_size 8 x 2 ranks = 16; set global_batch_size to 16 or 32",
-        ),
-        ((4, 8), 1, "4 is not a multiple of micro_batch_size 8 x 1 ranks = 8; set global_batch_size to 8,"),
-    ],
-)
-def test_sizes_that_do_not_divide_are_refused(sizes: tuple[int, int], ranks: int, remedy: str) -> None:
-    with pytest.raises(ValueError, match=remedy):
-        batches(10, global_batch_size=sizes[0], micro_batch_size=sizes[1], world_size=ranks)
+    """Under S3 the indexes are copied whole and of the tars only what is read."""
+    monkeypatch.setenv("GENPIPE_CACHE", str(tmp_path / "cache"))
+    artifact = commit(folder, store_uri)
+    dataset = open_shards(artifact, split="train")
+    assert len(dataset) == 10 and not list(tmp_path.glob("cache/blocks/??/*"))
+    for i in (9, 0, 4, 0):
+        assert (dataset.image(i) == picture(i)).all()
+    remote = store_uri.startswith("s3://")
+    copied = [path.name for path in tmp_path.glob("cache/**/*") if path.is_file()]
+    assert not any(name.endswith(".tar") for name in copied)
+    assert len(list(tmp_path.glob("cache/shard/*.indexes/*.parquet"))) == (4 if remote else 0)
+    assert len(list(tmp_path.glob("cache/blocks/??/*"))) == (3 if remote else 0), "a block of each tar that was read"
+    one = open_shards(artifact, split="train", only="train-00001-01")
+    assert len(one) == 2 and (pickle.loads(pickle.dumps(one)).image(1) == picture(9)).all()
+    if remote:
+        for entry in open_storage(artifact.uri).list():
+            open_storage(artifact.uri).delete(entry.key)
+        assert (dataset.image(0) == picture(0)).all(), "what was read stays"
+        with pytest.raises(FileNotFoundError, match="gone since its index was read; restore it or shard again"):
+            dataset.image(5)
 
 
-@pytest.mark.parametrize("workers", [0, 1, 3])
-def test_an_error_is_raised_at_its_place(workers: int) -> None:
-    def collate(indices: np.ndarray, positions: np.ndarray) -> Batch:
-        if positions[0] == 6:
-            raise OSError("shard gone")
-        return indices_and_positions(indices, positions)
-
-    stream = Batches(
-        10,
-        collate=collate,
-        seed=0,
-        global_batch_size=2,
-        micro_batch_size=2,
-        rank=0,
-        world_size=1,
-        start=0,
-        prefetch=5,
-        workers=workers,
-    )
-    got = []
-    with pytest.raises(OSError, match="shard gone"):
-        for position, _ in stream:
-            got.append(position)
-    stream.close()
-    assert got == [0, 2, 4]
+def test_an_index_that_changed_on_the_way_is_refused(
+    folder: Path, s3_server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GENPIPE_CACHE", str(tmp_path / "cache"))
+    artifact = commit(folder, f"s3://genpipe/{tmp_path.name}")
+    name = "train-00000-01.index.parquet"
+    data = bytearray((folder / name).read_bytes())
+    data[100] ^= 1
+    open_storage(artifact.uri).write(name, bytes(data))
+    with pytest.raises(ManifestError, match=f"{name}: arrived with another sha256 than its manifest's"):
+        open_shards(artifact, split="train")
 
 
-def test_prefetch_is_bounded_and_waiting_is_counted() -> None:
-    started: list[int] = []
-
-    def collate(indices: np.ndarray, positions: np.ndarray) -> Batch:
-        started.append(int(positions[0]))
-        time.sleep(0.01)
-        return {}
-
-    stream = Batches(
-        10,
-        collate=collate,
-        seed=0,
-        global_batch_size=1,
-        micro_batch_size=1,
-        rank=0,
-        world_size=1,
-        start=0,
-        prefetch=4,
-        workers=2,
-    )
-    for _ in itertools.islice(stream, 3):
-        pass
-    stream.close()
-    assert len(started) <= 3 + 4
-    assert stream.wait_seconds > 0
-    before = len(started)
-    assert not any(thread.name.startswith("batches") and thread.is_alive() for thread in threading.enumerate())
-    assert len(started) == before
+def test_a_cache_without_a_size_is_refused(
+    folder: Path, s3_server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GENPIPE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("GENPIPE_CACHE_GB", "lots")
+    with pytest.raises(ValueError, match="GENPIPE_CACHE_GB='lots': give the gigabytes"):
+        open_shards(commit(folder, f"s3://genpipe/{tmp_path.name}"), split="train")
 
 
-@pytest.mark.parametrize("limit, expected", [(None, [0, 1, 2, 3, 4, 5, 6]), (5, [0, 1, 2, 3, 4]), (99, list(range(7)))])
-def test_sequential(limit: int | None, expected: list[int]) -> None:
-    got = list(sequential(7, batch_size=3, collate=indices_and_positions, limit=limit))
-    assert [position for position, _ in got] == list(range(0, len(expected), 3))
-    assert torch.cat([batch["indices"] for _, batch in got]).tolist() == expected
+def test_memory_is_a_dozen_bytes_a_sample(tmp_path: Path) -> None:
+    """A shard of 300,000 samples that exist in the index only; long captions wait on disk until they are asked for."""
+    n = 300_000
+    numbers = np.arange(n)
+    columns = {
+        "key": pa.array([f"key-{i}" for i in range(n)]),
+        "captions": pa.array([["a caption of some length"]] * n),
+        "offset": pa.array(numbers * 4096 + 512),
+        "length": pa.array(np.full(n, 3000)),
+        "height": pa.array(np.full(n, 64, np.int32)),
+        "width": pa.array(np.full(n, 64, np.int32)),
+        "source": pa.array([""] * n),
+    }
+    pq.write_table(pa.table(columns), tmp_path / "train-00000-00.index.parquet")
+    with (tmp_path / "train-00000-00.tar").open("wb") as file:
+        file.truncate(n * 4096 + 4096)  # sparse
+    dataset = ShardDataset(tmp_path, split="train")
+    held = sum(value.nbytes for value in vars(dataset).values() if isinstance(value, np.ndarray))
+    assert held <= 12 * n + 100
+    assert not any(isinstance(value, list) and len(value) > 10 for value in vars(dataset).values())
+    assert dataset.captions(n - 1) == ["a caption of some length"]
 
 
-def test_image_batch(folder: Path) -> None:
-    dataset = ShardDataset(folder, split="train")
-    indices = np.array([7, 0])
-    stored = torch.stack([torch.from_numpy(picture(i)).permute(2, 0, 1) for i in (7, 0)])
-    full = image_batch(dataset, indices, size=SIDE)
-    assert full.dtype == torch.uint8 and full.is_contiguous() and torch.equal(full, stored)
-    for size in (8, 4):
-        means = torch.nn.functional.avg_pool2d(stored.double(), SIDE // size)
-        half_up = torch.floor(means + 0.5).to(torch.uint8)
-        assert torch.equal(image_batch(dataset, indices, size=size), half_up)
-    for size in (12, 24):
-        assert image_batch(dataset, indices, size=size).shape == (2, 3, size, size)
+def test_names_too_long_for_a_header_are_found_by_what_fits(tmp_path: Path) -> None:
+    key = "k" * 130
+    with ShardWriter(tmp_path, split="train", part=0, max_samples=3, max_bytes=10**6) as writer:
+        image = encode(picture(0), format="png")
+        facts = {"group": "g", "format": "png", "height": SIDE, "width": SIDE, "captions": ["c"], "meta": {}}
+        writer.write(key, image=image, **facts)  # type: ignore[arg-type]
+    with tarfile.open(tmp_path / "train-00000-00.tar") as tar:
+        assert tar.getnames()[0] == f"{key}.png"
+    assert (ShardDataset(tmp_path, split="train").image(0) == picture(0)).all()
 
 
-def test_normalisation_and_back() -> None:
-    values = torch.arange(256, dtype=torch.uint8).reshape(1, 1, 16, 16)
-    floats = to_float(values)
-    assert floats.dtype == torch.float32 and floats.min() == -1 and floats.max() == 1
-    assert torch.equal(to_uint8(floats), values)
-    assert to_uint8(torch.tensor([-3.0, 3.0])).tolist() == [0, 255]
+def test_bytes_that_changed_since_they_were_written_are_told_of(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "rotten")
+    tar = tmp_path / "rotten" / "train-00000-00.tar"
+    data = bytearray(tar.read_bytes())
+    data[512:532] = bytes(20)
+    tar.write_bytes(bytes(data))
+    with noticing() as noticed:
+        image_batch(ShardDataset(tmp_path / "rotten", split="train"), np.array([0]), size=SIDE)
+    assert [reject.key for reject in noticed] == ["key-0"]
+    assert noticed[0].detail.endswith("; its bytes have changed since the index was written")
+
+
+def test_shards_of_which_nothing_is_left(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "none")
+    index = tmp_path / "none" / "heldout-00000-00.index.parquet"
+    pq.write_table(pq.read_table(index).slice(0, 0), index)
+    with pytest.raises(ValueError, match="the heldout shards hold no samples any more; shard again"):
+        ShardDataset(tmp_path / "none", split="heldout")

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -33,6 +34,14 @@ def test_layout_padding_and_lengths() -> None:
     assert tokens[1].tolist() == [BOS_ID, EOT_ID] + [PAD_ID] * 14 and lengths[1] == 2
     assert tokens[0, 0] == BOS_ID and tokens[0, lengths[0] - 1] == EOT_ID
     assert (tokens[0, lengths[0] :] == PAD_ID).all() and (tokens[0, : lengths[0]] != PAD_ID).all()
+
+
+def test_a_pickled_tokenizer_still_takes_special_tokens_for_text() -> None:
+    captions = ["an <|endoftext|> apple", "a red apple"]
+    again = pickle.loads(pickle.dumps(TOKENIZER))
+    expected = TOKENIZER.encode_batch(captions, context_length=32)
+    assert (expected == EOT_ID).sum(1).tolist() == [1, 1]
+    assert (again.encode_batch(captions, context_length=32) == expected).all()
 
 
 @settings(max_examples=50, deadline=None)

@@ -63,7 +63,7 @@ def test_wrong_sizes_are_refused() -> None:
     with pytest.raises(ValueError, match="context_length 8"):
         model.encode_text(torch.ones(1, 9, dtype=torch.long))
     with pytest.raises(ValueError, match="patch_size 7"):
-        CLIP(TINY.model_copy(update={"patch_size": 7}), vocab_size=10, context_length=8)
+        CLIPConfig(image_size=16, patch_size=7)
 
 
 def test_logit_scale_starts_at_the_papers_value_and_is_clamped() -> None:

@@ -8,7 +8,15 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from genpipe.models.layers import Attention, Rotary, attend, grid_coordinates, patchify, sinusoid, unpatchify
+from genpipe.models.layers import (
+    Rotary,
+    TransformerConfig,
+    attend,
+    grid_coordinates,
+    patchify,
+    sinusoid,
+    unpatchify,
+)
 
 
 def test_attend_equals_torch_attention_with_and_without_gradients() -> None:
@@ -21,9 +29,9 @@ def test_attend_equals_torch_attention_with_and_without_gradients() -> None:
     torch.testing.assert_close(attend(q.requires_grad_(), k, v, mask=mask), expected)
 
 
-def test_attention_refuses_heads_that_do_not_divide() -> None:
-    with pytest.raises(ValueError, match="heads"):
-        Attention(10, heads=3)
+def test_heads_that_do_not_divide_the_width_are_refused() -> None:
+    with pytest.raises(ValueError, match="width 10 is not divisible by heads 3"):
+        TransformerConfig(width=10, depth=1, heads=3)
 
 
 @given(patch=st.sampled_from([1, 2, 4]), rows=st.integers(1, 3), columns=st.integers(1, 3))

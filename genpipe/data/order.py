@@ -1,0 +1,161 @@
+"""Which sample stands at which position of the stream: pure functions of (seed, position), with nothing in memory.
+
+Positions count the samples of all ranks together from 0, without end. Whatever depends on chance in loading (order,
+source, caption, crop, flip, latent noise) is a function of the seed and the position, so that any number of ranks,
+threads or processes delivers the same samples, and a restart anywhere goes on as if nothing had happened.
+
+Shape legend: N positions, S sources.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+CYCLE = 4096
+"""Positions over which a mix of sources keeps its weights exactly."""
+
+_FEISTEL_ROUNDS = 6
+_UINT = np.uint64
+_CAPTION, _MIXTURE = 0x632BE59BD9B4E019, 0x2545F4914F6CDD1D  # keep draws for different ends apart
+
+
+def order(positions: np.ndarray, *, n: int, seed: int) -> np.ndarray:
+    """The sample at each global position: int64 [N] in, int64 [N] in [0, n) out.
+
+    Epoch e = p // n is the permutation of range(n) keyed by (seed, e), evaluated at p % n: a balanced Feistel
+    network (Luby & Rackoff 1988) over the smallest even number of bits that holds n, with cycle walking for
+    the values beyond it (Black & Rogaway 2002, section 3). Nothing of size n is ever in memory.
+    """
+    positions = np.asarray(positions, np.int64)
+    assert n > 0 and (positions >= 0).all()
+    epochs = (positions // n).astype(_UINT)
+    key = _mix(_mix(np.full_like(epochs, seed % 2**64)) + epochs)
+    half = _UINT(max(1, ((n - 1).bit_length() + 1) // 2))
+    values = _feistel((positions % n).astype(_UINT), key=key, half=half)
+    # Walking the cycle from a value in range must come back into range: at most 4 values per one that counts.
+    while (outside := values >= n).any():
+        values[outside] = _feistel(values[outside], key=key[outside], half=half)
+    return values.astype(np.int64)
+
+
+@dataclass(frozen=True)
+class Order:
+    """The order of a dataset that may come from several sources, each a range of its indices.
+
+    Without `slots` all samples are one permutation an epoch, so that a source counts by its size. With them every
+    cycle of `sum(slots)` positions holds exactly `slots[s]` samples of source s, shuffled among the others; a
+    source goes through its own samples epoch after epoch, so a small one repeats sooner.
+    """
+
+    sources: tuple[range, ...]
+    slots: tuple[int, ...]
+    seed: int
+
+    def __call__(self, positions: np.ndarray) -> np.ndarray:
+        """The samples at these positions: int64 [N] in, int64 [N] out."""
+        positions = np.asarray(positions, np.int64)
+        if not self.slots:
+            return order(positions, n=sum(map(len, self.sources)), seed=self.seed)
+        cycle, ends = sum(self.slots), np.cumsum(self.slots)
+        slot = order(positions, n=cycle, seed=self.seed ^ _MIXTURE)  # shuffled anew each cycle, its "epoch"
+        source = np.searchsorted(ends, slot, side="right")
+        counts = np.asarray(self.slots, np.int64)[source]
+        own = positions // cycle * counts + slot - (ends[source] - counts)
+        samples = np.empty_like(own)
+        for number in np.unique(source):
+            mine, rows = source == number, self.sources[number]
+            samples[mine] = rows.start + order(own[mine], n=len(rows), seed=self.seed + int(number))
+        return samples
+
+
+def order_of(sources: Mapping[str, range], *, weights: Mapping[str, float], seed: int) -> Order:
+    """The order of a dataset of these sources. `weights` are shares of the training samples on any scale; 0 leaves
+    a source out, and none at all takes every sample equally often.
+
+    Raises ValueError, naming the setting `train.source_weights`, unless the weights name every source and no other.
+    """
+    ranges = tuple(sources.values())
+    if not weights:
+        return Order(ranges, (), seed)
+    setting = "train.source_weights"
+    for name in weights:
+        if name not in sources:
+            near = difflib.get_close_matches(name, sources, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"the dataset's sources: {_listed(sources)}"
+            raise ValueError(f"{setting}: no source is called {name!r}; {hint}")
+    if missing := [name for name in sources if name not in weights]:
+        raise ValueError(f"{setting}: no weight for {_listed(missing)}; give one (0 leaves a source out)")
+    if not any(weights.values()):
+        raise ValueError(f"{setting}: all are 0; give a source that is to be used a weight")
+    if empty := [name for name, rows in sources.items() if weights[name] and not rows]:
+        raise ValueError(f"{setting}: {_listed(empty)} has no training samples; set its weight to 0")
+    slots = _apportion([weights[name] for name in sources])
+    if starved := [name for name, count in zip(sources, slots, strict=True) if weights[name] and not count]:
+        raise ValueError(f"{setting}: the share of {_listed(starved)} is below 1/{CYCLE}; raise it or set it to 0")
+    return Order(ranges, slots, seed)
+
+
+def uniform(positions: np.ndarray, *, seed: int, salt: int) -> np.ndarray:
+    """float64 [N], uniform in [0, 1) with 53 bits: a function of (seed, salt, position)."""
+    key = _mix(np.asarray([(seed + salt) % 2**64], _UINT))
+    bits = _mix(key + np.asarray(positions).astype(_UINT)) >> _UINT(11)
+    return bits.astype(np.float64) / 2**53
+
+
+def normal(positions: np.ndarray, *, shape: tuple[int, ...], seed: int, salt: int) -> np.ndarray:
+    """float32 [N, *shape], standard normal: each sample's a function of (seed, salt, its position)."""
+    noise = np.empty((len(positions), *shape), np.float32)
+    for row, position in zip(noise, np.asarray(positions).tolist(), strict=True):
+        bits = np.random.Philox(key=np.asarray([(seed + salt) % 2**64, position], _UINT))
+        np.random.Generator(bits).standard_normal(dtype=np.float32, out=row)
+    return noise
+
+
+def caption_draws(positions: np.ndarray, *, seed: int) -> np.ndarray:
+    """float64 [N] in [0, 1): what `pick` chooses the caption of a training sample by."""
+    return uniform(positions, seed=seed, salt=_CAPTION)
+
+
+def pick(draw: float, *, count: int, weights: Sequence[float] | np.ndarray | None = None) -> int:
+    """The option, of `count`, on which `draw` in [0, 1) falls: each with the same chance, or by its weight."""
+    if weights is None or not len(weights):
+        return int(draw * count)
+    ends = np.cumsum(np.asarray(weights, np.float64))
+    return min(int(np.searchsorted(ends, draw * ends[-1], side="right")), count - 1)
+
+
+def _apportion(weights: Sequence[float]) -> tuple[int, ...]:
+    """CYCLE slots by weight: the largest remainders get what rounding down leaves over, the first of equals first."""
+    shares = np.asarray(weights, np.float64)
+    assert (shares >= 0).all() and shares.sum() > 0
+    exact = shares / shares.sum() * CYCLE
+    slots = np.floor(exact).astype(np.int64)
+    over = np.argsort(slots - exact, kind="stable")[: CYCLE - int(slots.sum())]
+    slots[over] += 1
+    return tuple(slots.tolist())
+
+
+def _listed(names: Sequence[str] | Mapping[str, object]) -> str:
+    return ", ".join(repr(name) for name in names)
+
+
+def _feistel(values: np.ndarray, *, key: np.ndarray, half: np.uint64) -> np.ndarray:
+    mask = (_UINT(1) << half) - _UINT(1)
+    left, right = values >> half, values & mask
+    for number in range(_FEISTEL_ROUNDS):
+        round_key = _mix(key + _UINT(number))
+        left, right = right, left ^ (_mix(right + round_key) & mask)
+    return (left << half) | right
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    """SplitMix64 (Steele, Lea & Flood 2014): uint64 to well-mixed uint64, wrapping on overflow."""
+    x = x + _UINT(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> _UINT(30))) * _UINT(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> _UINT(27))) * _UINT(0x94D049BB133111EB)
+    mixed: np.ndarray = x ^ (x >> _UINT(31))
+    return mixed

@@ -1,0 +1,68 @@
+"""The sources that genpipe reads, behind one interface: `open_source(cfg).read(part)` yields samples.
+
+A source is told apart by its `kind`. Paths are local or `s3://bucket/prefix`, whose credentials, region and
+endpoint come from the usual AWS settings.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from genpipe.data.samples import Reject, Sample, Source
+from genpipe.data.sources.emoji import EmojiConfig, EmojiSource
+from genpipe.data.sources.folder import FolderConfig, FolderSource
+from genpipe.data.sources.mix import MixConfig, MixSource, OneConfig
+from genpipe.data.sources.parquet import ParquetConfig, ParquetSource
+from genpipe.data.sources.urls import UrlsConfig, UrlsSource
+from genpipe.data.sources.webdataset import WebDatasetConfig, WebDatasetSource
+
+__all__ = [
+    "EmojiConfig",
+    "FolderConfig",
+    "MixConfig",
+    "ParquetConfig",
+    "Reject",
+    "Sample",
+    "Source",
+    "SourceConfig",
+    "UrlsConfig",
+    "WebDatasetConfig",
+    "open_source",
+]
+
+AnyConfig = OneConfig | MixConfig
+SourceConfig = Annotated[AnyConfig, Field(discriminator="kind")]
+
+
+def open_source(cfg: AnyConfig, *, part_size: int, setting: str = "source") -> Source:
+    """List the source.
+
+    Raises ValueError, naming `setting` and the remedy, if it is missing, may not be read, is empty or has no
+    captions; ConnectionError if its storage cannot be reached.
+    """
+    try:
+        return _open(cfg, part_size=part_size, setting=setting)
+    except (FileNotFoundError, PermissionError) as error:
+        raise ValueError(f"{setting}.path: {error}") from None
+
+
+def _open(cfg: AnyConfig, *, part_size: int, setting: str) -> Source:
+    match cfg:
+        case FolderConfig():
+            return FolderSource(cfg, part_size=part_size, setting=setting)
+        case WebDatasetConfig():
+            return WebDatasetSource(cfg, setting=setting)
+        case ParquetConfig():
+            return ParquetSource(cfg, part_size=part_size, setting=setting)
+        case UrlsConfig():
+            return UrlsSource(cfg, part_size=part_size, setting=setting)
+        case EmojiConfig():
+            return EmojiSource(cfg, part_size=part_size)
+        case MixConfig():
+            inner = {
+                name: open_source(one, part_size=part_size, setting=f"{setting}.sources.{name}")
+                for name, one in cfg.sources.items()
+            }
+            return MixSource(inner)

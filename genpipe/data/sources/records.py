@@ -1,0 +1,162 @@
+"""Rows of JSON lines and CSV as records, each fault of a row a ValueError in its place."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from genpipe.data.sources.captions import WEIGHTS_FIELD
+from genpipe.storage import Entry, Storage, open_object
+
+Record = dict[str, Any]
+LIST_FIELDS = ("captions", WEIGHTS_FIELD)  # hold JSON lists in CSV
+BLOCK = 2**20
+FIRST_ROWS = 100
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows `start` up to `stop` of a table, and where they lie: in bytes, or in row groups of parquet."""
+
+    table: Entry
+    start: int
+    stop: int
+    offset: int = 0
+    length: int = 0
+    header: tuple[str, ...] = ()  # of CSV
+    row_groups: range = range(0)
+
+
+class Row(NamedTuple):
+    """One row: the number of its (last) line, the bytes up to its end, and what it holds or what is wrong."""
+
+    line: int
+    end: int
+    content: bytes | list[str] | ValueError
+
+
+def split_rows(lines: Iterable[bytes], *, suffix: str) -> Iterator[Row]:
+    """The rows of a `.jsonl` (their bytes) or `.csv` (their cells, the header's first); blank ones are left out."""
+    yield from _split_csv(lines) if suffix == ".csv" else _split_lines(lines)
+
+
+def read_records(lines: Iterable[bytes], *, suffix: str) -> Iterator[tuple[int, Record | ValueError]]:
+    """The number of the line and the record of each row of a whole file, or what is wrong with it."""
+    rows = split_rows(lines, suffix=suffix)
+    header = _header(rows)[0] if suffix == ".csv" else ()
+    for row in rows:
+        yield row.line, _parse(row.content, header=header)
+
+
+def cut_lines(storage: Storage, table: Entry, *, suffix: str, part_size: int) -> tuple[list[str], list[Part]]:
+    """The columns of a table (of JSON lines those of its first rows) and its rows in parts; reads it through once."""
+    rows = split_rows(open_object(storage, table, block=BLOCK), suffix=suffix)
+    header, start = _header(rows) if suffix == ".csv" else ((), 0)
+    columns, starts, end, count = dict.fromkeys(header), [start], start, 0
+    for count, row in enumerate(rows, start=1):
+        if count <= FIRST_ROWS and suffix == ".jsonl" and isinstance(record := _parse(row.content, header=()), dict):
+            columns |= dict.fromkeys(record)
+        if count > 1 and (count - 1) % part_size == 0:
+            starts.append(end)
+        end = row.end
+    stops = [*starts[1:], end]
+    return list(columns), [
+        Part(
+            table,
+            start=number * part_size,
+            stop=min(count, (number + 1) * part_size),
+            offset=start,
+            length=stop - start,
+            header=header,
+        )
+        for number, (start, stop) in enumerate(zip(starts, stops, strict=True))
+        if count
+    ]
+
+
+def read_lines(storage: Storage, part: Part, *, suffix: str) -> Iterator[Record | ValueError]:
+    """The records of a part."""
+    data = storage.read_range(part.table.key, offset=part.offset, length=part.length)
+    for row in split_rows(io.BytesIO(data), suffix=suffix):
+        yield _parse(row.content, header=part.header)
+
+
+def parse_json(text: bytes, *, nan_as_null: bool = False) -> Record:
+    """A JSON object in UTF-8.
+
+    Raises ValueError for anything else, and for what no other reader takes: lone surrogates and, unless they are
+    read as null, NaN and Infinity.
+    """
+    try:
+        record = json.loads(text.decode("utf-8-sig"), parse_constant=(lambda _: None) if nan_as_null else None)
+        json.dumps(record, ensure_ascii=False, allow_nan=False).encode()
+    except RecursionError:
+        raise ValueError("the JSON is nested too deeply") from None
+    if not isinstance(record, dict):
+        raise ValueError("expected a JSON object")
+    return record
+
+
+def _split_lines(lines: Iterable[bytes]) -> Iterator[Row]:
+    end = 0
+    for number, line in enumerate(lines, start=1):
+        end += len(line)
+        if line.strip():
+            yield Row(number, end, line)
+
+
+def _split_csv(lines: Iterable[bytes]) -> Iterator[Row]:
+    end = 0
+
+    def decoded() -> Iterator[str]:
+        nonlocal end
+        for line in lines:
+            text = line.decode("utf-8", "surrogateescape")
+            end, text = end + len(line), text if end else text.removeprefix("\ufeff")
+            yield text
+
+    reader = csv.reader(decoded())
+    while True:
+        try:
+            cells = next(reader, None)
+        except csv.Error as error:
+            yield Row(reader.line_num, end, ValueError(f"not CSV: {error}"))
+            continue
+        if cells is None:
+            return
+        if cells:
+            yield Row(reader.line_num, end, cells)
+
+
+def _header(rows: Iterator[Row]) -> tuple[tuple[str, ...], int]:
+    """The columns of a CSV, whose first row this takes, and the bytes up to there."""
+    first = next(rows, None)
+    return (tuple(first.content), first.end) if first and isinstance(first.content, list) else ((), 0)
+
+
+def _parse(content: bytes | list[str] | ValueError, *, header: tuple[str, ...]) -> Record | ValueError:
+    """The record that a row holds, or what is wrong with it.
+
+    Empty cells of CSV are left out; all its values are strings but `captions` and `caption_weights` in JSON.
+    """
+    if isinstance(content, ValueError):
+        return content
+    try:
+        return parse_json(content) if isinstance(content, bytes) else _from_cells(content, header=header)
+    except ValueError as error:
+        return error
+
+
+def _from_cells(cells: list[str], *, header: tuple[str, ...]) -> Record:
+    if len(cells) != len(header):
+        raise ValueError(f"{len(cells)} cells under {len(header)} columns")
+    "".join(cells).encode()  # what was not UTF-8 came as a lone surrogate and is a ValueError here
+    record: Record = {name: cell for name, cell in zip(header, cells, strict=True) if cell}
+    for name in LIST_FIELDS:
+        if record.get(name, "").startswith("["):
+            record[name] = parse_json(f'{{"list": {record[name]}}}'.encode())["list"]
+    return record

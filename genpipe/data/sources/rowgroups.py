@@ -1,0 +1,87 @@
+"""Rows of parquet: cut into parts from the footer alone, read lazily by row group and column."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from genpipe.data.sources.listing import blames_storage
+from genpipe.data.sources.records import BLOCK, Part, Record
+from genpipe.storage import Entry, Storage, open_object
+
+BATCH_ROWS = 32  # rows decoded at once: with images in them, they must fit into memory
+
+
+def open_parquet(storage: Storage, table: Entry) -> pq.ParquetFile:
+    """A table of which only the footer is read. Raises ValueError if that cannot be understood."""
+    try:
+        return pq.ParquetFile(open_object(storage, table, block=BLOCK), buffer_size=BLOCK, pre_buffer=False)
+    except pa.ArrowInvalid as error:
+        raise ValueError(f"{storage.uri}/{table.key} is not whole parquet: {error}") from None
+
+
+def cut_row_groups(table: Entry, sizes: list[int], *, part_size: int) -> list[Part]:
+    """Runs of row groups of at most `part_size` rows in all, and slices of groups that are larger."""
+    parts: list[Part] = []
+    first = start = 0  # the row group and the row where the next part begins
+    for group, stop in enumerate(itertools.accumulate(sizes)):
+        last_fits = group + 1 == len(sizes) or stop + sizes[group + 1] - start > part_size
+        if last_fits and stop > start:
+            parts += [
+                Part(table, low, min(stop, low + part_size), row_groups=range(first, group + 1))
+                for low in range(start, stop, part_size)
+            ]
+        if last_fits:
+            first, start = group + 1, stop
+    return parts
+
+
+def read_row_groups(storage: Storage, part: Part, *, columns: list[str]) -> Iterator[Record | ValueError | OSError]:
+    """Each row of a part; one that damage or a missing file makes unreadable as the error."""
+    try:
+        file = open_parquet(storage, part.table)
+    except (OSError, ValueError) as error:
+        if isinstance(error, OSError) and blames_storage(error, storage=storage):
+            raise
+        yield from itertools.repeat(error, part.stop - part.start)
+        return
+    sizes = [file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups)]
+    begin = sum(sizes[: part.row_groups.start])
+    for group in part.row_groups:
+        low, high = max(begin, part.start), min(begin + sizes[group], part.stop)
+        if low < high:
+            yield from _read_rows(storage, file, group, columns=columns, skip=low - begin, count=high - low)
+        begin += sizes[group]
+
+
+def _read_rows(
+    storage: Storage, file: pq.ParquetFile, group: int, *, columns: list[str], skip: int, count: int
+) -> Iterator[Record | ValueError | OSError]:
+    """`count` rows of a row group after the first `skip`: as many good ones as can be had, then the error."""
+    damage: ValueError | OSError = ValueError("the row group holds fewer rows than the footer says")
+    try:
+        for batch in file.iter_batches(BATCH_ROWS, row_groups=[group], columns=columns, use_threads=False):
+            rows = batch.slice(skip, count)
+            skip, count = max(0, skip - len(batch)), count - len(rows)
+            yield from _records(rows)
+            if not count:
+                return
+    except (OSError, ValueError) as error:
+        if isinstance(error, OSError) and blames_storage(error, storage=storage):
+            raise
+        damage = error
+    yield from itertools.repeat(damage, count)
+
+
+def _records(rows: pa.RecordBatch) -> Iterator[Record | ValueError]:
+    try:
+        yield from rows.to_pylist()
+    except UnicodeDecodeError:
+        for number in range(len(rows)):
+            try:
+                yield from rows.slice(number, 1).to_pylist()
+            except UnicodeDecodeError as error:
+                yield ValueError(f"not UTF-8: {error}")

@@ -1,0 +1,291 @@
+"""Take samples out of committed shards, and say what else was made from them.
+
+An artifact never changes, so that what is left becomes a new one beside the old. The new shards hold no byte of
+the samples that were taken out, nor of duplicates that an index stopped naming.
+"""
+
+from __future__ import annotations
+
+import io
+import tempfile
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from genpipe import artifacts
+from genpipe.artifacts import MANIFEST, Artifact, Manifest, ManifestError
+from genpipe.data.samples import Reject
+from genpipe.data.shards import (
+    INDEX_SUFFIX,
+    SPLITS,
+    check_shard,
+    read_index,
+    rewrite_shard,
+    statistics,
+    write_rejects,
+    write_statistics,
+    write_table,
+)
+from genpipe.storage import Storage, join, local_path, open_storage
+
+PREVIEW = "preview.png"
+REMOVED = "rejects-removed.parquet"
+
+
+@dataclass(frozen=True)
+class Removal:
+    """What taking samples out of shards will do; nothing is done yet."""
+
+    uri: str
+    manifest: Manifest
+    samples: tuple[Reject, ...]  # what is taken out, as the ledger will have it; `source` is the tar
+    captions: int  # of those samples
+    unknown: tuple[str, ...]  # what was asked for and is not there
+    rewritten: frozenset[str]  # the shards that hold bytes which must go
+    staying: Mapping[str, frozenset[str]]  # the keys left in each shard
+
+    @property
+    def target(self) -> Artifact:
+        """Where the shards without the samples will be, and their fingerprint: a function of what is taken out."""
+        old = self.manifest.artifact
+        fingerprint = artifacts.fingerprint(
+            "shard",
+            version=self.manifest.version,
+            config={"removed": sorted(reject.key for reject in self.samples)},
+            inputs={"shard": old},
+        )
+        parent = self.uri.rstrip("/").rpartition("/")[0]
+        uri = join(parent, fingerprint[:16])
+        return Artifact(kind="shard", uri=uri, fingerprint=fingerprint, meta=self._meta())
+
+    @property
+    def shards(self) -> list[str]:
+        """The shards that something is left of."""
+        return sorted(name for name, keys in self.staying.items() if keys)
+
+    def _meta(self) -> dict[str, Any]:
+        meta = self.manifest.artifact.meta
+        left = {split: [name for name in self.shards if name.startswith(split)] for split in SPLITS}
+        rejected = Counter(meta["rejected"]) + Counter(removed=len(self.samples))
+        return {
+            **meta,
+            "samples": {split: sum(len(self.staying[name]) for name in names) for split, names in left.items()},
+            "shards": left,
+            "rejected": dict(sorted(rejected.items())),
+            "removed_from": self.manifest.artifact.fingerprint,
+        }
+
+
+def plan_removal(uri: str, wanted: Collection[str]) -> Removal:
+    """Find the samples whose key, or whose stored image's sha256, is in `wanted`.
+
+    Raises ValueError if `uri` is no shard artifact, holds none of them, or nothing else in one of its splits.
+    """
+    manifest = artifacts.read_manifest(uri)
+    if manifest is None or manifest.artifact.kind != "shard":
+        raise ValueError(f"{uri}: not a committed shard artifact; give the folder that holds its {MANIFEST}")
+    storage = open_storage(uri)
+    samples: list[Reject] = []
+    captions = 0
+    matched: set[str] = set()
+    staying: dict[str, frozenset[str]] = {}
+    for name in shard_names(manifest):
+        index = pq.read_table(io.BytesIO(storage.read(f"{name}{INDEX_SUFFIX}")))
+        listed = _listed(index, wanted)
+        rows = index.filter(listed)
+        found = rows["key"].to_pylist()
+        samples += [Reject(key, f"{name}.tar", "removed", "taken out by `genpipe data remove`") for key in found]
+        captions += sum(map(len, rows["captions"].to_pylist()))
+        matched.update(found, rows["sha256"].to_pylist() if "sha256" in rows.column_names else ())
+        staying[name] = frozenset(index.filter(pc.invert(listed))["key"].to_pylist())
+    if not samples:
+        raise ValueError(f"{uri}: holds none of the {len(wanted)} samples that are to be removed")
+    for split in SPLITS:
+        if not any(keys for name, keys in staying.items() if name.startswith(split)):
+            raise ValueError(f"{uri}: without them nothing is left in the {split} split; delete it, and shard anew")
+    inert = {shard for shard, key in _hashed(manifest, storage) if key not in staying[shard]}
+    rewritten = inert | {reject.source.removesuffix(".tar") for reject in samples}
+    unknown = tuple(sorted(set(wanted) - matched))
+    return Removal(uri, manifest, tuple(samples), captions, unknown, frozenset(rewritten), staying)
+
+
+def remove(removal: Removal) -> Artifact:
+    """Commit a new artifact without the samples, or return the one that is committed already.
+
+    Interrupted, the next call goes on with the shards that are missing. `preview.png`, which may show what is
+    removed, is left out. Raises ManifestError if a file is not as it was committed.
+    """
+    target = removal.target
+    done = artifacts.find(target.uri)
+    if done is not None:
+        return done
+    finished = artifacts.finished_parts(target.uri)
+    for name in (name for name in removal.shards if name not in finished):
+        with tempfile.TemporaryDirectory() as old, tempfile.TemporaryDirectory() as new:
+            _download(removal, [f"{name}.tar", f"{name}{INDEX_SUFFIX}"], Path(old))
+            if name in removal.rewritten:
+                gone = {reject.key for reject in removal.samples if reject.source == f"{name}.tar"}
+                facts, files = rewrite_shard(name, Path(old), Path(new), without=gone), Path(new)
+            else:
+                index, size = read_index(Path(old, f"{name}{INDEX_SUFFIX}")), Path(old, f"{name}.tar").stat().st_size
+                facts, files = statistics(name, index, tar_bytes=size), Path(old)
+            artifacts.add_part(target.uri, name, files, facts)
+    finished = artifacts.finished_parts(target.uri)
+    with tempfile.TemporaryDirectory() as folder:
+        _write_rest(removal, Path(folder))
+        write_statistics(Path(folder), [finished[name]["stats"] for name in removal.shards])
+        return artifacts.commit(
+            target,
+            folder=Path(folder),
+            parts=removal.shards,
+            version=removal.manifest.version,
+            config=removal.manifest.config,
+            inputs=removal.manifest.inputs,
+            metrics=_metrics(removal),
+            git_revision=removal.manifest.git_revision,
+        )
+
+
+@dataclass(frozen=True)
+class Affected:
+    """What else in a store has to do with the samples of a shard artifact."""
+
+    made_from: list[Artifact]  # it, directly or through others
+    also_holding: list[tuple[Artifact, int]]  # other shards with samples of the same keys, and how many
+    unreadable: list[str]  # manifests that could not be read, a sentence each
+
+
+def affected(removal: Removal) -> Affected:
+    """Search the store of the shards for what was trained on them. Raises ValueError if they lie in no store."""
+    root, kind, _ = ("", "", *removal.uri.rstrip("/").rsplit("/", 2))[-3:]
+    if kind != "shard" or not root.endswith("artifacts"):
+        raise ValueError(
+            f"{removal.uri}: lies in no store (STORE/artifacts/shard/...); what was made from it is unknown"
+        )
+    manifests, unreadable = _manifests(root)
+    own = removal.manifest.artifact.fingerprint
+    made: set[str] = set()
+    grown = {own}
+    while made != grown:
+        made = grown
+        grown = made | {m.artifact.fingerprint for m in manifests if made & {i.fingerprint for i in m.inputs.values()}}
+    keys = {reject.key for reject in removal.samples}
+    holding = []
+    for manifest in manifests:
+        if manifest.artifact.kind == "shard" and manifest.artifact.fingerprint != own:
+            holding.append((manifest.artifact, _holds(manifest, keys)))
+    return Affected(
+        [m.artifact for m in manifests if m.artifact.fingerprint in made - {own}],
+        [(artifact, count) for artifact, count in holding if count],
+        unreadable,
+    )
+
+
+def _manifests(root: str) -> tuple[list[Manifest], list[str]]:
+    """Those under `root`/KIND/NAME, by place, with the URI where they are; and what is wrong with the others."""
+    found, unreadable = [], []
+    for entry in open_storage(root).list():
+        folder, _, name = entry.key.rpartition("/")
+        if name != MANIFEST or folder.count("/") != 1:
+            continue
+        uri = join(root, folder)
+        try:
+            manifest = artifacts.read_manifest(uri, check_files=False)
+        except ManifestError as error:
+            unreadable.append(str(error))
+            continue
+        if manifest is not None:
+            found.append(manifest.model_copy(update={"artifact": manifest.artifact.model_copy(update={"uri": uri})}))
+    return found, unreadable
+
+
+def _holds(manifest: Manifest, keys: Collection[str]) -> int:
+    """How many of these keys the indexes of other shards name."""
+    storage, values = open_storage(manifest.artifact.uri), pa.array(sorted(keys), pa.string())
+    count = 0
+    for name in shard_names(manifest):
+        index = pq.read_table(io.BytesIO(storage.read(f"{name}{INDEX_SUFFIX}")), columns=["key"])
+        count += pc.sum(pc.is_in(index["key"], values)).as_py() or 0
+    return count
+
+
+def check_shards(uri: str) -> Iterator[str]:
+    """What is wrong between the indexes of a committed shard artifact and its tars, a sentence each."""
+    manifest = artifacts.read_manifest(uri, check_files=False)
+    assert manifest is not None, "its files were looked at before"
+    here, storage = local_path(uri), open_storage(uri)
+    for name in shard_names(manifest):
+        if here is not None:
+            yield from check_shard(name, here)
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            for file in (f"{name}.tar", f"{name}{INDEX_SUFFIX}"):
+                storage.download(file, Path(folder, file))
+            yield from check_shard(name, Path(folder))
+
+
+def read_ledger(uri: str) -> list[Reject]:
+    """All rejects of a committed shard artifact, in the order of its parts."""
+    manifest, storage = artifacts.read_manifest(uri), open_storage(uri)
+    assert manifest is not None, "the caller found it"
+    names = [file.path for file in manifest.files if file.path.startswith("rejects-")]
+    return [Reject(**row) for name in names for row in pq.read_table(io.BytesIO(storage.read(name))).to_pylist()]
+
+
+def shard_names(manifest: Manifest) -> list[str]:
+    paths = [file.path for file in manifest.files]
+    return [path.removesuffix(INDEX_SUFFIX) for path in paths if path.endswith(INDEX_SUFFIX)]
+
+
+def _listed(index: pa.Table, wanted: Collection[str]) -> pa.ChunkedArray:
+    values = pa.array(sorted(wanted), pa.string())
+    listed = pc.is_in(index["key"], values)
+    return pc.or_(listed, pc.is_in(index["sha256"], values)) if "sha256" in index.column_names else listed
+
+
+def _hashed(manifest: Manifest, storage: Storage) -> Iterator[tuple[str, str]]:
+    """The shard and key of every sample that was written, also of those that no index names any more."""
+    for file in manifest.files:
+        if file.path.startswith("hashes-"):
+            table = pq.read_table(io.BytesIO(storage.read(file.path)), columns=["shard", "key"])
+            yield from zip(table["shard"].to_pylist(), table["key"].to_pylist(), strict=True)
+
+
+def _download(removal: Removal, names: Collection[str], folder: Path) -> None:
+    """Copies of files of the old artifact. Raises ManifestError if one is not what was committed."""
+    committed = {file.path: file.sha256 for file in removal.manifest.files}
+    for name in names:
+        open_storage(removal.uri).download(name, folder / name)
+        if artifacts.sha256_file(folder / name) != committed[name]:
+            raise ManifestError(
+                f"{join(removal.uri, name)}: its content differs from the manifest's sha256; restore it from a copy "
+                "before samples are taken out"
+            )
+
+
+def _write_rest(removal: Removal, folder: Path) -> None:
+    """All but the shards: ledgers, with what is removed, and the hashes of what stays."""
+    shard_files = {f"{name}{suffix}" for name in removal.staying for suffix in (".tar", INDEX_SUFFIX)}
+    names = [file.path for file in removal.manifest.files if file.path not in shard_files | {PREVIEW}]
+    _download(removal, names, folder)
+    for path in folder.glob("hashes-*.parquet"):
+        table = pq.read_table(path)
+        rows = zip(table["shard"].to_pylist(), table["key"].to_pylist(), strict=True)
+        write_table(table.filter(pa.array([key in removal.staying[shard] for shard, key in rows], pa.bool_())), path)
+    before = pq.read_table(folder / REMOVED).to_pylist() if (folder / REMOVED).exists() else []
+    write_rejects(folder, [*(Reject(**row) for row in before), *removal.samples], name="removed")
+
+
+def _metrics(removal: Removal) -> dict[str, float]:
+    metrics, meta = dict(removal.manifest.metrics), removal.target.meta
+    metrics |= {f"samples_{split}": float(count) for split, count in meta["samples"].items()}
+    metrics["captions"] -= removal.captions
+    metrics["rejected"] += len(removal.samples)
+    metrics["rejected_removed"] = float(meta["rejected"]["removed"])
+    return metrics

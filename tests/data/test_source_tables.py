@@ -1,0 +1,140 @@
+"""Tables in CSV and JSON lines: cut and read anew, against Python's own readers of the whole file."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from source_files import put, source
+
+from genpipe.data.samples import Reject
+from genpipe.data.sources.records import Record, cut_lines, read_lines, read_records
+from genpipe.data.sources.tables import Row
+from genpipe.data.sources.urls import UrlsSource
+from genpipe.storage import LocalStorage
+
+TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0\r"), max_size=12)
+
+
+def cut_and_read(folder: Path, name: str, content: bytes, *, part_size: int) -> list[list[Record | ValueError]]:
+    storage = LocalStorage(str(folder))
+    storage.write(name, content)
+    suffix = name[name.rindex(".") :]
+    _, parts = cut_lines(storage, storage.stat(name), suffix=suffix, part_size=part_size)
+    read = [list(read_lines(storage, part, suffix=suffix)) for part in parts]
+    assert [len(records) for records in read] == [part.stop - part.start for part in parts]
+    assert [part.start for part in parts] == [number * part_size for number in range(len(parts))]
+    return read
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(TEXT, TEXT), max_size=12), st.integers(1, 5), st.sampled_from(["\n", "\r\n"]), st.booleans())
+def test_parts_of_csv_are_its_rows(
+    tmp_path_factory: pytest.TempPathFactory, rows: list[tuple[str, str]], part_size: int, ending: str, has_mark: bool
+) -> None:
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, lineterminator=ending)
+    writer.writerow(["one", "two"])
+    writer.writerows(rows)
+    content = ("\ufeff" * has_mark + text.getvalue()).encode()
+    parts = cut_and_read(tmp_path_factory.mktemp("csv"), "t.csv", content, part_size=part_size)
+    expected = [{name: cell for name, cell in zip(("one", "two"), row, strict=True) if cell} for row in rows]
+    assert [record for part in parts for record in part] == expected
+    assert [record for _, record in read_records(io.BytesIO(content), suffix=".csv")] == expected
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.dictionaries(TEXT, TEXT | st.integers() | st.lists(TEXT)), max_size=12), st.integers(1, 5), st.data()
+)
+def test_parts_of_json_lines_are_its_rows(
+    tmp_path_factory: pytest.TempPathFactory, rows: list[dict[str, Any]], part_size: int, data: st.DataObject
+) -> None:
+    blanks = [data.draw(st.sampled_from(["\n", "\n\n", "\r\n", "\n  \n"])) for _ in rows]
+    content = "".join(json.dumps(row) + blank for row, blank in zip(rows, blanks, strict=True)).encode()
+    parts = cut_and_read(tmp_path_factory.mktemp("jsonl"), "t.jsonl", content, part_size=part_size)
+    assert [record for part in parts for record in part] == rows
+
+
+@settings(deadline=None)
+@given(st.binary(max_size=200), st.integers(1, 5), st.sampled_from([".csv", ".jsonl"]))
+def test_whatever_the_bytes_the_parts_are_those_of_the_whole(
+    tmp_path_factory: pytest.TempPathFactory, content: bytes, part_size: int, suffix: str
+) -> None:
+    parts = cut_and_read(tmp_path_factory.mktemp("any"), f"t{suffix}", content, part_size=part_size)
+    whole = [record for _, record in read_records(io.BytesIO(content), suffix=suffix)]
+    assert list(map(repr, (record for part in parts for record in part))) == list(map(repr, whole))
+
+
+def rows_of(folder: Path, files: dict[str, bytes | str], **options: Any) -> list[Row | Reject]:
+    put(folder, files)
+    opened = source("urls", folder, **options)
+    assert isinstance(opened, UrlsSource)
+    return [row for part in opened.parts() for row in opened.tables.rows(part)]
+
+
+def test_rows_of_csv_with_weights_and_faults(tmp_path: Path) -> None:
+    lines = [
+        "url,captions,caption_weights,note",
+        'http://h/0,"[""one"", ""two""]","[3, 1]",n',
+        'http://h/1,plain,,"of two\nlines"',
+        "http://h/2,only two cells",
+        'http://h/3,"[broken",,',
+        'http://h/4,"[""one""]","[1, 2]",',
+        "http://h/5,,,nothing",
+        "http://h/6,caf\udce9,,",
+    ]
+    rows = rows_of(tmp_path, {"t.csv": "\n".join(lines).encode("utf-8", "surrogateescape")}, meta=["note"])
+    found = [(row.captions, row.weights) if isinstance(row, Row) else row.reason for row in rows]
+    assert found == [
+        (("one", "two"), (3, 1)),
+        (("plain",), ()),
+        "bad_metadata",
+        "bad_metadata",
+        "bad_caption",
+        "no_caption",
+        "bad_metadata",
+    ]
+    assert isinstance(rows[1], Row) and rows[1].meta == {"note": "of two\nlines"} and rows[1].image == "http://h/1"
+    assert [row.key for row in rows] == [f"t-{number:08d}" for number in range(7)]
+
+
+def test_columns_of_json_lines_are_those_of_the_first_rows(tmp_path: Path) -> None:
+    lines = ['{"url": "http://h/0"}', '{"url": "http://h/1", "text": "a", "subject": "s"}', "[1]", "{broken"]
+    first, second, *broken = rows_of(tmp_path, {"t.jsonl": "\n".join(lines)}, group="subject")
+    assert isinstance(first, Reject) and first.reason == "no_caption"
+    assert isinstance(second, Row) and second.group == "s"
+    assert [(row.reason, row.source) for row in broken if isinstance(row, Reject)] == [
+        ("bad_metadata", "t.jsonl:2"),
+        ("bad_metadata", "t.jsonl:3"),
+    ]
+    with pytest.raises(ValueError) as error:
+        rows_of(tmp_path, {}, url="link")
+    assert str(error.value) == (
+        f"source.url: {tmp_path}/t.jsonl has no column 'link'; its columns are url, text, subject; name another"
+    )
+
+
+def test_tables_of_several_kinds_and_names_give_different_keys(tmp_path: Path) -> None:
+    files: dict[str, bytes | str] = {
+        "a.csv": "url,text\nhttp://h/0,a\n",
+        "a.jsonl": '{"url": "http://h/1", "text": "b"}\n',
+        "b/a.csv": "url,text\nhttp://h/2,c\n",
+        "empty.csv": "url,text\n",
+        "nothing.csv": "",
+    }
+    rows = rows_of(tmp_path, files)
+    assert len({row.key for row in rows}) == 3
+    assert [row.image for row in rows if isinstance(row, Row)] == ["http://h/0", "http://h/1", "http://h/2"]
+
+
+def test_a_table_without_rows_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError) as error:
+        rows_of(tmp_path, {"t.csv": "url,text\n"})
+    assert str(error.value) == f"source.path: the tables of {tmp_path} have no rows (1 looked at); give others"

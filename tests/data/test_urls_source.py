@@ -1,0 +1,326 @@
+"""URL tables, fetched from a real HTTP server that misbehaves in every way that servers do."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from source_files import png, put, read_all, source
+from test_parquet_source import parquet
+
+from genpipe.data.samples import Reject, Sample
+from genpipe.data.sources.fetch import _public_socket, robots_directives
+from genpipe.storage import open_storage
+
+
+class Web(ThreadingHTTPServer):
+    """The server, and what it saw."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.asked: Counter[str] = Counter()
+        self.agents: set[str] = set()
+        self.under_way = self.most_under_way = 0
+        self.lock = threading.Lock()
+        self.over = threading.Event()
+        self.delay: Callable[[str], float] = lambda path: 0.0
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+    def handle_error(self, *_: object) -> None:
+        pass  # clients that give up are what is tested
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Web
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        with self.server.lock:
+            self.server.asked[self.path] += 1
+            self.server.agents.add(self.headers["User-Agent"])
+            self.server.under_way += 1
+            self.server.most_under_way = max(self.server.most_under_way, self.server.under_way)
+        time.sleep(self.server.delay(self.path))
+        with self.server.lock:  # before the answer, on which the next request may follow
+            self.server.under_way -= 1
+        self.respond(self.path.strip("/"))
+
+    def respond(self, path: str) -> None:
+        name, _, rest = path.partition("/")
+        if name == "ok":
+            self.answer(200, png(int(rest)))
+        elif name == "status":
+            self.answer(int(rest), b"no image")
+        elif name == "moody":  # the given status twice, then an image
+            first = self.server.asked[self.path] <= 2
+            self.answer(int(rest), b"", **{"Retry-After": "0"}) if first else self.answer(200, png())
+        elif name == "header":
+            self.answer(200, png(), **{"X-Robots-Tag": rest.replace("_", " ")})
+        elif name == "redirect":
+            self.answer(302, b"", Location=rest.replace("__", "://"))
+        elif name == "loop":
+            self.answer(302, b"", Location="/loop")
+        elif name == "page":
+            self.answer(200, b"<html>Not found</html>", **{"Content-Type": "image/jpeg"})
+        elif name == "empty":
+            self.answer(200, b"")
+        elif name == "silent":
+            self.server.over.wait()
+        elif name == "dripping":
+            self.stream(piece=b"x", pause=0.05)
+        elif name == "endless":
+            self.stream(piece=bytes(10_000), pause=0.0)
+        elif name == "broken":
+            self.answer(200, png(), **{"Content-Length": "100000"})
+            self.close_connection = True
+        elif name == "hangup":
+            self.close_connection = True
+        elif name == "announced":
+            self.answer(200, b"", **{"Content-Length": "999999999"})
+
+    def answer(self, status: int, body: bytes, **headers: str) -> None:
+        self.send_response(status)
+        for key, value in ({"Content-Length": str(len(body))} | headers).items():
+            self.send_header(key, value)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def stream(self, *, piece: bytes, pause: float) -> None:
+        self.send_response(200)
+        self.send_header("Connection", "close")
+        self.end_headers()
+        self.close_connection = True
+        while not self.server.over.wait(pause):
+            self.wfile.write(piece)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def web() -> Iterator[Web]:
+    server = Web()
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
+    thread.start()
+    yield server
+    server.over.set()
+    server.shutdown()
+    server.server_close()
+
+
+def fetch(folder: object, urls: list[Any], **options: Any) -> list[Sample | Reject]:
+    rows = [json.dumps({"url": url, "text": f"caption {number}"}) for number, url in enumerate(urls)]
+    put(folder, {"t.jsonl": "\n".join(rows)})
+    settings = {"allow_private": True, "retries": 0, "timeout": 20.0} | options
+    return read_all(source("urls", folder, fetch=settings))
+
+
+def reasons(items: list[Sample | Reject]) -> list[str]:
+    return [item.reason if isinstance(item, Reject) else "fine" for item in items]
+
+
+def test_samples_of_a_table(web: Web, store_uri: str) -> None:
+    urls = [f"{web.url}/ok/{number}" for number in range(5)]
+    columns = {"URL": urls, "TEXT": [f"caption {number}" for number in range(5)], "similarity": [0.3] * 5}
+    put(store_uri, {"part-0.parquet": parquet(columns)})
+    options = {"captions": "TEXT", "url": "URL", "meta": ["similarity"], "fetch": {"allow_private": True}}
+    first, *others = read_all(source("urls", store_uri, **options))
+    assert isinstance(first, Sample) and len(others) == 4
+    assert (first.key, first.group, first.image) == ("part-0-00000000", urls[0], png(0))
+    assert first.captions == ("caption 0",)
+    assert first.meta == {"similarity": 0.3, "url": urls[0], "file_name": urls[0]}
+
+
+def test_every_failure_is_a_reject_with_its_reason(web: Web, tmp_path: Path) -> None:
+    cases = {
+        "/ok/1": "fine",
+        "/status/404": "http_404",
+        "/status/410": "http_410",
+        "/status/500": "http_500",
+        "/header/noai": "noai",
+        "/header/index,_follow": "fine",
+        "/redirect//ok/2": "fine",
+        "/redirect//header/noimageai": "noai",
+        "/redirect//status/404": "http_404",
+        "/redirect/file__/etc/hostname": "bad_url",
+        "/redirect/gopher__host/": "bad_url",
+        "/loop": "too_many_redirects",
+        "/page/photo.jpg": "not_an_image",
+        "/empty": "empty",
+        "/broken": "connection",
+        "/hangup": "connection",
+        "/announced": "too_large",
+        "/endless": "too_large",
+    }
+    found = fetch(tmp_path, [web.url + path for path in cases], max_bytes=10**6)
+    assert dict(zip(cases, reasons(found), strict=True)) == cases
+    assert all(
+        item.source == web.url + path and item.detail
+        for path, item in zip(cases, found, strict=True)
+        if isinstance(item, Reject)
+    )
+    html = next(item for item in found if isinstance(item, Reject) and item.reason == "not_an_image")
+    assert html.detail == "starts with b'<html>Not found<'"
+
+
+def test_urls_that_are_none(tmp_path: Path) -> None:
+    urls = ["ftp://host/a.png", "file:///etc/hostname", "no url", "http://", "http://[half", "", None, 5]
+    urls += ["http://" + "x" * 70 + ".example/", "data:image/png;base64,AAAA", "ws://127.0.0.1/"]
+    assert set(reasons(fetch(tmp_path, urls))) == {"bad_url"}
+    assert reasons(fetch(tmp_path, ["http://no-such-host.invalid/a.png", "http://a b/"])) == ["connection"] * 2
+
+
+def test_slow_servers_run_out_of_time(web: Web, tmp_path: Path) -> None:
+    items = fetch(tmp_path, [f"{web.url}/silent", f"{web.url}/dripping", f"{web.url}/ok/1"], timeout=1.0)
+    assert reasons(items) == ["timeout", "timeout", "fine"]
+
+
+def test_what_may_pass_is_tried_again(web: Web, tmp_path: Path) -> None:
+    paths = ["/moody/503", "/moody/429", "/moody/500", "/status/502", "/status/404", "/broken"]
+    items = fetch(tmp_path, [web.url + path for path in paths], retries=2)
+    assert reasons(items) == ["fine", "fine", "fine", "http_502", "http_404", "connection"]
+    assert [web.asked[path] for path in paths] == [3, 3, 3, 3, 1, 3]
+
+
+def test_robots_headers_are_a_setting(web: Web, tmp_path: Path) -> None:
+    urls = [f"{web.url}/header/{value}" for value in ("noai", "noindex", "genpipe:_noai", "otherbot:_noai", "nofollow")]
+    assert reasons(fetch(tmp_path, urls)) == ["noai", "noai", "noai", "fine", "fine"]
+    assert reasons(fetch(tmp_path, urls, disallowed=["noindex"])) == ["fine", "noai", "fine", "fine", "fine"]
+    assert reasons(fetch(tmp_path, urls, disallowed=[])) == ["fine"] * 5
+    assert reasons(fetch(tmp_path, urls, user_agent="OtherBot/2.0 (mail@host)"))[2:4] == ["fine", "noai"]
+    assert web.agents == {"genpipe", "OtherBot/2.0 (mail@host)"}
+
+
+@pytest.mark.parametrize(
+    "values, expected",
+    [
+        (["noai, NoImageAI"], {"noai", "noimageai"}),
+        (["noai", "noindex"], {"noai", "noindex"}),
+        (["genpipe: noai, nofollow"], {"noai", "nofollow"}),
+        (["otherbot: noai, noindex"], set()),
+        (["otherbot: noai, genpipe: noindex"], {"noindex"}),
+        (["unavailable_after: 25 Jun 2030 15:00:00 PST, noai"], {"unavailable_after", "noai"}),
+        (["max-snippet: 5, otherbot: noai"], {"max-snippet"}),
+        (["*: noai"], {"noai"}),
+        (["", ":", ","], {""}),
+    ],
+)
+def test_robots_directives(values: list[str], expected: set[str]) -> None:
+    assert robots_directives(values, agent="genpipe/0.1 (mail@host)") - {""} == expected - {""}
+
+
+def test_private_addresses_are_refused(web: Web, tmp_path: Path) -> None:
+    port = web.server_port
+    hosts = [
+        f"127.0.0.1:{port}",
+        f"localhost:{port}",
+        f"0.0.0.0:{port}",
+        f"[::ffff:127.0.0.1]:{port}",
+    ]
+    hosts += ["169.254.169.254", "10.0.0.1", "[::1]"]
+    items = fetch(tmp_path, [f"http://{host}/ok/1" for host in hosts], allow_private=False, retries=2)
+    assert reasons(items) == ["private_address"] * len(hosts)
+    assert not web.asked, "nobody was asked"
+
+
+@pytest.mark.parametrize(
+    "address, is_public",
+    [
+        ("93.184.216.34", True),
+        ("2606:2800:220:1::1", True),
+        ("127.0.0.1", False),
+        ("10.1.2.3", False),
+        ("172.16.0.1", False),
+        ("192.168.1.1", False),
+        ("169.254.169.254", False),
+        ("100.64.0.1", False),
+        ("0.0.0.0", False),
+        ("224.0.0.1", False),
+        ("255.255.255.255", False),
+        ("::1", False),
+        ("::", False),
+        ("fe80::1%eth0", False),
+        ("fd00::1", False),
+        ("::ffff:10.0.0.1", False),
+        ("2002:7f00:0001::", False),
+        ("64:ff9b::7f00:1", False),
+    ],
+)
+def test_which_addresses_are_public(address: str, is_public: bool) -> None:
+    """A socket is made anew for every connection, also behind a redirect: this is where all of them pass."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    info = (family, socket.SOCK_STREAM, 6, "", (address, 80))
+    if is_public:
+        _public_socket(info).close()
+    else:
+        with pytest.raises(OSError, match="leads to a private address"):
+            _public_socket(info)
+
+
+@settings(deadline=None, max_examples=15)
+@given(st.permutations(range(12)), st.integers(1, 8), st.integers(1, 5))
+def test_the_order_is_the_tables_whatever_the_order_of_arrival(
+    tmp_path_factory: pytest.TempPathFactory, ranks: list[int], concurrency: int, part_size: int
+) -> None:
+    server = Web()
+    server.delay = lambda path: 0.002 * ranks[int(path.rsplit("/", 1)[-1])]
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    folder = tmp_path_factory.mktemp("order")
+    urls = [f"{server.url}/ok/{number}" for number in range(12)]
+    put(folder, {"t.csv": "url,text\n" + "".join(f"{url},caption\n" for url in urls)})
+    fetching = {"allow_private": True, "concurrency": concurrency, "per_host": concurrency}
+    items = read_all(source("urls", folder, part_size=part_size, fetch=fetching))
+    server.shutdown()
+    server.server_close()
+    assert [item.meta["url"] for item in items if isinstance(item, Sample)] == urls
+    assert server.most_under_way <= concurrency
+
+
+def test_a_lost_network_fills_no_ledger(web: Web, tmp_path: Path) -> None:
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        dead = [f"http://127.0.0.1:{closed.getsockname()[1]}/{number}" for number in range(20)]
+    with pytest.raises(ConnectionError, match="source: no server of the 20 images of part 00000 could be reached; can"):
+        fetch(tmp_path, [*dead, "no url"])
+    assert reasons(fetch(tmp_path, [*dead, f"{web.url}/status/404"])) == ["connection"] * 20 + ["http_404"]
+    assert reasons(fetch(tmp_path, dead[:19])) == ["connection"] * 19
+
+
+def test_a_host_is_asked_for_few_images_at_once(web: Web, tmp_path: Path) -> None:
+    web.delay = lambda path: 0.01
+    items = fetch(tmp_path, [f"{web.url}/ok/{number}" for number in range(40)], concurrency=20, per_host=3)
+    assert reasons(items) == ["fine"] * 40
+    assert web.most_under_way <= 3
+
+
+def test_leaving_a_part_half_read_ends_its_fetches(web: Web, tmp_path: Path) -> None:
+    put(tmp_path, {"t.csv": "url,text\n" + f"{web.url}/ok/1,fine\n" + f"{web.url}/silent,never\n" * 9})
+    reading = iter(source("urls", tmp_path, fetch={"allow_private": True}).read("00000"))
+    assert isinstance(next(reading), Sample)
+    reading.close()  # type: ignore[attr-defined]
+    assert not any("(run_forever)" in thread.name for thread in threading.enumerate())
+
+
+def test_digest_is_of_the_tables_bytes(store_uri: str) -> None:
+    put(store_uri, {"t.csv": "url,text\nhttp://host/1,one\n"})
+    before = source("urls", store_uri).digest()
+    content = open_storage(store_uri).read("t.csv")
+    put(store_uri, {"t.csv": content})
+    assert source("urls", store_uri).digest() == before
+    put(store_uri, {"t.csv": content.replace(b"one", b"two")})
+    assert source("urls", store_uri).digest() != before
