@@ -10,17 +10,17 @@ import os
 import signal
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from itertools import islice
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
+from genpipe.data.ahead import prefetched
 from genpipe.data.samples import Reject
 from genpipe.data.stream import noticing
 
@@ -28,8 +28,6 @@ Batch = dict[str, torch.Tensor]
 _Place = tuple[int, np.ndarray]
 Collate = Callable[[np.ndarray, np.ndarray], Batch]
 ORDERED_AT_ONCE = 4096
-T = TypeVar("T")
-R = TypeVar("R")
 
 
 class Batches(Iterator[tuple[int, Batch]]):
@@ -126,31 +124,6 @@ def sequential(n: int, *, batch_size: int, collate: Collate, limit: int | None =
     for first in range(0, stop, batch_size):
         indices = np.arange(first, min(first + batch_size, stop), dtype=np.int64)
         yield first, collate(indices, indices)
-
-
-def prefetched(
-    load: Callable[[T], R], items: Iterable[T], *, threads: int, ahead: int
-) -> Generator[tuple[T, R], None, None]:
-    """`(item, load(item))` in order; `threads` threads load up to `ahead` items before they are asked for.
-
-    With no threads the consumer's own loads. Closing the generator drops what waits.
-    """
-    if not threads:
-        yield from ((item, load(item)) for item in items)
-        return
-    pool = ThreadPoolExecutor(threads, "loader")
-    pending: deque[tuple[T, Future[R]]] = deque()
-    try:
-        for item in items:
-            pending.append((item, pool.submit(load, item)))
-            if len(pending) >= ahead:
-                ready, future = pending.popleft()
-                yield ready, future.result()
-        while pending:
-            ready, future = pending.popleft()
-            yield ready, future.result()
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 def check_batch_sizes(global_batch_size: int, *, micro_batch_size: int, world_size: int) -> None:

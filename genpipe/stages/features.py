@@ -20,8 +20,9 @@ from torch import Tensor
 
 from genpipe.artifacts import Artifact, fetch, read_manifest
 from genpipe.config import StageConfig, canonical_json
+from genpipe.data.ahead import prefetched
 from genpipe.data.features import NULL_TEXT, FeatureDataset, write_features, write_null_text
-from genpipe.data.loader import Batch, prefetched
+from genpipe.data.loader import Batch
 from genpipe.data.order import caption_draws, normal, uniform
 from genpipe.data.pixels import read_images, to_float
 from genpipe.data.samples import Reject

@@ -19,8 +19,9 @@ import torch.multiprocessing as mp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from genpipe.data.ahead import prefetched
 from genpipe.data.images import encode
-from genpipe.data.loader import Batch, Batches, prefetched, sequential
+from genpipe.data.loader import Batch, Batches, sequential
 from genpipe.data.order import Order, order, order_of
 from genpipe.data.pixels import Images
 from genpipe.data.samples import Reject

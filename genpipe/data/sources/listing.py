@@ -5,14 +5,14 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from fnmatch import fnmatchcase
 from typing import TypeVar
 
 from braceexpand import braceexpand
 
+from genpipe.data.ahead import prefetched
 from genpipe.storage import Entry, Storage, local_path, open_storage
 
 T = TypeVar("T")
@@ -63,35 +63,11 @@ def part_names(count: int) -> list[str]:
     return [f"{number:05d}" for number in range(count)]
 
 
-def in_order(submit: Callable[[T], Future[R]], items: Iterable[T], *, ahead: int) -> Iterator[tuple[T, R]]:
-    """Each item and the result of `submit(item)`, in the order of the items, at most `ahead` of them under way."""
-    window: deque[tuple[T, Future[R]]] = deque()
-    try:
-        for item in items:
-            window.append((item, submit(item)))
-            if len(window) >= ahead:
-                first, future = window.popleft()
-                yield first, future.result()
-        while window:
-            first, future = window.popleft()
-            yield first, future.result()
-    finally:
-        for _, future in window:
-            future.cancel()
-
-
 def read_ahead(read: Callable[[T], R], items: Iterable[T], *, storage: Storage) -> Iterator[R]:
     """`map(read, items)`, by threads if the storage is remote, where each read waits for the network."""
-    if local_path(storage.uri) is not None:
-        yield from map(read, items)
-        return
-    with ThreadPoolExecutor(READ_THREADS) as pool:
-
-        def submit(item: T) -> Future[R]:
-            return pool.submit(read, item)
-
-        for _, result in in_order(submit, items, ahead=2 * READ_THREADS):
-            yield result
+    threads = READ_THREADS if local_path(storage.uri) is None else 0
+    for _, result in prefetched(read, items, threads=threads, ahead=2 * READ_THREADS):
+        yield result
 
 
 def member_key(name: str) -> str:
