@@ -21,6 +21,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from flows import graph
+from genpipe import cli
 from genpipe.artifacts import Artifact
 from genpipe.launch.local import run_local
 from genpipe.spec import StageSpec
@@ -37,6 +38,22 @@ COLOURS = {
     "purple": (140, 40, 160),
 }
 SIZES = {"small": 8, "large": 14}
+Command = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def genpipe(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    """Run the command line in this process: exit code, standard output, standard error."""
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["genpipe", *arguments])
+        with pytest.raises(SystemExit) as exited:
+            cli.main()
+        code = exited.value.code
+        printed = capsys.readouterr()
+        return (code if isinstance(code, int) else 0), printed.out, printed.err
+
+    return run
 
 
 @pytest.fixture(scope="session")

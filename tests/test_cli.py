@@ -3,33 +3,16 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
-from conftest import TinyPipeline
+from conftest import Command, TinyPipeline
 from PIL import Image
 
 from genpipe import cli
 
 TINY = "configs/pipeline/tiny.yaml"
-Command = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def genpipe(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
-    """Run the command line in this process: exit code, standard output, standard error."""
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["genpipe", *arguments])
-        with pytest.raises(SystemExit) as exited:
-            cli.main()
-        code = exited.value.code
-        printed = capsys.readouterr()
-        return (code if isinstance(code, int) else 0), printed.out, printed.err
-
-    return run
 
 
 def settings(shapes: Path, store: Path) -> list[str]:

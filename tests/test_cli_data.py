@@ -7,7 +7,6 @@ import hashlib
 import io
 import tarfile
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,32 +14,16 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from conftest import Command
 from PIL import Image
 
-from genpipe import artifacts, cli
+from genpipe import artifacts
 from genpipe.artifacts import Artifact
 from genpipe.data.shards import INDEX_SCHEMA, INDEX_SUFFIX
 from genpipe.data.stream import open_shards
 from genpipe.data.takedown import plan_removal, remove
 from genpipe.stages import shard
 from genpipe.storage import join, open_storage
-
-Command = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def genpipe(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
-    """Run the command line in this process: exit code, standard output, standard error."""
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr("sys.argv", ["genpipe", *arguments])
-        with pytest.raises(SystemExit) as exited:
-            cli.main()
-        code = exited.value.code
-        printed = capsys.readouterr()
-        return (code if isinstance(code, int) else 0), printed.out, printed.err
-
-    return run
 
 
 @pytest.fixture(autouse=True)

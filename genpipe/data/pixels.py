@@ -135,7 +135,7 @@ def _decode_into(outs: Sequence[np.ndarray], data: bytes, *, draw: float | None,
 
     Raises ImageError.
     """
-    if len(outs) == 1 and data.startswith(b"\xff\xd8\xff") and data.find(b"Exif\0", 0, 64) < 0:
+    if len(outs) == 1 and data.startswith(b"\xff\xd8\xff") and b"Exif\0" not in data:
         try:
             if simplejpeg.decode_jpeg(data, "RGB", buffer=outs[0]).shape == outs[0].shape:
                 return

@@ -128,6 +128,20 @@ def test_turned_and_gray_and_four_coloured_images_are_read_upright_in_rgb(tmp_pa
     assert np.abs(batch[1] - in_rgb).max() <= 8 and np.abs(batch[2] - in_rgb).max() <= 8
 
 
+@pytest.mark.parametrize("ahead", [0, 200])
+def test_a_kept_square_is_read_upright_wherever_its_exif_stands(tmp_path: Path, ahead: int) -> None:
+    image = Image.fromarray(smooth(24, 24))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    path = tmp_path / "turned.jpg"
+    image.save(path, quality=100, subsampling=0, exif=exif)
+    data = path.read_bytes()
+    comment = b"\xff\xfe" + (ahead + 2).to_bytes(2, "big") + bytes(ahead)
+    dataset = shards(tmp_path, [data[:2] + comment + data[2:]], format="jpeg", sizes=[(24, 24)])
+    got = image_batch(dataset, np.arange(1), size=24)[0].permute(1, 2, 0).numpy().astype(int)
+    assert np.abs(got - np.asarray(image.transpose(Image.Transpose.ROTATE_270))).max() <= 8
+
+
 def test_random_crops_follow_the_position_and_reach_both_ends(tmp_path: Path) -> None:
     ramp = np.repeat(np.arange(40, dtype=np.uint8)[None, :, None], 8, 0).repeat(3, 2)
     dataset = shards(tmp_path, [encode(ramp, format="png")], sizes=[(8, 40)])
