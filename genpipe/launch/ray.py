@@ -359,7 +359,7 @@ class RayLauncher:
         self._raise_told(spec)
 
     def map(self, spec: StageSpec, parts: Sequence[str]) -> None:
-        """Map the parts on Ray Data, one actor a worker; a lost actor's part is done again."""
+        """Map the parts on Ray Data, one actor a worker; a part is tried again `max_failures` times."""
         import ray.data
         from ray.exceptions import RayError
 
@@ -374,8 +374,6 @@ class RayLauncher:
             batch_size=1,
             num_cpus=resources.cpus,
             num_gpus=resources.gpus or None,
-            max_restarts=resources.max_failures,
-            max_task_retries=resources.max_failures,
         )
         started = time.monotonic()
         write_progress(spec.work, Progress(done=0, total=len(parts), unit="parts"))
@@ -427,14 +425,27 @@ class _MapPart:
 
         self.spec = StageSpec.model_validate(spec)
         self.job = job
+        self.resources = Resources.model_validate(self.spec.config["resources"])
         with telling(self.spec, job):
             self.worker = PartWorker(self.spec)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         with telling(self.spec, self.job):
-            for part in batch["item"]:
-                self.worker(str(part))
+            for part in map(str, batch["item"]):
+                self._begin(part)
+                self.worker(part)
         return batch
+
+    def _begin(self, part: str) -> None:
+        """Count this attempt in the work folder, as Ray Data itself would try for ever. Raises StageError."""
+        begun, lives = open_storage(join(self.spec.work, "begun", self.job, part)), self.resources.max_failures
+        died = len(list(begun.list()))
+        if died > lives:
+            raise StageError(
+                f"{part} has ended its worker {died} times, by its memory or with its machine (resources.max_failures "
+                f"is {lives}); give a worker more memory, or smaller parts, or raise resources.max_failures"
+            )
+        begun.write(str(died), b"")
 
 
 def drive(spec_uri: str, job: str) -> int:

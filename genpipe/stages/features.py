@@ -36,7 +36,7 @@ from genpipe.training.objective import Data
 from genpipe.training.objective import Split as DataSplit
 from genpipe.weights import WEIGHTS_FILE, load_weights
 
-VERSION = 2
+VERSION = 3
 CONSUMES: tuple[str, ...] = ("shard", "autoencoder", "clip")
 
 COPIED = (

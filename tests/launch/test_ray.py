@@ -90,6 +90,12 @@ def test_a_killed_actor_costs_its_part_only(ray: Cluster, toys: Toys, tmp_path: 
     assert artifact_of(spec).meta["samples"] == 300
 
 
+def test_a_part_that_always_kills_its_actor_is_given_up_and_named(ray: Cluster, toys: Toys) -> None:
+    spec = toys.spec("toy_data", parts=2, deadly="part-1", resources={"max_failures": 1})
+    with pytest.raises(StageError, match=r"^part-1 has ended its worker 2 times.*raise resources.max_failures \(log: "):
+        run(ray, spec)
+
+
 def test_two_ranks_train_as_one(ray: Cluster, toys: Toys, data: Artifact, tmp_path: Path) -> None:
     """The global batch is the same samples with the same noise, so the weights agree up to rounding."""
     two = toys.line(data, samples=160, resources={"workers": 2, "cpus": 0.5})

@@ -24,6 +24,7 @@ class Config(StageConfig):
     seconds: float = 0.0
     fail: str = ""
     die_once: str = ""
+    deadly: str = ""
 
 
 def agree(cfg: Config, inputs: Mapping[str, Artifact]) -> dict[str, Any]:
@@ -42,6 +43,8 @@ class Worker:
         time.sleep(self.cfg.seconds)
         if self.cfg.fail == part:
             raise ValueError(f"{part} cannot be read; replace the file")
+        if self.cfg.deadly == part:
+            os.kill(os.getpid(), 9)
         if self.cfg.die_once and not Path(self.cfg.die_once).exists():
             Path(self.cfg.die_once).touch()
             os.kill(os.getpid(), 9)
