@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -133,8 +133,8 @@ class FeatureDataset:
         draws: float [B] in [0, 1), which caption of each sample; 0 is the first.
         """
         shards, rows = self._places(indices)
-        places = zip(shards, rows, np.asarray(draws).tolist(), strict=True)
-        captions = [self._caption(shard, row, draw) for shard, row, draw in places]
+        places = zip(shards.tolist(), rows.tolist(), np.asarray(draws).tolist(), strict=True)
+        captions = np.asarray([self._caption(shard, row, draw) for shard, row, draw in places], np.int64)
         lengths = self._gather("text_lengths", shards, captions)
         longest = int(lengths.max())
         tokenwise = [name for name in ("text_encodings", "text_tokens") if name in self._there]
@@ -169,24 +169,23 @@ class FeatureDataset:
     def _shards_with(self, name: str) -> set[int]:
         return {n for n, shard in enumerate(self._names) if (self.folder / shard / f"{name}.npy").exists()}
 
-    def _places(self, indices: np.ndarray) -> tuple[list[int], list[int]]:
+    def _places(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The shard of each index, and the row there that stands for it."""
         indices = np.asarray(indices, np.int64)
         if indices.size and (indices.min() < 0 or indices.max() >= len(self)):
             raise IndexError(f"samples {indices.min()} to {indices.max()} of {len(self)}")
-        numbers = np.searchsorted(self._starts, indices, side="right") - 1
-        shards, rows = numbers.tolist(), (indices - self._starts[numbers]).tolist()
-        if self._damaged:
-            places = zip(shards, rows, strict=True)
-            rows = [int(self._array(n, "rows")[row]) if n in self._damaged else row for n, row in places]
+        shards = np.searchsorted(self._starts, indices, side="right") - 1
+        rows = indices - self._starts[shards]
+        for shard in self._damaged.intersection(shards.tolist()) if self._damaged else ():
+            there = shards == shard
+            rows[there] = self._array(shard, "rows")[rows[there]]
         return shards, rows
 
-    def _versions(self, indices: np.ndarray, variants: np.ndarray | None) -> tuple[list[int], list[int]]:
+    def _versions(self, indices: np.ndarray, variants: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
         """The shard of each image, and its place among all variants of all rows there."""
         shards, rows = self._places(indices)
-        chosen = [0] * len(rows) if variants is None else variants.tolist()
-        count = self.variants
-        return shards, [row * count + variant for row, variant in zip(rows, chosen, strict=True)]
+        places = rows * self.variants
+        return shards, places if variants is None else places + variants
 
     def _caption(self, shard: int, row: int, draw: float) -> int:
         """Where the caption of a row stands on which the draw falls."""
@@ -195,9 +194,7 @@ class FeatureDataset:
         weights = self._array(shard, "caption_weights")[first:stop] if shard in self._weighted else None
         return first + pick(draw, count=stop - first, weights=weights)
 
-    def _gather(
-        self, name: str, shards: Sequence[int], entries: Sequence[int], *, tokens: int | None = None
-    ) -> torch.Tensor:
+    def _gather(self, name: str, shards: np.ndarray, entries: np.ndarray, *, tokens: int | None = None) -> torch.Tensor:
         """An array's entries [B, ...] at these places of the shards, or the first `tokens` of each.
 
         Their bytes are joined: a batch meets most shards once or twice, and indexing costs more than copying.
@@ -206,10 +203,10 @@ class FeatureDataset:
         stride = kind.itemsize * math.prod(shape)
         shape = shape if tokens is None else (min(tokens, shape[0]), *shape[1:])
         size = kind.itemsize * math.prod(shape)
-        starts = [entry * stride for entry in entries]
-        pieces = [self._bytes(n, name)[at : at + size] for n, at in zip(shards, starts, strict=True)]
-        joined = np.frombuffer(bytearray().join(pieces), kind)
-        return torch.from_numpy(joined.reshape(len(pieces), *shape))
+        bytes_of = {shard: self._bytes(shard, name) for shard in set(shards.tolist())}
+        places = zip(shards.tolist(), (entries * stride).tolist(), strict=True)
+        joined = np.frombuffer(bytearray().join([bytes_of[shard][at : at + size] for shard, at in places]), kind)
+        return torch.from_numpy(joined.reshape(len(shards), *shape))
 
     def _entry(self, name: str, shard: int = 0) -> tuple[np.dtype, tuple[int, ...]]:
         """The dtype and the shape of one entry of an array."""

@@ -6,14 +6,12 @@ on every part). `execute` does the rest: skip what is committed, agree with the 
 
 from __future__ import annotations
 
-import ctypes
 import tempfile
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -21,6 +19,7 @@ import torch
 from genpipe import artifacts
 from genpipe.artifacts import Artifact
 from genpipe.config import StageConfig
+from genpipe.launch.process import set_up_process
 from genpipe.spec import Progress, StageSpec, write_progress
 from genpipe.stages import is_training, load_stage
 from genpipe.storage import join, open_storage
@@ -121,7 +120,7 @@ def train_rank(spec: StageSpec, run_id: str, *, rank: int, world_size: int, devi
     """What every rank of a training stage does; rank 0 also exports, records and commits."""
     stage = load_stage(spec.stage)
     cfg = stage.Config.model_validate(spec.config)
-    _set_up_process(cfg, products="medium")  # bf16 passes, TF32
+    set_up_process(cfg, products="medium")  # bf16 passes, TF32
     torch.manual_seed(cfg.train.seed)  # the same initial weights on every rank
     with RankRuntime(spec, run_id, rank=rank, world_size=world_size, device=device, total=cfg.train.samples) as rt:
         objective = stage.objective(cfg, spec.inputs, device)
@@ -132,29 +131,6 @@ def train_rank(spec: StageSpec, run_id: str, *, rank: int, world_size: int, devi
                 commit(spec, stage, folder=Path(folder), meta=meta, metrics=result.metrics, run_id=run_id)
 
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-"""Of glibc's malloc.h."""
-
-
-def _set_up_process(cfg: StageConfig, *, products: Literal["medium", "high"]) -> None:
-    """As many threads as the worker has cores; the precision of fp32 matrix products."""
-    torch.set_num_threads(max(1, int(cfg.resources.cpus)))
-    torch.set_float32_matmul_precision(products)
-    _keep_freed_memory()
-
-
-def _keep_freed_memory() -> None:
-    """Have glibc keep what is freed, up to 256 MiB, for the next allocation; nothing on other systems.
-
-    Activations come and go with every step on a CPU. Given back to the kernel each time, they are cleared and mapped
-    anew, page by page, for a sixth of a decoder's step.
-    """
-    with suppress(OSError, AttributeError):  # not glibc
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(M_TRIM_THRESHOLD, 256 * 2**20)
-        mallopt(M_MMAP_THRESHOLD, 32 * 2**20)  # the most that it accepts
-
-
 class PartWorker:
     """A data stage's worker with its files put in place: what an actor runs."""
 
@@ -162,7 +138,7 @@ class PartWorker:
         stage = load_stage(spec.stage)
         self.spec = spec
         cfg = stage.Config.model_validate(spec.config)
-        _set_up_process(cfg, products="high")  # TF32 at the least: what is cached outlives many trainings
+        set_up_process(cfg, products="high")  # TF32 at the least: what is cached outlives many trainings
         self.work = stage.Worker(cfg, spec.inputs)
 
     def __call__(self, part: str) -> None:

@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 import torch
 
+from genpipe.launch.process import keep_freed_memory
+
 
 class Rate(NamedTuple):
     """Microseconds a sample: of CPU, all threads together, and of the clock."""
@@ -51,5 +53,6 @@ def _ratio(others: list[Rate], mine: list[Rate], axis: int) -> str:
 
 
 def single_thread() -> None:
-    """What thread pools must be told before they start."""
+    """What thread pools must be told before they start; and the allocator, as workers of stages tell it."""
     os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", WDS_VERBOSE_CACHE="0")
+    keep_freed_memory()
