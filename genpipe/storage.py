@@ -10,7 +10,7 @@ import io
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, Protocol, TypeVar
@@ -174,20 +174,29 @@ class S3Storage:
             self._call(key, lambda: self.client.download_file(self.bucket, self._key(key), str(temporary)))
 
     def list(self, prefix: str = "") -> Iterator[Entry]:
-        _check_prefix(prefix)
-        pages = iter(
-            self.client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=self.prefix + prefix)
-        )
-        while page := self._call(prefix, lambda: next(pages, None)):
-            for item in page.get("Contents", []):
-                yield Entry(item["Key"].removeprefix(self.prefix), item["Size"], item["ETag"].strip('"'))
+        for page in self._pages(prefix):
+            for item in page:
+                if not item["Key"].endswith("/"):  # an empty object with which some tools mark a folder
+                    yield Entry(item["Key"].removeprefix(self.prefix), item["Size"], item["ETag"].strip('"'))
 
     def delete(self, key: str) -> None:
         self._call(key, lambda: self.client.delete_object(Bucket=self.bucket, Key=self._key(key)))
 
     def delete_all(self, prefix: str = "") -> None:
-        for entry in list(self.list(prefix)):
-            self.delete(entry.key)
+        for page in list(self._pages(prefix)):
+            names: Any = {"Objects": [{"Key": item["Key"]} for item in page], "Quiet": True}
+            answer = self._call(prefix, lambda: self.client.delete_objects(Bucket=self.bucket, Delete=names))  # noqa: B023
+            for error in answer.get("Errors", []):
+                raise PermissionError(f"{self.uri}: {error.get('Key')} is not deleted: {error.get('Message')}")
+
+    def _pages(self, prefix: str) -> Iterator[Sequence[Any]]:
+        """The objects under a prefix, up to 1,000 at a time."""
+        _check_prefix(prefix)
+        lister = self.client.get_paginator("list_objects_v2")
+        pages = iter(lister.paginate(Bucket=self.bucket, Prefix=self.prefix + prefix))
+        while page := self._call(prefix, lambda: next(pages, None)):
+            if items := page.get("Contents"):
+                yield items
 
     def _key(self, key: str) -> str:
         return self.prefix + check_key(key)

@@ -180,6 +180,18 @@ def test_deletion(storage: Storage) -> None:
     assert list(storage.list()) == []
 
 
+def test_objects_that_mark_folders_are_no_files_and_go_with_the_rest(s3_server: str, tmp_path: Path) -> None:
+    """pyarrow and the S3 console leave them, named like a folder with its slash."""
+    storage = S3Storage(f"s3://genpipe/{tmp_path.name}")
+    storage.write("folder/file", b"x")
+    for marker in ("", "folder/"):
+        storage.client.put_object(Bucket="genpipe", Key=f"{tmp_path.name}/{marker}", Body=b"")
+    assert [entry.key for entry in storage.list()] == ["folder/file"]
+    storage.delete_all()
+    left = storage.client.list_objects_v2(Bucket="genpipe", Prefix=f"{tmp_path.name}/")
+    assert left["KeyCount"] == 0
+
+
 def test_a_missing_key_is_a_missing_file(storage: Storage, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no/such"):
         storage.read("no/such")

@@ -108,6 +108,25 @@ def test_two_ranks_train_as_one(ray: Cluster, toys: Toys, data: Artifact, tmp_pa
     assert weights(alone)["weight"].item() > 0.5, "it did learn something on its way to the slope of 2"
 
 
+def test_a_store_on_s3(ray: Cluster, toys: Toys, s3_server: str, tmp_path: Path) -> None:
+    """Data and training stages, with ranks, checkpoints and the record of a lost actor, without a shared folder."""
+    credentials = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
+    there = Cluster(ray.client, runtime_env={"env_vars": credentials}, capacity=ray.capacity)
+    toys.store = f"s3://genpipe/{tmp_path.name}"
+    made = toys.spec("toy_data", parts=3, die_once=str(tmp_path / "died"))
+    run(there, made)
+    assert (tmp_path / "died").exists() and artifact_of(made).meta["samples"] == 300
+    two = toys.line(
+        artifact_of(made),
+        samples=160,
+        step_seconds=0.02,
+        resources={"workers": 2, "cpus": 0.5, "checkpoint_seconds": 0.1},
+    )
+    run(there, two)
+    assert artifacts.verify(two.target.uri).artifact.fingerprint == two.target.fingerprint
+    assert read_progress(two.work) is None, "what was left of the work is gone"
+
+
 def test_a_killed_rank_goes_on_from_its_checkpoint(ray: Cluster, toys: Toys, data: Artifact) -> None:
     resources = {"checkpoint_seconds": 0.1}
     spec = toys.line(data, samples=400, step_seconds=0.05, resources=resources)
