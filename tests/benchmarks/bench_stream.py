@@ -1,6 +1,6 @@
 """Reading shards: genpipe against `webdataset` and against decoding alone, and a resume at sample 10 million.
 
-    python tests/benchmarks/bench_stream.py [--samples 2000] [--rounds 7]
+    python tests/benchmarks/bench_stream.py [--samples 6000] [--rounds 7]
 
 Expect, by CPU: at 64 px at least 4 times webdataset's `.decode("pil")`, at 256 px at least 1.7 times, and at least
 0.85 of the rate of decoding alone; the resume within a second.
@@ -39,7 +39,7 @@ BATCH = 50
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--samples", type=int, default=2000, help="images at 64 px; a quarter as many at 256 px")
+    parser.add_argument("--samples", type=int, default=6000, help="images at 64 px; a quarter as many at 256 px")
     parser.add_argument("--rounds", type=int, default=7)
     options = parser.parse_args()
     print(f"JPEGs of quality 90, {photos.describe()}")
