@@ -1,6 +1,6 @@
 """A diffusion process as a setting: what a stage trains with is what samples from its weights.
 
-Shape legend: B batch; x is [B, ...]. Times t lie in [0, 1], noise at 1.
+Shape legend: B batch, C channels; x is [B, C, ...]. Times t lie in [0, 1], noise at 1.
 """
 
 from __future__ import annotations
@@ -9,20 +9,30 @@ from collections.abc import Callable
 from typing import Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field, PositiveFloat, model_validator
 from torch import Tensor
 
 from genpipe.config import Config
-from genpipe.diffusion.losses import diffusion_loss, min_snr_weight
-from genpipe.diffusion.parameterizations import Predict, check_predict, target, to_x0
-from genpipe.diffusion.samplers import Denoise, ddim, heun
-from genpipe.diffusion.schedules import Schedule, TimeSampling, add_noise, alpha_sigma, sample_t, timesteps
+from genpipe.diffusion.guidance import GuidanceSchedule, Threshold, guided, scale_at, thresholded
+from genpipe.diffusion.losses import diffusion_loss, edm_weight, min_snr_weight
+from genpipe.diffusion.parameterizations import SIGMA_DATA, Predict, check_predict, network_input, target, to_x0
+from genpipe.diffusion.samplers import Denoise, Variance, ddim, ddpm, heun
+from genpipe.diffusion.schedules import Schedule, add_noise, alpha_sigma, check_shift, expand_like, network_time
+from genpipe.diffusion.solvers import dpmpp_2m, dpmpp_2m_sde, unipc
+from genpipe.diffusion.times import NORMAL, TimeGrid, TimeSampling, sample_t, timesteps
+from genpipe.diffusion.variance import variational_loss
 
 Model = Callable[[Tensor, Tensor], Tensor]
-"""A network with its conditions bound: (x_t [B, ...], t [B]) -> prediction [B, ...]."""
+"""A network with its conditions bound: (input [B, C, ...], its time [B]) -> prediction [B, C or 2C, ...].
+
+Input and time are what `network_input` and `network_time` make of x_t and t; on cosine and flow they are x_t and t.
+"""
 
 FIXED_TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
 """Where held-out losses are measured, so that they compare across runs."""
+
+VLB_WEIGHT = 1.0
+"""Of one term of the bound, in bits, beside the squared error: 0.001 for each of 1,000 (Nichol & Dhariwal, eq. 16)."""
 
 
 class DiffusionConfig(Config):
@@ -30,63 +40,234 @@ class DiffusionConfig(Config):
 
     schedule: Schedule = "flow"
     predict: Predict = "flow"
+    sigma_data: PositiveFloat = Field(
+        SIGMA_DATA, description="of schedule edm: the data's standard deviation; 1 if standardised, 0.5 for pixels"
+    )
+    variance: Literal["fixed", "learned"] = Field("fixed", description="learned: by as many channels more")
     time_sampling: TimeSampling = "logit_normal"
+    time_mean: float | None = Field(None, description="of logit_normal and log_normal; none: the papers' 0 and -1.2")
+    time_std: PositiveFloat | None = Field(None, description="of logit_normal and log_normal; none: the papers' 1, 1.2")
+    shift: PositiveFloat = Field(1.0, description="above 1 trains more at high noise, for images of high resolution")
     min_snr_gamma: float | None = Field(None, gt=0, description="min-SNR loss weight; none: unweighted")
+    weighting: Literal["none", "edm"] = Field("none", description="edm: by the noise level, as Karras et al. 2022")
 
     @model_validator(mode="after")
     def _defined(self) -> DiffusionConfig:
         check_predict(self.predict, schedule=self.schedule)
+        check_shift(self.shift, schedule=self.schedule)
+        if self.min_snr_gamma is not None and self.weighting != "none":
+            raise ValueError("min_snr_gamma and weighting are two weights for one loss: set one of them")
+        if self.time_sampling not in NORMAL and (self.time_mean, self.time_std) != (None, None):
+            raise ValueError(
+                f"time_mean and time_std have no effect on time_sampling={self.time_sampling!r}: leave them out, or "
+                f"use {' or '.join(NORMAL)}"
+            )
+        if self.variance == "learned" and self.schedule in ("flow", "edm"):
+            raise ValueError(
+                f"variance='learned' is that of DDPM's steps, which schedule={self.schedule!r} does not have: use a "
+                "variance-preserving schedule, or variance='fixed'"
+            )
         return self
+
+    def channels(self, data: int) -> int:
+        """How many channels the network has to give for data of so many."""
+        return 2 * data if self.variance == "learned" else data
 
 
 class SamplerConfig(Config):
     """How a sample is drawn."""
 
-    kind: Literal["ddim", "heun"] = "ddim"
+    kind: Literal["ddpm", "ddim", "euler", "euler_ancestral", "heun", "dpmpp_2m", "dpmpp_2m_sde", "unipc"] = "ddim"
     steps: int = Field(25, ge=1)
+    timesteps: TimeGrid = Field("uniform", description="where the steps end: evenly in t, or by sigma or log-SNR")
     shift: float = Field(1.0, gt=0, description="above 1 spends more of the steps at high noise")
+    eta: float = Field(0.0, ge=0, le=1, description="of ddim: share of the noise of ancestral sampling")
+    variance: Variance = Field("small", description="of ddpm: the step's variance; learned: as the model says")
     guidance_scale: float = Field(1.0, ge=0, description="1 is the conditional model alone")
+    guidance_schedule: GuidanceSchedule = Field("constant", description="or growing as the noise goes, mean kept")
+    guidance_interval: tuple[float, float] = Field((0.0, 1.0), description="times at which there is guidance")
+    guidance_rescale: float = Field(0.0, ge=0, le=1, description="share of the guided prediction's excess size undone")
+    threshold: Threshold = Field("none", description="keeps x0 in bounds: clipped, or scaled down by its largest")
+    threshold_bound: PositiveFloat = Field(1.0, description="1 for pixels; standardised latents reach some 4")
+    threshold_percentile: float = Field(0.995, gt=0, le=1, description="of dynamic: the share kept within the bound")
+
+    @model_validator(mode="after")
+    def _has_effect(self) -> SamplerConfig:
+        if self.eta and self.kind != "ddim":
+            raise ValueError(f"eta has no effect on kind={self.kind!r}: leave it out, or use kind='ddim'")
+        if self.variance != "small" and self.kind != "ddpm":
+            raise ValueError(f"variance has no effect on kind={self.kind!r}: leave it out, or use kind='ddpm'")
+        if self.shift != 1.0 and self.timesteps != "uniform":
+            raise ValueError(f"shift has no effect on timesteps={self.timesteps!r}: leave it out, or use 'uniform'")
+        low, high = self.guidance_interval
+        if not 0 <= low <= high <= 1:
+            raise ValueError("guidance_interval is two times in [0, 1], the lower first")
+        return self
+
+
+def check_sampler(sampler: SamplerConfig, diffusion: DiffusionConfig) -> None:
+    """Raise ValueError for a sampler that does not fit what the model was trained with."""
+    check_shift(sampler.shift, schedule=diffusion.schedule)
+    if sampler.variance == "learned" and diffusion.variance != "learned":
+        raise ValueError(
+            "sampler.variance='learned' needs a model that learned it: set diffusion.variance='learned', or "
+            "sampler.variance to 'small' or 'large'"
+        )
 
 
 def training_loss(model: Model, x0: Tensor, cfg: DiffusionConfig, *, generator: torch.Generator) -> Tensor:
     """The loss of each sample at a random time, fp32 [B]."""
-    t_B = sample_t(len(x0), kind=cfg.time_sampling, generator=generator, device=x0.device)
+    t_B = sample_t(
+        len(x0),
+        kind=cfg.time_sampling,
+        schedule=cfg.schedule,
+        generator=generator,
+        device=x0.device,
+        mean=cfg.time_mean,
+        std=cfg.time_std,
+        shift=cfg.shift,
+    )
     noise = torch.randn(x0.shape, generator=generator, device=x0.device)
-    return loss_at(model, x0, cfg, t_B=t_B, noise=noise, gamma=cfg.min_snr_gamma)
+    return loss_at(model, x0, cfg, t_B=t_B, noise=noise, weight=_weight(cfg, t_B), vlb_weight=VLB_WEIGHT)
 
 
 def fixed_time_losses(
     model: Model, x0: Tensor, cfg: DiffusionConfig, *, generator: torch.Generator
 ) -> dict[str, Tensor]:
-    """The unweighted loss of each sample at each of FIXED_TIMES, fp32 [B] by name, and their mean as `loss`."""
+    """The unweighted squared error of each sample at each of FIXED_TIMES, fp32 [B] by name; their mean as `loss`."""
     losses = {}
     for t in FIXED_TIMES:
         noise = torch.randn(x0.shape, generator=generator, device=x0.device)
-        losses[f"loss_t{t}"] = loss_at(model, x0, cfg, t_B=x0.new_full((len(x0),), t), noise=noise, gamma=None)
+        losses[f"loss_t{t}"] = loss_at(model, x0, cfg, t_B=x0.new_full((len(x0),), t), noise=noise)
     return {**losses, "loss": torch.stack(list(losses.values())).mean(0)}
 
 
 def loss_at(
-    model: Model, x0: Tensor, cfg: DiffusionConfig, *, t_B: Tensor, noise: Tensor, gamma: float | None
+    model: Model,
+    x0: Tensor,
+    cfg: DiffusionConfig,
+    *,
+    t_B: Tensor,
+    noise: Tensor,
+    weight: Tensor | None = None,
+    vlb_weight: float = 0.0,
 ) -> Tensor:
-    """The loss of each sample at given times and noise, fp32 [B]; min-SNR weighted if `gamma` is given."""
+    """The loss of each sample at given times and noise, fp32 [B].
+
+    The squared error of the prediction times `weight` [B]; if the variance is learned, plus `vlb_weight` times the
+    bound's term in bits (L_hybrid; Nichol & Dhariwal 2021, eq. 16).
+    """
     alpha, sigma = alpha_sigma(t_B, cfg.schedule)
-    pred = model(add_noise(x0, noise=noise, t=t_B, schedule=cfg.schedule), t_B)
-    weight = None if gamma is None else min_snr_weight(cfg.predict, alpha=alpha, sigma=sigma, gamma=gamma)
-    return diffusion_loss(pred, target(cfg.predict, x0=x0, noise=noise, alpha=alpha, sigma=sigma), weight=weight)
+    x_t = add_noise(x0, noise=noise, t=t_B, schedule=cfg.schedule)
+    pred, fraction = _predictions(model, x_t, cfg, t_B=t_B, sigma=sigma)
+    tgt = target(cfg.predict, x0=x0, noise=noise, alpha=alpha, sigma=sigma, sigma_data=cfg.sigma_data)
+    loss = diffusion_loss(pred, tgt, weight=weight)
+    if fraction.shape[1] == 0 or vlb_weight == 0.0:
+        return loss
+    x0_pred = _x0(pred.detach().float(), x_t, cfg, alpha=alpha, sigma=sigma)
+    bits = variational_loss(x0=x0, x_t=x_t, x0_pred=x0_pred, fraction=fraction, t_B=t_B, schedule=cfg.schedule)
+    return loss + vlb_weight * bits
 
 
 def denoiser(model: Model, cfg: DiffusionConfig) -> Denoise:
-    """The network as an estimate of x0, whatever it predicts."""
+    """The network as an estimate of x0, whatever it predicts; the fraction of a learned variance stays behind it."""
 
     def denoise(x_t: Tensor, t_B: Tensor) -> Tensor:
         alpha, sigma = alpha_sigma(t_B, cfg.schedule)
-        return to_x0(cfg.predict, pred=model(x_t, t_B).float(), x_t=x_t, alpha=alpha, sigma=sigma)
+        pred, fraction = _predictions(model, x_t, cfg, t_B=t_B, sigma=sigma)
+        x0 = _x0(pred.float(), x_t, cfg, alpha=alpha, sigma=sigma)
+        return torch.cat([x0, fraction.float()], dim=1) if fraction.shape[1] else x0
 
     return denoise
 
 
-def sample(denoise: Denoise, noise: Tensor, cfg: SamplerConfig, *, schedule: Schedule) -> Tensor:
-    """Draw x0 of the shape of `noise`, deterministically given the noise."""
-    sampler = {"ddim": ddim, "heun": heun}[cfg.kind]
-    return sampler(denoise, noise, timesteps(cfg.steps, shift=cfg.shift), schedule=schedule)
+def sample(
+    denoise: Denoise,
+    noise: Tensor,
+    cfg: SamplerConfig,
+    *,
+    schedule: Schedule,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Draw x0 of the shape of `noise` [B, C, ...], which is standard normal.
+
+    Deterministic given the noise for ddim with eta 0, euler, heun, dpmpp_2m and unipc; the others draw more from
+    `generator` and raise ValueError without one.
+    """
+    ts = timesteps(cfg.steps, schedule=schedule, grid=cfg.timesteps, shift=cfg.shift)
+    # As large as x_t is for data of unit variance: 1 but on edm, where it is 80.
+    x = noise * torch.hypot(*alpha_sigma(ts[0], schedule)).item()
+    bounded = denoise if cfg.threshold == "none" else _bounded(denoise, cfg)
+    if cfg.kind == "ddpm":
+        return ddpm(bounded, x, ts, schedule=schedule, generator=generator, variance=cfg.variance)
+    if cfg.kind in ("ddim", "euler", "euler_ancestral"):
+        eta = {"ddim": cfg.eta, "euler": 0.0, "euler_ancestral": 1.0}[cfg.kind]
+        return ddim(bounded, x, ts, schedule=schedule, generator=generator, eta=eta)
+    sampler = {"heun": heun, "dpmpp_2m": dpmpp_2m, "dpmpp_2m_sde": dpmpp_2m_sde, "unipc": unipc}[cfg.kind]
+    return sampler(bounded, x, ts, schedule=schedule, generator=generator)
+
+
+def with_guidance(conditional: Model, both: Model, *, cfg: SamplerConfig) -> Model:
+    """Classifier-free guidance; `both` is the model bound to the conditions and then, doubled, to their absence.
+
+    Times of the schedule and interval of the guidance are the network's (`network_time`). A learned variance is
+    that of the conditional model.
+    """
+    if cfg.guidance_scale == 1.0:
+        return conditional
+
+    def model(x: Tensor, t: Tensor) -> Tensor:
+        cond, uncond = both(torch.cat([x, x]), torch.cat([t, t])).float().chunk(2)
+        channels = x.shape[1]
+        out = guided(cond[:, :channels], uncond[:, :channels], scale=_scale(t, x, cfg), rescale=cfg.guidance_rescale)
+        return torch.cat([out, cond[:, channels:]], dim=1) if cond.shape[1] > channels else out
+
+    return model
+
+
+def _predictions(
+    model: Model, x_t: Tensor, cfg: DiffusionConfig, *, t_B: Tensor, sigma: Tensor
+) -> tuple[Tensor, Tensor]:
+    """What the network says of x_t: its prediction [B, C, ...] and, if learned, the variance's fraction [B, C, ...]."""
+    given = network_input(x_t, sigma=sigma, schedule=cfg.schedule, sigma_data=cfg.sigma_data)
+    out, channels = model(given, network_time(t_B, cfg.schedule)), x_t.shape[1]
+    if out.shape[1] != cfg.channels(channels):
+        raise ValueError(
+            f"diffusion.variance={cfg.variance!r} takes {cfg.channels(channels)} channels for data of {channels}, but "
+            f"this network gives {out.shape[1]}; set the other variance"
+        )
+    return out[:, :channels], out[:, channels:]
+
+
+def _x0(pred: Tensor, x_t: Tensor, cfg: DiffusionConfig, *, alpha: Tensor, sigma: Tensor) -> Tensor:
+    return to_x0(cfg.predict, pred=pred, x_t=x_t, alpha=alpha, sigma=sigma, sigma_data=cfg.sigma_data)
+
+
+def _weight(cfg: DiffusionConfig, t_B: Tensor) -> Tensor | None:
+    if cfg.min_snr_gamma is None and cfg.weighting == "none":
+        return None
+    alpha, sigma = alpha_sigma(t_B, cfg.schedule)
+    if cfg.min_snr_gamma is None:
+        return edm_weight(cfg.predict, alpha=alpha, sigma=sigma, sigma_data=cfg.sigma_data)
+    return min_snr_weight(cfg.predict, alpha=alpha, sigma=sigma, gamma=cfg.min_snr_gamma, sigma_data=cfg.sigma_data)
+
+
+def _scale(t_B: Tensor, x: Tensor, cfg: SamplerConfig) -> float | Tensor:
+    """The guidance scale: a number where it is the same at all times, else [B, 1, ...]."""
+    if cfg.guidance_schedule == "constant" and cfg.guidance_interval == (0.0, 1.0):
+        return cfg.guidance_scale
+    scale = scale_at(t_B, scale=cfg.guidance_scale, interval=cfg.guidance_interval, schedule=cfg.guidance_schedule)
+    return expand_like(scale, x)
+
+
+def _bounded(denoise: Denoise, cfg: SamplerConfig) -> Denoise:
+    """The estimate of x0 kept within bounds."""
+
+    def bounded(x_t: Tensor, t_B: Tensor) -> Tensor:
+        out, channels = denoise(x_t, t_B), x_t.shape[1]
+        x0 = thresholded(
+            out[:, :channels], kind=cfg.threshold, bound=cfg.threshold_bound, percentile=cfg.threshold_percentile
+        )
+        return torch.cat([x0, out[:, channels:]], dim=1)
+
+    return bounded

@@ -1,21 +1,76 @@
-"""Samplers, one signature: sampler(denoise, x, ts, *, schedule, generator) -> x0.
+"""Samplers of one step, one signature: sampler(denoise, x, ts, *, schedule, generator) -> x0.
 
-`denoise(x_t, t_B) -> x0` is the model with its conditioning, guidance and parameterization inside. `x` [B,
-...] is the state at ts[0] (noise, if ts[0] = 1), `ts` [steps + 1] decreases. The state stays in fp32.
+`denoise(x_t, t_B)` is the model with its conditioning, guidance and parameterization inside: it gives x0 [B, C,
+...], or [B, 2C, ...] with the fraction of a learned variance behind it. `x` [B, C, ...] is the state at ts[0] (noise,
+if ts[0] = 1), `ts` [steps + 1] decreases. The state stays in fp32; the levels are fp64 numbers on the CPU, so that a
+step never waits for the device. Samplers that draw nothing accept a `generator` for the common signature.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import pairwise
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from genpipe.diffusion.parameterizations import to_noise
-from genpipe.diffusion.schedules import Schedule, alpha_sigma, alpha_sigma_slopes
+from genpipe.diffusion.schedules import Schedule, alpha_sigma
+from genpipe.diffusion.variance import Posterior, interpolated_log_variance, posterior
 
 Denoise = Callable[[Tensor, Tensor], Tensor]
+Variance = Literal["small", "large", "learned"]
+
+
+class Level(NamedTuple):
+    """A time and its levels, fp64 [] on the CPU."""
+
+    t: Tensor
+    alpha: Tensor
+    sigma: Tensor
+
+    @property
+    def log_ratio(self) -> Tensor:
+        """lambda = ln(alpha / sigma), half the log-SNR; -inf at pure noise, inf at data."""
+        return self.alpha.log() - self.sigma.log()
+
+
+def levels(ts: Tensor, schedule: Schedule) -> list[Level]:
+    ts = ts.detach().to("cpu", torch.float64)
+    return [Level(*parts) for parts in zip(ts, *alpha_sigma(ts, schedule), strict=True)]
+
+
+def estimate(denoise: Denoise, x: Tensor, level: Level) -> tuple[Tensor, Tensor]:
+    """x0 and the noise that the state `x` at `level` is taken apart into."""
+    x0 = _denoised(denoise, x, level)[:, : x.shape[1]]
+    return x0, (x - level.alpha * x0) / level.sigma
+
+
+@torch.no_grad()
+def ddpm(
+    denoise: Denoise,
+    x: Tensor,
+    ts: Tensor,
+    *,
+    schedule: Schedule,
+    generator: torch.Generator | None = None,
+    variance: Variance = "small",
+) -> Tensor:
+    """Ancestral sampling (Ho et al. 2020, alg. 2) over any times; no noise in a step that ends at t = 0.
+
+    The variance of a step is DDPM's beta-tilde (small), its beta (large), or between them as the network says
+    (learned; Nichol & Dhariwal 2021, eq. 15; needs the fraction behind x0).
+    """
+    needs(generator, because="ddpm draws noise")
+    x = x.float()
+    for here, there in pairwise(levels(ts, schedule)):
+        step = _posterior(here, there)
+        out = _denoised(denoise, x, here)
+        x0, fraction = out[:, : x.shape[1]], out[:, x.shape[1] :]
+        x = step.mean(x, x0)
+        if there.sigma > 0:
+            x = x + _deviation(step, fraction, variance=variance) * drawn(x, generator)
+    return x
 
 
 @torch.no_grad()
@@ -30,24 +85,43 @@ def ddim(
 ) -> Tensor:
     """DDIM (Song et al. 2021, eq. 12); `eta` 0 is deterministic, 1 is ancestral sampling (needs a generator).
 
-    The variance put back is eta^2 times that of q(x_next | x_t, x0), written for any alpha, sigma (Kingma et
-    al. 2021, VDM, eq. 27-29). With eta 0 on the flow schedule this is exactly Euler on the velocity noise -
-    x0.
+    The variance put back is eta^2 times that of q(x_next | x_t, x0). With eta 0 it is Euler's method on the
+    probability-flow ODE, with eta 1 Euler's ancestral method and ddpm with the small variance; on the flow
+    schedule, eta 0 is Euler on the velocity noise - x0.
     """
-    if eta > 0 and generator is None:
-        raise ValueError("ddim with eta > 0 draws noise: give it a generator")
-    x, ts = x.float(), ts.to(x.device)
-    for t, t_next in pairwise(ts):
-        (alpha, sigma), (alpha_next, sigma_next) = alpha_sigma(t, schedule), alpha_sigma(t_next, schedule)
-        x0 = denoise(x, t.expand(len(x))).float()
-        noise = to_noise("x0", pred=x0, x_t=x, alpha=alpha, sigma=sigma)
-        variance = torch.zeros_like(sigma)
-        if eta > 0:
-            stepped = (sigma.square() - (alpha / alpha_next * sigma_next).square()).clamp(min=0.0)
-            variance = eta**2 * stepped * (sigma_next / sigma).square()
-        x = alpha_next * x0 + (sigma_next.square() - variance).clamp(min=0.0).sqrt() * noise
-        if eta > 0:
-            x = x + variance.sqrt() * torch.randn(x.shape, generator=generator, device=x.device)
+    if eta > 0:
+        needs(generator, because="ddim with eta > 0 draws noise")
+    x = x.float()
+    for here, there in pairwise(levels(ts, schedule)):
+        x0, noise = estimate(denoise, x, here)
+        variance = eta**2 * _posterior(here, there).small
+        x = there.alpha * x0 + (there.sigma.square() - variance).clamp(min=0.0).sqrt() * noise
+        if variance > 0:
+            x = x + variance.sqrt() * drawn(x, generator)
+    return x
+
+
+@torch.no_grad()
+def invert(denoise: Denoise, x: Tensor, ts: Tensor, *, schedule: Schedule, refinements: int = 0) -> Tensor:
+    """DDIM run backwards: the state at ts[-1] from which `ddim` over the same times leads back to `x`, at ts[0].
+
+    `ts` [steps + 1] increases, for an image from 0. Each step asks for the state whose DDIM step ends here, and so
+    for the prediction at a state not known yet. The usual inversion takes the state here for it, and comes back to x
+    up to the size of the steps; each of `refinements` (one evaluation a step) predicts again where that led (Pan et
+    al. 2023, accelerated iterative diffusion inversion), and they converge to the exact state. One single step from
+    data to pure noise has no such state.
+    """
+    x = x.float()
+    for here, there in pairwise(levels(ts, schedule)):
+        _, noise = estimate(denoise, x, there)
+        guess = there.alpha * (x - here.sigma * noise) / here.alpha + there.sigma * noise
+        # Solved on the straight line of x / (alpha + sigma), where the iteration contracts the most.
+        size, size_next = here.alpha + here.sigma, there.alpha + there.sigma
+        way = there.sigma / size_next - here.sigma / size
+        for _ in range(refinements):
+            x0, noise = estimate(denoise, guess, there)
+            guess = size_next * (x / size + way * (noise - x0))
+        x = guess
     return x
 
 
@@ -55,25 +129,52 @@ def ddim(
 def heun(
     denoise: Denoise, x: Tensor, ts: Tensor, *, schedule: Schedule, generator: torch.Generator | None = None
 ) -> Tensor:
-    """Heun on the probability-flow ODE dx/dt = alpha' x0 + sigma' noise; Karras et al. 2022, alg. 1.
+    """Heun's method on the probability-flow ODE; Karras et al. 2022, alg. 1. Two evaluations a step.
 
-    Two evaluations a step, one in a last step that ends at t = 0, where the ODE is singular. Deterministic:
-    `generator` is accepted for the common signature and draws nothing.
+    On the flow schedule the ODE is dx/dt = noise - x0, on the others d(x / alpha) / d(sigma / alpha) = noise. One
+    evaluation, Euler, in a step that ends at t = 0, or starts where sigma / alpha is infinite.
     """
-    x, ts = x.float(), ts.to(x.device)
-
-    def velocity(x: Tensor, t: Tensor) -> Tensor:
-        alpha, sigma = alpha_sigma(t, schedule)
-        alpha_slope, sigma_slope = alpha_sigma_slopes(t, schedule)
-        x0 = denoise(x, t.expand(len(x))).float()
-        return alpha_slope * x0 + sigma_slope * to_noise("x0", pred=x0, x_t=x, alpha=alpha, sigma=sigma)
-
-    for t, t_next in pairwise(ts.tolist()):
-        if t_next == 0.0:
-            x = denoise(x, torch.full((len(x),), t, device=x.device)).float()
+    x = x.float()
+    flow = schedule == "flow"
+    for here, there in pairwise(levels(ts, schedule)):
+        x0, noise = estimate(denoise, x, here)
+        x = there.alpha * x0 + there.sigma * noise
+        if there.sigma == 0 or (here.alpha == 0 and not flow):
             continue
-        here, there = torch.tensor(t, device=x.device), torch.tensor(t_next, device=x.device)
-        slope = velocity(x, here)
-        slope_next = velocity(x + (t_next - t) * slope, there)
-        x = x + (t_next - t) * 0.5 * (slope + slope_next)
+        x0_next, noise_next = estimate(denoise, x, there)
+        if flow:
+            x = x + 0.5 * (there.t - here.t) * ((noise_next - x0_next) - (noise - x0))
+        else:
+            x = x + 0.5 * (there.sigma - there.alpha / here.alpha * here.sigma) * (noise_next - noise)
     return x
+
+
+def needs(generator: torch.Generator | None, *, because: str) -> None:
+    if generator is None:
+        raise ValueError(f"{because}: give the sampler a generator")
+
+
+def drawn(x: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Standard normal noise of the shape of x, fp32."""
+    return torch.randn(x.shape, generator=generator, device=x.device)
+
+
+def _denoised(denoise: Denoise, x: Tensor, level: Level) -> Tensor:
+    return denoise(x, x.new_full((len(x),), level.t.item())).float()
+
+
+def _posterior(here: Level, there: Level) -> Posterior:
+    return posterior(alpha=here.alpha, sigma=here.sigma, alpha_next=there.alpha, sigma_next=there.sigma)
+
+
+def _deviation(step: Posterior, fraction: Tensor, *, variance: Variance) -> Tensor:
+    if variance == "small":
+        return step.small.sqrt()
+    if variance == "large":
+        return step.large.sqrt()
+    if fraction.shape[1] == 0:
+        raise ValueError(
+            "variance='learned' needs a model that learned it: use variance 'small' or 'large', or train with "
+            "diffusion.variance='learned'"
+        )
+    return (0.5 * interpolated_log_variance(fraction, small=step.small, large=step.large)).exp()

@@ -1,4 +1,4 @@
-"""Samplers and guidance against distributions whose denoiser is known in closed form."""
+"""Samplers against distributions whose denoiser and probability flow are known in closed form."""
 
 from __future__ import annotations
 
@@ -8,61 +8,81 @@ from itertools import pairwise
 
 import pytest
 import torch
+from analytic import GAUSSIAN, SCHEDULES, TWO, even_in_log_snr, gaussian_flow
 from torch import Tensor
 
-from genpipe.diffusion.guidance import guided, scale_in_interval
-from genpipe.diffusion.samplers import Denoise, ddim, heun
-from genpipe.diffusion.schedules import Schedule, alpha_sigma, timesteps
+from genpipe.diffusion.samplers import ddim, ddpm, heun, invert
+from genpipe.diffusion.schedules import Schedule, alpha_sigma
+from genpipe.diffusion.solvers import dpmpp_2m, dpmpp_2m_sde, unipc
+from genpipe.diffusion.times import timesteps
 
-SCHEDULES: list[Schedule] = ["cosine", "flow"]
-MEAN, STD = 0.7, 0.6
+Sampler = Callable[..., Tensor]
 
+DETERMINISTIC = [(ddim, 1), (heun, 2), (dpmpp_2m, 2), (unipc, 3)]
+"""And their orders: UniPC-2 is a predictor of order 2 with a corrector that adds one."""
 
-def gaussian(schedule: Schedule) -> Denoise:
-    """E[x0 | x_t] when x0 is N(MEAN, STD^2)."""
-
-    def denoise(x: Tensor, t: Tensor) -> Tensor:
-        alpha, sigma = (level[:, None] for level in alpha_sigma(t.to(x.dtype), schedule))
-        gain = alpha * STD**2 / (alpha.square() * STD**2 + sigma.square())
-        return MEAN + gain * (x - alpha * MEAN)
-
-    return denoise
-
-
-def mixture(schedule: Schedule, *, modes: tuple[float, ...], weights: tuple[float, ...], std: float) -> Denoise:
-    """E[x0 | x_t] when x0 is a mixture of N(mode, std^2)."""
-    mode, weight = torch.tensor(modes), torch.tensor(weights)
-
-    def denoise(x: Tensor, t: Tensor) -> Tensor:
-        alpha, sigma = (level[:, None] for level in alpha_sigma(t, schedule))
-        variance = alpha.square() * std**2 + sigma.square()
-        posterior = torch.softmax(weight.log() - (x - alpha * mode).square() / (2 * variance), dim=1)
-        means = mode + alpha * std**2 / variance * (x - alpha * mode)
-        return (posterior * means).sum(1, keepdim=True)
-
-    return denoise
+STOCHASTIC: list[tuple[Sampler, dict[str, object]]] = [
+    (ddpm, {"variance": "small"}),
+    (ddpm, {"variance": "large"}),
+    (ddim, {"eta": 0.5}),
+    (ddim, {"eta": 1.0}),
+    (dpmpp_2m_sde, {}),
+]
+HIGH, LOW = 10.0, 0.1
 
 
-def end_error(sampler: Callable[..., Tensor], *, steps: int, schedule: Schedule) -> float:
-    """Error at t = 0 against the exact flow of a Gaussian, which maps noise z to MEAN + STD z."""
+def gen(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def error_on_the_way(sampler: Sampler, *, steps: int, schedule: Schedule) -> float:
+    """Largest error against the exact flow of a Gaussian from sigma / alpha = HIGH to LOW."""
     z = torch.linspace(-2, 2, 9)[:, None]
-    x = sampler(gaussian(schedule), z, timesteps(steps), schedule=schedule)
-    return (x - (MEAN + STD * z)).abs().max().item()
+    ts = even_in_log_snr(steps, schedule=schedule, high=HIGH, low=LOW)
+    (start, end), _ = alpha_sigma(ts[[0, -1]], schedule)
+    x = sampler(GAUSSIAN.denoiser(schedule), start.float() * gaussian_flow(z, ratio=HIGH), ts, schedule=schedule)
+    return (x / end.float() - gaussian_flow(z, ratio=LOW)).abs().max().item()
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize(("sampler", "order"), [(ddim, 1), (heun, 2)])
-def test_samplers_converge_at_their_order(sampler: Callable[..., Tensor], order: int, schedule: Schedule) -> None:
-    coarse = end_error(sampler, steps=32, schedule=schedule)
-    fine = end_error(sampler, steps=64, schedule=schedule)
-    assert math.log2(coarse / fine) == pytest.approx(order, abs=0.25)
-    assert fine < 0.03
+@pytest.mark.parametrize(("sampler", "order"), DETERMINISTIC)
+def test_samplers_converge_at_their_order(sampler: Sampler, order: int, schedule: Schedule) -> None:
+    coarse, fine = (error_on_the_way(sampler, steps=steps, schedule=schedule) for steps in (12, 24))
+    assert math.log2(coarse / fine) == pytest.approx(order, abs=0.35)
+    assert fine < 0.4 / 6**order
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "flow"])
+@pytest.mark.parametrize(("sampler", "order"), [(ddim, 1), (heun, 2), (dpmpp_2m, 2), (unipc, 2)])
+def test_whole_way_from_pure_noise_to_data(sampler: Sampler, order: int, schedule: Schedule) -> None:
+    """Where sigma / alpha is infinite at the start and 0 at the end; lambda has both signs of infinity."""
+    z = torch.linspace(-2, 2, 9)[:, None]
+
+    def error(steps: int) -> float:
+        x = sampler(GAUSSIAN.denoiser(schedule), z, timesteps(steps, schedule=schedule), schedule=schedule)
+        return (x - gaussian_flow(z)).abs().max().item()
+
+    coarse, fine = error(128), error(256)
+    assert math.log2(coarse / fine) > order - 0.4
+    assert fine < 0.01 / order**4
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("sampler", [sampler for sampler, _ in DETERMINISTIC])
+@pytest.mark.parametrize("grid", ["uniform", "trailing", "karras", "logsnr"])
+def test_every_grid_leads_to_the_data(grid: str, sampler: Sampler, schedule: Schedule) -> None:
+    z = torch.linspace(-2, 2, 9)[:, None]
+    ts = timesteps(100, schedule=schedule, grid=grid)  # type: ignore[arg-type]
+    alpha, sigma = alpha_sigma(ts[0], schedule)
+    start = sigma * z if alpha == 0 else alpha * gaussian_flow(z, ratio=(sigma / alpha).item())
+    x = sampler(GAUSSIAN.denoiser(schedule), start, ts, schedule=schedule)
+    torch.testing.assert_close(x, gaussian_flow(z), atol=0.06, rtol=0)
 
 
 def test_ddim_on_the_flow_schedule_is_euler_on_the_velocity() -> None:
-    z = torch.randn(16, 1, generator=torch.Generator().manual_seed(0))
-    ts = timesteps(7, shift=2.0)
-    denoise = gaussian("flow")
+    z = torch.randn(16, 1, generator=gen())
+    ts = timesteps(7, schedule="flow", shift=2.0)
+    denoise = GAUSSIAN.denoiser("flow")
     x = z
     for t, t_next in pairwise(ts):
         x0 = denoise(x, t.expand(16))
@@ -71,49 +91,94 @@ def test_ddim_on_the_flow_schedule_is_euler_on_the_velocity() -> None:
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize(("sampler", "options"), [(ddim, {}), (ddim, {"eta": 1.0}), (heun, {})])
-def test_samplers_reach_a_mixture(
-    sampler: Callable[..., Tensor], options: dict[str, float], schedule: Schedule
+@pytest.mark.parametrize(("sampler", "options"), STOCHASTIC)
+def test_stochastic_samplers_have_the_mean_and_deviation_of_the_data(
+    sampler: Sampler, options: dict[str, object], schedule: Schedule
 ) -> None:
-    gen = torch.Generator().manual_seed(0)
-    denoise = mixture(schedule, modes=(-1.0, 1.0), weights=(0.3, 0.7), std=0.1)
-    z = torch.randn(4000, 1, generator=gen)
-    x = sampler(denoise, z, timesteps(100), schedule=schedule, generator=gen, **options)
+    ts = timesteps(200, schedule=schedule, grid="logsnr")
+    z = torch.randn(8000, 1, generator=gen()) * torch.hypot(*alpha_sigma(ts[0], schedule))
+    x = sampler(GAUSSIAN.denoiser(schedule), z, ts, schedule=schedule, generator=gen(1), **options)
+    assert x.mean() == pytest.approx(0.7, abs=0.025)
+    assert x.std() == pytest.approx(0.6, abs=0.025)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "flow", "scaled_linear_zsnr"])
+@pytest.mark.parametrize(("sampler", "options"), [*STOCHASTIC, (ddim, {}), (heun, {}), (dpmpp_2m, {}), (unipc, {})])
+def test_samplers_reach_a_mixture(sampler: Sampler, options: dict[str, object], schedule: Schedule) -> None:
+    z = torch.randn(4000, 1, generator=gen())
+    ts = timesteps(100, schedule=schedule, grid="karras" if schedule == "scaled_linear_zsnr" else "uniform")
+    x = sampler(TWO.denoiser(schedule), z, ts, schedule=schedule, generator=gen(1), **options)
     right = x > 0
     assert right.float().mean() == pytest.approx(0.7, abs=0.03)
     assert x[right].mean() == pytest.approx(1.0, abs=0.02)
-    assert x[right].std() == pytest.approx(0.1, abs=0.02)
+    assert x[right].std() == pytest.approx(0.1, abs=0.025)
 
 
-def test_ancestral_ddim_needs_a_generator_and_repeats_with_it() -> None:
-    z = torch.zeros(4, 1)
+def test_a_learned_variance_between_the_two() -> None:
+    """A fraction of -1 or 1 behind x0 is the small or the large variance, and half way their geometric mean."""
+    z = torch.randn(64, 1, generator=gen())
+    ts = timesteps(3, schedule="linear")[:2]
+    plain = GAUSSIAN.denoiser("linear")
+
+    def step(fraction: float) -> Tensor:
+        both = lambda x, t: torch.cat([plain(x, t), torch.full_like(x, fraction)], dim=1)  # noqa: E731
+        return ddpm(both, z, ts, schedule="linear", generator=gen(1), variance="learned")
+
+    def fixed(variance: str) -> Tensor:
+        return ddpm(plain, z, ts, schedule="linear", generator=gen(1), variance=variance)  # type: ignore[arg-type]
+
+    torch.testing.assert_close(step(-1.0), fixed("small"))
+    torch.testing.assert_close(step(1.0), fixed("large"))
+    x0 = plain(z, ts[0].expand(64))
+    (a, a_next), (s, s_next) = (level.double().tolist() for level in alpha_sigma(ts, "linear"))
+    beta = 1 - (a / a_next) ** 2
+    tilde = beta * s_next**2 / s**2
+    mean = a_next * beta / s**2 * x0 + a / a_next * s_next**2 / s**2 * z
+    torch.testing.assert_close(
+        (step(0.0) - mean) / torch.randn(64, 1, generator=gen(1)),
+        torch.full((64, 1), (beta * tilde) ** 0.25),
+        atol=1e-4,
+        rtol=1e-3,
+    )
+    with pytest.raises(ValueError, match=r"diffusion\.variance='learned'"):
+        fixed("learned")
+
+
+@pytest.mark.parametrize(("sampler", "options"), STOCHASTIC)
+def test_stochastic_samplers_need_a_generator_and_repeat_with_it(sampler: Sampler, options: dict[str, object]) -> None:
+    z, ts, denoise = torch.zeros(4, 1), timesteps(3, schedule="cosine"), GAUSSIAN.denoiser("cosine")
     with pytest.raises(ValueError, match="generator"):
-        ddim(gaussian("cosine"), z, timesteps(3), schedule="cosine", eta=1.0)
+        sampler(denoise, z, ts, schedule="cosine", **options)
 
-    def draw() -> Tensor:
-        gen = torch.Generator().manual_seed(3)
-        return ddim(gaussian("cosine"), z, timesteps(3), schedule="cosine", eta=1.0, generator=gen)
+    def draw(seed: int) -> Tensor:
+        return sampler(denoise, z, ts, schedule="cosine", generator=gen(seed), **options)
 
-    assert torch.equal(draw(), draw())
-    assert draw().std() > 0
-
-
-def test_guidance_extrapolates() -> None:
-    cond, uncond = torch.tensor([[2.0, 4.0]]), torch.tensor([[1.0, 1.0]])
-    assert torch.equal(guided(cond, uncond, scale=1.0), cond)
-    assert torch.equal(guided(cond, uncond, scale=0.0), uncond)
-    expected = torch.tensor([[4.0, 10.0]])
-    assert torch.equal(guided(cond, uncond, scale=3.0), expected)
-    assert torch.equal(guided(cond, uncond, scale=torch.tensor([[3.0]])), expected)
+    assert torch.equal(draw(3), draw(3))
+    assert not torch.equal(draw(3), draw(4))
+    assert draw(3).std() > 0
 
 
-def test_full_rescale_restores_the_conditional_deviation() -> None:
-    gen = torch.Generator().manual_seed(0)
-    cond, uncond = torch.randn(2, 5, 3, 8, 8, generator=gen)
-    out = guided(cond, uncond, scale=6.0, rescale=1.0)
-    torch.testing.assert_close(out.std((1, 2, 3)), cond.std((1, 2, 3)))
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("steps", [2, 10])
+def test_sampling_from_an_inverted_image_returns_it(steps: int, schedule: Schedule) -> None:
+    x = 0.7 + 0.6 * torch.randn(32, 1, generator=gen())
+    denoise, ts = GAUSSIAN.denoiser(schedule), timesteps(steps, schedule=schedule)
+    state = invert(denoise, x, ts.flip(0), schedule=schedule, refinements=100)
+    torch.testing.assert_close(ddim(denoise, state, ts, schedule=schedule), x, atol=2e-4, rtol=0)
 
 
-def test_guidance_only_inside_the_interval() -> None:
-    t = torch.tensor([0.1, 0.5, 0.9])
-    assert scale_in_interval(t, scale=4.0, interval=(0.2, 0.8)).tolist() == [1.0, 4.0, 1.0]
+@pytest.mark.parametrize("schedule", ["cosine", "flow", "linear"])
+def test_usual_inversion_comes_near(schedule: Schedule) -> None:
+    """One evaluation a step returns the image up to the order of the method, and the noise that led to it."""
+    z = torch.linspace(-2, 2, 9)[:, None]
+    denoise, x = GAUSSIAN.denoiser(schedule), gaussian_flow(z)
+
+    def gaps(steps: int) -> tuple[float, float]:
+        ts = timesteps(steps, schedule=schedule)
+        state = invert(denoise, x, ts.flip(0), schedule=schedule)
+        again = ddim(denoise, state, ts, schedule=schedule)
+        return (again - x).abs().max().item(), (state - z).abs().max().item()
+
+    (coarse, _), (fine, noise) = gaps(100), gaps(400)
+    assert fine < 0.5 * coarse < 0.1
+    assert noise < 0.1
