@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from pydantic import Field, PositiveInt
@@ -16,13 +18,16 @@ class DiscriminatorConfig(Config):
     image_channels: PositiveInt = 3
     width: int = Field(32, gt=0, multiple_of=8)
     layers: PositiveInt = 3
+    norm: Literal["group", "batch"] = Field(
+        "group", description="batch: as published, with its initialisation; statistics are each rank's own"
+    )
 
 
 class Discriminator(nn.Module):
     """Scores overlapping patches: images [B, C, H, W] -> logits [B, 1, h, w] in fp32, large for real.
 
-    GroupNorm stands where the paper has BatchNorm, so that scores depend neither on the micro-batch nor on
-    the rank.
+    By default GroupNorm stands where the paper has BatchNorm, so that scores depend neither on the micro-batch nor
+    on the rank.
     """
 
     def __init__(self, cfg: DiscriminatorConfig) -> None:
@@ -37,20 +42,35 @@ class Discriminator(nn.Module):
             stride = 2 if layer < cfg.layers else 1
             layers += [
                 nn.Conv2d(width, wider, 4, stride=stride, padding=1, bias=False),
-                nn.GroupNorm(8, wider),
+                nn.GroupNorm(8, wider) if cfg.norm == "group" else nn.BatchNorm2d(wider),
                 nn.LeakyReLU(0.2),
             ]
             width = wider
         layers.append(nn.Conv2d(width, 1, 4, padding=1))
         self.net = nn.Sequential(*layers)
+        if cfg.norm == "batch":
+            self.apply(_initialise)
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
         return self.net(images_BCHW).float()
 
 
+def _initialise(module: nn.Module) -> None:
+    """Convolutions from N(0, 0.02), gains from N(1, 0.02): pix2pix's (Isola et al. 2017, sec. 6.2)."""
+    if isinstance(module, nn.Conv2d):
+        nn.init.normal_(module.weight, 0.0, 0.02)
+    elif isinstance(module, nn.BatchNorm2d):
+        nn.init.normal_(module.weight, 1.0, 0.02)
+
+
 def discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
     """Hinge loss of the discriminator (Lim & Ye 2017), a scalar."""
     return 0.5 * (F.relu(1.0 - real_logits).mean() + F.relu(1.0 + fake_logits).mean())
+
+
+def logits_right(real_logits: Tensor, fake_logits: Tensor) -> tuple[Tensor, Tensor]:
+    """The shares of patches with the right sign, scalars: of the real, and of the fake. 0.5 each is no idea."""
+    return (real_logits > 0).float().mean(), (fake_logits < 0).float().mean()
 
 
 def generator_loss(fake_logits: Tensor) -> Tensor:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
-from pydantic import Field
+import torch.distributed as dist
+from pydantic import Field, PlainValidator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -18,19 +19,31 @@ from genpipe.config import StageConfig
 from genpipe.data.loader import sequential
 from genpipe.data.pixels import Crop, to_float, to_uint8
 from genpipe.evaluation.grids import tile
-from genpipe.evaluation.metrics import psnr
-from genpipe.models.autoencoder import Autoencoder, AutoencoderConfig, kl_divergence
+from genpipe.evaluation.networks import load_inception, load_lpips
+from genpipe.evaluation.reconstruction import ReconstructionScores
+from genpipe.models.autoencoder import (
+    Autoencoder,
+    AutoencoderConfig,
+    FoldedConfig,
+    IdentityConfig,
+    build_autoencoder,
+    kl_divergence,
+)
 from genpipe.models.discriminator import (
     Discriminator,
     DiscriminatorConfig,
     adaptive_weight,
     discriminator_loss,
     generator_loss,
+    logits_right,
 )
+from genpipe.models.lpips import SMALLEST as SMALLEST_FOR_LPIPS
+from genpipe.models.quantizer import codebook_use
+from genpipe.pinned import PinnedFile
 from genpipe.stages.shard import check_image_size, image_data
 from genpipe.training.objective import Batch, Data, Metrics, Split, Step, Validation
 from genpipe.training.optim import TrainConfig
-from genpipe.weights import save_weights
+from genpipe.weights import InitialWeights, begin_with, save_weights
 
 VERSION = 1
 CONSUMES: tuple[str, ...] = ("shard",)
@@ -38,21 +51,47 @@ CONSUMES: tuple[str, ...] = ("shard",)
 PICTURES = 8
 
 
+def _start(value: Any) -> Any:
+    if value == "settled" or (isinstance(value, int) and not isinstance(value, bool) and value >= 0):
+        return value
+    raise ValueError("write a number of samples, or `settled`")
+
+
+class Settled(Block):
+    """When reconstruction counts as settled: no longer better by much from one window of training to the next."""
+
+    window: int = Field(20_000, ge=1, description="samples over which the reconstruction loss is averaged")
+    improvement: float = Field(0.02, ge=0, lt=1, description="share by which a window's mean must fall to go on")
+
+
 class Adversarial(Block):
     """A patch discriminator, joined when the reconstruction has settled (VQGAN; Esser et al. 2021)."""
 
-    start: int = Field(ge=0, description="samples before the discriminator is trained and used")
+    start: Annotated[int | Literal["settled"], PlainValidator(_start)] = Field(
+        description="samples before the discriminator is trained and used; or `settled`, by the rule below"
+    )
+    settled: Settled = Settled()
     weight: float = Field(0.5, gt=0, description="on top of the adaptive weight")
     model: DiscriminatorConfig = DiscriminatorConfig()
+
+
+class LpipsConfig(PinnedFile):
+    """LPIPS with VGG16 (Zhang et al. 2018), as a loss and as a metric."""
+
+    weight: float = Field(1.0, ge=0, description="against the reconstruction loss; 0: a metric only")
 
 
 class Config(StageConfig):
     image_size: int = Field(64, ge=8)
     crop: Crop = Field("center", description="where squares are cut from images that are stored with another shape")
-    model: AutoencoderConfig = AutoencoderConfig()
+    model: AutoencoderConfig = FoldedConfig()
+    reconstruction: Literal["l1", "l2"] = Field("l1", description="loss on pixel values: absolute or squared error")
     kl_weight: float = Field(1e-6, ge=0, description="on the KL per image, against the L1 loss per pixel value")
+    lpips: LpipsConfig | None = None
     adversarial: Adversarial | None = None
+    fid: PinnedFile | None = Field(None, description="Inception as TorchScript; adds rFID to what validation reports")
     statistics_samples: int = Field(4096, ge=1, description="images over which the latents' statistics are measured")
+    initial: InitialWeights | None = Field(None, description="weights to begin with, of this model; none: random ones")
     train: TrainConfig
 
 
@@ -63,6 +102,10 @@ def agree(cfg: Config, inputs: Mapping[str, Artifact]) -> dict[str, Any]:
     if cfg.adversarial and cfg.image_size >> cfg.adversarial.model.layers < 3:
         raise ValueError(f"adversarial.model.layers {cfg.adversarial.model.layers} is too many for images of "
                          f"{cfg.image_size} px; lower it")  # fmt: skip
+    if cfg.lpips and cfg.image_size < SMALLEST_FOR_LPIPS:
+        raise ValueError(f"lpips needs images of {SMALLEST_FOR_LPIPS} px, image_size is {cfg.image_size}; remove lpips")
+    if isinstance(cfg.model, IdentityConfig) and cfg.train.samples:
+        raise ValueError(f"model.kind identity has nothing to train; set train.samples to 0, not {cfg.train.samples}")
     return {
         "image_size": cfg.image_size,
         "latent_channels": cfg.model.latent_channels,
@@ -74,65 +117,167 @@ def data(cfg: Config, inputs: Mapping[str, Artifact]) -> Data:
     return image_data(inputs["shard"], size=cfg.image_size, crop=cfg.crop, seed=cfg.train.seed)
 
 
+def example(cfg: Config, inputs: Mapping[str, Artifact], *, batch_size: int) -> Batch:
+    """A batch of zeros as `data` collates them."""
+    return {"images": torch.zeros(batch_size, 3, cfg.image_size, cfg.image_size, dtype=torch.uint8)}
+
+
 def objective(cfg: Config, inputs: Mapping[str, Artifact], device: torch.device) -> Objective:
     return Objective(cfg, device)
 
 
 class Objective:
-    """L1 + KL, and hinge GAN with adaptive weight once `adversarial.start` samples were seen."""
+    """Reconstruction, perceptual and bottleneck losses, and a hinge GAN with adaptive weight once it has started."""
 
     def __init__(self, cfg: Config, device: torch.device) -> None:
         self.cfg = cfg
-        self.model = Autoencoder(cfg.model).to(device)
+        self.model = build_autoencoder(cfg.model).to(device)
+        begin_with(self.model, cfg.initial, kind="autoencoder")
         self.trainable: dict[str, nn.Module] = {"autoencoder": self.model}
+        self.settling: Settling | None = None
         if cfg.adversarial:
-            self.discriminator = Discriminator(cfg.adversarial.model).to(device)
-            self.trainable["discriminator"] = self.discriminator
+            self.discriminator = Discriminator(cfg.adversarial.model)
+            if cfg.adversarial.start == "settled":
+                self.settling = Settling(cfg.adversarial.settled, batch_size=cfg.train.global_batch_size)
+                self.discriminator.register_module("settling", self.settling)  # so that checkpoints hold its state
+            self.trainable["discriminator"] = self.discriminator.to(device)
+        self.lpips = load_lpips(cfg.lpips, device=device) if cfg.lpips else None
+        self.inception = load_inception(cfg.fid, device=device) if cfg.fid and device.type != "meta" else None
 
     def parts(self, samples_seen: int) -> Sequence[str]:
+        if self.settling:
+            self.settling.look(samples_seen)
         return tuple(self.trainable) if self._adversarial(samples_seen) else ("autoencoder",)
 
     def _adversarial(self, samples_seen: int) -> bool:
-        return self.cfg.adversarial is not None and samples_seen >= self.cfg.adversarial.start
+        if self.cfg.adversarial is None:
+            return False
+        start = self.cfg.adversarial.start
+        return samples_seen >= start if isinstance(start, int) else self.settling is not None and self.settling.settled
 
     def loss(self, part: str, batch: Batch, step: Step) -> tuple[Tensor, Metrics]:
         images = to_float(batch["images"])
         if part == "discriminator":
-            with torch.no_grad():
-                recon, _, _ = self._reconstruct(images, step.generator)
-            loss = discriminator_loss(self.discriminator(images), self.discriminator(recon))
-            return loss, {}
-        recon, mean, logvar = self._reconstruct(images, step.generator)
-        l1 = F.l1_loss(recon, images)
-        kl = kl_divergence(mean, logvar).mean()
-        metrics = {"l1": l1.detach(), "kl": kl.detach()}
-        loss = l1 + self.cfg.kl_weight * kl
+            return self._discriminator_loss(images, step)
+        recon, penalty, metrics = self._reconstruct(images, step.generator, learn=True)
+        nll, parts = self._distance(recon, images)
+        metrics = {**parts, **metrics}
+        loss = nll + penalty
+        if self.settling:
+            self.settling.add(nll.detach() * len(images))
         if self.cfg.adversarial and self._adversarial(step.samples_seen):
             adversarial = generator_loss(self.discriminator(recon))
-            weight = adaptive_weight(l1, adversarial, last_layer=self.model.last_layer)
+            weight = adaptive_weight(nll, adversarial, last_layer=self.model.last_layer)
             loss = loss + self.cfg.adversarial.weight * weight * adversarial
             metrics |= {"adversarial": adversarial.detach(), "adaptive_weight": weight}
         return loss, metrics
 
-    def _reconstruct(self, images: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    def _discriminator_loss(self, images: Tensor, step: Step) -> tuple[Tensor, Metrics]:
+        with torch.no_grad():
+            recon, _, _ = self._reconstruct(images, step.generator, learn=False)
+        real, fake = self.discriminator(images), self.discriminator(recon)
+        real_right, fake_right = logits_right(real, fake)
+        return discriminator_loss(real, fake), {"real_right": real_right, "fake_right": fake_right}
+
+    def _distance(self, recon: Tensor, images: Tensor) -> tuple[Tensor, Metrics]:
+        """What the reconstruction itself costs, a scalar, and its parts."""
+        kind: str = self.cfg.reconstruction
+        pixels = F.l1_loss(recon, images) if kind == "l1" else F.mse_loss(recon, images)
+        metrics = {kind: pixels.detach()}
+        if self.lpips is None or self.cfg.lpips is None or not self.cfg.lpips.weight:
+            return pixels, metrics
+        perceptual = self.lpips(recon, images).mean()
+        return pixels + self.cfg.lpips.weight * perceptual, metrics | {"lpips": perceptual.detach()}
+
+    def _reconstruct(
+        self, images: Tensor, generator: torch.Generator, *, learn: bool
+    ) -> tuple[Tensor, Tensor, Metrics]:
+        """Reconstruction, weighted loss of the bottleneck, and its metrics; `learn`: a codebook notes the latents."""
         mean, logvar = self.model.encode(images)
+        if self.model.quantizer is not None:
+            quantized = self.model.quantizer(mean, generator=generator if learn else None)
+            metrics = {"vq": quantized.loss.detach(), **codebook_use(quantized.counts)}
+            return self.model.render(quantized.vectors), quantized.loss, metrics
+        if self.cfg.model.bottleneck.kind == "plain":
+            return self.model.decode(mean), mean.new_zeros(()), {}
         noise = torch.randn(mean.shape, generator=generator, device=mean.device)
-        return self.model.decode(mean + (0.5 * logvar).exp() * noise), mean, logvar
+        kl = kl_divergence(mean, logvar).mean()
+        recon = self.model.decode(mean + (0.5 * logvar).exp() * noise)
+        return recon, self.cfg.kl_weight * kl, {"kl": kl.detach()}
 
     def after_step(self) -> None:
-        pass
+        if self.model.quantizer is not None:
+            self.model.quantizer.update()
+        if self.settling:
+            self.settling.update()
 
     def validate(self, batches: Iterable[Batch], generator: torch.Generator) -> Validation:
-        values: list[Tensor] = []
+        scores = ReconstructionScores(lpips=self.lpips, inception=self.inception)
+        counts: dict[str, Tensor] = {}
         pictures: dict[str, np.ndarray] = {}
         for batch in batches:
             images = to_float(batch["images"])
-            recon = self.model.decode(self.model.encode(images)[0])
-            values.append(psnr(recon, images))
+            latents, _ = self.model.encode(images)
+            recon = self.model.decode(latents, fp32=True)
+            scores.add(recon, images)
+            if self.model.quantizer is not None:
+                for level, count in self.model.quantizer(latents).counts.items():
+                    counts[level] = counts[level] + count if level in counts else count
             if not pictures:
                 rows = [batch["images"][:PICTURES], to_uint8(recon[:PICTURES])]
                 pictures["reconstructions"] = tile([hwc(row) for row in rows], cell=2 * images.shape[-1])
-        return Validation({"psnr": torch.cat(values).mean().item()}, pictures)
+        use = {name: value.item() for name, value in codebook_use(counts).items()}
+        return Validation(scores.metrics() | use, pictures)
+
+
+class Settling(nn.Module):
+    """Decides that reconstruction has settled, by the mean loss of one window of steps against the next.
+
+    The sums are taken over all ranks and kept in a buffer, so that every rank decides alike and a resumed run goes on
+    where it was. The host looks at the answer once a window.
+    """
+
+    state: Tensor
+
+    def __init__(self, cfg: Settled, *, batch_size: int) -> None:
+        super().__init__()
+        self.improvement = cfg.improvement
+        self.batch_size = batch_size
+        self.steps = -(-cfg.window // batch_size)
+        self.settled = False
+        self._looked = False
+        self._pending: Tensor | None = None
+        # The window's sum of losses and its steps so far, the mean of the window before, and the answer.
+        self.register_buffer("state", torch.tensor([0.0, 0.0, torch.inf, 0.0]))
+
+    def look(self, samples_seen: int) -> None:
+        """Bring the answer to the host where it may have changed: at the end of a window, and after a resume."""
+        if not self._looked or (not self.settled and samples_seen // self.batch_size % self.steps == 0):
+            # On the meta device, which is asked what all parts cost, it has.
+            self.settled, self._looked = self.state.is_meta or bool(self.state[3].item()), True
+
+    def add(self, loss_sum: Tensor) -> None:
+        """Note the summed loss of one micro-batch's samples."""
+        self._pending = loss_sum if self._pending is None else self._pending + loss_sum
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Take what was noted as one step's; nothing noted, nothing happens."""
+        if self._pending is None:
+            return
+        loss, self._pending = self._pending / self.batch_size, None
+        if self.settled:
+            return
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            dist.all_reduce(loss)
+        total, steps, before, settled = self.state.unbind()
+        total, steps = total + loss, steps + 1
+        full = steps >= self.steps
+        mean = total / steps
+        enough = (full & (mean >= (1 - self.improvement) * before)).float()
+        zero = torch.zeros_like(total)
+        kept = torch.where(full, zero, total), torch.where(full, zero, steps), torch.where(full, mean, before)
+        self.state.copy_(torch.stack([*kept, torch.maximum(settled, enough)]))
 
 
 def hwc(images: Tensor) -> list[np.ndarray]:
@@ -142,6 +287,9 @@ def hwc(images: Tensor) -> list[np.ndarray]:
 
 def export(objective: Objective, cfg: Config, inputs: Mapping[str, Artifact], folder: Path) -> dict[str, Any]:
     save_weights(objective.model, folder, kind="autoencoder", config=cfg.model, sizes={}, extra={})
+    if isinstance(cfg.model, IdentityConfig):  # pixels stay in [-1, 1], which samplers may then clip to
+        channels = cfg.model.latent_channels
+        return {"latent_mean": [0.0] * channels, "latent_std": [1.0] * channels}
     return latent_moments(objective.model, data(cfg, inputs).train, cfg)
 
 

@@ -7,12 +7,10 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
-from torch.nn import functional as F
 
+from genpipe.evaluation.fidelity import psnr
 from genpipe.evaluation.grids import LABEL_WIDTH, MARGIN, labelled_grid, tile
-from genpipe.evaluation.metrics import cosine, mean_losses, psnr, recall_at, retrieval_ranks, unrelated
+from genpipe.evaluation.metrics import cosine, mean_losses, unrelated
 
 
 def test_psnr_by_hand() -> None:
@@ -21,39 +19,6 @@ def test_psnr_by_hand() -> None:
     # The peak is 2 ([-1, 1]): 20 log10(2 / error); the last image is clamped to 1 first.
     expected = [100.0, 40.0, 20.0, 20 * math.log10(2)]
     torch.testing.assert_close(psnr(images, reference), torch.tensor(expected))
-
-
-def test_ranks_by_hand() -> None:
-    pool = torch.eye(3)
-    queries = F.normalize(torch.tensor([[3.0, 2.0, 1.0], [3.0, 2.0, 1.0], [3.0, 2.0, 1.0]]), dim=-1)
-    assert retrieval_ranks(queries, pool, torch.tensor([0, 1, 2])).tolist() == [0, 1, 2]
-
-
-def test_ties_count_against_the_query() -> None:
-    """A pool of one repeated embedding says nothing, so its own entry comes last, not first."""
-    pool = torch.tensor([[1.0, 0.0]]).repeat(5, 1)
-    ranks = retrieval_ranks(torch.tensor([[1.0, 0.0]]), pool, torch.tensor([2]))
-    assert ranks.tolist() == [4]
-    assert recall_at(ranks, 1) == 0.0
-    assert recall_at(ranks, 5) == 1.0
-
-
-@given(st.integers(1, 12), st.integers(1, 6), st.integers(0, 2**31))
-def test_ranks_are_the_places_in_the_sorted_order(queries: int, dims: int, seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    pool = F.normalize(torch.randn(20, dims, generator=generator, dtype=torch.float64), dim=-1).float()
-    asked = F.normalize(torch.randn(queries, dims, generator=generator), dim=-1)
-    target = torch.randint(20, (queries,), generator=generator)
-    ranks = retrieval_ranks(asked, pool, target)
-    similarity = asked @ pool.T
-    for row, own, rank in zip(similarity, target, ranks, strict=True):
-        others = torch.cat([row[:own], row[own + 1 :]])
-        assert int(rank) == sum(float(other) >= float(row[own]) for other in others)
-
-
-def test_recall() -> None:
-    ranks = torch.tensor([0, 1, 4, 5, 9])
-    assert [recall_at(ranks, k) for k in (1, 5, 10)] == pytest.approx([0.2, 0.6, 1.0])
 
 
 def test_cosine_and_its_baseline() -> None:

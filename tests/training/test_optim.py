@@ -13,7 +13,7 @@ from torch import nn
 
 from genpipe.models.clip import CLIP, CLIPConfig, TowerConfig
 from genpipe.models.dit import DiTConfig
-from genpipe.models.prior import Prior, PriorConfig
+from genpipe.models.prior import DiffusionPrior, DiffusionPriorConfig
 from genpipe.models.unclip import Decoder, DecoderConfig
 from genpipe.training.optim import AdamW, Muon, TrainConfig, build_optimizers, lr_scale
 
@@ -69,11 +69,17 @@ def models() -> dict[str, nn.Module]:
         tower = TowerConfig(width=16, depth=2, heads=2)
         return {
             "clip": CLIP(
-                CLIPConfig(embed_dim=8, image_size=16, image=tower, text=tower), vocab_size=300, context_length=8
+                CLIPConfig(embed_dim=8, image_size=16, image=tower, text=tower),
+                vocab_size=300,
+                context_length=8,
+                eot_id=2,
             ),
-            "prior": Prior(PriorConfig(width=16, depth=2, heads=2), embed_dim=8, text_width=8),
+            "prior": DiffusionPrior(DiffusionPriorConfig(width=16, depth=2, heads=2), embed_dim=8, text_width=8),
             "decoder": Decoder(
-                DecoderConfig(dit=DiTConfig(width=16, depth=2, heads=2)), latent_channels=4, embed_dim=8, text_width=8
+                DecoderConfig(denoiser=DiTConfig(width=16, depth=2, heads=2)),
+                latent_channels=4,
+                embed_dim=8,
+                text_width=8,
             ),
         }
 

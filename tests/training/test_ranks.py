@@ -28,10 +28,10 @@ SETTINGS = ("samples=64", "global_batch_size=16", "log_every=1", "validate_every
 
 
 def spec_of(tiny: TinyPipeline, stage: str) -> StageSpec:
-    """Four steps in fp32; micro-batches of 4, but for CLIP, whose loss compares the whole batch."""
+    """Four steps in fp32; micro-batches of 4, but for CLIP, whose loss compares the whole batch: chunks of 3."""
     settings = SETTINGS if stage == "clip" else (*SETTINGS, "micro_batch_size=4")
     adversarial = ["stages.autoencoder.adversarial={start: 16, model: {width: 8, layers: 2}}"]
-    extra = adversarial if stage == "autoencoder" else []
+    extra = {"autoencoder": adversarial, "clip": ["stages.clip.tower_batch_size=3"]}.get(stage, [])
     return tiny.spec(stage, *(f"stages.{stage}.train.{setting}" for setting in settings), *extra)
 
 

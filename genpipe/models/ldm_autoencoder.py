@@ -1,0 +1,127 @@
+"""The autoencoder of latent diffusion (Rombach et al. 2022, sec. 3.1 and appendix G), Stable Diffusion's among them.
+
+Shapes: B batch, C channels, H and W of the grid.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import torch.nn.functional as F
+from pydantic import Field, PositiveInt
+from torch import Tensor, nn
+
+from genpipe.config import Config
+from genpipe.models.convolutions import ResBlock
+from genpipe.models.layers import attend
+from genpipe.models.quantizer import Bottleneck, Kl
+
+GROUPS, EPS = 32, 1e-6
+"""Of every GroupNorm."""
+
+
+class LdmConfig(Config):
+    """Sizes; the default is Stable Diffusion's: 83.7 M parameters, factor 8, 4 latent channels.
+
+    Published: f4 with multipliers (1, 2, 4) and 3 latent channels, f8 with (1, 2, 4, 4) and 4, f16 with
+    (1, 1, 2, 2, 4) and 16. Factor between image and latent grid: 2 for each multiplier after the first.
+    """
+
+    kind: Literal["ldm"]
+    image_channels: PositiveInt = 3
+    latent_channels: PositiveInt = 4
+    width: Annotated[int, Field(gt=0, multiple_of=GROUPS)] = 128
+    multipliers: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (1, 2, 4, 4)
+    blocks: PositiveInt = Field(2, description="residual blocks of a level of the encoder; the decoder has one more")
+    mid_attention: bool = True
+    quant_conv: bool = Field(True, description="1x1 convolutions around the bottleneck; Stable Diffusion 3 has none")
+    bottleneck: Bottleneck = Kl()
+
+    @property
+    def factor(self) -> int:
+        """Pixels per latent cell, along each axis."""
+        return 2 ** (len(self.multipliers) - 1)
+
+    @property
+    def widths(self) -> list[int]:
+        return [self.width * m for m in self.multipliers]
+
+
+class GridAttention(nn.Module):
+    """One-headed self-attention over the grid behind a GroupNorm, added to its input."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(GROUPS, channels, EPS)
+        self.q = nn.Linear(channels, channels)
+        self.k = nn.Linear(channels, channels)
+        self.v = nn.Linear(channels, channels)
+        self.out = nn.Linear(channels, channels)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        tokens_B1LC = self.norm(x_BCHW).flatten(2).transpose(1, 2).unsqueeze(1)
+        attended_B1LC = attend(self.q(tokens_B1LC), self.k(tokens_B1LC), self.v(tokens_B1LC))
+        return x_BCHW + self.out(attended_B1LC).squeeze(1).transpose(1, 2).unflatten(2, x_BCHW.shape[-2:])
+
+
+class Downsample(nn.Conv2d):
+    """A 3x3 convolution of stride 2, padded at the right and the bottom only."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, channels, 3, stride=2)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        return super().forward(F.pad(x_BCHW, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Conv2d):
+    """Nearest-neighbour doubling and a 3x3 convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, channels, 3, padding=1)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        return super().forward(F.interpolate(x_BCHW, scale_factor=2.0, mode="nearest"))
+
+
+def ldm_encoder(cfg: LdmConfig, *, channels_out: int) -> nn.Sequential:
+    """Images to `channels_out` channels of the latent grid."""
+    layers: list[nn.Module] = [nn.Conv2d(cfg.image_channels, cfg.widths[0], 3, padding=1)]
+    below = cfg.widths[0]
+    for level, width in enumerate(cfg.widths):
+        for _ in range(cfg.blocks):
+            layers.append(_block(below, width))
+            below = width
+        if level < len(cfg.widths) - 1:
+            layers.append(Downsample(width))
+    layers += [*_middle(cfg), *_head(below, channels_out)]
+    if cfg.quant_conv:
+        layers.append(nn.Conv2d(channels_out, channels_out, 1))
+    return nn.Sequential(*layers)
+
+
+def ldm_decoder(cfg: LdmConfig) -> nn.Sequential:
+    """Latents to images."""
+    below = cfg.widths[-1]
+    layers: list[nn.Module] = [nn.Conv2d(cfg.latent_channels, cfg.latent_channels, 1)] if cfg.quant_conv else []
+    layers += [nn.Conv2d(cfg.latent_channels, below, 3, padding=1), *_middle(cfg)]
+    for level, width in reversed(list(enumerate(cfg.widths))):
+        for _ in range(cfg.blocks + 1):
+            layers.append(_block(below, width))
+            below = width
+        if level > 0:
+            layers.append(Upsample(width))
+    return nn.Sequential(*layers, *_head(below, cfg.image_channels))
+
+
+def _block(channels_in: int, channels_out: int) -> ResBlock:
+    return ResBlock(channels_in, channels_out, groups=GROUPS, eps=EPS)
+
+
+def _middle(cfg: LdmConfig) -> list[nn.Module]:
+    width = cfg.widths[-1]
+    return [_block(width, width), *([GridAttention(width)] if cfg.mid_attention else []), _block(width, width)]
+
+
+def _head(channels: int, channels_out: int) -> list[nn.Module]:
+    return [nn.GroupNorm(GROUPS, channels, EPS), nn.SiLU(), nn.Conv2d(channels, channels_out, 3, padding=1)]
