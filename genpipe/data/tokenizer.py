@@ -1,18 +1,27 @@
-"""Byte-level BPE trained on the captions: any text in, no unknown token, ids fixed by one JSON file."""
+"""Byte-level BPE, trained on the captions or published with CLIP: any text in, no unknown token, one JSON file."""
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 from collections.abc import Iterable
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 PAD, BOS, EOT = "<|pad|>", "<|startoftext|>", "<|endoftext|>"
 PAD_ID, BOS_ID, EOT_ID = 0, 1, 2
+"""Of tokenizers trained here. CLIP's own ends its vocabulary with start and end of text, and pads with 0."""
+
 MIN_VOCAB_SIZE = 256 + 3  # every byte and the three above
+CLIP_VOCAB_SIZE, CLIP_EOT_ID = 49_408, 49_407
+CLIP_MERGES = CLIP_VOCAB_SIZE - 2 * 256 - 2  # beyond every byte, inside a word and at its end, and the two above
+"""Merges that CLIP reads of its file, which holds many more."""
+
+CLIP_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
 
 class CaptionTokenizer:
@@ -25,6 +34,8 @@ class CaptionTokenizer:
         # A caption that spells a special token is a caption, not a command.
         tokenizer.encode_special_tokens = True
         self._tokenizer = tokenizer
+        self.pad_id = tokenizer.token_to_id(PAD) or 0
+        self.bos_id, self.eot_id = _id(tokenizer, BOS), _id(tokenizer, EOT)
 
     def __reduce__(self) -> Any:
         return CaptionTokenizer, (self._tokenizer,)  # its own pickling forgets encode_special_tokens
@@ -40,11 +51,11 @@ class CaptionTokenizer:
 
     def encode_batch(self, captions: list[str], *, context_length: int) -> np.ndarray:
         """int64 [B, L]. Longer captions are cut so that EOT stays, as a pooled text embed is read there."""
-        tokens_BL = np.full((len(captions), context_length), PAD_ID, np.int64)
+        tokens_BL = np.full((len(captions), context_length), self.pad_id, np.int64)
         for row, encoding in zip(
             tokens_BL, self._tokenizer.encode_batch(captions, add_special_tokens=False), strict=True
         ):
-            ids = [BOS_ID, *encoding.ids[: context_length - 2], EOT_ID]
+            ids = [self.bos_id, *encoding.ids[: context_length - 2], self.eot_id]
             row[: len(ids)] = ids
         return tokens_BL
 
@@ -53,15 +64,18 @@ class CaptionTokenizer:
         tokens_BL = self.encode_batch(captions, context_length=context_length)
         return tokens_BL[:, : self.lengths(tokens_BL).max()]
 
-    @staticmethod
-    def lengths(tokens_BL: np.ndarray) -> np.ndarray:
-        """int64 [B]: tokens of each caption, BOS and EOT included; EOT stands at `length - 1`."""
-        lengths_B: np.ndarray = (tokens_BL != PAD_ID).sum(axis=1)
+    def lengths(self, tokens_BL: np.ndarray) -> np.ndarray:
+        """int64 [B]: tokens of each caption, BOS and EOT included; the first EOT stands at `length - 1`."""
+        lengths_B: np.ndarray = (tokens_BL == self.eot_id).argmax(axis=1) + 1
         return lengths_B
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The (lower-cased) text of token ids, special tokens left out."""
-        return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
+        """The (lower-cased) text of token ids up to the end of text, special tokens left out.
+
+        CLIP's own vocabulary knows where words end, but not whether a space followed: `a-b` becomes `a - b`.
+        """
+        caption = takewhile(lambda i: i != self.eot_id, map(int, ids))
+        return self._tokenizer.decode(list(caption), skip_special_tokens=True)
 
     def save(self, path: Path) -> None:
         """Write the JSON."""
@@ -71,6 +85,14 @@ class CaptionTokenizer:
     def load(cls, path: Path) -> CaptionTokenizer:
         """Read what `save` wrote."""
         return cls(Tokenizer.from_str(path.read_text("utf-8")))
+
+
+def _id(tokenizer: Tokenizer, token: str) -> int:
+    """Raises ValueError for a tokenizer that is not of this kind."""
+    found: int | None = tokenizer.token_to_id(token)
+    if found is None:
+        raise ValueError(f"a tokenizer without {token} is none for captions; use the one saved with the weights")
+    return found
 
 
 def train_tokenizer(captions: Iterable[str], *, vocab_size: int) -> CaptionTokenizer:
@@ -93,3 +115,49 @@ def train_tokenizer(captions: Iterable[str], *, vocab_size: int) -> CaptionToken
     )
     tokenizer.train_from_iterator(captions, trainer)
     return CaptionTokenizer(tokenizer)
+
+
+def clip_tokenizer(vocabulary: Path, *, sha256: str) -> CaptionTokenizer:
+    """CLIP's own tokenizer of 49,408 tokens, out of OpenAI's `bpe_simple_vocab_16e6.txt.gz`.
+
+    Gives the ids of OpenAI's tokenizer for captions that need no repair: OpenAI also unescapes HTML and mends broken
+    encodings (ftfy), which is work for whoever prepares the captions; transformers leaves it out too. Raises
+    ValueError if the file is missing or is another.
+    """
+    merges = _read_merges(vocabulary, sha256=sha256)
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = [*letters, *(f"{letter}</w>" for letter in letters), *map("".join, merges), BOS, EOT]
+    bpe = models.BPE({token: i for i, token in enumerate(tokens)}, merges, end_of_word_suffix="</w>")
+    tokenizer = Tokenizer(bpe)
+    tokenizer.add_special_tokens([BOS, EOT])
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(CLIP_WORDS), behavior="removed", invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.ByteLevel(), decoders.Replace("</w>", " "), decoders.Strip(right=1)]
+    )
+    return CaptionTokenizer(tokenizer)
+
+
+def _read_merges(vocabulary: Path, *, sha256: str) -> list[tuple[str, str]]:
+    """The pairs that CLIP's BPE joins, first things first."""
+    try:
+        packed = vocabulary.read_bytes()
+    except OSError as error:
+        raise ValueError(
+            f"tokenizer.vocabulary: {vocabulary} cannot be read ({error.strerror}); give the path of CLIP's "
+            "bpe_simple_vocab_16e6.txt.gz (github.com/openai/CLIP, or inside the open-clip-torch wheel)"
+        ) from error
+    if (found := hashlib.sha256(packed).hexdigest()) != sha256:
+        raise ValueError(
+            f"tokenizer.vocabulary: {vocabulary} has the sha256 {found}, not {sha256}; fetch it again, or set "
+            "tokenizer.sha256 if this is the file that you mean"
+        )
+    lines = gzip.decompress(packed).decode("utf-8").split("\n")[1 : 1 + CLIP_MERGES]
+    return [(first, second) for first, second in (line.split() for line in lines)]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -15,35 +15,63 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from genpipe.artifacts import Artifact
+from genpipe.config import Config as Block
 from genpipe.config import StageConfig
 from genpipe.data.loader import sequential
 from genpipe.data.order import caption_draws
 from genpipe.data.pixels import Crop, crop_draws, read_images, to_float
 from genpipe.data.shards import Split as SplitName
 from genpipe.data.stream import ShardDataset, open_shards
-from genpipe.data.tokenizer import CaptionTokenizer, train_tokenizer
-from genpipe.evaluation.metrics import recall_at, retrieval_ranks
-from genpipe.generation import TOKENIZER_FILE
-from genpipe.models.clip import CLIP, CLIPConfig, contrastive_loss
+from genpipe.data.tokenizer import (
+    CLIP_EOT_ID,
+    CLIP_VOCAB_SIZE,
+    EOT_ID,
+    CaptionTokenizer,
+    clip_tokenizer,
+    train_tokenizer,
+)
+from genpipe.evaluation.retrieval import retrieval_recalls
+from genpipe.evaluation.zeroshot import ZeroShotConfig, class_embeds, named_class, zero_shot_accuracy
+from genpipe.generation.conditions import TOKENIZER_FILE
+from genpipe.models.clip import CLIP, CLIPConfig, keep_patches
+from genpipe.models.contrastive import encode_in_chunks
 from genpipe.stages.shard import check_image_size
 from genpipe.training.objective import Batch, Data, Metrics, Split, Step, Validation
 from genpipe.training.optim import TrainConfig
-from genpipe.weights import save_weights
+from genpipe.weights import InitialWeights, begin_with, save_weights
 
 VERSION = 1
 CONSUMES: tuple[str, ...] = ("shard",)
 
+PROMPTS = 1024
+"""Zero-shot prompts that pass the text tower at a time."""
+
 MIN_STD = 1e-4
 """Floor under the standard deviation of an embedding's dimension, so that a dead one divides by no zero."""
+
+
+class ClipVocabulary(Block):
+    """CLIP's own tokenizer instead of one that is trained on the captions: what imported weights need."""
+
+    kind: Literal["clip"]
+    vocabulary: Path = Field(description="OpenAI's bpe_simple_vocab_16e6.txt.gz, where every worker can read it")
+    sha256: str = "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a"
 
 
 class Config(StageConfig):
     model: CLIPConfig = CLIPConfig()
     crop: Crop = Field("center", description="where squares are cut from images that are stored with another shape")
     context_length: int = Field(32, ge=4, description="tokens of a caption, first and last included")
-    vocab_size: int = Field(2048, ge=259)
+    vocab_size: int = Field(2048, ge=259, description="most tokens of the tokenizer that is trained on the captions")
     tokenizer_captions: int = Field(1_000_000, ge=1, description="captions that the tokenizer is trained on")
+    tokenizer: ClipVocabulary | None = Field(None, description="a published tokenizer; none is trained then")
+    tower_batch_size: int | None = Field(
+        None, ge=1, description="rows that pass a tower at once, computed twice to save memory; default: a rank's share"
+    )
+    patch_dropout: float = Field(0.0, ge=0, lt=1, description="share of each image's patches left out in training")
+    zero_shot: ZeroShotConfig | None = Field(None, description="classify the held-out images in validation")
     statistics_samples: int = Field(4096, ge=1, description="images over which the embeddings' statistics are measured")
+    initial: InitialWeights | None = Field(None, description="weights to begin with, of this model; none: random ones")
     train: TrainConfig
 
 
@@ -51,12 +79,21 @@ def agree(cfg: Config, inputs: Mapping[str, Artifact]) -> dict[str, Any]:
     check_image_size(inputs["shard"], cfg.model.image_size, setting="model.image_size")
     if cfg.train.micro_batch_size is not None:
         raise ValueError("train.micro_batch_size: the contrastive loss compares the whole batch at once, so it "
-                         "cannot be cut; remove the setting, or lower global_batch_size or add workers")  # fmt: skip
+                         "cannot be cut; set tower_batch_size instead, which saves the same memory")  # fmt: skip
     return {
         "embed_dim": cfg.model.embed_dim,
         "text_width": cfg.model.text.width,
         "context_length": cfg.context_length,
         "clip_image_size": cfg.model.image_size,
+    }
+
+
+def example(cfg: Config, inputs: Mapping[str, Artifact], *, batch_size: int) -> Batch:
+    """A training batch of the longest captions, all zero."""
+    size = cfg.model.image_size
+    return {
+        "images": torch.zeros(batch_size, 3, size, size, dtype=torch.uint8),
+        "tokens": torch.zeros(batch_size, cfg.context_length, dtype=torch.int64),
     }
 
 
@@ -73,6 +110,7 @@ def _split(cfg: Config, inputs: Mapping[str, Artifact], name: SplitName) -> Spli
         size=cfg.model.image_size,
         crop=cfg.crop if name == "train" else "center",
         seed=cfg.train.seed if name == "train" else None,
+        classes=cfg.zero_shot.classes if cfg.zero_shot and name == "heldout" else (),
     )
     return Split(len(dataset), captioned, dataset.sources())
 
@@ -81,7 +119,8 @@ def _split(cfg: Config, inputs: Mapping[str, Artifact], name: SplitName) -> Spli
 class Captioned:
     """Collates `images`, uint8 [B, 3, size, size], and `tokens`, int64 [B, L], of one caption each.
 
-    Caption and crop follow from the position in the stream and `seed`; without a seed it is the first caption.
+    Caption and crop follow from the position in the stream and `seed`; without a seed it is the first caption. With
+    `classes` there are `labels` too, int64 [B]: the class that the caption names, or -1.
     """
 
     dataset: ShardDataset
@@ -90,6 +129,7 @@ class Captioned:
     size: int
     crop: Crop
     seed: int | None
+    classes: tuple[str, ...] = ()
 
     def __call__(self, indices: np.ndarray, positions: np.ndarray) -> Batch:
         crops = crop_draws(positions, crop=self.crop, seed=self.seed or 0)
@@ -98,10 +138,15 @@ class Captioned:
         pairs = zip(indices.tolist(), draws.tolist(), strict=True)
         captions = [self.dataset.caption(i, draw=draw) for i, draw in pairs]
         tokens = self.tokenizer.encode_short(captions, context_length=self.context_length)
-        return {"images": images, "tokens": torch.from_numpy(tokens)}
+        batch = {"images": images, "tokens": torch.from_numpy(tokens)}
+        if self.classes:
+            batch["labels"] = torch.tensor([named_class(caption, self.classes) for caption in captions])
+        return batch
 
 
 def _tokenizer(cfg: Config, inputs: Mapping[str, Artifact]) -> CaptionTokenizer:
+    if cfg.tokenizer is not None:
+        return clip_tokenizer(cfg.tokenizer.vocabulary, sha256=cfg.tokenizer.sha256)
     shard = inputs["shard"]
     return _train_tokenizer(shard.uri, shard.fingerprint, cfg.vocab_size, cfg.tokenizer_captions)
 
@@ -119,46 +164,84 @@ def _train_tokenizer(uri: str, fingerprint: str, vocab_size: int, captions: int)
 
 
 def objective(cfg: Config, inputs: Mapping[str, Artifact], device: torch.device) -> Objective:
-    return Objective(cfg, vocab_size=_tokenizer(cfg, inputs).vocab_size, device=device)
+    return Objective(cfg, None if device.type == "meta" else _tokenizer(cfg, inputs), device)
+
+
+def text_sizes(cfg: Config, tokenizer: CaptionTokenizer | None) -> dict[str, int]:
+    """What `CLIP` must know of its texts; without the tokenizer, what they will be at most."""
+    if tokenizer is not None:
+        vocab_size, eot_id = tokenizer.vocab_size, tokenizer.eot_id
+    else:
+        vocab_size, eot_id = (cfg.vocab_size, EOT_ID) if cfg.tokenizer is None else (CLIP_VOCAB_SIZE, CLIP_EOT_ID)
+    return {"vocab_size": vocab_size, "context_length": cfg.context_length, "eot_id": eot_id}
 
 
 class Objective:
-    """Symmetric InfoNCE over the global batch."""
+    """The contrastive loss over the global batch. On the meta device no tokenizer is needed."""
 
-    def __init__(self, cfg: Config, *, vocab_size: int, device: torch.device) -> None:
-        self.vocab_size = vocab_size
-        self.model = CLIP(cfg.model, vocab_size=vocab_size, context_length=cfg.context_length).to(device)
+    def __init__(self, cfg: Config, tokenizer: CaptionTokenizer | None, device: torch.device) -> None:
+        self.cfg = cfg
+        self.sizes = text_sizes(cfg, tokenizer)
+        self.model = CLIP(cfg.model, **self.sizes).to(device)
+        begin_with(self.model, cfg.initial, kind="clip")
         self.trainable: dict[str, nn.Module] = {"clip": self.model}
+        self.prompts: Tensor | None = None
+        if cfg.zero_shot is not None and tokenizer is not None:
+            prompts = tokenizer.encode_short(cfg.zero_shot.prompts(), context_length=cfg.context_length)
+            self.prompts = torch.from_numpy(prompts).to(device)
 
     def parts(self, samples_seen: int) -> Sequence[str]:
         return ("clip",)
 
     def loss(self, part: str, batch: Batch, step: Step) -> tuple[Tensor, Metrics]:
-        image_embed, text_embed = self.model(to_float(batch["images"]), batch["tokens"])
+        images, tokens, size = batch["images"], batch["tokens"], self.cfg.tower_batch_size
+        patches = [self._patches(images, step.generator)] if self.cfg.patch_dropout else []
+        image_embed = encode_in_chunks(self._image_embed, images, *patches, size=size)
+        text_embed = encode_in_chunks(self._text_embed, tokens, size=size)
         scale = self.model.logit_scale
-        loss = contrastive_loss(image_embed, text_embed, logit_scale=scale)
-        return loss, {"logit_scale": scale.detach().exp()}
+        return self.model.loss(image_embed, text_embed), {"logit_scale": scale.detach().exp()}
+
+    def _image_embed(self, images: Tensor, patches_BK: Tensor | None = None) -> Tensor:
+        return self.model.encode_image(to_float(images), patches_BK=patches_BK)
+
+    def _text_embed(self, tokens: Tensor) -> Tensor:
+        return self.model.encode_text(tokens)[0]
+
+    def _patches(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        patches, drop = self.cfg.model.patches, self.cfg.patch_dropout
+        return keep_patches(images, patches=patches, drop=drop, generator=generator)
 
     def after_step(self) -> None:
         self.model.clamp_logit_scale_()
 
     def validate(self, batches: Iterable[Batch], generator: torch.Generator) -> Validation:
-        embeds = [self.model(to_float(batch["images"]), batch["tokens"]) for batch in batches]
+        embeds, labels = [], []
+        for batch in batches:
+            embeds.append(self.model(to_float(batch["images"]), batch["tokens"]))
+            labels.append(batch.get("labels", batch["tokens"].new_empty(0)))
         images, texts = (torch.cat(part) for part in zip(*embeds, strict=True))
+        loss = self.model.loss(images, texts, gather=False)
         own = torch.arange(len(images), device=images.device)
-        loss = contrastive_loss(images, texts, logit_scale=self.model.logit_scale, gather=False)
         metrics = {"loss": loss.item(), "pool": float(len(images))}
-        for name, queries, pool in (("image_to_text", images, texts), ("text_to_image", texts, images)):
-            ranks = retrieval_ranks(queries, pool, own)
-            metrics |= {f"{name}_r{k}": recall_at(ranks, k) for k in (1, 5)}
+        metrics |= retrieval_recalls(images, texts, image_of_text=own)
+        if self.cfg.zero_shot is not None and self.prompts is not None:
+            prompts = torch.cat([self._text_embed(tokens) for tokens in self.prompts.split(PROMPTS)])
+            classes = class_embeds(prompts, classes=len(self.cfg.zero_shot.classes))
+            metrics |= _zero_shot(images, torch.cat(labels), classes)
         return Validation(metrics)
+
+
+def _zero_shot(images: Tensor, labels: Tensor, classes: Tensor) -> dict[str, float]:
+    """The accuracy over the images whose caption names a class, and how many they are."""
+    named = labels >= 0
+    count = {"zero_shot_images": named.sum().item()}
+    return count | zero_shot_accuracy(images[named], labels[named], classes) if named.any() else count
 
 
 def export(objective: Objective, cfg: Config, inputs: Mapping[str, Artifact], folder: Path) -> dict[str, Any]:
     tokenizer = _tokenizer(cfg, inputs)
     tokenizer.save(folder / TOKENIZER_FILE)
-    sizes = {"vocab_size": objective.vocab_size, "context_length": cfg.context_length}
-    save_weights(objective.model, folder, kind="clip", config=cfg.model, sizes=sizes, extra={})
+    save_weights(objective.model, folder, kind="clip", config=cfg.model, sizes=objective.sizes, extra={})
     embeds = image_embeds(objective.model, data(cfg, inputs).train, limit=cfg.statistics_samples)
     return {
         "tokenizer": tokenizer.digest,
