@@ -1,25 +1,37 @@
-"""The diffusion prior of unCLIP (Ramesh et al. 2022, sec. 2.2): from a caption to an image embedding.
+"""The priors of unCLIP (Ramesh et al. 2022, sec. 2.2): from a caption to an image embedding.
 
 Shapes: B batch, L text tokens, D embedding width, W text width, M model width.
 """
 
 from __future__ import annotations
 
+from typing import Annotated, Literal
+
 import torch
-from pydantic import PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveInt, Tag
 from torch import Tensor, nn
 
+from genpipe.config import by_kind
+from genpipe.models.autoregressive_prior import AutoregressivePrior, AutoregressivePriorConfig
 from genpipe.models.layers import LevelEmbedding, TransformerBlock, TransformerConfig
+from genpipe.models.prefix import Caption, NullText, causal_mask, drop_captions, null_caption
 
 
-class PriorConfig(TransformerConfig):
-    """Size of the prior's transformer."""
+class DiffusionPriorConfig(TransformerConfig):
+    """Size and details of the diffusion prior's transformer; configs/model/prior/karlo.yaml has the published ones."""
 
+    kind: Literal["diffusion"] = "diffusion"
     width: PositiveInt = 192
     depth: PositiveInt = 4
+    null_text: NullText = Field("learned", description="what a dropped caption gives way to")
+    text_positions: NonNegativeInt = Field(
+        0, description="learned positions for so many caption tokens; 0: the encodings carry their own"
+    )
+    time_frequencies: int = Field(256, ge=2, multiple_of=2, description="sines and cosines of the time")
+    qk_norm: bool = Field(True, description="layer-norm queries and keys, against divergence in bf16")
 
 
-class Prior(nn.Module):
+class DiffusionPrior(nn.Module):
     """Causal transformer over [text encodings, text embed, time, noised image embed, query]; predicts x0.
 
     Embeddings are in the units of the diffusion, about unit variance per dimension: whoever calls scales
@@ -28,19 +40,21 @@ class Prior(nn.Module):
 
     SPECIAL = 4  # text embed, time, noised image embed, query
 
-    def __init__(self, cfg: PriorConfig, *, embed_dim: int, text_width: int) -> None:
+    def __init__(self, cfg: DiffusionPriorConfig, *, embed_dim: int, text_width: int, null_tokens: int = 1) -> None:
         super().__init__()
+        self.cfg = cfg
         self.encodings_in = nn.Linear(text_width, cfg.width)
         self.text_in = nn.Linear(embed_dim, cfg.width)
-        self.time_in = LevelEmbedding(cfg.width)
+        self.time_in = LevelEmbedding(cfg.width, frequencies=cfg.time_frequencies)
         self.image_in = nn.Linear(embed_dim, cfg.width)
         self.query_M = nn.Parameter(0.02 * torch.randn(cfg.width))
-        # The encodings carry their positions from the text tower; only the four that follow need one.
-        self.positions_SM = nn.Parameter(0.02 * torch.randn(self.SPECIAL, cfg.width))
-        self.null_encoding_W = nn.Parameter(0.02 * torch.randn(text_width))
-        self.null_text_D = nn.Parameter(0.02 * torch.randn(embed_dim))
+        self.positions_SM = nn.Parameter(0.02 * torch.randn(cfg.text_positions + self.SPECIAL, cfg.width))
+        self.null_encoding_W, self.null_text_D = null_caption(
+            cfg.null_text, embed_dim=embed_dim, text_width=text_width, null_tokens=null_tokens
+        )
         self.blocks = nn.ModuleList(
-            TransformerBlock(cfg.width, heads=cfg.heads, mlp_ratio=cfg.mlp_ratio) for _ in range(cfg.depth)
+            TransformerBlock(cfg.width, heads=cfg.heads, mlp_ratio=cfg.mlp_ratio, qk_norm=cfg.qk_norm)
+            for _ in range(cfg.depth)
         )
         self.norm = nn.LayerNorm(cfg.width)
         self.image_out = nn.Linear(cfg.width, embed_dim)
@@ -59,34 +73,41 @@ class Prior(nn.Module):
 
         noised_embed, text_embed [B, D]; t [B] in [0, 1]; text_encodings [B, L, W]; text_mask bool [B, L],
         True at tokens that are not padding; drop_text bool [B], True where the caption gives way to the
-        learned null caption. The noised embedding is never dropped.
+        null caption. The noised embedding is never dropped.
         """
-        length = text_encodings.shape[1]
-        encodings = torch.where(drop_text[:, None, None], self.null_encoding_W, text_encodings)
-        text = torch.where(drop_text[:, None], self.null_text_D, text_embed)
+        caption = drop_captions(
+            Caption(text_embed, text_encodings, text_mask),
+            drop_text,
+            null_encodings=self.null_encoding_W,
+            null_embed=self.null_text_D,
+        )
         special = torch.stack(
             [
-                self.text_in(text),
+                self.text_in(caption.embed),
                 self.time_in(t),
                 self.image_in(noised_embed),
                 self.query_M.expand(len(t), -1),
             ],
             dim=1,
         )
-        x_BLM = torch.cat([self.encodings_in(encodings), special + self.positions_SM], dim=1)
-        mask = prior_mask(text_mask, drop_text=drop_text, length=length, special=self.SPECIAL)
+        encodings = self.encodings_in(caption.encodings)
+        if self.cfg.text_positions:
+            encodings = encodings + self.positions_SM[: encodings.shape[1]]
+        x_BSM = torch.cat([encodings, special + self.positions_SM[-self.SPECIAL :]], dim=1)
+        mask = causal_mask(caption.real, extra=self.SPECIAL)
         for block in self.blocks:
-            x_BLM = block(x_BLM, mask=mask)
-        return self.image_out(self.norm(x_BLM[:, -1])).float()
+            x_BSM = block(x_BSM, mask=mask)
+        return self.image_out(self.norm(x_BSM[:, -1])).float()
 
 
-def prior_mask(text_mask: Tensor, *, drop_text: Tensor, length: int, special: int) -> Tensor:
-    """Causal mask without padding, bool [B, 1, S, S], S = length + special; a dropped caption: one token."""
-    total = length + special
-    first_L = torch.arange(length, device=text_mask.device) == 0
-    text_mask = torch.where(drop_text[:, None], first_L, text_mask)
-    real = torch.cat([text_mask, text_mask.new_ones(len(text_mask), special)], dim=1)
-    causal = torch.ones(total, total, dtype=torch.bool, device=text_mask.device).tril()
-    # A padding token sees itself, so that no row of the softmax is empty.
-    itself = torch.eye(total, dtype=torch.bool, device=text_mask.device)
-    return ((causal & real[:, None, :]) | itself)[:, None]
+Prior = DiffusionPrior | AutoregressivePrior
+
+PriorConfig = Annotated[
+    Annotated[DiffusionPriorConfig, Tag("diffusion")] | Annotated[AutoregressivePriorConfig, Tag("autoregressive")],
+    by_kind("diffusion"),
+]
+
+
+def build_prior(cfg: DiffusionPriorConfig | AutoregressivePriorConfig, **sizes: int) -> Prior:
+    """The prior of a config; `sizes` are those of its class: embed_dim, text_width, null_tokens, components."""
+    return DiffusionPrior(cfg, **sizes) if cfg.kind == "diffusion" else AutoregressivePrior(cfg, **sizes)

@@ -1,4 +1,4 @@
-"""Train the diffusion prior: caption to image embedding (Ramesh et al. 2022, section 2.2)."""
+"""Train a prior: caption to image embedding (Ramesh et al. 2022, section 2.2), by diffusion or code by code."""
 
 from __future__ import annotations
 
@@ -6,36 +6,62 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from genpipe.artifacts import Artifact
+from genpipe.artifacts import Artifact, fetch
 from genpipe.config import StageConfig
-from genpipe.diffusion.process import DiffusionConfig, SamplerConfig, fixed_time_losses, training_loss
+from genpipe.data.features import FeatureDataset
+from genpipe.diffusion.process import DiffusionConfig, SamplerConfig, check_sampler, fixed_time_losses, training_loss
 from genpipe.evaluation.metrics import cosine, mean_losses, unrelated
-from genpipe.generation import Text, embed_statistics, prior_model, sample_image_embeds
-from genpipe.models.prior import Prior, PriorConfig
-from genpipe.stages.features import cached_data
+from genpipe.generation.conditions import Text, embed_statistics
+from genpipe.generation.embeds import (
+    code_losses,
+    in_unit_variance,
+    prior_model,
+    sample_image_embeds,
+    unconditional_image_embeds,
+)
+from genpipe.models.autoregressive_prior import AutoregressivePrior, AutoregressivePriorConfig
+from genpipe.models.principal_codes import principal_components
+from genpipe.models.prior import DiffusionPriorConfig, Prior, PriorConfig, build_prior
+from genpipe.stages.features import cached_data, example_features
 from genpipe.training.objective import Batch, Data, Metrics, Step, Validation
 from genpipe.training.optim import TrainConfig
-from genpipe.weights import save_weights
+from genpipe.weights import InitialWeights, begin_with, save_weights
 
 VERSION = 1
 CONSUMES: tuple[str, ...] = ("features",)
 
+FIT_CHUNK = 4096
+
 
 class Config(StageConfig):
-    model: PriorConfig = PriorConfig()
-    diffusion: DiffusionConfig = DiffusionConfig(schedule="cosine", predict="x0", time_sampling="uniform")
-    drop_text: float = Field(0.1, ge=0, lt=1, description="share of captions given up for the learned null")
-    sampler: SamplerConfig = Field(SamplerConfig(), description="of the validation's samples")
+    model: PriorConfig = DiffusionPriorConfig()
+    diffusion: DiffusionConfig = Field(
+        DiffusionConfig(schedule="cosine", predict="x0", time_sampling="uniform"), description="of the diffusion prior"
+    )
+    drop_text: float = Field(0.1, ge=0, lt=1, description="share of captions given up for the null caption")
+    sampler: SamplerConfig = Field(
+        SamplerConfig(), description="of the validation's samples; autoregressive: its guidance_scale alone"
+    )
     candidates: int = Field(2, ge=1)
+    initial: InitialWeights | None = Field(None, description="weights to begin with, of this model; none: random ones")
     train: TrainConfig
 
 
 def agree(cfg: Config, inputs: Mapping[str, Artifact]) -> dict[str, Any]:
     meta = inputs["features"].meta
+    if cfg.model.kind == "diffusion" and 0 < cfg.model.text_positions < meta["context_length"]:
+        raise ValueError(
+            f"model.text_positions {cfg.model.text_positions} is less than CLIP's context_length "
+            f"{meta['context_length']}; raise it to that"
+        )
+    if cfg.diffusion.variance == "learned":
+        raise ValueError("diffusion.variance 'learned': a prior predicts embeddings alone; set it to 'fixed'")
+    check_sampler(cfg.sampler, cfg.diffusion)
     return {name: meta[name] for name in ("embed_dim", "text_width", "clip")}
 
 
@@ -43,60 +69,134 @@ def data(cfg: Config, inputs: Mapping[str, Artifact]) -> Data:
     return cached_data(inputs, arrays=("image_embeds",), seed=cfg.train.seed)
 
 
+def example(cfg: Config, inputs: Mapping[str, Artifact], *, batch_size: int) -> Batch:
+    """Zeros in the shapes and dtypes of a batch whose longest caption fills the context."""
+    return example_features(inputs, arrays=("image_embeds",), batch_size=batch_size)
+
+
 def objective(cfg: Config, inputs: Mapping[str, Artifact], device: torch.device) -> Objective:
-    return Objective(cfg, inputs["features"].meta, device)
+    """What to train, with all that it takes from the training features in place: the same on every rank and resume.
+
+    On the meta device nothing is read, codes are as many as they can be, and the statistics may be unknown yet.
+    """
+    meta = inputs["features"].meta
+    sizes: dict[str, int] = {name: meta[name] for name in ("embed_dim", "text_width")}
+    if device.type == "meta":
+        dim = sizes["embed_dim"]
+        if cfg.model.kind == "autoregressive":
+            sizes["components"] = min(dim, cfg.model.max_components or dim)
+        with device:
+            model = build_prior(cfg.model, **sizes)
+        return Objective(cfg, {"image_embed_mean": [0.0] * dim, "image_embed_std": [1.0] * dim}, model, sizes)
+    empty = None
+    if cfg.model.null_text == "encoder":
+        empty = Text.from_cache(_training_features(inputs).null_text())
+        sizes["null_tokens"] = int(empty.mask.sum())
+    prior: Prior
+    if isinstance(cfg.model, AutoregressivePriorConfig):
+        fitted = fitted_prior(cfg.model, _training_features(inputs), sizes)
+        sizes["components"], prior = fitted.components, fitted
+    else:
+        prior = build_prior(cfg.model, **sizes)
+    if empty is not None:
+        fill_null_text(prior, empty)
+    begin_with(prior, cfg.initial, kind="prior")
+    return Objective(cfg, meta, prior.to(device), sizes)
+
+
+def _training_features(inputs: Mapping[str, Artifact]) -> FeatureDataset:
+    return FeatureDataset(fetch(inputs["features"]), split="train")
+
+
+def fitted_prior(
+    cfg: AutoregressivePriorConfig, features: FeatureDataset, sizes: Mapping[str, int]
+) -> AutoregressivePrior:
+    """An untrained autoregressive prior whose codes are fitted on samples spread evenly over the features.
+
+    Raises ValueError if there are fewer of them than buckets.
+    """
+    count = min(cfg.fit_samples, len(features))
+    if count < cfg.buckets:
+        raise ValueError(
+            f"model.buckets {cfg.buckets} cannot be filled from {count} training samples; lower it, best to a tenth "
+            "of them, or raise model.fit_samples"
+        )
+    spread = np.linspace(0, len(features) - 1, count).astype(np.int64)
+    chunks = np.array_split(spread, -(-count // FIT_CHUNK))
+    mean, basis = principal_components(
+        map(features.image_embeds, chunks), variance=cfg.variance, at_most=cfg.max_components
+    )
+    prior = AutoregressivePrior(cfg, **sizes, components=len(basis))
+    pairs = ((features.image_embeds(chunk), features.text_embeds(chunk)) for chunk in chunks)
+    dots = [(image.float() * text.float()).sum(-1) for image, text in pairs]
+    prior.codes.fit(mean, basis, embeds=map(features.image_embeds, chunks), dot_F=torch.cat(dots))
+    return prior
+
+
+@torch.no_grad()
+def fill_null_text(prior: Prior, empty: Text) -> None:
+    """Give a prior with `null_text: encoder` what the encoder says of the empty caption, B = 1."""
+    prior.null_encoding_W.copy_(empty.encodings[empty.mask])
+    prior.null_text_D.copy_(in_unit_variance(empty.embed)[0])
 
 
 class Objective:
-    """Mean squared error of the predicted embedding, in standardised units."""
+    """Diffusion: mean squared error of the predicted embedding, in standardised units. Autoregressive: nats a code."""
 
-    def __init__(self, cfg: Config, meta: Mapping[str, Any], device: torch.device) -> None:
+    def __init__(self, cfg: Config, meta: Mapping[str, Any], model: Prior, sizes: Mapping[str, int]) -> None:
         self.cfg = cfg
-        self.statistics = embed_statistics(meta, device)
-        self.sizes = {"embed_dim": meta["embed_dim"], "text_width": meta["text_width"]}
-        self.model = Prior(cfg.model, **self.sizes).to(device)
+        self.model, self.sizes = model, dict(sizes)
+        self.statistics = embed_statistics(meta, model.null_text_D.device)
         self.trainable: dict[str, nn.Module] = {"prior": self.model}
 
     def parts(self, samples_seen: int) -> Sequence[str]:
         return ("prior",)
 
     def loss(self, part: str, batch: Batch, step: Step) -> tuple[Tensor, Metrics]:
-        x0 = self.statistics.standardise(batch["image_embeds"])
-        drop = torch.rand(len(x0), generator=step.generator, device=x0.device) < self.cfg.drop_text
-        model = prior_model(self.model, Text.from_cache(batch), drop_text=drop)
+        text, embeds = Text.from_cache(batch), batch["image_embeds"].float()
+        drop = torch.rand(len(embeds), generator=step.generator, device=embeds.device) < self.cfg.drop_text
+        if isinstance(self.model, AutoregressivePrior):
+            return code_losses(self.model, embeds, text, drop_text=drop).mean(), {}
+        model, x0 = prior_model(self.model, text, drop_text=drop), self.statistics.standardise(embeds)
         return training_loss(model, x0, self.cfg.diffusion, generator=step.generator).mean(), {}
 
     def after_step(self) -> None:
         pass
 
     def validate(self, batches: Iterable[Batch], generator: torch.Generator) -> Validation:
-        losses: list[dict[str, Tensor]] = []
-        samples, truths, texts = [], [], []
+        """The scoreboard, on which both kinds compare; `loss` compares within a kind."""
+        cfg = self.cfg
+        sampling: dict[str, Any] = {
+            "statistics": self.statistics, "diffusion": cfg.diffusion, "sampler": cfg.sampler, "generator": generator
+        }  # fmt: skip
+        losses, samples, truths, texts = [], [], [], []
         for batch in batches:
             text, truth = Text.from_cache(batch), batch["image_embeds"].float()
-            keep = torch.zeros(len(truth), dtype=torch.bool, device=truth.device)
-            model = prior_model(self.model, text, drop_text=keep)
-            x0 = self.statistics.standardise(truth)
-            losses.append(fixed_time_losses(model, x0, self.cfg.diffusion, generator=generator))
-            samples.append(
-                sample_image_embeds(
-                    self.model,
-                    text,
-                    statistics=self.statistics,
-                    diffusion=self.cfg.diffusion,
-                    sampler=self.cfg.sampler,
-                    candidates=self.cfg.candidates,
-                    generator=generator,
-                )
-            )
+            losses.append(self._heldout_losses(truth, text, generator))
+            samples.append(sample_image_embeds(self.model, text, candidates=cfg.candidates, **sampling))
             truths.append(truth)
-            texts.append(text.embed)
-        sampled, truth, text_embed = torch.cat(samples), torch.cat(truths), torch.cat(texts)
-        metrics = mean_losses(losses)
-        metrics["cosine"] = cosine(sampled, truth).mean().item()
-        metrics["cosine_unrelated"] = cosine(sampled, unrelated(truth)).mean().item()
-        metrics["cosine_text"] = cosine(text_embed, truth).mean().item()
-        return Validation(metrics)
+            texts.append(text)
+        without = torch.cat([unconditional_image_embeds(self.model, text, **sampling) for text in texts])
+        sampled, truth, text_embed = torch.cat(samples), torch.cat(truths), torch.cat([text.embed for text in texts])
+        found = {
+            "cosine": cosine(sampled, truth),
+            "cosine_unrelated": cosine(sampled, unrelated(truth)),
+            "cosine_unconditional": cosine(without, truth),
+            "cosine_text": cosine(text_embed, truth),
+            "cosine_text_sampled": cosine(text_embed, sampled),
+        }
+        return Validation(mean_losses(losses) | mean_losses([found]))
+
+    def _heldout_losses(self, truth: Tensor, text: Text, generator: torch.Generator) -> dict[str, Tensor]:
+        keep = torch.zeros(len(truth), dtype=torch.bool, device=truth.device)
+        if isinstance(self.model, AutoregressivePrior):
+            codes = self.model.codes
+            return {
+                "loss": code_losses(self.model, truth, text, drop_text=keep),
+                "cosine_codes": cosine(codes.decode(codes.encode(truth)), truth),
+            }
+        model, x0 = prior_model(self.model, text, drop_text=keep), self.statistics.standardise(truth)
+        return fixed_time_losses(model, x0, self.cfg.diffusion, generator=generator)
 
 
 def export(objective: Objective, cfg: Config, inputs: Mapping[str, Artifact], folder: Path) -> dict[str, Any]:
