@@ -144,6 +144,13 @@ class FeatureDataset:
             **{name: self._gather(name, shards, captions, tokens=longest) for name in tokenwise},
         }
 
+    def text_embeds(self, indices: np.ndarray) -> torch.Tensor:
+        """[B, D]: of each sample's first caption."""
+        shards, rows = self._places(indices)
+        places = zip(shards.tolist(), rows.tolist(), strict=True)
+        captions = np.asarray([self._caption(shard, row, 0.0) for shard, row in places], np.int64)
+        return self._gather("text_embeds", shards, captions)
+
     def null_text(self) -> dict[str, torch.Tensor]:
         """The empty caption as `text` gives others, B = 1: what a dropped caption is replaced by."""
         arrays = {path.stem: np.load(path, allow_pickle=False) for path in (self.folder / NULL_TEXT).glob("*.npy")}

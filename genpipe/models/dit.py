@@ -1,72 +1,111 @@
-"""Diffusion transformer (Peebles & Xie 2023) with adaLN-zero and context tokens in the attention.
+"""Diffusion transformer (Peebles & Xie 2023) with adaLN-zero, and three ways to attend to a context.
 
 Shapes: B batch, C channels, H and W grid, L tokens, D width.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from pydantic import PositiveInt
+from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
 from genpipe.models.layers import (
+    Activation,
     Attention,
+    CrossAttention,
     LevelEmbedding,
     Mlp,
     Rotary,
     TransformerConfig,
     grid_coordinates,
+    joint_mask,
     patchify,
+    recomputed,
     sinusoid,
     unpatchify,
+    zeroed,
 )
 
 
 class DiTConfig(TransformerConfig):
-    """Size of the transformer and how it knows where a token is.
+    """Size of the transformer, how it knows where a token is, and how it attends to the context.
 
     positions: "absolute" adds sinusoids of the coordinates (a token knows its place in the image), "relative"
     turns queries and keys by them (crops and whole images look alike).
+
+    context: "keys" extends every attention's keys and values (Nichol et al. 2021, GLIDE), "cross" follows it with
+    cross-attention (Chen et al. 2023, PixArt-alpha), "joint" appends the context to the image's tokens (Peebles & Xie
+    2023, section 3.2, in-context conditioning).
+
+    The paper's own has qk_norm false, activation gelu_tanh, norm_eps 1e-6; DiT-XL/2 is width 1152, depth 28, heads 16.
     """
 
+    kind: Literal["dit"] = "dit"
     patch_size: PositiveInt = 2
     width: PositiveInt = 256
     depth: PositiveInt = 8
     positions: Literal["absolute", "relative"] = "absolute"
+    context: Literal["keys", "cross", "joint"] = "keys"
+    qk_norm: bool = Field(True, description="layer norm on queries and keys, which keeps bf16 training stable")
+    activation: Activation = "gelu"
+    norm_eps: PositiveFloat = 1e-5
+    checkpoint_blocks: bool = Field(False, description="recompute activations in the backward pass: less memory")
+
+    @property
+    def grid_multiple(self) -> int:
+        """What height and width of the grid must be multiples of."""
+        return self.patch_size
+
+
+class Given(NamedTuple):
+    """What every block is given: conditioning vector [B, D], context and mask as `DiTBlock` says, positions."""
+
+    vector: Tensor
+    context: Tensor | None
+    mask: Tensor | None
+    rotary: Rotary | None
 
 
 class DiTBlock(nn.Module):
-    """Attention and MLP, shifted, scaled and gated by the conditioning vector; the identity at the start."""
+    """Attention and MLP, shifted, scaled and gated by the conditioning vector; the identity at the start.
+
+    The context [B, M, context_dim] extends the keys, with a mask [B, 1, 1, L + M], or is attended to between the
+    two, with a mask [B, 1, 1, M]. With neither, the mask is over the tokens themselves.
+    """
 
     def __init__(self, cfg: DiTConfig, *, context_dim: int | None) -> None:
         super().__init__()
-        self.attention = Attention(cfg.width, heads=cfg.heads, context_dim=context_dim)
-        self.mlp = Mlp(cfg.width, ratio=cfg.mlp_ratio)
-        self.modulation = nn.Linear(cfg.width, 6 * cfg.width)
-        nn.init.zeros_(self.modulation.weight)
-        nn.init.zeros_(self.modulation.bias)
+        self.norm_eps = cfg.norm_eps
+        keys_dim = context_dim if cfg.context == "keys" else None
+        self.attention = Attention(cfg.width, heads=cfg.heads, context_dim=keys_dim, qk_norm=cfg.qk_norm)
+        self.mlp = Mlp(cfg.width, ratio=cfg.mlp_ratio, activation=cfg.activation)
+        self.modulation = zeroed(nn.Linear(cfg.width, 6 * cfg.width))
+        self.cross_attention = None
+        if context_dim is not None and cfg.context == "cross":
+            self.cross_attention = CrossAttention(
+                cfg.width, heads=cfg.heads, context_dim=context_dim, qk_norm=cfg.qk_norm
+            )
+            zeroed(self.cross_attention.out)
 
-    def forward(
-        self,
-        x_BLD: Tensor,
-        *,
-        vector: Tensor,
-        context: Tensor | None,
-        mask: Tensor | None,
-        rotary: Rotary | None,
-    ) -> Tensor:
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(vector)[:, None].chunk(6, dim=-1)
-        modulated = modulate(x_BLD, shift=shift_a, scale=scale_a)
-        x_BLD = x_BLD + gate_a * self.attention(modulated, mask=mask, context=context, rotary=rotary)
-        return x_BLD + gate_m * self.mlp(modulate(x_BLD, shift=shift_m, scale=scale_m))
+    def forward(self, x_BLD: Tensor, given: Given) -> Tensor:
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(given.vector)[:, None].chunk(6, dim=-1)
+        modulated = modulate(x_BLD, shift=shift_a, scale=scale_a, eps=self.norm_eps)
+        if self.cross_attention is None:
+            attended = self.attention(modulated, mask=given.mask, context=given.context, rotary=given.rotary)
+            x_BLD = x_BLD + gate_a * attended
+        else:
+            assert given.context is not None, "DiT checks it"
+            x_BLD = x_BLD + gate_a * self.attention(modulated, rotary=given.rotary)
+            x_BLD = x_BLD + self.cross_attention(x_BLD, context=given.context, mask=given.mask)
+        return x_BLD + gate_m * self.mlp(modulate(x_BLD, shift=shift_m, scale=scale_m, eps=self.norm_eps))
 
 
-def modulate(x_BLD: Tensor, *, shift: Tensor, scale: Tensor) -> Tensor:
+def modulate(x_BLD: Tensor, *, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
     """Layer norm without parameters, then x (1 + scale) + shift."""
-    return F.layer_norm(x_BLD, x_BLD.shape[-1:]) * (1 + scale) + shift
+    return F.layer_norm(x_BLD, x_BLD.shape[-1:], eps=eps) * (1 + scale) + shift
 
 
 class DiT(nn.Module):
@@ -88,12 +127,11 @@ class DiT(nn.Module):
         self.time_in = LevelEmbedding(width)
         self.vector_in = None if vector_dim is None else nn.Linear(vector_dim, width)
         self.context_norm = None if context_dim is None else nn.LayerNorm(context_dim)
-        self.blocks = nn.ModuleList(DiTBlock(cfg, context_dim=context_dim) for _ in range(cfg.depth))
-        self.modulation_out = nn.Linear(width, 2 * width)
-        self.patches_out = nn.Linear(width, out_channels * area)
-        for layer in (self.modulation_out, self.patches_out):
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
+        joint_dim, own_dim = (context_dim, None) if cfg.context == "joint" else (None, context_dim)
+        self.blocks = nn.ModuleList(DiTBlock(cfg, context_dim=own_dim) for _ in range(cfg.depth))
+        self.modulation_out = zeroed(nn.Linear(width, 2 * width))
+        self.patches_out = zeroed(nn.Linear(width, out_channels * area))
+        self.context_in = None if joint_dim is None else nn.Linear(joint_dim, width)
 
     def forward(
         self,
@@ -106,37 +144,41 @@ class DiT(nn.Module):
     ) -> Tensor:
         """Prediction [B, out_channels, H, W] in fp32 for x [B, in_channels, H, W] at times t [B] in [0, 1].
 
-        context [B, M, context_dim] with context_mask bool [B, M], True at tokens that count; vector [B,
-        vector_dim] is added to the time embedding. H and W are multiples of patch_size.
+        context [B, M, context_dim] with context_mask bool [B, M], True at tokens that count (at least one where
+        context is "cross"); vector [B, vector_dim] is added to the time embedding. H and W are multiples of
+        patch_size, or ValueError is raised.
         """
+        assert (context is None) == (self.context_norm is None), "context is given as the DiT was built"
+        assert (vector is None) == (self.vector_in is None), "a vector is given as the DiT was built"
         height, width = x_BCHW.shape[-2:]
         x_BLD = self.patches_in(patchify(x_BCHW, self.cfg.patch_size))
-        coordinates = self._coordinates(height, width, device=x_BCHW.device)
-        rotary = None
+        tokens = x_BLD.shape[1]
+        coordinates = grid_coordinates(height // self.cfg.patch_size, width // self.cfg.patch_size, device=x_BLD.device)
         if self.cfg.positions == "absolute":
             x_BLD = x_BLD + sinusoid(coordinates, dim=self.cfg.width // 2).flatten(1)
-        else:
-            rotary = Rotary(coordinates, head_dim=self.cfg.width // self.cfg.heads)
         embedded = self.time_in(t_B)
         if self.vector_in is not None:
-            assert vector is not None, "this DiT was built with vector_dim"
             embedded = embedded + self.vector_in(vector)
-        conditioning = F.silu(embedded)
         if self.context_norm is not None:
-            assert context is not None, "this DiT was built with context_dim"
             context = self.context_norm(context)
-        mask = None if context_mask is None else self._mask(context_mask, tokens=x_BLD.shape[1])
+        if self.context_in is not None:
+            x_BLD = torch.cat([x_BLD, self.context_in(context)], dim=1)
+            context = None
+            # The context's tokens are turned by nothing, as those in the first cell.
+            coordinates = F.pad(coordinates, (0, 0, 0, x_BLD.shape[1] - tokens))
+        rotary = None
+        if self.cfg.positions == "relative":
+            rotary = Rotary(coordinates, head_dim=self.cfg.width // self.cfg.heads)
+        given = Given(F.silu(embedded), context, self._mask(context_mask, tokens=tokens), rotary)
         for block in self.blocks:
-            x_BLD = block(x_BLD, vector=conditioning, context=context, mask=mask, rotary=rotary)
-        shift, scale = self.modulation_out(conditioning)[:, None].chunk(2, dim=-1)
-        out = self.patches_out(modulate(x_BLD, shift=shift, scale=scale))
+            x_BLD = recomputed(block, x_BLD, given) if self.cfg.checkpoint_blocks else block(x_BLD, given)
+        shift, scale = self.modulation_out(given.vector)[:, None].chunk(2, dim=-1)
+        out = self.patches_out(modulate(x_BLD[:, :tokens], shift=shift, scale=scale, eps=self.cfg.norm_eps))
         return unpatchify(out, self.cfg.patch_size, height=height, width=width).float()
 
-    def _coordinates(self, height: int, width: int, *, device: torch.device) -> Tensor:
-        return grid_coordinates(height // self.cfg.patch_size, width // self.cfg.patch_size, device=device)
-
-    @staticmethod
-    def _mask(context_mask_BM: Tensor, *, tokens: int) -> Tensor:
-        """Keys are the image's tokens, which always count, then the context's: bool [B, 1, 1, tokens + M]."""
-        image_mask = context_mask_BM.new_ones(len(context_mask_BM), tokens)
-        return torch.cat([image_mask, context_mask_BM], dim=1)[:, None, None]
+    def _mask(self, context_mask_BM: Tensor | None, *, tokens: int) -> Tensor | None:
+        """Over the context alone if it is crossed, else over the image's tokens and the context's."""
+        if context_mask_BM is None:
+            return None
+        crossed = self.cfg.context == "cross"
+        return context_mask_BM[:, None, None] if crossed else joint_mask(context_mask_BM, tokens=tokens)

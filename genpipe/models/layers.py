@@ -6,14 +6,19 @@ Shapes: B batch, L tokens (Q queries, K keys), D width, H heads, E width of a he
 from __future__ import annotations
 
 import math
-from typing import Self
+from collections.abc import Callable
+from typing import Literal, Self, TypeVar
 
 import torch
 import torch.nn.functional as F
 from pydantic import PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from genpipe.config import Config
+
+Activation = Literal["gelu", "gelu_tanh", "quick_gelu"]
+Layer = TypeVar("Layer", nn.Linear, nn.Conv2d)
 
 
 class TransformerConfig(Config):
@@ -51,20 +56,39 @@ def split_heads(x_BLD: Tensor, heads: int) -> Tensor:
     return x_BLD.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
+class KeyValueCache:
+    """Keys and values of the tokens that an attention has seen, [B, T, D] each, with room for `tokens`."""
+
+    def __init__(self, tokens: int) -> None:
+        self.tokens, self.length = tokens, 0
+
+    def extended(self, k_BLD: Tensor, v_BLD: Tensor) -> tuple[Tensor, Tensor]:
+        """The keys and values so far, with those of L more tokens appended."""
+        if self.length == 0:
+            room = (len(k_BLD), self.tokens, k_BLD.shape[2])
+            self.k_BTD, self.v_BTD = k_BLD.new_empty(room), v_BLD.new_empty(room)
+        start, self.length = self.length, self.length + k_BLD.shape[1]
+        self.k_BTD[:, start : self.length] = k_BLD
+        self.v_BTD[:, start : self.length] = v_BLD
+        return self.k_BTD[:, : self.length], self.v_BTD[:, : self.length]
+
+
 class Attention(nn.Module):
     """Self-attention, whose keys may be extended by a context, as in GLIDE (Nichol et al. 2021, sec. 2.2).
 
-    Queries and keys are layer-normalised before the split into heads, over the whole width (cheaper than per
-    head): it bounds the logits, the usual source of divergence in bf16 (Dehghani et al. 2023, sec. 3.1).
+    With `qk_norm` queries and keys are layer-normalised before the split into heads, over the whole width (cheaper
+    than per head): it bounds the logits, the usual source of divergence in bf16 (Dehghani et al. 2023, sec. 3.1).
     """
 
-    def __init__(self, width: int, *, heads: int, context_dim: int | None = None) -> None:
+    def __init__(
+        self, width: int, *, heads: int, context_dim: int | None = None, qk_norm: bool = True, qkv_bias: bool = True
+    ) -> None:
         super().__init__()
         assert width % heads == 0, "checked in TransformerConfig"
         self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width)
-        self.q_norm = nn.LayerNorm(width)
-        self.k_norm = nn.LayerNorm(width)
+        self.qkv = nn.Linear(width, 3 * width, bias=qkv_bias)
+        self.q_norm = nn.LayerNorm(width) if qk_norm else nn.Identity()
+        self.k_norm = nn.LayerNorm(width) if qk_norm else nn.Identity()
         self.context_kv = None if context_dim is None else nn.Linear(context_dim, 2 * width)
         self.out = nn.Linear(width, width)
 
@@ -75,8 +99,12 @@ class Attention(nn.Module):
         mask: Tensor | None = None,
         context: Tensor | None = None,
         rotary: Rotary | None = None,
+        cache: KeyValueCache | None = None,
     ) -> Tensor:
-        """x [B, L, D] -> [B, L, D]; `context` [B, M, context_dim]; `mask` broadcasts to [B, H, L, L + M]."""
+        """x [B, L, D] -> [B, L, D]; `context` [B, M, context_dim]; `mask` broadcasts to [B, H, L, L + M].
+
+        With a `cache` of T tokens x comes after them, and attends to all T + L: `mask` is [B, H, L, T + L].
+        """
         q, k, v = self.qkv(x_BLD).chunk(3, dim=-1)
         q = split_heads(self.q_norm(q), self.heads)
         k = self.k_norm(k)
@@ -88,35 +116,96 @@ class Attention(nn.Module):
             context_k, context_v = self.context_kv(context).chunk(2, dim=-1)
             k = torch.cat([k, self.k_norm(context_k)], dim=1)
             v = torch.cat([v, context_v], dim=1)
+        if cache is not None:
+            k, v = cache.extended(k, v)
         attended = attend(q, split_heads(k, self.heads), split_heads(v, self.heads), mask=mask)
         return self.out(attended.transpose(1, 2).flatten(2))
 
 
-class Mlp(nn.Module):
-    """Linear, GELU, Linear. The exact GELU: its tanh approximation is four times slower in bf16 on CPU."""
+class CrossAttention(nn.Module):
+    """Attention of tokens to a context alone; queries and keys normed as in `Attention`."""
 
-    def __init__(self, width: int, *, ratio: float) -> None:
+    def __init__(
+        self, width: int, *, heads: int, context_dim: int, qk_norm: bool = True, qkv_bias: bool = True
+    ) -> None:
         super().__init__()
+        assert width % heads == 0, "checked in TransformerConfig"
+        self.heads = heads
+        self.q = nn.Linear(width, width, bias=qkv_bias)
+        self.kv = nn.Linear(context_dim, 2 * width, bias=qkv_bias)
+        self.q_norm = nn.LayerNorm(width) if qk_norm else nn.Identity()
+        self.k_norm = nn.LayerNorm(width) if qk_norm else nn.Identity()
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x_BLD: Tensor, *, context: Tensor, mask: Tensor | None = None) -> Tensor:
+        """x [B, L, D] -> [B, L, D]; `context` [B, M, context_dim]; `mask` broadcasts to [B, H, L, M]."""
+        k, v = self.kv(context).chunk(2, dim=-1)
+        q, k, v = (split_heads(part, self.heads) for part in (self.q_norm(self.q(x_BLD)), self.k_norm(k), v))
+        return self.out(attend(q, k, v, mask=mask).transpose(1, 2).flatten(2))
+
+
+def joint_mask(context_mask_BM: Tensor, *, tokens: int) -> Tensor:
+    """Keys are an image's own tokens, which always count, then the context's: bool [B, 1, 1, tokens + M]."""
+    own = context_mask_BM.new_ones(len(context_mask_BM), tokens)
+    return torch.cat([own, context_mask_BM], dim=1)[:, None, None]
+
+
+def zeroed(layer: Layer) -> Layer:
+    """The layer with weights and bias of zero, so that what it closes is the identity at the start."""
+    nn.init.zeros_(layer.weight)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+    return layer
+
+
+def recomputed(block: Callable[..., Tensor], *inputs: object) -> Tensor:
+    """block(*inputs), whose activations are not kept but computed again in the backward pass (Chen et al. 2016)."""
+    output: Tensor = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
+    return output
+
+
+class Mlp(nn.Module):
+    """Linear, GELU, Linear. The exact GELU: its tanh approximation is four times slower in bf16 on CPU.
+
+    OpenAI trained CLIP with `quick_gelu`, x sigmoid(1.702 x), and DiT has `gelu_tanh`; weights of one do not serve
+    the other.
+    """
+
+    def __init__(self, width: int, *, ratio: float, activation: Activation = "gelu") -> None:
+        super().__init__()
+        self.activation = activation
         hidden = int(width * ratio)
         self.up = nn.Linear(width, hidden)
         self.down = nn.Linear(hidden, width)
 
     def forward(self, x_BLD: Tensor) -> Tensor:
-        return self.down(F.gelu(self.up(x_BLD)))
+        hidden = self.up(x_BLD)
+        if self.activation == "quick_gelu":
+            return self.down(hidden * torch.sigmoid(1.702 * hidden))
+        return self.down(F.gelu(hidden, approximate="tanh" if self.activation == "gelu_tanh" else "none"))
 
 
 class TransformerBlock(nn.Module):
     """Pre-norm transformer block: attention, then MLP, each added to the residual stream."""
 
-    def __init__(self, width: int, *, heads: int, mlp_ratio: float = 4.0) -> None:
+    def __init__(
+        self,
+        width: int,
+        *,
+        heads: int,
+        mlp_ratio: float = 4.0,
+        qk_norm: bool = True,
+        activation: Activation = "gelu",
+        norm_eps: float = 1e-5,
+    ) -> None:
         super().__init__()
-        self.attention_norm = nn.LayerNorm(width)
-        self.attention = Attention(width, heads=heads)
-        self.mlp_norm = nn.LayerNorm(width)
-        self.mlp = Mlp(width, ratio=mlp_ratio)
+        self.attention_norm = nn.LayerNorm(width, eps=norm_eps)
+        self.attention = Attention(width, heads=heads, qk_norm=qk_norm)
+        self.mlp_norm = nn.LayerNorm(width, eps=norm_eps)
+        self.mlp = Mlp(width, ratio=mlp_ratio, activation=activation)
 
-    def forward(self, x_BLD: Tensor, *, mask: Tensor | None = None) -> Tensor:
-        x_BLD = x_BLD + self.attention(self.attention_norm(x_BLD), mask=mask)
+    def forward(self, x_BLD: Tensor, *, mask: Tensor | None = None, cache: KeyValueCache | None = None) -> Tensor:
+        x_BLD = x_BLD + self.attention(self.attention_norm(x_BLD), mask=mask, cache=cache)
         return x_BLD + self.mlp(self.mlp_norm(x_BLD))
 
 
@@ -132,15 +221,14 @@ def sinusoid(x: Tensor, *, dim: int, max_period: float = 10_000.0) -> Tensor:
 class LevelEmbedding(nn.Module):
     """Embeds times or noise levels in [0, 1] [B] as [B, width]: sinusoid of 1000 level, then an MLP."""
 
-    FREQUENCIES = 256
-
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, *, frequencies: int = 256) -> None:
         super().__init__()
-        self.up = nn.Linear(self.FREQUENCIES, width)
+        self.frequencies = frequencies
+        self.up = nn.Linear(frequencies, width)
         self.down = nn.Linear(width, width)
 
     def forward(self, level_B: Tensor) -> Tensor:
-        return self.down(F.silu(self.up(sinusoid(1000.0 * level_B, dim=self.FREQUENCIES))))
+        return self.down(F.silu(self.up(sinusoid(1000.0 * level_B, dim=self.frequencies))))
 
 
 def grid_coordinates(height: int, width: int, *, device: torch.device) -> Tensor:

@@ -1,31 +1,51 @@
-"""Pixel-space diffusion upsampler (Ramesh et al. 2022, sec. 2.1; Saharia et al. 2021, SR3).
+"""Diffusion upsamplers (Ramesh et al. 2022, sec. 2.1; Saharia et al. 2021, SR3), of pixels or of latents.
 
-Shapes: B batch, C image channels, H and W pixels of the large image, D width.
+Shapes: B batch, C channels of what is drawn, S of the small image, H and W of the large grid, D width.
 """
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, PositiveInt
+from pydantic import Field, PositiveInt, Tag
 from torch import Tensor, nn
 
-from genpipe.config import Config
+from genpipe.config import Config, by_kind
 from genpipe.models.layers import LevelEmbedding
+from genpipe.models.unet import UNet, UNetConfig
 
 GROUPS = 16
-"""Groups of every GroupNorm; the width is a multiple of it."""
+"""Groups of the convolutional upsampler's GroupNorms; its width is a multiple of it."""
 
 
-class UpsamplerConfig(Config):
+class ConvolutionalConfig(Config):
     """Sizes; `patch_size` folds pixels into channels, so that every convolution runs at low resolution."""
 
+    kind: Literal["convolutional"] = "convolutional"
     image_channels: PositiveInt = 3
     patch_size: PositiveInt = 4
     width: Annotated[int, Field(gt=0, multiple_of=GROUPS)] = 128
     depth: PositiveInt = 6
+
+    @property
+    def grid_multiple(self) -> int:
+        """What height and width of the large grid must be multiples of."""
+        return self.patch_size
+
+
+class UNetUpsamplerConfig(UNetConfig):
+    """ADM's U-Net, without attention where `attention_at` names no level, as unCLIP's upsamplers."""
+
+    image_channels: PositiveInt = 3
+    attention_at: tuple[PositiveInt, ...] = ()
+
+
+UpsamplerConfig = Annotated[
+    Annotated[ConvolutionalConfig, Tag("convolutional")] | Annotated[UNetUpsamplerConfig, Tag("unet")],
+    by_kind("convolutional"),
+]
 
 
 class ModulatedBlock(nn.Module):
@@ -46,36 +66,69 @@ class ModulatedBlock(nn.Module):
         return x_BDHW + self.conv2(F.silu(self.norm2(h) * (1 + scale) + shift))
 
 
-class Upsampler(nn.Module):
-    """Fully convolutional: trained on crops, used on whole images; sees `low_res` beside the noised image.
+class ConvolutionalUpsampler(nn.Module):
+    """Fully convolutional: trained on crops, used on whole images; sees `low_res` beside the noised grid.
 
     unCLIP, too, uses no attention in its upsamplers, so that they run at sizes they were not trained on.
     """
 
-    def __init__(self, cfg: UpsamplerConfig) -> None:
+    def __init__(self, cfg: ConvolutionalConfig, *, channels: int | None = None, out_channels: int | None = None):
         super().__init__()
         self.cfg = cfg
+        channels = channels or cfg.image_channels
         area = cfg.patch_size**2
-        self.image_in = nn.Conv2d(2 * cfg.image_channels * area, cfg.width, 3, padding=1)
+        self.image_in = nn.Conv2d((channels + cfg.image_channels) * area, cfg.width, 3, padding=1)
         self.time_in = LevelEmbedding(cfg.width)
         self.noise_aug_in = LevelEmbedding(cfg.width)
         self.blocks = nn.ModuleList(ModulatedBlock(cfg.width) for _ in range(cfg.depth))
         self.norm_out = nn.GroupNorm(GROUPS, cfg.width)
-        self.image_out = nn.Conv2d(cfg.width, cfg.image_channels * area, 3, padding=1)
+        self.image_out = nn.Conv2d(cfg.width, (out_channels or channels) * area, 3, padding=1)
         nn.init.zeros_(self.image_out.weight)
 
     def forward(self, x_BCHW: Tensor, t_B: Tensor, *, low_res: Tensor, noise_aug: Tensor) -> Tensor:
-        """Prediction [B, C, H, W] in fp32 at noised images x [B, C, H, W] and times t [B] in [0, 1].
+        """Prediction [B, out_channels, H, W] in fp32 at noised x [B, C, H, W] and times t [B] in [0, 1].
 
-        low_res [B, C, H, W]: the small image in [-1, 1], enlarged to H x W, with noise of level noise_aug [B]
-        in [0, 1] already added by the caller. H and W are multiples of patch_size.
+        low_res [B, S, H, W]: the small image in [-1, 1], enlarged to H x W, with noise of level noise_aug [B]
+        in [0, 1] already added by the caller. H and W are multiples of `cfg.grid_multiple`.
         """
-        if low_res.shape != x_BCHW.shape:
-            raise ValueError(f"low_res {tuple(low_res.shape)} is not enlarged to the target's {tuple(x_BCHW.shape)}")
-        both = torch.cat([x_BCHW, low_res.to(x_BCHW.dtype)], dim=1)
-        x = self.image_in(F.pixel_unshuffle(both, self.cfg.patch_size))
+        x = self.image_in(F.pixel_unshuffle(_beside(x_BCHW, low_res), self.cfg.patch_size))
         vector = F.silu(self.time_in(t_B) + self.noise_aug_in(noise_aug))
         for block in self.blocks:
             x = block(x, vector=vector)
         out = self.image_out(F.silu(self.norm_out(x)))
         return F.pixel_shuffle(out, self.cfg.patch_size).float()
+
+
+class UNetUpsampler(nn.Module):
+    """A U-Net that sees `low_res` beside the noised grid, told of the noise on it as of the time."""
+
+    def __init__(self, cfg: UNetUpsamplerConfig, *, channels: int | None = None, out_channels: int | None = None):
+        super().__init__()
+        self.cfg = cfg
+        channels = channels or cfg.image_channels
+        self.noise_aug_in = LevelEmbedding(cfg.width)
+        self.unet = UNet(
+            cfg,
+            in_channels=channels + cfg.image_channels,
+            out_channels=out_channels or channels,
+            vector_dim=cfg.width,
+        )
+
+    def forward(self, x_BCHW: Tensor, t_B: Tensor, *, low_res: Tensor, noise_aug: Tensor) -> Tensor:
+        """As `ConvolutionalUpsampler`'s."""
+        return self.unet(_beside(x_BCHW, low_res), t_B, vector=self.noise_aug_in(noise_aug))
+
+
+Upsampler = ConvolutionalUpsampler | UNetUpsampler
+
+
+def build_upsampler(cfg: ConvolutionalConfig | UNetUpsamplerConfig, **sizes: int) -> Upsampler:
+    """The upsampler of a config; `sizes`: `channels` of what is drawn, by default the image's, and `out_channels`."""
+    return UNetUpsampler(cfg, **sizes) if isinstance(cfg, UNetUpsamplerConfig) else ConvolutionalUpsampler(cfg, **sizes)
+
+
+def _beside(x_BCHW: Tensor, low_res: Tensor) -> Tensor:
+    sides, given = tuple(x_BCHW.shape[-2:]), tuple(low_res.shape[-2:])
+    if sides != given:
+        raise ValueError(f"low_res {given} is not enlarged to the target's {sides}")
+    return torch.cat([x_BCHW, low_res.to(x_BCHW.dtype)], dim=1)

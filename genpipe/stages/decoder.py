@@ -1,4 +1,7 @@
-"""Train the decoder: image embedding and caption to latents (Ramesh et al. 2022, section 2.1; latent diffusion)."""
+"""Train the decoder: image embedding and caption to latents (Ramesh et al. 2022, section 2.1; latent diffusion).
+
+Latents of an identity autoencoder are pixels.
+"""
 
 from __future__ import annotations
 
@@ -13,18 +16,26 @@ from torch import Tensor, nn
 
 from genpipe.artifacts import Artifact, fetch
 from genpipe.config import StageConfig
+from genpipe.data.features import FeatureDataset
 from genpipe.data.pixels import to_uint8
-from genpipe.diffusion.process import DiffusionConfig, SamplerConfig, fixed_time_losses, training_loss
+from genpipe.diffusion.process import (
+    DiffusionConfig,
+    SamplerConfig,
+    check_sampler,
+    fixed_time_losses,
+    training_loss,
+)
 from genpipe.evaluation.grids import tile
 from genpipe.evaluation.metrics import mean_losses
-from genpipe.generation import Text, decoder_model, embed_statistics, latent_statistics, sample_latents
+from genpipe.generation.conditions import Text, embed_statistics, latent_statistics
+from genpipe.generation.latents import decoder_model, sample_latents
 from genpipe.models.autoencoder import Autoencoder
 from genpipe.models.unclip import Decoder, DecoderConfig
 from genpipe.stages.autoencoder import hwc
-from genpipe.stages.features import cached_data
+from genpipe.stages.features import cached_data, example_features
 from genpipe.training.objective import Batch, Data, Metrics, Step, Validation
 from genpipe.training.optim import TrainConfig
-from genpipe.weights import load_weights, save_weights
+from genpipe.weights import InitialWeights, begin_with, load_weights, save_weights
 
 VERSION = 1
 CONSUMES: tuple[str, ...] = ("autoencoder", "features")
@@ -38,14 +49,20 @@ class Config(StageConfig):
     drop_image: float = Field(0.1, ge=0, lt=1, description="share of image embeddings given up for the learned null")
     drop_text: float = Field(0.5, ge=0, lt=1, description="share of captions given up, independently")
     sampler: SamplerConfig = Field(SamplerConfig(guidance_scale=2.0), description="of the validation's pictures")
+    initial: InitialWeights | None = Field(None, description="weights to begin with, of this model; none: random ones")
     train: TrainConfig
 
 
 def agree(cfg: Config, inputs: Mapping[str, Artifact]) -> dict[str, Any]:
     meta = inputs["features"].meta
-    patch = cfg.model.dit.patch_size
-    if meta["latent_size"] % patch:
-        raise ValueError(f"model.dit.patch_size {patch} does not divide the latents' {meta['latent_size']} cells")
+    check_sampler(cfg.sampler, cfg.diffusion)
+    multiple = cfg.model.denoiser.grid_multiple
+    if meta["latent_size"] % multiple:
+        setting = "patch_size" if cfg.model.denoiser.kind == "dit" else "multipliers"
+        raise ValueError(
+            f"model.denoiser.{setting} makes cells of {multiple}, which do not divide the latents' "
+            f"{meta['latent_size']}; change it"
+        )
     return {name: meta[name] for name in ("embed_dim", "text_width", "latent_channels", "clip", "autoencoder")}
 
 
@@ -53,22 +70,50 @@ def data(cfg: Config, inputs: Mapping[str, Artifact]) -> Data:
     return cached_data(inputs, arrays=("latents", "image_embeds"), seed=cfg.train.seed)
 
 
+def example(cfg: Config, inputs: Mapping[str, Artifact], *, batch_size: int) -> Batch:
+    """Zeros in the shapes and dtypes of a batch whose longest caption fills the context."""
+    return example_features(inputs, arrays=("latents", "image_embeds"), batch_size=batch_size)
+
+
 def objective(cfg: Config, inputs: Mapping[str, Artifact], device: torch.device) -> Objective:
+    """What to train, with the encoder's null text in place; on the meta device nothing is read."""
+    meta = inputs["features"].meta
+    sizes: dict[str, int] = {name: meta[name] for name in ("latent_channels", "embed_dim", "text_width")}
+    sizes["out_channels"] = cfg.diffusion.channels(sizes["latent_channels"])
+    if device.type == "meta":
+        with device:
+            return Objective(cfg, meta, Decoder(cfg.model, **sizes), sizes, None)
+    null_encodings = None
+    if cfg.model.null_text == "encoder":
+        empty = Text.from_cache(FeatureDataset(fetch(inputs["features"]), split="train").null_text())
+        null_encodings = empty.encodings[empty.mask]
+        sizes["null_tokens"] = len(null_encodings)
+    model = Decoder(cfg.model, **sizes)
+    if null_encodings is not None:
+        with torch.no_grad():
+            model.null_encoding_W.copy_(null_encodings)
+    begin_with(model, cfg.initial, kind="decoder")
     autoencoder = load_weights(fetch(inputs["autoencoder"]), kind="autoencoder", device=device).module
-    return Objective(cfg, inputs["features"].meta, cast(Autoencoder, autoencoder), device)
+    return Objective(cfg, meta, model.to(device), sizes, cast(Autoencoder, autoencoder))
 
 
 class Objective:
-    """The diffusion loss on latents, with the two conditions dropped independently."""
+    """The diffusion loss on latents, with the two conditions dropped independently; the autoencoder for pictures."""
 
-    def __init__(self, cfg: Config, meta: Mapping[str, Any], autoencoder: Autoencoder, device: torch.device) -> None:
+    def __init__(
+        self,
+        cfg: Config,
+        meta: Mapping[str, Any],
+        model: Decoder,
+        sizes: Mapping[str, int],
+        autoencoder: Autoencoder | None,
+    ) -> None:
         self.cfg = cfg
-        self.autoencoder = autoencoder
+        self.model, self.sizes, self.autoencoder = model, dict(sizes), autoencoder
+        self.trainable: dict[str, nn.Module] = {"decoder": model}
+        device = next(model.parameters()).device
         self.embed_statistics = embed_statistics(meta, device)
         self.latent_statistics = latent_statistics(meta, device)
-        self.sizes = {name: meta[name] for name in ("latent_channels", "embed_dim", "text_width")}
-        self.model = Decoder(cfg.model, **self.sizes).to(device)
-        self.trainable: dict[str, nn.Module] = {"decoder": self.model}
 
     def parts(self, samples_seen: int) -> Sequence[str]:
         return ("decoder",)
@@ -114,7 +159,11 @@ class Objective:
             sampler=self.cfg.sampler,
             generator=generator,
         )
-        rows = [to_uint8(self.autoencoder.decode(self.latent_statistics.restore(z))) for z in (latents[few], sampled)]
+        assert self.autoencoder is not None, "on the meta device nothing is drawn"
+        rows = [
+            to_uint8(self.autoencoder.decode(self.latent_statistics.restore(z), fp32=True))
+            for z in (latents[few], sampled)
+        ]
         return tile([hwc(row) for row in rows], cell=2 * rows[0].shape[-1])
 
 

@@ -1,31 +1,50 @@
-"""Train the upsampler: a small image to a large one, on crops, with noise augmentation (Ho et al. 2022)."""
+"""Train an upsampler: a small image to a large one, on crops, with noise augmentation (Ho et al. 2022)."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from genpipe.artifacts import Artifact
+from genpipe.artifacts import Artifact, fetch
 from genpipe.config import StageConfig
+from genpipe.data.degradations import Clean, DegradationConfig, degrade, shrink
 from genpipe.data.loader import sequential
 from genpipe.data.pixels import to_float, to_uint8
-from genpipe.diffusion.process import DiffusionConfig, Model, SamplerConfig, fixed_time_losses, training_loss
+from genpipe.diffusion.process import (
+    DiffusionConfig,
+    SamplerConfig,
+    check_sampler,
+    fixed_time_losses,
+    training_loss,
+)
+from genpipe.evaluation.fidelity import psnr
 from genpipe.evaluation.grids import tile
-from genpipe.evaluation.metrics import mean_losses, psnr
-from genpipe.generation import augment, enlarge, upsample
-from genpipe.models.upsampler import Upsampler, UpsamplerConfig
+from genpipe.evaluation.metrics import mean_losses
+from genpipe.generation.conditions import latent_statistics
+from genpipe.generation.upsampling import (
+    LatentSpace,
+    PixelSpace,
+    Space,
+    augment,
+    enlarge,
+    in_pieces,
+    upsample,
+    upsampler_model,
+)
+from genpipe.models.autoencoder import Autoencoder
+from genpipe.models.precision import fp32
+from genpipe.models.upsampler import ConvolutionalConfig, UpsamplerConfig, build_upsampler
 from genpipe.stages.autoencoder import hwc
 from genpipe.stages.shard import check_image_size, image_data
 from genpipe.training.objective import Batch, Data, Metrics, Split, Step, Validation
 from genpipe.training.optim import TrainConfig
-from genpipe.weights import save_weights
+from genpipe.weights import InitialWeights, begin_with, load_weights, save_weights
 
 VERSION = 1
 CONSUMES: tuple[str, ...] = ("shard",)
@@ -37,33 +56,73 @@ class Config(StageConfig):
     low_size: int = Field(64, ge=8, description="side of the images that it is given")
     image_size: int = Field(128, ge=16, description="side of the images that it makes")
     crop: int = Field(64, ge=8, description="side of the training crops, in large pixels")
-    model: UpsamplerConfig = UpsamplerConfig()
+    target: Literal["residual", "image", "latents"] = Field(
+        "residual", description="what is drawn: what enlarging loses, the image, or the autoencoder's latents of it"
+    )
+    model: UpsamplerConfig = ConvolutionalConfig()
     diffusion: DiffusionConfig = DiffusionConfig(schedule="cosine", predict="x0", time_sampling="uniform")
+    degradation: DegradationConfig = Field(Clean(), description="of the small images in training")
     noise_aug: float = Field(0.3, ge=0, lt=1, description="training noise levels on low_res are uniform up to this")
     sampler: SamplerConfig = Field(SamplerConfig(steps=8), description="of the validation's pictures")
     statistics_samples: int = Field(512, ge=1, description="images over which the residual's scale is measured")
+    initial: InitialWeights | None = Field(None, description="weights to begin with, of this model; none: random ones")
     train: TrainConfig
+
+
+def consumes(cfg: Config) -> tuple[str, ...]:
+    """The stages whose artifacts it takes with this configuration."""
+    return (*CONSUMES, "autoencoder") if cfg.target == "latents" else CONSUMES
 
 
 def agree(cfg: Config, inputs: Mapping[str, Artifact]) -> dict[str, Any]:
     check_image_size(inputs["shard"], cfg.image_size, setting="image_size")
-    if cfg.image_size % cfg.low_size or cfg.image_size == cfg.low_size:
-        raise ValueError(f"image_size {cfg.image_size} is not a multiple of low_size {cfg.low_size}")
-    patch = cfg.model.patch_size
-    if cfg.image_size % patch:
-        raise ValueError(f"image_size {cfg.image_size} is not a multiple of model.patch_size {patch}; change one")
-    if cfg.crop % patch or cfg.crop > cfg.image_size:
-        raise ValueError(f"crop {cfg.crop} must be a multiple of model.patch_size {patch} and at most image_size "
-                         f"{cfg.image_size}")  # fmt: skip
-    return {"low_size": cfg.low_size, "image_size": cfg.image_size}
+    check_sampler(cfg.sampler, cfg.diffusion)
+    if cfg.image_size <= cfg.low_size:
+        raise ValueError(f"image_size {cfg.image_size} is not larger than low_size {cfg.low_size}")
+    multiple = cfg.model.grid_multiple
+    meta: dict[str, Any] = {"low_size": cfg.low_size, "image_size": cfg.image_size}
+    if cfg.target == "latents":
+        autoencoder = inputs["autoencoder"]
+        multiple *= _factor(autoencoder)
+        meta["autoencoder"] = autoencoder.fingerprint
+    if cfg.image_size % multiple:
+        raise ValueError(f"image_size {cfg.image_size} is not a multiple of the {multiple} px of the model's coarsest "
+                         "cells; change one")  # fmt: skip
+    if cfg.crop % multiple or cfg.crop > cfg.image_size:
+        raise ValueError(f"crop {cfg.crop} must be a multiple of the {multiple} px of the model's coarsest cells, and "
+                         f"at most image_size {cfg.image_size}")  # fmt: skip
+    return meta
 
 
 def data(cfg: Config, inputs: Mapping[str, Artifact]) -> Data:
     return image_data(inputs["shard"], size=cfg.image_size)
 
 
+def example(cfg: Config, inputs: Mapping[str, Artifact], *, batch_size: int) -> Batch:
+    """A batch of zeros as `data` collates them."""
+    return {"images": torch.zeros(batch_size, 3, cfg.image_size, cfg.image_size, dtype=torch.uint8)}
+
+
 def objective(cfg: Config, inputs: Mapping[str, Artifact], device: torch.device) -> Objective:
-    return Objective(cfg, residual_std(data(cfg, inputs).train, cfg), device)
+    return Objective(cfg, _space(cfg, inputs, device), device)
+
+
+def _space(cfg: Config, inputs: Mapping[str, Artifact], device: torch.device) -> Space:
+    """Where the diffusion runs; on the meta device with a residual of any scale, as nothing is read."""
+    if cfg.target == "latents":
+        made, autoencoder = inputs["autoencoder"], None
+        if device.type != "meta":
+            autoencoder = cast(Autoencoder, load_weights(fetch(made), kind="autoencoder", device=device).module)
+        return LatentSpace(autoencoder, latent_statistics(made.meta, device), _factor(made))
+    if cfg.target == "image":
+        return PixelSpace(None)
+    return PixelSpace(1.0 if device.type == "meta" else residual_std(data(cfg, inputs).train, cfg))
+
+
+def _factor(autoencoder: Artifact) -> int:
+    """Pixels of a cell of the latents, along each axis."""
+    factor: int = autoencoder.meta["image_size"] // autoencoder.meta["latent_size"]
+    return factor
 
 
 def residual_std(split: Split, cfg: Config) -> float:
@@ -76,36 +135,31 @@ def residual_std(split: Split, cfg: Config) -> float:
     return max(1e-3, (squares / count) ** 0.5)
 
 
-def shrink(images: Tensor, *, size: int) -> Tensor:
-    """Images [B, C, H, W] as [B, C, size, size], averaged over boxes, on the 8-bit grid that a stored image has."""
-    small = F.avg_pool2d(images, images.shape[-1] // size)
-    return to_float(to_uint8(small))
-
-
 class Objective:
-    """The diffusion loss on the residual of enlarging, in units of its standard deviation."""
+    """The diffusion loss of what is drawn on crops, given the degraded small image with noise on it."""
 
-    def __init__(self, cfg: Config, residual_std: float, device: torch.device) -> None:
+    def __init__(self, cfg: Config, space: Space, device: torch.device) -> None:
         self.cfg = cfg
-        self.residual_std = residual_std
-        self.model = Upsampler(cfg.model).to(device)
+        self.space = space
+        channels = space.channels(cfg.model.image_channels)
+        self.sizes = {"channels": channels, "out_channels": cfg.diffusion.channels(channels)}
+        self.model = build_upsampler(cfg.model, **self.sizes).to(device)
+        begin_with(self.model, cfg.initial, kind="upsampler")
         self.trainable: dict[str, nn.Module] = {"upsampler": self.model}
 
     def parts(self, samples_seen: int) -> Sequence[str]:
         return ("upsampler",)
 
     def loss(self, part: str, batch: Batch, step: Step) -> tuple[Tensor, Metrics]:
-        images = to_float(batch["images"])
-        large = enlarge(shrink(images, size=self.cfg.low_size), size=self.cfg.image_size)
-        images, large = random_crops([images, large], side=self.cfg.crop, generator=step.generator)
-        level = self.cfg.noise_aug * torch.rand(len(images), generator=step.generator, device=images.device)
-        x0 = (images - large) / self.residual_std
-        model = self._model(large, level, step.generator)
-        return training_loss(model, x0, self.cfg.diffusion, generator=step.generator).mean(), {}
-
-    def _model(self, large: Tensor, level: Tensor, generator: torch.Generator) -> Model:
-        noisy = augment(large, level=level, generator=generator)
-        return lambda x, t: self.model(x, t, low_res=noisy, noise_aug=level)
+        cfg, images = self.cfg, to_float(batch["images"])
+        with fp32(images.device):
+            low = degrade(images, cfg.degradation, size=cfg.low_size, generator=step.generator)
+        large = enlarge(low, size=self.space.grid(cfg.image_size))
+        images, large = random_crops([images, large], side=self.space.grid(cfg.crop), generator=step.generator)
+        level = cfg.noise_aug * torch.rand(len(images), generator=step.generator, device=images.device)
+        x0 = self.space.encode(images, low_res=large)
+        model = upsampler_model(self.model, augment(large, level=level, generator=step.generator), level=level)
+        return training_loss(model, x0, cfg.diffusion, generator=step.generator).mean(), {}
 
     def after_step(self) -> None:
         pass
@@ -117,29 +171,32 @@ class Objective:
         for batch in batches:
             images = to_float(batch["images"])
             low = shrink(images, size=self.cfg.low_size)
-            large = enlarge(low, size=self.cfg.image_size)
-            level = images.new_zeros(len(images))
-            x0 = (images - large) / self.residual_std
-            model = self._model(large, level, generator)
-            losses.append(fixed_time_losses(model, x0, self.cfg.diffusion, generator=generator))
+            losses.append(self._heldout_losses(images, low, generator))
             if not pictures:
                 few = low[: 4 * PICTURES]
-                up = self._upsample(few, generator)
+                up, enlarged = self._upsample(few, generator), enlarge(few, size=self.cfg.image_size)
                 sampled.append(psnr(up, images[: len(few)]))
-                baseline.append(psnr(large[: len(few)], images[: len(few)]))
-                rows = [to_uint8(row[:PICTURES]) for row in (large, up, images)]
+                baseline.append(psnr(enlarged, images[: len(few)]))
+                rows = [to_uint8(row[:PICTURES]) for row in (enlarged, up, images)]
                 pictures["enlarged_upsampled_true"] = tile([hwc(row) for row in rows], cell=images.shape[-1])
         metrics = mean_losses(losses)
         metrics["psnr"] = torch.cat(sampled).mean().item()
         metrics["psnr_bicubic"] = torch.cat(baseline).mean().item()
         return Validation(metrics, pictures)
 
+    def _heldout_losses(self, images: Tensor, low: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        large = enlarge(low, size=self.space.grid(self.cfg.image_size))
+        level = images.new_zeros(len(images))
+        model = in_pieces(self.model, augment(large, level=level, generator=generator), level=level)
+        x0 = self.space.encode(images, low_res=large)
+        return fixed_time_losses(model, x0, self.cfg.diffusion, generator=generator)
+
     def _upsample(self, low: Tensor, generator: torch.Generator) -> Tensor:
         return upsample(
             self.model,
             low,
             size=self.cfg.image_size,
-            residual_std=self.residual_std,
+            space=self.space,
             noise_aug=0.0,
             diffusion=self.cfg.diffusion,
             sampler=self.cfg.sampler,
@@ -148,18 +205,30 @@ class Objective:
 
 
 def random_crops(images: Sequence[Tensor], *, side: int, generator: torch.Generator) -> list[Tensor]:
-    """The same random square of each sample from every tensor [B, C, H, W]."""
-    batch, _, height, width = images[0].shape
-    device = images[0].device
+    """The same random square of each sample from every tensor [B, C, H, W].
+
+    `side` counts cells of the coarsest; the others have whole multiples of its cells, and of the squares' places.
+    """
+    coarsest = min(images, key=lambda image: image.shape[-1])
+    batch, _, height, width = coarsest.shape
+    device = coarsest.device
     top = torch.randint(height - side + 1, (batch,), generator=generator, device=device)
     left = torch.randint(width - side + 1, (batch,), generator=generator, device=device)
-    span = torch.arange(side, device=device)
-    rows, columns = (top[:, None] + span)[:, :, None], (left[:, None] + span)[:, None, :]
     here = torch.arange(batch, device=device)[:, None, None]
-    return [image[here, :, rows, columns].permute(0, 3, 1, 2) for image in images]
+    crops = []
+    for image in images:
+        scale = image.shape[-1] // width
+        span = torch.arange(scale * side, device=device)
+        rows, columns = (scale * top[:, None] + span)[:, :, None], (scale * left[:, None] + span)[:, None, :]
+        crops.append(image[here, :, rows, columns].permute(0, 3, 1, 2))
+    return crops
 
 
 def export(objective: Objective, cfg: Config, inputs: Mapping[str, Artifact], folder: Path) -> dict[str, Any]:
-    extra = {"diffusion": cfg.diffusion.model_dump(mode="json"), "residual_std": objective.residual_std}
-    save_weights(objective.model, folder, kind="upsampler", config=cfg.model, sizes={}, extra=extra)
+    extra = {
+        "diffusion": cfg.diffusion.model_dump(mode="json"),
+        "target": cfg.target,
+        "residual_std": objective.space.residual_std if isinstance(objective.space, PixelSpace) else None,
+    }
+    save_weights(objective.model, folder, kind="upsampler", config=cfg.model, sizes=objective.sizes, extra=extra)
     return {}
