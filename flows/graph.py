@@ -7,6 +7,7 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Literal
 
 from pydantic import Field
@@ -15,11 +16,11 @@ from genpipe import artifacts, config
 from genpipe.artifacts import Artifact
 from genpipe.config import Config, ConfigError, StageConfig, Tree
 from genpipe.spec import StageSpec, TrackingConfig
-from genpipe.stages import is_training, load_stage
+from genpipe.stages import consumed, is_training, load_stage
 from genpipe.storage import join, local_path
 
-STAGES = ("shard", "autoencoder", "clip", "features", "decoder", "prior", "upsampler", "evaluate")
-"""Every stage, in an order that runs; the edges are each stage's CONSUMES. Where several wait for cores of the local
+STAGES = ("shard", "autoencoder", "clip", "features", "decoder", "prior", "upsampler", "upsampler2", "evaluate")
+"""Every stage, in an order that runs; the edges are what each stage consumes. Where several wait for cores of the local
 Ray the earliest here goes first: hence the decoder, the longest, before the prior."""
 
 
@@ -72,6 +73,10 @@ class Pipeline:
     def experiment(self) -> str:
         return self.cfg.tracking.experiment or self.cfg.name
 
+    def needs(self, stage: str) -> tuple[str, ...]:
+        """The stages whose artifacts a stage of this pipeline takes."""
+        return consumed(load_stage(stage), self.stages[stage])
+
 
 def load_pipeline(path: str, overrides: Sequence[str] = ()) -> Pipeline:
     """Read and check a pipeline, every stage against its own Config.
@@ -96,7 +101,7 @@ def load_pipeline(path: str, overrides: Sequence[str] = ()) -> Pipeline:
         except ConfigError as error:
             faults.append(str(error))
     for name in (n for n in STAGES if n in stages):
-        absent = [need for need in load_stage(name).CONSUMES if need not in cfg.stages]
+        absent = [need for need in consumed(load_stage(name), stages[name]) if need not in cfg.stages]
         if absent:
             faults.append(f"{path}: stages.{name}: needs the stages {', '.join(absent)}, which are not configured")
     if faults:
@@ -110,24 +115,40 @@ def parse_stage(name: str, tree: Tree, *, prefix: str = "") -> StageConfig:
     return cfg
 
 
-def plan(pipeline: Pipeline, *, only: Sequence[str] = (), given: Mapping[str, Artifact] | None = None) -> list[Planned]:
+def plan(
+    pipeline: Pipeline,
+    *,
+    only: Sequence[str] = (),
+    given: Mapping[str, Artifact] | None = None,
+    sources: bool = True,
+) -> list[Planned]:
     """What a run would do, in order; `only` limits it to some stages and what they need.
 
-    `given` puts committed artifacts in place of stages. Raises ConfigError where stages disagree and
+    `given` puts committed artifacts in place of stages. Without `sources` nothing is asked of what lies outside of the
+    store, so that nothing counts as done that depends on it. Raises ConfigError where stages disagree and
     ManifestError where a committed artifact is damaged.
     """
-    wanted = _needed(only or tuple(pipeline.stages), given or {})
+    wanted = _needed(pipeline, only or tuple(pipeline.stages), given or {})
     known: dict[str, Artifact] = dict(given or {})
     plans = []
     for name in (n for n in pipeline.stages if n in wanted):
-        inputs = {need: known[need] for need in load_stage(name).CONSUMES}
-        planned = plan_stage(name, pipeline.stages[name], inputs, store=pipeline.cfg.store, source=pipeline.source)
+        inputs = {need: known[need] for need in pipeline.needs(name)}
+        planned = plan_stage(
+            name,
+            pipeline.stages[name],
+            inputs,
+            store=pipeline.cfg.store,
+            source=pipeline.source,
+            sources=sources,
+        )
         known[name] = planned.artifact
         plans.append(planned)
     return plans
 
 
-def plan_stage(name: str, cfg: StageConfig, inputs: dict[str, Artifact], *, store: str, source: str) -> Planned:
+def plan_stage(
+    name: str, cfg: StageConfig, inputs: dict[str, Artifact], *, store: str, source: str, sources: bool = True
+) -> Planned:
     """Whether one stage is done for this config and these inputs."""
     stage = load_stage(name)
     identity = config.resolved(cfg, without=frozenset({"resources"}))
@@ -135,7 +156,7 @@ def plan_stage(name: str, cfg: StageConfig, inputs: dict[str, Artifact], *, stor
         if is_training(stage):
             cfg.train.check_ranks(cfg.resources.workers)  # type: ignore[attr-defined]
         promised = stage.agree(cfg, inputs)
-        external = stage.external(cfg) if hasattr(stage, "external") else ""
+        external = _external(stage, cfg, sources=sources)
     except ValueError as error:
         raise ConfigError(f"{source}: stages.{name}: {error}") from error
     digest = artifacts.fingerprint(name, version=stage.VERSION, config=identity, inputs=inputs, external=external)
@@ -176,14 +197,21 @@ def git_revision() -> str:
         return ""
 
 
-def _needed(only: Sequence[str], given: Mapping[str, Artifact]) -> set[str]:
+def _external(stage: ModuleType, cfg: StageConfig, *, sources: bool) -> str:
+    """What stands in the fingerprint for what a stage reads from outside of the pipeline."""
+    if not hasattr(stage, "external"):
+        return ""
+    return str(stage.external(cfg)) if sources else "not looked at"
+
+
+def _needed(pipeline: Pipeline, only: Sequence[str], given: Mapping[str, Artifact]) -> set[str]:
     wanted: set[str] = set()
     queue = [name for name in only]
     while queue:
         name = queue.pop()
         if name not in wanted and name not in given:
             wanted.add(name)
-            queue += load_stage(name).CONSUMES
+            queue += pipeline.needs(name)
     return wanted
 
 

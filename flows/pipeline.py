@@ -1,6 +1,6 @@
 """The pipeline as Prefect flows: which stage runs when, and what is told about it.
 
-Each stage is a task that submits a Ray job and waits for its artifact; the edges are the stages' CONSUMES. Whether a
+Each stage is a task that submits a Ray job and waits for its artifact; the edges are what the stages consume. Whether a
 stage is done is asked of the store alone, so Prefect caches nothing. A stage that fails leaves the others to finish.
 """
 
@@ -274,7 +274,7 @@ def _prepare_one(
     reporter: Reporter | None = None,
 ) -> _Run:
     run = _prepare(path, overrides, only=[stage], given=given, reporter=reporter)
-    absent = [name for name in load_stage(stage).CONSUMES if name in run.plans and run.plans[name].status == "run"]
+    absent = [name for name in run.pipeline.needs(stage) if name in run.plans and run.plans[name].status == "run"]
     if absent:
         raise ConfigError(
             f"{path}: stages.{stage}: its input {', '.join(absent)} is not committed for this configuration; run "
@@ -366,7 +366,7 @@ def _submit(run: _Run) -> dict[str, PrefectFuture[StageResult]]:
     retrying = stage_task.with_options(retries=run.pipeline.cfg.ray.retries)
     for name in run.plans:
         run.reporter.update(name, "waiting")
-        needs = [submitted[need] for need in load_stage(name).CONSUMES if need in submitted]
+        needs = [submitted[need] for need in run.pipeline.needs(name) if need in submitted]
         submitted[name] = retrying.submit(name, wait_for=needs)
     return submitted
 
@@ -378,7 +378,7 @@ def _outcome(run: _Run, stage: str, future: PrefectFuture[StageResult]) -> Stage
     if state.is_completed():
         return future.result()
     if not state.is_final():  # Prefect leaves a task pending whose upstream did not complete
-        needs = [need for need in load_stage(stage).CONSUMES if need in run.plans]
+        needs = [need for need in run.pipeline.needs(stage) if need in run.plans]
         result = StageResult(stage, "skipped", message=f"it needs {', '.join(needs)}, of which not all were made")
     else:
         error = state.result(raise_on_failure=False)

@@ -15,6 +15,7 @@ from genpipe import cli_data, console
 from genpipe.config import ConfigError
 
 if TYPE_CHECKING:
+    from flows.graph import Pipeline, Planned
     from flows.pipeline import Reporter, StageResult
     from genpipe.artifacts import Artifact
 
@@ -83,26 +84,46 @@ def stage(
 
 
 @app.command()
-def plan(config: ConfigFile, overrides: Overrides = None) -> None:
-    """Say what a run would do and why, without doing it."""
+def plan(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    mfu: Annotated[float, typer.Option(min=0.01, max=1, help="share of its peak that a GPU does")] = 0.4,
+    peak: Annotated[float, typer.Option("--peak", min=1, help="peak of a GPU in bf16, TFLOP/s")] = 989,
+    price: Annotated[float, typer.Option(min=0, help="of one GPU-hour")] = 2.5,
+) -> None:
+    """Say what a run would do and why, and what its training stages cost, without doing it.
+
+    The hours are those of `--mfu` and `--peak` (of an H100 by default), and arithmetic alone: what reading and
+    starting cost is not in them.
+    """
     from flows.graph import load_pipeline
     from flows.graph import plan as plan_pipeline
 
-    plans = plan_pipeline(load_pipeline(config, overrides or []))
+    pipeline = load_pipeline(config, overrides or [])
+    try:
+        plans = plan_pipeline(pipeline)
+    except ConfigError as error:  # the costs are worth knowing before there are data; if it is not that, it comes again
+        plans = plan_pipeline(pipeline, sources=False)
+        console.problem(f"{error}; planned as if nothing were made yet")
     console.table(("stage", "", "why", "artifact"), [(p.name, p.status, p.why, p.artifact.uri) for p in plans])
+    _costs(plans, mfu=mfu, peak_tflops=peak, price=price)
 
 
 @app.command()
 def check(configs: Annotated[list[str], typer.Argument(metavar="CONFIG...", help="pipelines' YAML files")]) -> None:
-    """Validate pipelines without running: every setting, and that the stages agree with one another."""
+    """Validate pipelines without running: every setting, that the stages agree with one another, and their data.
+
+    Data that are not here are told of and are no fault, as a pipeline may be checked elsewhere than where it runs.
+    """
     from flows.graph import load_pipeline
     from flows.graph import plan as plan_pipeline
 
     faults = []
     for config in configs:
         try:
-            plan_pipeline(load_pipeline(config))
-            console.out.print(f"{config}: ok", highlight=False)
+            pipeline = load_pipeline(config)
+            plan_pipeline(pipeline, sources=False)
+            console.out.print(f"{config}: ok{_absent_data(pipeline)}", highlight=False, soft_wrap=True)
         except ValueError as error:
             faults.append(str(error))
     if faults:
@@ -127,7 +148,7 @@ def sample(
 
     from genpipe.data.pixels import to_uint8
     from genpipe.evaluation.grids import labelled_grid
-    from genpipe.generation import GenerationConfig, Generator
+    from genpipe.generation.system import GenerationConfig, Generator
     from genpipe.training.loop import seeded
 
     inputs, settings = _trained(source)
@@ -222,25 +243,60 @@ def _given(text: str) -> tuple[str, Artifact]:
     return name, artifact
 
 
+def _absent_data(pipeline: Pipeline) -> str:
+    """What is wrong with the data of a pipeline that is right for the rest."""
+    from flows.graph import plan as plan_pipeline
+
+    try:
+        plan_pipeline(pipeline)
+    except ConfigError as error:
+        return f", but for its data: {error}"
+    return ""
+
+
 def _trained(source: str) -> tuple[dict[str, Artifact], object]:
     """The artifacts that make pictures, and the evaluation's settings of how."""
     from flows.graph import load_pipeline
     from flows.graph import plan as plan_pipeline
     from genpipe.artifacts import read_manifest
-    from genpipe.generation import Generator
+    from genpipe.generation.system import NEEDED, UPSAMPLERS
 
     if not source.endswith((".yaml", ".yml")):
         manifest = read_manifest(source)
-        if manifest is None or not set(Generator.NEEDS) <= manifest.inputs.keys():
+        if manifest is None or not set(NEEDED) <= manifest.inputs.keys():
             raise ConfigError(f"{source}: neither a pipeline's YAML file nor the folder of an evaluate artifact")
         return dict(manifest.inputs), manifest.config["generation"]
     pipeline = load_pipeline(source)
     plans = {p.name: p for p in plan_pipeline(pipeline)}
-    missing = [name for name in Generator.NEEDS if name not in plans or plans[name].status != "cached"]
+    optional = [name for name in ("prior", *UPSAMPLERS) if name in plans]
+    wanted = pipeline.needs("evaluate") if "evaluate" in plans else (*NEEDED, *optional)
+    needed = [name for name in plans if name in wanted and name != "shard"]
+    missing = [name for name in needed if plans[name].status != "cached"]
     if missing:
         raise ConfigError(f"{source}: {', '.join(missing)} not made yet; `genpipe run {source}` makes them")
     generation = getattr(pipeline.stages.get("evaluate"), "generation", None)
-    return {name: plans[name].artifact for name in Generator.NEEDS}, generation.model_dump() if generation else {}
+    return {name: plans[name].artifact for name in needed}, generation.model_dump() if generation else {}
+
+
+def _costs(plans: Sequence[Planned], *, mfu: float, peak_tflops: float, price: float) -> None:
+    """What the training stages of a plan cost, each and all, as tables."""
+    from genpipe.costs import cost_of
+    from genpipe.stages import is_training, load_stage
+
+    costs = {p.name: cost_of(stage, p.cfg, p.inputs) for p in plans if is_training(stage := load_stage(p.name))}
+    hours = {name: cost.gpu_hours(mfu=mfu, peak_tflops=peak_tflops) for name, cost in costs.items()}
+    rows: list[tuple[object, ...]] = [
+        (name, f"{sum(cost.parameters.values()) / 1e6:,.2f} M", f"{cost.flops / 1e9:,.3g}", f"{cost.samples:,}",
+         cost.workers, f"{hours[name]:,.3g}", f"{hours[name] * price:,.2f}")
+        for name, cost in costs.items()
+    ]  # fmt: skip
+    total = sum(hours.values())
+    rows.append(("all", "", "", "", "", f"{total:,.3g}", f"{total * price:,.2f}"))
+    console.table(("stage", "parameters", "GFLOP a sample", "samples", "workers", "GPU-hours", "cost"), rows)
+    parts = ("weights", "gradients", "optimizer", "averages", "activations")
+    sizes = [(name, *(cost.memory[part] / 2**30 for part in parts), cost.peak / 2**30) for name, cost in costs.items()]
+    memory = [(name, *(f"{size:,.3f}" for size in row)) for name, *row in sizes]
+    console.table(("GiB a GPU", *parts, "all"), memory)
 
 
 def _summary(results: Sequence[StageResult]) -> None:

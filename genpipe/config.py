@@ -17,13 +17,40 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, ValidationError, model_validator
 
 
 class Config(BaseModel):
     """Base of every configuration block: immutable, and strict about unknown keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _keep_defaults(cls, values: Any) -> Any:
+        """A block that is given in part keeps the rest of its default, unless it names another `kind`."""
+        if not isinstance(values, Mapping):
+            return values
+        completed = dict(values)
+        for name, info in cls.model_fields.items():
+            default, given = info.default, values.get(name)
+            if isinstance(default, Config) and isinstance(given, Mapping):
+                kind = getattr(default, "kind", None)
+                if given.get("kind", kind) == kind:
+                    completed[name] = {**{key: getattr(default, key) for key in default.model_fields_set}, **given}
+        return completed
+
+
+def by_kind(default: str) -> Discriminator:
+    """Tells the models of a union apart by their `kind`; a block that names none is of the `default` kind.
+
+    `Annotated[Annotated[Cube, Tag("cube")] | Annotated[Ball, Tag("ball")], by_kind("cube")]`
+    """
+
+    def kind(value: Any) -> Any:
+        return value.get("kind", default) if isinstance(value, Mapping) else getattr(value, "kind", default)
+
+    return Discriminator(kind)
 
 
 class Resources(Config):
@@ -202,11 +229,13 @@ def _leaves(value: Any) -> Iterator[Loc]:
 
 
 def _explain(model: type[BaseModel], tree: Tree, prefix: str, fault: Any) -> str:
-    loc = tuple(_visible(fault["loc"], tree.values))
+    loc = tuple(_visible(fault["loc"], tree.values, missing=fault["type"] == "missing"))
     dotted = ".".join(([prefix] if prefix else []) + list(loc))
     where = f"{tree.origin_of(loc)}: {dotted or '(top level)'}"
     if fault["type"] == "extra_forbidden":
         known = sorted(_known_keys(model, loc[:-1], tree.values))
+        if loc[-1] in known:
+            return f"{where}: is a setting of another kind; set `kind` beside it"
         near = difflib.get_close_matches(loc[-1], known, n=1)
         remedy = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
         return f"{where}: unknown key; {remedy}"
@@ -232,11 +261,14 @@ def _explain_kind(source: str, dotted: str, fault: Any) -> str:
     return f"{source}: {dotted}.kind: unknown kind {context['tag']!r}; {remedy}"
 
 
-def _visible(loc: Sequence[int | str], values: Any) -> Iterator[str]:
-    """pydantic's location without the union tags that it adds and the user never wrote."""
+def _visible(loc: Sequence[int | str], values: Any, *, missing: bool) -> Iterator[str]:
+    """pydantic's location without the union tags that it adds and the user never wrote.
+
+    `missing`: the last part is a setting that is not there, and no tag.
+    """
     for position, part in enumerate(loc):
         last = position == len(loc) - 1
-        if isinstance(values, Mapping) and part not in values and (part == values.get("kind") or not last):
+        if isinstance(values, Mapping) and part not in values and not (last and missing):
             continue
         yield str(part)
         if not last:

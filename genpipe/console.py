@@ -20,6 +20,7 @@ HEADLINES = {
     "prior": ("cosine", "cosine_unrelated"),
     "decoder": ("loss",),
     "upsampler": ("psnr", "psnr_bicubic"),
+    "upsampler2": ("psnr", "psnr_bicubic"),
     "evaluate": ("train/recall_at_10", "heldout/recall_at_10"),
 }
 """The metrics of each stage that a summary shows."""

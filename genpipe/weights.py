@@ -7,27 +7,33 @@ the data decided, and what a user of the weights must know (diffusion settings, 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
+from pydantic import Field, TypeAdapter
+from safetensors.torch import load as load_safetensors
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from genpipe.config import Config
-from genpipe.models.autoencoder import Autoencoder, AutoencoderConfig
+from genpipe.models.autoencoder import AutoencoderConfig, build_autoencoder
 from genpipe.models.clip import CLIP, CLIPConfig
-from genpipe.models.prior import Prior, PriorConfig
+from genpipe.models.foreign import autoencoder, clip, prior, unet
+from genpipe.models.prior import PriorConfig, build_prior
 from genpipe.models.unclip import Decoder, DecoderConfig
-from genpipe.models.upsampler import Upsampler, UpsamplerConfig
+from genpipe.models.upsampler import UpsamplerConfig, build_upsampler
+from genpipe.pinned import PinnedFile, read_pinned
 
-MODELS: dict[str, tuple[type[nn.Module], type[Config]]] = {
-    "autoencoder": (Autoencoder, AutoencoderConfig),
+MODELS: dict[str, tuple[Callable[..., nn.Module], Any]] = {
+    "autoencoder": (build_autoencoder, AutoencoderConfig),
     "clip": (CLIP, CLIPConfig),
-    "prior": (Prior, PriorConfig),
+    "prior": (build_prior, PriorConfig),
     "decoder": (Decoder, DecoderConfig),
-    "upsampler": (Upsampler, UpsamplerConfig),
+    "upsampler": (build_upsampler, UpsamplerConfig),
 }
+"""How to build each kind, and the type of its config: a Config or a union of some."""
 
 WEIGHTS_FILE, RECORD_FILE = "weights.safetensors", "model.json"
 
@@ -59,9 +65,49 @@ def load_weights(folder: Path, *, kind: str, device: torch.device) -> Weights:
         raise ValueError(f"{folder}: holds the weights of a {record['kind']}, not of a {kind}")
     build, config = MODELS[kind]
     with torch.device(device):
-        module = build(config.model_validate(record["config"]), **record["sizes"])
+        module = build(TypeAdapter(config).validate_python(record["config"]), **record["sizes"])
     try:
         module.load_state_dict(load_file(folder / WEIGHTS_FILE, device=str(device)))
     except RuntimeError as error:
         raise ValueError(f"{folder / WEIGHTS_FILE}: does not fit {RECORD_FILE} beside it: {error}") from error
     return Weights(module.eval().requires_grad_(False), record["extra"])
+
+
+class InitialWeights(PinnedFile):
+    """Weights that a model begins with: our own, or published ones of the same network in another library's names."""
+
+    format: Literal["genpipe", "diffusers", "transformers", "openai"] = Field(
+        "genpipe", description="whose names the .safetensors file has; openai: open_clip's too"
+    )
+
+
+FOREIGN: dict[tuple[str, str], Callable[[Mapping[str, Tensor], Any], dict[str, Tensor]]] = {
+    ("autoencoder", "diffusers"): autoencoder.from_diffusers,
+    ("clip", "transformers"): clip.from_transformers,
+    ("clip", "openai"): clip.from_openai,
+    ("prior", "diffusers"): prior.from_diffusers,
+    ("decoder", "diffusers"): unet.from_diffusers,
+}
+"""By kind and format; those of a decoder are its denoiser's alone."""
+
+
+def begin_with(module: nn.Module, initial: InitialWeights | None, *, kind: str) -> None:
+    """Fill a model of `kind` with the weights of a file, if there is one, and on the meta device with nothing.
+
+    Raises ValueError where they are not those of its config.
+    """
+    if initial is None or any(p.is_meta for p in module.parameters()):
+        return
+    if not initial.weights.endswith(".safetensors"):
+        raise ValueError(f"initial.weights: {initial.weights} is read as .safetensors only; convert it to that")
+    state: dict[str, Tensor] = load_safetensors(read_pinned(initial))
+    convert = FOREIGN.get((kind, initial.format))
+    if initial.format != "genpipe" and convert is None:
+        known = ", ".join(["genpipe", *(form for model, form in FOREIGN if model == kind)])
+        raise ValueError(f"initial.format: no {kind} is read from {initial.format}'s names; use one of {known}")
+    part: Any = module.denoiser if kind == "decoder" and convert else module
+    try:
+        state = convert(state, part.cfg) if convert else state
+        part.load_state_dict({**(part.state_dict() if kind == "prior" and convert else {}), **state})
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f"initial.weights: {initial.weights} does not fit `model`: {error}") from error

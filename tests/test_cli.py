@@ -56,9 +56,13 @@ def test_stages_that_disagree_are_named(genpipe: Command, shapes: Path, tmp_path
 
 
 def test_a_missing_folder_is_named(genpipe: Command) -> None:
-    code, _, err = genpipe("check", TINY)
-    assert code == 2
-    assert "stages.shard: source.path: the folder data/tiny does not exist" in err
+    fault = "stages.shard: source.path: the folder data/tiny does not exist"
+    code, _, err = genpipe("stage", "shard", TINY)
+    assert code == 2 and fault in err
+    code, out, _ = genpipe("check", TINY)
+    assert code == 0 and f"{TINY}: ok, but for its data: {TINY}: {fault}" in out, "it may be elsewhere"
+    code, out, err = genpipe("plan", TINY)
+    assert code == 0 and fault in err and "GPU-hours" in out
 
 
 def test_a_stage_says_which_inputs_it_lacks(genpipe: Command, shapes: Path, tmp_path: Path) -> None:
@@ -89,7 +93,7 @@ def test_sample_before_training_says_what_to_do(genpipe: Command, shapes: Path, 
     config.write_text(yaml.safe_dump(mine))
     code, _, err = genpipe("sample", str(config), "a red circle")
     assert code == 2
-    assert f"autoencoder, clip, features, prior, decoder, upsampler not made yet; `genpipe run {config}`" in err
+    assert f"autoencoder, clip, features, decoder, prior, upsampler not made yet; `genpipe run {config}`" in err
 
 
 def test_sample_draws_from_an_evaluation(genpipe: Command, tiny: TinyPipeline, tmp_path: Path) -> None:

@@ -34,6 +34,7 @@ class Layers(Config):
 class Model(StageConfig):
     samples: int
     source: Annotated[Folder | Table, Field(discriminator="kind")] = Folder(kind="folder", path="data")
+    other: Annotated[Folder | Table, Field(discriminator="kind")] | None = None
     layers: Layers = Layers()
     precision: Literal["bf16", "fp32"] = "bf16"
     steps: tuple[int, ...] = (1, 2)
@@ -88,7 +89,7 @@ GOLDEN = {
     "samples: 4\nsource: {kind: zip, path: x}": (
         "FILE: source.kind: unknown kind 'zip'; known kinds: 'folder', 'table'"
     ),
-    "samples: 4\nsource: {path: x}": ("FILE: source: has no `kind`, which says what its settings mean; add one"),
+    "samples: 4\nother: {path: x}": ("FILE: other: has no `kind`, which says what its settings mean; add one"),
     "samples: 4\nsteps: [1, x]": (
         "FILE: steps.1: input should be a valid integer, unable to parse string as an integer, got 'x'"
     ),
@@ -163,6 +164,21 @@ def test_changing_kind_replaces_the_block(tmp_path: Path) -> None:
     assert read(path, "source.kind=folder").source == Folder(kind="folder", path="here"), (
         "the same kind changes nothing"
     )
+
+
+class Wide(Config):
+    layers: Layers = Layers(width=128, depth=5)
+    source: Annotated[Folder | Table, Field(discriminator="kind")] = Table(kind="table", url="u", columns=7)
+
+
+def test_a_block_given_in_part_keeps_the_rest_of_its_default() -> None:
+    assert Wide.model_validate({"layers": {"depth": 3}}).layers == Layers(width=128, depth=3)
+    assert Wide.model_validate({"source": {"url": "v"}}).source == Table(kind="table", url="v", columns=7)
+    assert Wide.model_validate({"source": {"kind": "table", "url": "v"}}).source == Table(
+        kind="table", url="v", columns=7
+    )
+    folder = {"kind": "folder", "path": "p"}
+    assert Wide.model_validate({"source": folder}).source == Folder(kind="folder", path="p"), "another kind is all new"
 
 
 def test_overrides_come_last(tmp_path: Path) -> None:
@@ -249,6 +265,7 @@ def test_resolved_holds_every_default_and_nothing_left_out() -> None:
     assert resolved == {
         "samples": 2,
         "source": {"kind": "folder", "path": "data"},
+        "other": None,
         "layers": {"width": 64, "depth": 2},
         "precision": "bf16",
         "steps": [1, 2],

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from genpipe import generation
 from genpipe.artifacts import Artifact, fetch
 from genpipe.data.features import FeatureDataset
 from genpipe.data.pixels import image_batch, to_float
 from genpipe.data.stream import ShardDataset
-from genpipe.diffusion.process import SamplerConfig
-from genpipe.generation import GenerationConfig, Generator, Statistics, Text, check_lineage, with_guidance
+from genpipe.diffusion.process import SamplerConfig, with_guidance
+from genpipe.generation.conditions import Statistics, Text
+from genpipe.generation.system import GenerationConfig, Generator, check_lineage
+from genpipe.generation.upsampling import augment
 from genpipe.training.loop import seeded
 
 if TYPE_CHECKING:
@@ -100,6 +101,14 @@ def test_of_two_candidates_the_better_match_is_kept(system: Generator) -> None:
     assert (match_best > match_single + 1e-5).any()
 
 
+def test_an_autoregressive_prior_serves_as_well(inputs: dict[str, Artifact], tiny: TinyPipeline) -> None:
+    few = "stages.prior.model={kind: autoregressive, width: 32, depth: 1, heads: 2, buckets: 4, dot_buckets: 2}"
+    system = Generator({**inputs, "prior": tiny.run("prior", few)}, device=CPU)
+    one, again, other = (system.generate(PROMPTS, CFG, generator=seed(n)) for n in (1, 1, 2))
+    torch.testing.assert_close(one.image_embeds.norm(dim=-1), torch.ones(3))
+    assert torch.equal(one.images, again.images) and not torch.equal(one.images, other.images)
+
+
 def test_guidance_0_forgets_the_prompt_and_1_is_the_conditional_model(system: Generator) -> None:
     text = system.encode_text(PROMPTS)
     embeds = F.normalize(torch.randn(3, 16, generator=seed(0)), dim=-1)
@@ -122,7 +131,7 @@ def test_guidance_extrapolates() -> None:
         assert len(x) == len(t) == 4
         return torch.cat([torch.full_like(x[:2], 2.0), torch.full_like(x[2:], 1.0)])
 
-    model = with_guidance(lambda x, t: x, both, scale=3.0)
+    model = with_guidance(lambda x, t: x, both, cfg=SamplerConfig(guidance_scale=3.0))
     assert torch.equal(model(torch.zeros(2, 5), torch.zeros(2)), torch.full((2, 5), 4.0))
 
 
@@ -136,7 +145,7 @@ def test_statistics_are_undone() -> None:
 def test_noise_augmentation_preserves_variance() -> None:
     images = torch.randn(4, 3, 128, 128, generator=seed(0))
     level = torch.tensor([0.0, 0.3, 0.7, 1.0])
-    noisy = generation.augment(images, level=level, generator=seed(1))
+    noisy = augment(images, level=level, generator=seed(1))
     assert torch.equal(noisy[0], images[0])
     torch.testing.assert_close(noisy.std((1, 2, 3)), torch.ones(4), atol=0.03, rtol=0)
     kept = F.cosine_similarity(noisy.flatten(1), images.flatten(1))

@@ -319,10 +319,13 @@ def telling(spec: StageSpec, job: str) -> Iterator[None]:
         raise
 
 
+SIGNS = ("gloo", "Gloo", "NCCL", "by peer", "cannot schedule new futures")
+"""In messages of what fails because something else ends: a collective, a connection, or this process itself."""
+
+
 def _lost_a_peer(error: Exception) -> bool:
-    """Whether a collective failed because another rank is gone: that rank's end is the failure, not this one."""
-    text = str(error)
-    return isinstance(error, RuntimeError) and any(sign in text for sign in ("gloo", "Gloo", "NCCL", "by peer"))
+    """Whether this failed because another rank, or the process that it is in, ends: that is the failure, not this."""
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in SIGNS)
 
 
 class RayLauncher:

@@ -8,11 +8,12 @@ Every stage module has
     agree(cfg, inputs) -> dict         what its artifact will promise in `meta`, as far as it is known before
                                        the work is done; raises ValueError where inputs and config do not fit
 
-A *training* stage adds
+and, if what it takes depends on its configuration, `consumes(cfg) -> tuple[str, ...]`. A *training* stage adds
 
     data(cfg, inputs) -> Data                            what to train on and what to hold out
     objective(cfg, inputs, device) -> Objective          what one optimizer step optimises
     export(objective, cfg, inputs, folder) -> meta       writes the weights; called with the EMA in place
+    example(cfg, inputs, *, batch_size) -> Batch         zeros in the shapes of a batch, from the inputs' `meta` alone
 
 A *data* stage adds
 
@@ -31,6 +32,8 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
+from genpipe.config import StageConfig
+
 
 def load_stage(name: str) -> ModuleType:
     """The module of a stage, found by its name. Raises ValueError for an unknown one."""
@@ -40,6 +43,12 @@ def load_stage(name: str) -> ModuleType:
         if error.name != f"genpipe.stages.{name}":
             raise
         raise ValueError(f"no stage is called {name!r}; `genpipe run --help` lists them") from None
+
+
+def consumed(stage: ModuleType, cfg: StageConfig) -> tuple[str, ...]:
+    """The stages whose artifacts a stage takes with this configuration."""
+    needs: tuple[str, ...] = stage.consumes(cfg) if hasattr(stage, "consumes") else stage.CONSUMES
+    return needs
 
 
 def is_training(stage: ModuleType) -> bool:

@@ -8,9 +8,12 @@ are to the embedding, not how good they are; `ceiling` is the same measure on th
 from __future__ import annotations
 
 import difflib
+import io
+import operator
 from collections.abc import Mapping, Sequence
+from functools import reduce
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -23,39 +26,64 @@ from genpipe.config import StageConfig
 from genpipe.data.features import FeatureDataset
 from genpipe.data.loader import sequential
 from genpipe.data.order import order
-from genpipe.data.pixels import image_batch, to_uint8
+from genpipe.data.pixels import image_batch, to_float, to_uint8
 from genpipe.data.shards import SPLITS, Split
 from genpipe.data.stream import ShardDataset, open_shards
+from genpipe.evaluation.fidelity import FeatureMoments, frechet_distance
 from genpipe.evaluation.grids import labelled_grid
-from genpipe.evaluation.metrics import cosine, recall_at, retrieval_ranks
-from genpipe.generation import GenerationConfig, Generator, check_lineage
+from genpipe.evaluation.metrics import cosine
+from genpipe.evaluation.networks import inception_features, load_inception
+from genpipe.evaluation.retrieval import recall_at, retrieval_ranks
+from genpipe.generation.system import NEEDED, UPSAMPLERS, GenerationConfig, Generator, check_lineage
+from genpipe.pinned import PinnedFile
 from genpipe.stages import load_stage
 from genpipe.stages.autoencoder import hwc
 from genpipe.stages.features import check_made_from
+from genpipe.storage import Storage
 from genpipe.training.loop import seeded, to_device
 from genpipe.weights import load_weights
 
 VERSION = 1
-CONSUMES: tuple[str, ...] = ("shard", "autoencoder", "clip", "features", "prior", "decoder", "upsampler")
+CONSUMES: tuple[str, ...] = ("shard", *NEEDED)
 
-TRAINED = ("autoencoder", "clip", "prior", "decoder", "upsampler")
+DATA = ("shard", "features")
+COSINES = ("prior_cosine", "prior_cosine_unrelated")
+INCEPTION = "inception"
 CELL = 96
-COLUMNS = ("training example", "autoencoder", "decoder from true embedding", "decoder from prior", "upsampled")
 
 
 class Config(StageConfig):
     generation: GenerationConfig = GenerationConfig()
+    prior: bool = Field(True, description="false: the decoder draws from captions alone (its image_embed is false)")
+    upsamplers: tuple[Literal["upsampler", "upsampler2"], ...] = Field(
+        ("upsampler",), description="stages that enlarge the pictures, in order: the first so many, or none"
+    )
     prompts: int = Field(256, ge=1, description="training captions to generate from, chosen at random")
     heldout_prompts: int = Field(64, ge=1, description="captions of held-out subjects to generate from")
     batch_size: int = Field(32, ge=1)
     recall_at: tuple[int, ...] = (1, 5, 10)
     grid: tuple[str, ...] = Field((), description="captions of the grid; default: the first dozen of the prompts")
+    fid: PinnedFile | None = Field(
+        None, description="Inception as TorchScript; adds the Fréchet distance of the pictures"
+    )
     gate: dict[str, float] = Field(default_factory=dict, description="metrics and the least that each must reach")
     precision: str = Field("bf16", pattern="^(bf16|fp32)$")
     seed: int = 0
 
 
+def consumes(cfg: Config) -> tuple[str, ...]:
+    """The stages whose artifacts it takes with this configuration."""
+    return (*CONSUMES, *(("prior",) if cfg.prior else ()), *cfg.upsamplers)
+
+
+def trained(cfg: Config) -> list[str]:
+    """Those of them that are trained."""
+    return [name for name in consumes(cfg) if name not in DATA]
+
+
 def agree(cfg: Config, inputs: Mapping[str, Artifact]) -> dict[str, Any]:
+    if cfg.upsamplers != UPSAMPLERS[: len(cfg.upsamplers)]:
+        raise ValueError(f"upsamplers: {list(cfg.upsamplers)} are not the first of {list(UPSAMPLERS)}; set these")
     check_lineage(inputs)
     names = [f"{split}/{name}" for split in SPLITS for name in _prompt_metrics(cfg)]
     for name in cfg.gate:
@@ -63,12 +91,12 @@ def agree(cfg: Config, inputs: Mapping[str, Artifact]) -> dict[str, Any]:
             near = difflib.get_close_matches(name, names, n=1)
             remedy = f"did you mean {near[0]!r}?" if near else f"known metrics: {', '.join(names)}"
             raise ValueError(f"gate: no metric {name!r}; {remedy}")
-    return {name: inputs[name].fingerprint for name in TRAINED}
+    return {name: inputs[name].fingerprint for name in trained(cfg)}
 
 
 def _prompt_metrics(cfg: Config) -> list[str]:
     recalls = [f"{name}_at_{k}" for name in ("recall", "ceiling") for k in cfg.recall_at]
-    return [*recalls, "prior_cosine", "prior_cosine_unrelated"]
+    return [*recalls, *(COSINES if cfg.prior else ())]
 
 
 def parts(cfg: Config, inputs: Mapping[str, Artifact]) -> list[str]:
@@ -77,7 +105,7 @@ def parts(cfg: Config, inputs: Mapping[str, Artifact]) -> list[str]:
     for split in SPLITS:
         count = len(_chosen(cfg, open_shards(inputs["shard"], split=split), split))
         batches += [f"prompts {split} {first}" for first in range(0, count, cfg.batch_size)]
-    return [*batches, *(f"validate {name}" for name in TRAINED), "grid"]
+    return [*batches, *(f"validate {name}" for name in trained(cfg)), "grid"]
 
 
 def _chosen(cfg: Config, dataset: ShardDataset, split: Split) -> np.ndarray:
@@ -96,6 +124,7 @@ class Worker:
         self.system = Generator(inputs, device=self.device)
         self.shards = {split: open_shards(inputs["shard"], split=split) for split in SPLITS}
         self.features = {split: FeatureDataset(fetch(inputs["features"]), split=split) for split in SPLITS}
+        self.inception = load_inception(cfg.fid, device=self.device) if cfg.fid else None
 
     @torch.no_grad()
     def __call__(self, part: str, out: Path) -> dict[str, Any]:
@@ -105,12 +134,12 @@ class Worker:
                 return self._grid(out)
             if kind == "validate":
                 return self._validate(arguments[0])
-            return self._prompts(cast(Split, arguments[0]), int(arguments[1]))
+            return self._prompts(cast(Split, arguments[0]), int(arguments[1]), out)
 
     def _autocast(self, precision: str) -> torch.autocast:
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
 
-    def _prompts(self, split: Split, first: int) -> dict[str, Any]:
+    def _prompts(self, split: Split, first: int, out: Path) -> dict[str, Any]:
         """Generate from a batch of captions: ranks of own captions, and the prior's cosines."""
         chosen = _chosen(self.cfg, self.shards[split], split)
         indices, others = (rows[first : first + self.cfg.batch_size] for rows in (chosen, np.roll(chosen, 1)))
@@ -121,6 +150,10 @@ class Worker:
             self.features[split].image_embeds(rows).float().to(self.device) for rows in (indices, others)
         )
         drawn = self.system.clip.encode_image(self._at_clip_size(made.images))
+        if self.inception is not None:
+            real = to_float(image_batch(self.shards[split], indices, size=self.system.size).to(self.device))
+            pairs = (inception_features(self.inception, images) for images in (made.upsampled, real))
+            np.save(out / f"{INCEPTION}-{split}-{first:06d}.npy", torch.stack(list(pairs)).cpu().numpy())
         own = torch.from_numpy(indices).to(self.device) + (0 if split == "train" else len(self.features["train"]))
         return {
             "ranks": retrieval_ranks(drawn, self._pool(), own).tolist(),
@@ -150,9 +183,10 @@ class Worker:
         assert manifest is not None, "inputs are committed"
         cfg = stage.Config.model_validate(manifest.config)
         objective = stage.objective(cfg, self.inputs, self.device)
-        state = load_weights(folder, kind=name, device=self.device).module.state_dict()
-        objective.trainable[name].load_state_dict(state)
-        objective.trainable[name].eval()
+        part = "upsampler" if name in UPSAMPLERS else name
+        state = load_weights(folder, kind=part, device=self.device).module.state_dict()
+        objective.trainable[part].load_state_dict(state)
+        objective.trainable[part].eval()
         held = stage.data(cfg, self.inputs).heldout
         size, limit = cfg.train.validation_batch, cfg.train.heldout_samples
         batches = sequential(held.length, batch_size=size, collate=held.collate, limit=limit)
@@ -177,17 +211,20 @@ class Worker:
         text = system.encode_text(prompts)
         true = self.features[split].image_embeds(indices).float().to(self.device)
         latents = self.features[split].latents(indices).float().to(self.device)
+        columns = {
+            "training example" if split == "train" else "held-out example": image_batch(
+                self.shards[split], indices, size=system.size
+            ),
+            "autoencoder": to_uint8(system.autoencoder.decode(system.latent_statistics.restore(latents), fp32=True)),
+        }
         images = system.decode(system.prior_embeds(text, cfg, generator=generator), text, cfg, generator=generator)
-        columns = (
-            image_batch(self.shards[split], indices, size=system.size),
-            to_uint8(system.autoencoder.decode(system.latent_statistics.restore(latents))),
-            to_uint8(system.decode(true, text, cfg, generator=generator)),
-            to_uint8(images),
-            to_uint8(system.enlarge(images, cfg, generator=generator)),
-        )
-        rows = list(zip(*(hwc(column) for column in columns), strict=True))
-        titles = COLUMNS if split == "train" else ("held-out example", *COLUMNS[1:])
-        return labelled_grid(rows, captions=prompts, columns=titles, cell=max(CELL, system.size))
+        if self.cfg.prior:
+            columns["decoder from true embedding"] = to_uint8(system.decode(true, text, cfg, generator=generator))
+        columns["decoder from prior" if self.cfg.prior else "decoder"] = to_uint8(images)
+        for enlarged in system.enlarge(images, cfg, generator=generator):
+            columns[f"upsampled to {enlarged.shape[-1]} px"] = to_uint8(enlarged)
+        rows = list(zip(*(hwc(column) for column in columns.values()), strict=True))
+        return labelled_grid(rows, captions=prompts, columns=list(columns), cell=max(CELL, system.size))
 
 
 def find_captions(dataset: ShardDataset, captions: Sequence[str]) -> np.ndarray:
@@ -201,6 +238,28 @@ def find_captions(dataset: ShardDataset, captions: Sequence[str]) -> np.ndarray:
     return np.asarray([index[caption] for caption in captions])
 
 
+def settle(cfg: Config, made: Storage, results: list[dict[str, Any]], out: Path) -> list[dict[str, Any]]:
+    """With the Fréchet distances, from the Inception features that the parts left beside their results."""
+    if cfg.fid is None:
+        return results
+    distances = dict(_fid(made, split) for split in SPLITS)
+    return [*results[:-1], {**results[-1], "metrics": {**results[-1].get("metrics", {}), **distances}}]
+
+
+def _fid(made: Storage, split: Split) -> tuple[str, float]:
+    """Name and value of a split's distance between pictures and the images whose captions they were drawn for."""
+    keys = [entry.key for entry in made.list(f"{INCEPTION}-{split}-")]
+    pictures, images = (
+        reduce(operator.add, (FeatureMoments.of(_features(made, key)[which]) for key in keys)) for which in (0, 1)
+    )
+    return f"{split}/fid_{pictures.count}", frechet_distance(pictures, images)
+
+
+def _features(made: Storage, key: str) -> Tensor:
+    """fp32 [2, B, 2048]: of the pictures of a part, and of the images that have their captions."""
+    return torch.from_numpy(np.load(io.BytesIO(made.read(key)), allow_pickle=False))
+
+
 def finish(
     cfg: Config, inputs: Mapping[str, Artifact], results: list[dict[str, Any]], out: Path
 ) -> tuple[dict[str, Any], dict[str, float]]:
@@ -212,7 +271,7 @@ def finish(
         for k in cfg.recall_at:
             metrics[f"{split}/recall_at_{k}"] = recall_at(ranks, k)
             metrics[f"{split}/ceiling_at_{k}"] = recall_at(ceiling, k)
-        for name in ("prior_cosine", "prior_cosine_unrelated"):
+        for name in COSINES if cfg.prior else ():
             metrics[f"{split}/{name}"] = float(np.mean([value for r in done for value in r[name]]))
         metrics[f"{split}/prompts"] = float(len(ranks))
     metrics["pool"] = float(sum(len(open_shards(inputs["shard"], split=split)) for split in SPLITS))

@@ -29,7 +29,8 @@ from genpipe.data.samples import Reject
 from genpipe.data.shards import REJECT_SCHEMA, SPLITS, Split, write_table
 from genpipe.data.stream import ShardDataset, noticing, open_shards
 from genpipe.data.tokenizer import CaptionTokenizer
-from genpipe.generation import TOKENIZER_FILE, check_lineage, latent_statistics
+from genpipe.generation.conditions import TOKENIZER_FILE, latent_statistics
+from genpipe.generation.system import check_lineage
 from genpipe.models.autoencoder import Autoencoder
 from genpipe.models.clip import CLIP
 from genpipe.training.objective import Data
@@ -289,3 +290,17 @@ def cached_data(inputs: Mapping[str, Artifact], *, arrays: tuple[str, ...], seed
         return DataSplit(len(dataset), Cached(dataset, arrays, seed, training=name == "train"), sources)
 
     return Data(train=split("train"), heldout=split("heldout"))
+
+
+def example_features(inputs: Mapping[str, Artifact], *, arrays: tuple[str, ...], batch_size: int) -> Batch:
+    """Zeros in the shapes of a batch of `cached_data` whose longest caption fills the context."""
+    meta = inputs["features"].meta
+    length, side = meta["context_length"], meta["latent_size"]
+    images = {"latents": (meta["latent_channels"], side, side), "image_embeds": (meta["embed_dim"],)}
+    return {
+        **{name: torch.zeros(batch_size, *images[name], dtype=torch.float16) for name in arrays},
+        "text_embeds": torch.zeros(batch_size, meta["embed_dim"], dtype=torch.float16),
+        "text_lengths": torch.zeros(batch_size, dtype=torch.int64),
+        "text_encodings": torch.zeros(batch_size, length, meta["text_width"], dtype=torch.float16),
+        "text_tokens": torch.zeros(batch_size, length, dtype=torch.int32),
+    }

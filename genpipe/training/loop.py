@@ -144,7 +144,8 @@ class _PartLoss(nn.Module):
 
 def _wrap(objective: Objective, part: str, module: nn.Module) -> nn.Module:
     loss = _PartLoss(objective, part, module)
-    if dist.is_initialized() and dist.get_world_size() > 1:
+    trained = any(p.requires_grad for p in module.parameters())  # DDP takes no other
+    if trained and dist.is_initialized() and dist.get_world_size() > 1:
         return DistributedDataParallel(loss, forward_sync_buffers=False)
     return loss
 

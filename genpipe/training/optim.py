@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import torch
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import Field, Tag, model_validator
 from torch import nn
 
-from genpipe.config import Config
+from genpipe.config import Config, by_kind
 from genpipe.data.loader import check_batch_sizes
 from genpipe.training import muon
 
@@ -42,18 +42,13 @@ class Muon(Config):
     betas: tuple[float, float] = (0.9, 0.99)
 
 
-def _kind(value: Any) -> Any:
-    """The kind of an optimizer block; AdamW where none is named, so that `optim.lr=1e-3` alone is enough."""
-    return value.get("kind", "adamw") if isinstance(value, dict) else getattr(value, "kind", None)
-
-
-OptimConfig = Annotated[Annotated[AdamW, Tag("adamw")] | Annotated[Muon, Tag("muon")], Discriminator(_kind)]
+OptimConfig = Annotated[Annotated[AdamW, Tag("adamw")] | Annotated[Muon, Tag("muon")], by_kind("adamw")]
 
 
 class TrainConfig(Config):
     """One training run. Progress is counted in samples, so that batch size and ranks may change."""
 
-    samples: int = Field(gt=0, description="samples to train on, repeats included")
+    samples: int = Field(ge=0, description="samples to train on, repeats included; 0: weights stay as they begin")
     global_batch_size: int = Field(gt=0, description="samples of one optimizer step, over all ranks")
     micro_batch_size: int | None = Field(None, gt=0, description="samples of a forward pass; default: a rank's share")
     optim: OptimConfig = AdamW()
@@ -110,9 +105,7 @@ def lr_scale(cfg: TrainConfig, *, samples_seen: int) -> float:
 
 def build_optimizers(module: nn.Module, cfg: AdamW | Muon) -> list[torch.optim.Optimizer]:
     """The optimizers of one part. Each group remembers its peak learning rate in `peak_lr`."""
-    weights = [m.weight for m in module.modules() if isinstance(m, MATRICES)]
-    by_muon = {id(p) for p in weights} if cfg.kind == "muon" else set()
-    parameters = list(module.parameters())
+    by_muon, parameters = _by_muon(module, cfg), list(module.parameters())
     hidden = [p for p in parameters if id(p) in by_muon]
     decayed = [p for p in parameters if id(p) not in by_muon and p.ndim >= 2]
     undecayed = [p for p in parameters if id(p) not in by_muon and p.ndim < 2]
@@ -128,3 +121,14 @@ def build_optimizers(module: nn.Module, cfg: AdamW | Muon) -> list[torch.optim.O
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]
     return optimizers
+
+
+def optimizer_bytes(module: nn.Module, cfg: AdamW | Muon) -> int:
+    """What the optimizers of a part keep: two averages of each of AdamW's parameters, Muon's momentum of the others."""
+    by_muon = _by_muon(module, cfg)
+    return sum(p.numel() * p.element_size() * (1 if id(p) in by_muon else 2) for p in module.parameters())
+
+
+def _by_muon(module: nn.Module, cfg: AdamW | Muon) -> set[int]:
+    """The ids of the parameters that Muon optimises."""
+    return {id(m.weight) for m in module.modules() if isinstance(m, MATRICES)} if cfg.kind == "muon" else set()

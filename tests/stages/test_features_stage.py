@@ -19,7 +19,7 @@ from genpipe.data.order import caption_draws
 from genpipe.data.pixels import image_batch, to_float
 from genpipe.data.stream import ShardDataset
 from genpipe.data.tokenizer import CaptionTokenizer
-from genpipe.generation import check_lineage
+from genpipe.generation.system import check_lineage
 from genpipe.launch.local import run_local
 from genpipe.spec import StageSpec
 from genpipe.stages import features, load_stage

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from pydantic import TypeAdapter
 from safetensors.torch import load_file, save_file
 
 from genpipe import artifacts
@@ -17,6 +18,7 @@ from genpipe.data.features import FeatureDataset
 from genpipe.data.pixels import image_batch, to_float
 from genpipe.data.stream import ShardDataset
 from genpipe.data.tokenizer import CaptionTokenizer
+from genpipe.generation.system import GenerationConfig, Generator
 from genpipe.stages import evaluate, is_training, load_stage, upsampler
 from genpipe.storage import open_storage
 from genpipe.weights import MODELS, load_weights, save_weights
@@ -77,10 +79,14 @@ def test_weights_come_back_as_they_went(made: dict[str, Artifact], name: str, tm
     stored = load_file(folder(made[name]) / "weights.safetensors")
     assert stored.keys() == module.state_dict().keys()
     assert all(torch.equal(stored[key], tensor) for key, tensor in module.state_dict().items())
-    config = MODELS[name][1].model_validate(artifacts.verify(made[name].uri).config["model"])
+    config = TypeAdapter(MODELS[name][1]).validate_python(artifacts.verify(made[name].uri).config["model"])
     sizes = {
         "autoencoder": {},
-        "clip": {"vocab_size": module.text_tower.tokens.num_embeddings if name == "clip" else 0, "context_length": 16},
+        "clip": {
+            "vocab_size": module.text_tower.tokens.num_embeddings if name == "clip" else 0,
+            "context_length": 16,
+            "eot_id": 2,
+        },
         "prior": {"embed_dim": 16, "text_width": 32},
         "decoder": {"latent_channels": 4, "embed_dim": 16, "text_width": 32},
         "upsampler": {},
@@ -237,6 +243,28 @@ def test_an_interrupted_data_stage_goes_on_with_the_next_part(tiny: TinyPipeline
     assert Path(finished.uri, first, "latents.npy").stat().st_mtime_ns == marker
     one, other = (artifacts.verify(a.uri) for a in (finished, made["features"]))
     assert [file.path for file in one.files] == [file.path for file in other.files]
+
+
+def test_a_decoder_may_give_dropped_captions_the_encoders_own_null_text(
+    tiny: TinyPipeline, made: dict[str, Artifact]
+) -> None:
+    unet = "{kind: unet, width: 16, multipliers: [1, 2], attention_at: [2], head_width: 16, groups: 8, blocks: 1}"
+    settings = (f"stages.decoder.model={{denoiser: {unet}, null_text: encoder}}", "stages.decoder.train.samples=32")
+    decoder = load_weights(folder(tiny.run("decoder", *settings)), kind="decoder", device=CPU).module
+    null = FeatureDataset(folder(made["features"]), split="train").null_text()
+    assert null["text_lengths"].tolist() == [len(decoder.null_encoding_W)]
+    expected = null["text_encodings"][0, : null["text_lengths"][0]].float()
+    assert torch.equal(decoder.null_encoding_W, expected) and expected.any()
+
+
+def test_an_upsampler_may_draw_latents(tiny: TinyPipeline, made: dict[str, Artifact]) -> None:
+    """Of images twice as large as those that the autoencoder was trained on."""
+    artifact = tiny.run("upsampler", "stages.upsampler.target=latents", "stages.upsampler.train.samples=32")
+    assert artifact.meta["autoencoder"] == made["autoencoder"].fingerprint
+    system = Generator({**made, "upsampler": artifact}, device=CPU)
+    low = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    large = system.enlarge(low, GenerationConfig(), generator=torch.Generator().manual_seed(0))[-1]
+    assert large.shape == (2, 3, 32, 32) and large.isfinite().all()
 
 
 def test_a_stage_is_the_same_twice(tiny: TinyPipeline, made: dict[str, Artifact], tmp_path: Path) -> None:

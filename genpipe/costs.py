@@ -1,0 +1,198 @@
+"""What a training stage costs, before anything is trained: parameters, arithmetic and memory.
+
+The stage's own objective is built and stepped on the meta device, where tensors have shapes and no content: the figures
+are those of its code, and nothing here knows a model.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.weak import WeakIdKeyDictionary
+
+from genpipe.artifacts import Artifact
+from genpipe.training.objective import Batch, Objective, Step
+from genpipe.training.optim import TrainConfig, optimizer_bytes
+
+BYTES = 4
+"""Of a parameter, a gradient and an average, which are kept in fp32 whatever the precision of the products."""
+
+META = torch.device("meta")
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one training stage. `memory` is in bytes, on each of its `workers`; `flops` of one sample."""
+
+    parameters: dict[str, int]
+    frozen: int
+    flops: float
+    memory: dict[str, int]
+    samples: int
+    workers: int
+
+    @property
+    def peak(self) -> int:
+        """Bytes of all that `memory` lists."""
+        return sum(self.memory.values())
+
+    def gpu_hours(self, *, mfu: float, peak_tflops: float) -> float:
+        """Hours of one GPU for the whole training, if it does a share `mfu` of its peak."""
+        return self.flops * self.samples / (mfu * peak_tflops * 1e12) / 3600
+
+
+def cost_of(stage: ModuleType, cfg: Any, inputs: Mapping[str, Artifact]) -> Cost:
+    """Cost of a training stage whose inputs need not exist yet: their `meta` says what they promise.
+
+    `flops` are those of a sample, forward and backward of every part (a product and its sum are two), as
+    `torch.utils.flop_counter` counts them: matrix products, convolutions, attention. `memory` holds weights,
+    gradients, the optimizer's state, the averages, and what else is alive at the peak of a micro-batch, with attention
+    in blocks as on a GPU; what libraries reserve comes on top.
+    """
+    train: TrainConfig = cfg.train
+    batch_size = train.micro_batch(cfg.resources.workers)
+    objective = on_meta(stage, cfg, inputs)
+    with META:
+        batch: Batch = stage.example(cfg, inputs, batch_size=batch_size)
+        parts = objective.parts(train.samples) if train.samples else ()  # weights that stay as they begin
+        steps = [_step(objective, part, batch, train) for part in parts]
+    parameters = {part: _count(module) for part, module in objective.trainable.items()}
+    trained, frozen = sum(parameters.values()), _frozen(objective)
+    return Cost(
+        parameters=parameters,
+        frozen=frozen,
+        flops=sum(flops for flops, _ in steps) / batch_size,
+        memory={
+            "weights": BYTES * (trained + frozen),
+            "gradients": BYTES * trained,
+            "optimizer": sum(optimizer_bytes(module, train.optim) for module in objective.trainable.values()),
+            "averages": BYTES * trained,
+            "activations": max((peak for _, peak in steps), default=0),
+        },
+        samples=train.samples,
+        workers=cfg.resources.workers,
+    )
+
+
+def on_meta(stage: ModuleType, cfg: Any, inputs: Mapping[str, Artifact]) -> Objective:
+    """The objective of a training stage on the meta device, where nothing is read and nothing takes memory."""
+    with META:
+        objective: Objective = stage.objective(cfg, {name: _promised(a) for name, a in inputs.items()}, META)
+    return objective
+
+
+def _promised(artifact: Artifact) -> Artifact:
+    """With statistics in the meta, which are only known when the artifact is made; here their number counts."""
+    meta = dict(artifact.meta)
+    for size, name in (("latent_channels", "latent"), ("embed_dim", "image_embed")):
+        if size in meta:
+            meta.setdefault(f"{name}_mean", [0.0] * meta[size])
+            meta.setdefault(f"{name}_std", [1.0] * meta[size])
+    return artifact.model_copy(update={"meta": meta})
+
+
+def _step(objective: Objective, part: str, batch: Batch, train: TrainConfig) -> tuple[int, int]:
+    """(FLOPs, bytes alive at the peak beside weights and gradients) of one micro-batch of a part."""
+    for name, module in objective.trainable.items():
+        module.requires_grad_(name == part)
+        for p in module.parameters():
+            p.grad = torch.zeros_like(p)  # to be added to, as all but the first micro-batch of a step do
+    with FlopCounterMode(display=False) as counter:
+        _run(objective, part, batch, train)
+    with _Alive() as alive:  # by itself, as the counter keeps what passes through checkpoints
+        _run(objective, part, batch, train)
+    return counter.get_total_flops(), alive.peak
+
+
+def _run(objective: Objective, part: str, batch: Batch, train: TrainConfig) -> None:
+    """One micro-batch of a part, forward and backward."""
+    with _AsOnAGpu(bf16=train.precision == "bf16"):
+        loss, _ = objective.loss(part, batch, Step(samples_seen=train.samples, generator=torch.Generator()))
+        # By the engine itself: `backward` would turn the mode off, but checkpointed blocks are computed again in it.
+        run_backward = torch.autograd.Variable._execution_engine.run_backward
+        run_backward((loss,), (torch.ones_like(loss),), False, False, (), allow_unreachable=True, accumulate_grad=True)
+
+
+def _count(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def _frozen(objective: Objective) -> int:
+    """Parameters of the networks that the objective uses and does not train."""
+    trained = set(map(id, objective.trainable.values()))
+    modules = [x for x in vars(objective).values() if isinstance(x, nn.Module) and id(x) not in trained]
+    return sum(_count(module) for module in modules)
+
+
+class _Alive(TorchDispatchMode):
+    """Bytes of what is made inside and alive at once, at the peak."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self.seen: WeakIdKeyDictionary = WeakIdKeyDictionary(ref_type=weakref.ref)
+
+    def __torch_dispatch__(
+        self, function: Callable[..., Any], types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        for x in self._storages((args, kwargs)):
+            self.seen.setdefault(x, True)  # made outside, or seen before
+        out = function(*args, **(kwargs or {}))
+        for x in self._storages(out):
+            if x not in self.seen:
+                self.seen[x] = True
+                self.now += x.nbytes()
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(x, self._gone, x.nbytes())
+        return out
+
+    def _storages(self, values: Any) -> list[torch.UntypedStorage]:
+        return [x.untyped_storage() for x in tree_leaves(values) if isinstance(x, Tensor)]
+
+    def _gone(self, size: int) -> None:
+        self.now -= size
+
+
+class _AsOnAGpu(TorchFunctionMode):
+    """What a GPU would do and the meta device does not: bf16 products under autocast, and attention in blocks."""
+
+    PRODUCTS = frozenset(
+        (F.linear, F.conv2d, F.conv_transpose2d, torch.matmul, torch.bmm, torch.baddbmm, torch.einsum, Tensor.matmul)
+    ) | {Tensor.__matmul__}
+    WHOLE = frozenset((F.layer_norm, F.group_norm, F.softmax, torch.softmax, F.cross_entropy, F.mse_loss, F.l1_loss))
+
+    def __init__(self, *, bf16: bool) -> None:
+        super().__init__()
+        self.bf16 = bf16
+
+    def __torch_function__(
+        self, function: Callable[..., Any], types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if function is F.scaled_dot_product_attention:
+            return self._attention(*self._cast(args, torch.bfloat16)[:3])
+        if self.bf16 and function in self.PRODUCTS | self.WHOLE:
+            dtype = torch.bfloat16 if function in self.PRODUCTS else torch.float32
+            args, kwargs = self._cast(args, dtype), self._cast(kwargs, dtype)
+        return function(*args, **kwargs)
+
+    def _cast(self, values: Any, dtype: torch.dtype) -> Any:
+        def cast(x: Any) -> Any:
+            return x.to(dtype) if self.bf16 and isinstance(x, Tensor) and x.is_floating_point() else x
+
+        return tree_map(cast, values)
+
+    def _attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        attended: Tensor = torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, None, True)[0]
+        return attended
