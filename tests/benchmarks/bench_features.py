@@ -36,9 +36,10 @@ from genpipe.data.order import order_of  # noqa: E402
 from genpipe.data.pixels import image_batch  # noqa: E402
 from genpipe.data.stream import ShardDataset  # noqa: E402
 from genpipe.data.tokenizer import train_tokenizer  # noqa: E402
-from genpipe.generation import TOKENIZER_FILE  # noqa: E402
-from genpipe.models.autoencoder import Autoencoder, AutoencoderConfig  # noqa: E402
+from genpipe.generation.conditions import TOKENIZER_FILE  # noqa: E402
+from genpipe.models.autoencoder import build_autoencoder  # noqa: E402
 from genpipe.models.clip import CLIP, CLIPConfig  # noqa: E402
+from genpipe.models.folded import FoldedConfig  # noqa: E402
 from genpipe.spec import StageSpec  # noqa: E402
 from genpipe.stages import features as stage  # noqa: E402
 from genpipe.weights import save_weights  # noqa: E402
@@ -184,14 +185,19 @@ def make_inputs(folder: Path, *, samples: int) -> Mapping[str, Artifact]:
     shards.mkdir()
     write(shards, photos.photographs(samples, height=SIDE, width=SIDE), side=SIDE, shards=PARTS)
     torch.manual_seed(0)
-    autoencoder, clip = AutoencoderConfig(), CLIPConfig()
+    autoencoder, clip = FoldedConfig(), CLIPConfig()
     tokenizer = train_tokenizer(["a photograph of something or other"], vocab_size=300)
     (folder / "autoencoder").mkdir()
     (folder / "clip").mkdir()
     save_weights(
-        Autoencoder(autoencoder), folder / "autoencoder", kind="autoencoder", config=autoencoder, sizes={}, extra={}
+        build_autoencoder(autoencoder),
+        folder / "autoencoder",
+        kind="autoencoder",
+        config=autoencoder,
+        sizes={},
+        extra={},
     )
-    sizes = {"vocab_size": tokenizer.vocab_size, "context_length": TOKENS}
+    sizes = {"vocab_size": tokenizer.vocab_size, "context_length": TOKENS, "eot_id": tokenizer.eot_id}
     save_weights(CLIP(clip, **sizes), folder / "clip", kind="clip", config=clip, sizes=sizes, extra={})
     tokenizer.save(folder / "clip" / TOKENIZER_FILE)
     channels = autoencoder.latent_channels
