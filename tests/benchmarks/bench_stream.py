@@ -34,7 +34,7 @@ from genpipe.data.pixels import Images  # noqa: E402
 from genpipe.data.shards import ShardWriter  # noqa: E402
 from genpipe.data.stream import ShardDataset  # noqa: E402
 
-BATCH = 50
+BATCH = 64  # as the demo trains with
 
 
 def main() -> None:
