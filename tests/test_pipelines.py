@@ -58,9 +58,9 @@ def test_one_gpu_of_80_gb_is_enough() -> None:
 
 
 def test_a_node_has_eight_gpus() -> None:
-    found = costs("node")
-    assert all(cost.workers == 8 and cost.peak < 74 * GIB for cost in found.values())
-    assert found["autoencoder"].parameters["autoencoder"] == 83_653_863, "Stable Diffusion's"
+    trained = {planned.name: planned.cfg for planned, _ in training("node")}
+    assert all(cfg.resources.workers == 8 and cfg.resources.gpus == 1 for cfg in trained.values())
+    assert parameters("node")["autoencoder"] == 83_653_863, "Stable Diffusion's"
 
 
 def test_latent_diffusion_is_that_of_the_paper() -> None:

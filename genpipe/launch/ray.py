@@ -308,7 +308,7 @@ def telling(spec: StageSpec, job: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if read_failure(spec.work, job) is None and not isinstance(error, JobLost):
+        if read_failure(spec.work, job) is None and not isinstance(error, JobLost) and ENDING not in str(error):
             failure = Failure(
                 job=job,
                 message=str(error).strip() or type(error).__name__,
@@ -319,13 +319,14 @@ def telling(spec: StageSpec, job: str) -> Iterator[None]:
         raise
 
 
-SIGNS = ("gloo", "Gloo", "NCCL", "by peer", "cannot schedule new futures")
-"""In messages of what fails because something else ends: a collective, a connection, or this process itself."""
+ENDING = "cannot schedule new futures after"
+"""What work says in a process that Ray is ending meanwhile, which is no failure of the work."""
 
 
 def _lost_a_peer(error: Exception) -> bool:
-    """Whether this failed because another rank, or the process that it is in, ends: that is the failure, not this."""
-    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in SIGNS)
+    """Whether a collective failed because another rank is gone: that rank's end is the failure, not this one."""
+    text = str(error)
+    return isinstance(error, RuntimeError) and any(sign in text for sign in ("gloo", "Gloo", "NCCL", "by peer"))
 
 
 class RayLauncher:
