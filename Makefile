@@ -36,7 +36,7 @@ imports: $(READY)
 
 tests: $(READY)
 	@echo "== tests"
-	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 # How fast data are read and cached, each time beside what else would do it; takes minutes, and a quiet machine.
 bench-data: $(READY)

@@ -26,6 +26,12 @@ from genpipe.artifacts import Artifact
 from genpipe.launch.local import run_local
 from genpipe.spec import StageSpec
 
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The slow files first, so that at the end no process waits for another's."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 torch.set_num_threads(1)
 
 TINY = Path(__file__).parent.parent / "configs/pipeline/tiny.yaml"
