@@ -6,6 +6,7 @@ stage is done is asked of the store alone, so Prefect caches nothing. A stage th
 
 from __future__ import annotations
 
+import math
 import signal
 import threading
 import time
@@ -69,10 +70,10 @@ class PlainReporter:
         self.said: dict[str, tuple[str, float]] = {}
 
     def update(self, stage: str, status: str, *, progress: Progress | None = None, message: str = "") -> None:
-        before, at = self.said.get(stage, ("waiting", 0.0))
+        before, at = self.said.get(stage, ("waiting", -math.inf))
         if status == before and (progress is None or time.monotonic() - at < self.EVERY_SECONDS):
             return
-        self.said[stage] = (status, time.monotonic())
+        self.said[stage] = (status, time.monotonic() if progress else -math.inf)  # the first progress is said at once
         done = f" {progress.describe()}" if progress else ""
         told = f" ({message})" if message else ""
         print(f"{stage}: {status}{done}{told}\n", end="", flush=True)  # one write, as threads share the line

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -28,8 +29,9 @@ TRAINED = ["autoencoder", "clip", "prior", "decoder", "upsampler"]
 class Project:
     """A user's folder of images, a store, and the command line on both."""
 
-    def __init__(self, store: Path, images: Path) -> None:
+    def __init__(self, store: Path, images: Path, prefect_home: Path) -> None:
         self.store = store
+        self.environment = os.environ | {"PREFECT_HOME": str(prefect_home)}
         self.settings = [f"stages.shard.source.path={images}", f"store={store}"]
 
     def command(self, *arguments: str) -> list[str]:
@@ -37,8 +39,9 @@ class Project:
         return [sys.executable, "-m", "genpipe.cli", name, *rest, CONFIG, *self.settings]
 
     def start(self, *arguments: str, settings: Sequence[str] = ()) -> subprocess.Popen[str]:
+        command = [*self.command(*arguments), *settings]
         return subprocess.Popen(
-            [*self.command(*arguments), *settings], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            command, env=self.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
 
     def run(self, *arguments: str, settings: Sequence[str] = ()) -> tuple[int, str]:
@@ -67,9 +70,9 @@ def statuses(output: str) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def project(tmp_path_factory: pytest.TempPathFactory, shapes: Path) -> Iterator[tuple[Project, str]]:
+def project(tmp_path_factory: pytest.TempPathFactory, shapes: Path, prefect_home: Path) -> Iterator[tuple[Project, str]]:
     """The project after its first run, and what that run printed."""
-    project = Project(tmp_path_factory.mktemp("store"), shapes)
+    project = Project(tmp_path_factory.mktemp("store"), shapes, prefect_home)
     code, output = project.run("run")
     assert code == 0, output
     yield project, output

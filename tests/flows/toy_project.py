@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,15 +19,16 @@ TRAIN = {"samples": 80, "global_batch_size": 4, "log_every": 5, "precision": "fp
 
 
 class Project:
-    """A pipeline of toys in a folder, with a Prefect home of its own."""
+    """A pipeline of toys in a folder, with a Prefect home of its own, which begins as a copy of `prefect_home`."""
 
-    def __init__(self, folder: Path, **settings: object) -> None:
+    def __init__(self, folder: Path, prefect_home: Path, **settings: object) -> None:
         self.folder = folder
         self.config = folder / "toy.yaml"
         self.store = folder / "store"
         self.output = folder / "output"
         stages = {"toy_data": {"parts": 2}} | {name: {"train": TRAIN} for name in ("toy_line", "toy_slow", "toy_end")}
         self.config.write_text(yaml.safe_dump({"name": "toy", "store": str(self.store), "stages": stages} | settings))
+        shutil.copytree(prefect_home, folder / "prefect")
         self.environment = os.environ | {
             "PREFECT_HOME": str(folder / "prefect"),
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
