@@ -64,7 +64,7 @@ def read_images(
     indices = np.array(indices, np.int64)
     side = _common_side(dataset, indices)
     multiple = side > 0 and all(side % size == 0 for size in sizes)
-    buffers = [np.empty((len(indices), s, s, 3), np.uint8) for s in ((side,) if multiple else sizes)]
+    buffers = [empty_images(len(indices), size=s) for s in ((side,) if multiple else sizes)]
     least = round(ROOM * max(sizes))
     for at, (data, *outs) in enumerate(zip(dataset.images_bytes(indices.copy()), *buffers, strict=True)):
         draw = None if draws is None else float(draws[at])
@@ -75,6 +75,17 @@ def read_images(
     if multiple:
         buffers = [_box_downsample(buffers[0], factor=side // size) for size in sizes]
     return [torch.from_numpy(images).permute(0, 3, 1, 2) for images in buffers], indices
+
+
+def empty_images(count: int, *, size: int) -> np.ndarray:
+    """uint8 [count, size, size, C], uninitialised; begins 16 bytes past a multiple of 32.
+
+    JPEGs are decoded fastest to there: at 64 pixels a side an image whose rows lie at multiples of 32 bytes takes a
+    sixth longer, presumably because libjpeg-turbo then writes them past the caches.
+    """
+    memory = np.empty(count * size * size * 3 + 32, np.uint8)
+    start = (16 - memory.ctypes.data) % 32
+    return memory[start : start + count * size * size * 3].reshape(count, size, size, 3)
 
 
 def image_batch(dataset: ShardDataset, indices: np.ndarray, *, size: int) -> torch.Tensor:

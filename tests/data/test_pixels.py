@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from genpipe.data.images import encode
-from genpipe.data.pixels import Images, crop_draws, image_batch, read_images, square, to_float, to_uint8
+from genpipe.data.pixels import Images, crop_draws, empty_images, image_batch, read_images, square, to_float, to_uint8
 from genpipe.data.shards import ShardWriter
 from genpipe.data.stream import ShardDataset
 
@@ -161,3 +161,10 @@ def test_normalisation_and_back() -> None:
     assert floats.dtype == torch.float32 and floats.min() == -1 and floats.max() == 1
     assert torch.equal(to_uint8(floats), values)
     assert to_uint8(torch.tensor([-3.0, 3.0])).tolist() == [0, 255]
+
+
+def test_batches_lie_where_jpegs_are_decoded_fastest() -> None:
+    for count, size in ((1, 64), (64, 64), (3, 256)):
+        images = empty_images(count, size=size)
+        assert images.shape == (count, size, size, 3) and images.flags.c_contiguous
+        assert all(image.ctypes.data % 32 == 16 for image in images)
