@@ -5,10 +5,10 @@ Shapes: B batch, C channels, H and W of the grid.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 import torch.nn.functional as F
-from pydantic import Field, PositiveInt
+from pydantic import Field, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from genpipe.config import Config
@@ -34,6 +34,9 @@ class LdmConfig(Config):
     multipliers: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (1, 2, 4, 4)
     blocks: PositiveInt = Field(2, description="residual blocks of a level of the encoder; the decoder has one more")
     mid_attention: bool = True
+    attention_at: tuple[PositiveInt, ...] = Field(
+        (), description="downsampling factors at which attention follows each residual block; LDM's f16 has 16"
+    )
     quant_conv: bool = Field(True, description="1x1 convolutions around the bottleneck; Stable Diffusion 3 has none")
     bottleneck: Bottleneck = Kl()
 
@@ -45,6 +48,17 @@ class LdmConfig(Config):
     @property
     def widths(self) -> list[int]:
         return [self.width * m for m in self.multipliers]
+
+    @model_validator(mode="after")
+    def _attention_has_a_level(self) -> Self:
+        factors = [2**level for level in range(len(self.multipliers))]
+        if unknown := set(self.attention_at) - set(factors):
+            raise ValueError(f"attention_at {sorted(unknown)} is no downsampling factor of a level; they are {factors}")
+        return self
+
+    def attends(self, level: int) -> bool:
+        """Whether attention follows the residual blocks of a level; 0 is the image's resolution."""
+        return 2**level in self.attention_at
 
 
 class GridAttention(nn.Module):
@@ -89,9 +103,8 @@ def ldm_encoder(cfg: LdmConfig, *, channels_out: int) -> nn.Sequential:
     layers: list[nn.Module] = [nn.Conv2d(cfg.image_channels, cfg.widths[0], 3, padding=1)]
     below = cfg.widths[0]
     for level, width in enumerate(cfg.widths):
-        for _ in range(cfg.blocks):
-            layers.append(_block(below, width))
-            below = width
+        layers += _level(cfg, level, below, count=cfg.blocks)
+        below = width
         if level < len(cfg.widths) - 1:
             layers.append(Downsample(width))
     layers += [*_middle(cfg), *_head(below, channels_out)]
@@ -106,9 +119,8 @@ def ldm_decoder(cfg: LdmConfig) -> nn.Sequential:
     layers: list[nn.Module] = [nn.Conv2d(cfg.latent_channels, cfg.latent_channels, 1)] if cfg.quant_conv else []
     layers += [nn.Conv2d(cfg.latent_channels, below, 3, padding=1), *_middle(cfg)]
     for level, width in reversed(list(enumerate(cfg.widths))):
-        for _ in range(cfg.blocks + 1):
-            layers.append(_block(below, width))
-            below = width
+        layers += _level(cfg, level, below, count=cfg.blocks + 1)
+        below = width
         if level > 0:
             layers.append(Upsample(width))
     return nn.Sequential(*layers, *_head(below, cfg.image_channels))
@@ -116,6 +128,17 @@ def ldm_decoder(cfg: LdmConfig) -> nn.Sequential:
 
 def _block(channels_in: int, channels_out: int) -> ResBlock:
     return ResBlock(channels_in, channels_out, groups=GROUPS, eps=EPS)
+
+
+def _level(cfg: LdmConfig, level: int, channels_in: int, *, count: int) -> list[nn.Module]:
+    """The residual blocks of a level, each with its attention where the level has it."""
+    width = cfg.widths[level]
+    layers: list[nn.Module] = []
+    for i in range(count):
+        layers.append(_block(width if i else channels_in, width))
+        if cfg.attends(level):
+            layers.append(GridAttention(width))
+    return layers
 
 
 def _middle(cfg: LdmConfig) -> list[nn.Module]:

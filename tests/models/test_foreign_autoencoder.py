@@ -14,7 +14,7 @@ import torch
 from diffusers import AutoencoderDC, AutoencoderKL, VQModel
 from torch import Tensor, nn
 
-from genpipe.models.autoencoder import Autoencoder, build_autoencoder
+from genpipe.models.autoencoder import Autoencoder, FoldedConfig, build_autoencoder
 from genpipe.models.deep_compression import DeepCompressionConfig
 from genpipe.models.foreign.autoencoder import (
     config_from_diffusers,
@@ -76,8 +76,15 @@ def images(side: int = 32) -> Tensor:
     return torch.rand(2, 3, side, side + 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
 
 
+ATTENDING = {
+    "down_block_types": ["DownEncoderBlock2D", "AttnDownEncoderBlock2D", "AttnDownEncoderBlock2D"],
+    "up_block_types": ["AttnUpDecoderBlock2D", "AttnUpDecoderBlock2D", "UpDecoderBlock2D"],
+}
+
+
 @pytest.mark.parametrize(
-    "change", [{}, {"mid_block_add_attention": False}, {"use_quant_conv": False, "use_post_quant_conv": False}]
+    "change",
+    [{}, {"mid_block_add_attention": False}, {"use_quant_conv": False, "use_post_quant_conv": False}, ATTENDING],
 )
 @torch.no_grad()
 def test_kl_autoencoder_is_diffusers(change: dict[str, Any]) -> None:
@@ -134,7 +141,9 @@ def test_deep_compression_is_diffusers(change: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "settings"), [("AutoencoderKL", KL), ("VQModel", KL), ("AutoencoderDC", DC)], ids=lambda v: str(v)[:13]
+    ("name", "settings"),
+    [("AutoencoderKL", KL), ("AutoencoderKL", KL | ATTENDING), ("VQModel", KL), ("AutoencoderDC", DC)],
+    ids=lambda v: str(v)[:13],
 )
 def test_what_is_written_is_what_was_read(name: str, settings: dict[str, Any]) -> None:
     theirs, ours, cfg = pair(name, settings)
@@ -172,7 +181,8 @@ def test_weights_that_do_not_fit_are_refused() -> None:
     [
         ({"norm_num_groups": 16}, "norm_num_groups 16 has no counterpart here; it must be 32"),
         ({"_class_name": "AutoencoderTiny"}, "no autoencoder here is diffusers' AutoencoderTiny"),
-        ({"down_block_types": ["AttnDownEncoderBlock2D"] * 3}, "AttnDownEncoderBlock2D"),
+        ({"down_block_types": ["AttnDownEncoderBlock2D"] * 3}, "do not attend where down_block_types do"),
+        ({"down_block_types": ["KDownBlock2D"] * 3}, "blocks of the types KDownBlock2D have no counterpart"),
         ({"block_out_channels": [32, 48, 64]}, "not multiples of the first"),
         ({"use_quant_conv": False}, "use_quant_conv and use_post_quant_conv differ"),
         ({"_class_name": "VQModel", "vq_embed_dim": 8}, "vq_embed_dim and latent_channels differ"),
@@ -194,6 +204,16 @@ def test_what_diffusers_has_no_class_for_is_refused() -> None:
         )
 
 
+def test_weights_for_a_kind_that_diffusers_lacks_are_refused() -> None:
+    with pytest.raises(ValueError, match="of the kinds ldm and deep_compression only"):
+        from_diffusers({}, FoldedConfig())
+
+
+def test_attention_at_no_level_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"attention_at \[16\] is no downsampling factor .* \[1, 2, 4, 8\]"):
+        LdmConfig(kind="ldm", attention_at=(8, 16))
+
+
 def test_stable_diffusions_size() -> None:
     """83.7 M, exactly theirs, from the published config; it is also the default of the kind."""
     cfg = config_from_diffusers(STABLE_DIFFUSION)
@@ -206,10 +226,13 @@ def test_stable_diffusions_size() -> None:
 
 
 @pytest.mark.parametrize(
-    ("multipliers", "channels", "factor"), [((1, 2, 4), 3, 4), ((1, 2, 4, 4), 4, 8), ((1, 1, 2, 2, 4), 16, 16)]
+    ("multipliers", "channels", "attention_at", "factor"),
+    [((1, 2, 4), 3, (), 4), ((1, 2, 4, 4), 4, (), 8), ((1, 1, 2, 2, 4), 16, (16,), 16)],
 )
-def test_latent_diffusions_sizes(multipliers: tuple[int, ...], channels: int, factor: int) -> None:
-    cfg = LdmConfig(kind="ldm", multipliers=multipliers, latent_channels=channels)
+def test_latent_diffusions_sizes(
+    multipliers: tuple[int, ...], channels: int, attention_at: tuple[int, ...], factor: int
+) -> None:
+    cfg = LdmConfig(kind="ldm", multipliers=multipliers, latent_channels=channels, attention_at=attention_at)
     assert cfg.factor == factor
     with torch.device("meta"):
         settings = config_to_diffusers(cfg)

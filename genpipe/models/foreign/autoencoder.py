@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from genpipe.models.autoencoder import Autoencoder, build_autoencoder
+from genpipe.models.autoencoder import AnyConfig, Autoencoder, build_autoencoder
 from genpipe.models.convolutions import ResBlock
 from genpipe.models.deep_compression import (
     DeepCompressionConfig,
@@ -37,6 +37,10 @@ _ONLY: dict[str, dict[str, tuple[Any, ...]]] = {
     },
 }
 """Settings of diffusers whose other values make another network than ours; of lists, each entry."""
+
+_DOWN = ("DownEncoderBlock2D", "AttnDownEncoderBlock2D")
+_UP = ("UpDecoderBlock2D", "AttnUpDecoderBlock2D")
+"""Levels of AutoencoderKL and VQModel without attention, and with it."""
 
 _LEGACY = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 """Names in older files of AutoencoderKL."""
@@ -78,9 +82,12 @@ def config_from_diffusers(theirs: Mapping[str, Any]) -> LdmConfig | DeepCompress
 
 def _ldm(theirs: Mapping[str, Any], *, vq: bool) -> LdmConfig:
     widths = theirs["block_out_channels"]
-    types = {*theirs["down_block_types"], *theirs["up_block_types"]}
-    if types != {"DownEncoderBlock2D", "UpDecoderBlock2D"}:
-        raise ValueError(f"blocks of the types {', '.join(sorted(types))} have no counterpart here")
+    down, up = list(theirs["down_block_types"]), list(reversed(theirs["up_block_types"]))
+    if unknown := ({*down} - {*_DOWN}) | ({*up} - {*_UP}):
+        raise ValueError(f"blocks of the types {', '.join(sorted(unknown))} have no counterpart here")
+    attends = [_DOWN.index(kind) for kind in down]
+    if attends != [_UP.index(kind) for kind in up]:
+        raise ValueError("up_block_types do not attend where down_block_types do, which has no counterpart here")
     if any(width % widths[0] for width in widths):
         raise ValueError(f"block_out_channels {widths} are not multiples of the first")
     if theirs["in_channels"] != theirs["out_channels"]:
@@ -99,6 +106,7 @@ def _ldm(theirs: Mapping[str, Any], *, vq: bool) -> LdmConfig:
         multipliers=tuple(width // widths[0] for width in widths),
         blocks=theirs["layers_per_block"],
         mid_attention=theirs.get("mid_block_add_attention", True),
+        attention_at=tuple(2**level for level, attention in enumerate(attends) if attention),
         quant_conv=around.pop(),
         bottleneck=Vq.model_validate(codebook) if vq else Kl(),
     )
@@ -142,13 +150,13 @@ def config_to_diffusers(cfg: LdmConfig | DeepCompressionConfig) -> dict[str, Any
     """What diffusers' class is built with for `cfg`, its name under `_class_name`."""
     if isinstance(cfg, DeepCompressionConfig):
         return _config_to_dc(cfg)
-    levels = len(cfg.multipliers)
+    attends = [cfg.attends(level) for level in range(len(cfg.multipliers))]
     theirs: dict[str, Any] = {
         "_class_name": "AutoencoderKL",
         "in_channels": cfg.image_channels,
         "out_channels": cfg.image_channels,
-        "down_block_types": ["DownEncoderBlock2D"] * levels,
-        "up_block_types": ["UpDecoderBlock2D"] * levels,
+        "down_block_types": [_DOWN[attention] for attention in attends],
+        "up_block_types": [_UP[attention] for attention in reversed(attends)],
         "block_out_channels": cfg.widths,
         "layers_per_block": cfg.blocks,
         "latent_channels": cfg.latent_channels,
@@ -186,8 +194,11 @@ def _config_to_dc(cfg: DeepCompressionConfig) -> dict[str, Any]:
     return theirs
 
 
-def from_diffusers(state: Mapping[str, Tensor], cfg: LdmConfig | DeepCompressionConfig) -> dict[str, Tensor]:
-    """Our state dict for theirs. Raises ValueError naming keys that are missing or have no place here."""
+def from_diffusers(state: Mapping[str, Tensor], cfg: AnyConfig) -> dict[str, Tensor]:
+    """Our state dict for theirs. Raises ValueError naming keys that are missing or have no place here, and for a
+    kind of autoencoder that diffusers has no class for."""
+    if not isinstance(cfg, LdmConfig | DeepCompressionConfig):
+        raise ValueError("diffusers has autoencoders of the kinds ldm and deep_compression only")
     model = _skeleton(cfg)
     ours = joined(_renewed(state), _names(model))
     shapes = model.state_dict()
@@ -241,8 +252,8 @@ def _ldm_places(cfg: LdmConfig) -> tuple[list[str], list[str]]:
     encoder, decoder = ["encoder.conv_in"], ["decoder.conv_in", *_middle("decoder", cfg)]
     for level in range(last + 1):
         down, up = f"encoder.down_blocks.{level}", f"decoder.up_blocks.{level}"
-        encoder += [f"{down}.resnets.{i}" for i in range(cfg.blocks)]
-        decoder += [f"{up}.resnets.{i}" for i in range(cfg.blocks + 1)]
+        encoder += _level(down, cfg.blocks, attention=cfg.attends(level))
+        decoder += _level(up, cfg.blocks + 1, attention=cfg.attends(last - level))
         if level < last:
             encoder.append(f"{down}.downsamplers.0.conv")
             decoder.append(f"{up}.upsamplers.0.conv")
@@ -251,6 +262,11 @@ def _ldm_places(cfg: LdmConfig) -> tuple[list[str], list[str]]:
     if cfg.quant_conv:
         encoder, decoder = [*encoder, "quant_conv"], ["post_quant_conv", *decoder]
     return encoder, decoder
+
+
+def _level(place: str, count: int, *, attention: bool) -> list[str]:
+    kinds = ("resnets", "attentions") if attention else ("resnets",)
+    return [f"{place}.{kind}.{i}" for i in range(count) for kind in kinds]
 
 
 def _middle(half: str, cfg: LdmConfig) -> list[str]:
