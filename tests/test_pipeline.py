@@ -70,12 +70,12 @@ def statuses(output: str) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def project(tmp_path_factory: pytest.TempPathFactory, shapes: Path, prefect_home: Path) -> Iterator[tuple[Project, str]]:
+def project(tmp_path_factory: pytest.TempPathFactory, shapes: Path, prefect_home: Path) -> tuple[Project, str]:
     """The project after its first run, and what that run printed."""
     project = Project(tmp_path_factory.mktemp("store"), shapes, prefect_home)
     code, output = project.run("run")
     assert code == 0, output
-    yield project, output
+    return project, output
 
 
 def test_first_run_makes_everything(project: tuple[Project, str]) -> None:
