@@ -74,3 +74,23 @@ def test_unclip_is_that_of_the_paper() -> None:
     found = parameters("unclip")
     published = {"prior": 1e9, "decoder": 3.5e9, "upsampler": 0.7e9, "upsampler2": 0.3e9}
     assert {name: found[name] for name in published} == pytest.approx(published, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("name", "schedule", "batch", "iterations", "lr", "beta2", "decay"),
+    [
+        ("prior", "cosine_iddpm", 4096, 600_000, 1.1e-4, 0.96, 6.0e-2),
+        ("decoder", "cosine_iddpm", 2048, 800_000, 1.2e-4, 0.999, 0.0),
+        ("upsampler", "cosine_iddpm", 1024, 1_000_000, 1.2e-4, 0.999, 0.0),
+        ("upsampler2", "linear", 512, 1_000_000, 1.0e-4, 0.999, 0.0),
+    ],
+)
+def test_unclip_is_trained_as_its_table_3_says(
+    name: str, schedule: str, batch: int, iterations: int, lr: float, beta2: float, decay: float
+) -> None:
+    cfg = next(planned.cfg for planned, _ in training("unclip") if planned.name == name)
+    train = cfg.train
+    assert (cfg.diffusion.schedule, cfg.diffusion.time_sampling) == (schedule, "discrete")
+    assert (train.global_batch_size, train.steps) == (batch, iterations)
+    assert (train.optim.lr, train.optim.betas[1], train.optim.weight_decay) == (lr, beta2, decay)
+    assert train.ema_decay == 0.9999
