@@ -5,11 +5,11 @@ Shapes: B batch, C channels, H and W grid, L tokens, D width.
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from genpipe.models.layers import (
@@ -53,6 +53,16 @@ class DiTConfig(TransformerConfig):
     activation: Activation = "gelu"
     norm_eps: PositiveFloat = 1e-5
     checkpoint_blocks: bool = Field(False, description="recompute activations in the backward pass: less memory")
+
+    @model_validator(mode="after")
+    def _positions_fit(self) -> Self:
+        """Sines and cosines of row and column share the width, or each head's."""
+        heads, of = (1, "width") if self.positions == "absolute" else (self.heads, "width / heads")
+        if (self.width // heads) % 4:
+            raise ValueError(
+                f"{of} {self.width // heads} is not divisible by 4, as positions {self.positions!r} need; change it"
+            )
+        return self
 
     @property
     def grid_multiple(self) -> int:

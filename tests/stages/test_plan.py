@@ -189,6 +189,15 @@ def test_a_given_artifact_stands_for_its_stage(tiny: TinyPipeline) -> None:
             "stages.decoder.model.denoiser: width 64 is not divisible by heads 5; change one",
         ),
         (
+            ["stages.decoder.model.denoiser.width=62"],
+            "stages.decoder.model.denoiser: width 62 is not divisible by 4, as positions 'absolute' need; change it",
+        ),
+        (
+            ["stages.decoder.model.denoiser={width: 60, positions: relative}"],
+            "stages.decoder.model.denoiser: width / heads 30 is not divisible by 4, as positions 'relative' need; "
+            "change it",
+        ),
+        (
             ["stages.prior.model.heads=3"],
             "stages.prior.model: width 32 is not divisible by heads 3; change one",
         ),
