@@ -211,11 +211,9 @@ def main() -> None:
 
 
 def _explain(error: Exception) -> int:
-    import click
-
-    if isinstance(error, click.ClickException):
+    if hasattr(error, "show") and hasattr(error, "exit_code"):  # click's, of which typer may carry its own copy
         error.show()
-        return error.exit_code
+        return int(error.exit_code)
     console.problem(str(error) if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: {error}")
     if not isinstance(error, ValueError):
         console.err.print("(--debug before the command shows where)", highlight=False)

@@ -37,6 +37,13 @@ def test_a_misspelt_key_is_one_message_without_a_trace(genpipe: Command, shapes:
     )
 
 
+@pytest.mark.parametrize("wrong", [("--mfu", "0"), ("--mfu", "nan"), ("--price", "-1"), ("--maximal", "1")])
+def test_a_wrong_option_is_named(genpipe: Command, wrong: tuple[str, str]) -> None:
+    code, _, err = genpipe("plan", TINY, *wrong)
+    assert code == 2
+    assert "Usage:" in err and wrong[0] in err and "--debug" not in err
+
+
 def test_debug_shows_the_trace(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["genpipe", "--debug", "check", "absent.yaml"])
     with pytest.raises(ValueError, match=r"absent\.yaml: no such configuration file"):
