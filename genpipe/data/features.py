@@ -215,17 +215,19 @@ class FeatureDataset:
         joined = np.frombuffer(bytearray().join([bytes_of[shard][at : at + size] for shard, at in places]), kind)
         return torch.from_numpy(joined.reshape(len(shards), *shape))
 
-    def _entry(self, name: str, shard: int = 0) -> tuple[np.dtype, tuple[int, ...]]:
+    def _entry(self, name: str) -> tuple[np.dtype, tuple[int, ...]]:
         """The dtype and the shape of one entry of an array."""
-        array = self._array(shard, name)
+        array = self._array(0, name)
         return array.dtype, array.shape[2 if name in VARIANT_ARRAYS else 1 :]
 
     def _view(self, shard: int, name: str) -> memoryview:
-        """An array's bytes. Raises ValueError if they are not to be read as those of the first shard."""
-        if self._entry(name, shard) != self._entry(name):
+        """An array's bytes. Raises ValueError if a row of them is not to be read as one of the first shard."""
+        array, first = self._array(shard, name), self._array(0, name)
+        if (array.dtype, array.shape[1:]) != (first.dtype, first.shape[1:]):
             where = self.folder / self._names[shard] / f"{name}.npy"
-            raise ValueError(f"{where} holds {self._entry(name, shard)}, other shards {self._entry(name)}; cache again")
-        return self._array(shard, name).data.cast("B")
+            held = f"{array.dtype} {array.shape[1:]} a row, other shards {first.dtype} {first.shape[1:]}"
+            raise ValueError(f"{where} holds {held}; cache again")
+        return array.data.cast("B")
 
 
 def _write(folder: Path, arrays: Mapping[str, np.ndarray]) -> None:

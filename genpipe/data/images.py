@@ -39,6 +39,8 @@ _JPEG_ROOM = 1.3
 # What Pillow may open: not all that it knows, of which some run other programs (EPS: Ghostscript).
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
 _ORIENTATION = 0x0112
+# Markers that may stand before a JPEG's tables: fill bytes, application segments and comments.
+_JPEG_AHEAD = frozenset(bytes([marker]) for marker in (0xFF, *range(0xE0, 0xF0), 0xFE))
 _ENDS = {"jpeg": b"\xff\xd9", "png": b"IEND"}
 
 
@@ -236,7 +238,8 @@ def _jpeg_header(data: bytes) -> tuple[int, int, str, int] | None:
 def _any_header(data: bytes) -> tuple[int, int, str, int]:
     image = _open(data)
     format = {"MPO": "JPEG"}.get(str(image.format), str(image.format)).lower()
-    return image.height, image.width, format, _valid(_orientation_of(image))
+    orientation = _exif_orientation(data) if format == "jpeg" else _valid(_orientation_of(image))
+    return image.height, image.width, format, orientation
 
 
 def _decode(data: bytes, *, size: tuple[int, int], least: float, background: RGB) -> tuple[np.ndarray, float]:
@@ -307,9 +310,13 @@ def _damaged(error: Exception) -> ImageError:
 
 
 def _exif_orientation(data: bytes) -> int:
-    """The orientation that a JPEG's EXIF segment gives; 1 where there is none or it is damaged."""
+    """The orientation that a JPEG's EXIF segment gives; 1 where there is none or it is damaged.
+
+    It stands before all tables (EXIF 2.32, section 4.5.4): what looks like one behind them is not looked for, so that
+    most files tell by their first bytes that they have none (`pixels.py`).
+    """
     at = 2
-    while data[at : at + 1] == b"\xff" and (marker := data[at + 1 : at + 2]) not in (b"", b"\xda", b"\xd9"):
+    while data[at : at + 1] == b"\xff" and (marker := data[at + 1 : at + 2]) in _JPEG_AHEAD:
         if marker == b"\xff":  # a fill byte
             at += 1
             continue

@@ -211,3 +211,9 @@ def test_shards_of_another_dtype_are_named(folder: Path) -> None:
         ValueError, match=r"train-00001-00/latents.npy holds .*float32.*, other shards .*float16.*again"
     ):
         dataset.latents(np.array([0, 4]))
+
+
+def test_shards_with_another_number_of_variants_are_named(folder: Path) -> None:
+    write_features(folder / "train-00001-00", features(SHARDS["train-00001-00"], variants=2))
+    with pytest.raises(ValueError, match=r"train-00001-00/latents.npy holds .*\(2, 2, 4, 4\).*\(1, 2, 4, 4\); cache"):
+        FeatureDataset(folder, split="train").latents(np.array([0, 4]))

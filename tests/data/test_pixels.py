@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from genpipe.data.images import encode
+from genpipe.data.images import encode, read_header
 from genpipe.data.pixels import Images, crop_draws, empty_images, image_batch, read_images, square, to_float, to_uint8
 from genpipe.data.shards import ShardWriter
 from genpipe.data.stream import ShardDataset
@@ -140,6 +141,23 @@ def test_a_kept_square_is_read_upright_wherever_its_exif_stands(tmp_path: Path, 
     dataset = shards(tmp_path, [data[:2] + comment + data[2:]], format="jpeg", sizes=[(24, 24)])
     got = image_batch(dataset, np.arange(1), size=24)[0].permute(1, 2, 0).numpy().astype(int)
     assert np.abs(got - np.asarray(image.transpose(Image.Transpose.ROTATE_270))).max() <= 8
+
+
+def test_exif_behind_the_tables_turns_an_image_nowhere(tmp_path: Path) -> None:
+    image = Image.fromarray(smooth(24, 24))
+    path = tmp_path / "plain.jpg"
+    image.save(path, quality=100, subsampling=0)
+    data = path.read_bytes()
+    frame = data.index(b"\xff\xc0")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    segment = exif.tobytes()
+    data = data[:frame] + b"\xff\xe1" + (len(segment) + 2).to_bytes(2, "big") + segment + data[frame:]
+    assert Image.open(io.BytesIO(data)).getexif()[0x0112] == 6  # as the file stands there, others would turn it
+    assert read_header(data).orientation == 1
+    dataset = shards(tmp_path, [data], format="jpeg", sizes=[(24, 24)])
+    batch, decoded = image_batch(dataset, np.arange(1), size=24)[0].permute(1, 2, 0).numpy(), dataset.image(0)
+    assert np.array_equal(batch, decoded) and np.abs(decoded.astype(int) - np.asarray(image)).max() <= 8
 
 
 def test_random_crops_follow_the_position_and_reach_both_ends(tmp_path: Path) -> None:

@@ -13,7 +13,9 @@ from pathlib import Path
 import yaml
 from mlflow import MlflowClient
 from mlflow.entities import Run
-from toybox import TOYS
+from toybox import TOYS, Toys
+
+from genpipe.launch.local import run_local
 
 TRAIN = {"samples": 80, "global_batch_size": 4, "log_every": 5, "precision": "fp32"}
 
@@ -33,6 +35,10 @@ class Project:
             "PREFECT_HOME": str(folder / "prefect"),
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         }
+
+    def make_data(self) -> None:
+        """Commit `toy_data` beforehand, without Ray, for tests of what comes after it."""
+        run_local(Toys(self.store).spec("toy_data", parts=2))
 
     def start(self, *overrides: str, stage: str = "all") -> subprocess.Popen[bytes]:
         command = [sys.executable, str(TOYS / "run_toys.py"), stage, str(self.config), *overrides]

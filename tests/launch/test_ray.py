@@ -72,22 +72,16 @@ def weights(spec: StageSpec) -> dict[str, torch.Tensor]:
     return load_file(Path(spec.target.uri) / "model.safetensors")
 
 
-def test_a_data_stage_maps_every_part_once(ray: Cluster, toys: Toys) -> None:
-    spec = toys.spec("toy_data", parts=5, resources={"workers": 2})
+def test_every_part_is_mapped_once_though_an_actor_is_killed(ray: Cluster, toys: Toys, tmp_path: Path) -> None:
+    spec = toys.spec("toy_data", parts=5, die_once=str(tmp_path / "died"), resources={"workers": 2})
     seen: list[Progress | None] = []
     job = ray.run(spec, report=seen.append)
-    assert job == f"genpipe-toy_data-{spec.target.fingerprint[:16]}-1"
+    assert (tmp_path / "died").exists()
+    assert job == f"genpipe-toy_data-{spec.target.fingerprint[:16]}-1", "a lost actor costs its part only"
     manifest = artifacts.verify(spec.target.uri)
     assert {file.path for file in manifest.files} == {*(f"part-{n}.npy" for n in range(5)), "preview.png"}
     assert manifest.artifact.meta["samples"] == 500
     assert seen[0] is None, "no progress before the job has begun"
-
-
-def test_a_killed_actor_costs_its_part_only(ray: Cluster, toys: Toys, tmp_path: Path) -> None:
-    spec = toys.spec("toy_data", parts=3, die_once=str(tmp_path / "died"))
-    run(ray, spec)
-    assert (tmp_path / "died").exists()
-    assert artifact_of(spec).meta["samples"] == 300
 
 
 def test_a_part_that_always_kills_its_actor_is_given_up_and_named(ray: Cluster, toys: Toys) -> None:
@@ -166,16 +160,23 @@ def test_a_failing_part_is_named(ray: Cluster, toys: Toys) -> None:
         run(ray, spec)
 
 
-def test_the_same_stage_is_adopted_not_started_again(ray: Cluster, toys: Toys) -> None:
-    spec = toys.spec("toy_data", parts=2, seconds=1.5)
+def test_a_stage_is_adopted_by_others_who_want_it_but_not_for_another_store(
+    ray: Cluster, toys: Toys, tmp_path: Path
+) -> None:
+    mine = toys.spec("toy_data", parts=2, seconds=1.5)
+    (tmp_path / "other").mkdir()
+    other = Toys(tmp_path / "other").spec("toy_data", parts=2, seconds=1.5)
+    assert mine.target.fingerprint == other.target.fingerprint
     jobs: list[str] = []
-    first = threading.Thread(target=lambda: jobs.append(run(ray, spec)))
-    second = threading.Thread(target=lambda: jobs.append(run(ray, spec)))
-    first.start()
-    second.start()
-    first.join()
-    second.join()
-    assert jobs == [on_ray.job_id(spec, 1)] * 2
+    threads = [threading.Thread(target=lambda: jobs.append(run(ray, mine))) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    wait_for(lambda: on_ray.jobs_of(ray.client, artifact=mine.target.uri))
+    assert run(ray, other) == on_ray.job_id(other, 2)
+    for thread in threads:
+        thread.join()
+    assert jobs == [on_ray.job_id(mine, 1)] * 2
+    assert artifact_of(mine).uri != artifact_of(other).uri
 
 
 def test_a_killed_driver_is_a_lost_job_and_the_next_attempt_goes_on(ray: Cluster, toys: Toys, data: Artifact) -> None:
@@ -191,19 +192,6 @@ def test_a_killed_driver_is_a_lost_job_and_the_next_attempt_goes_on(ray: Cluster
     assert run(ray, spec) == on_ray.job_id(spec, 2)
     steps = [step for step, _ in history(toys, spec, "line/pid")]
     assert steps.count(20) == 1, "the second attempt did not begin at the beginning"
-
-
-def test_a_like_stage_of_another_store_is_not_adopted(ray: Cluster, toys: Toys, tmp_path: Path) -> None:
-    mine = toys.spec("toy_data", parts=2, seconds=1.0)
-    (tmp_path / "other").mkdir()
-    other = Toys(tmp_path / "other").spec("toy_data", parts=2, seconds=1.0)
-    assert mine.target.fingerprint == other.target.fingerprint
-    thread = threading.Thread(target=lambda: run(ray, mine))
-    thread.start()
-    wait_for(lambda: str(on_ray.jobs_of(ray.client, artifact=mine.target.uri)) != "[]")
-    assert run(ray, other) == on_ray.job_id(other, 2)
-    thread.join()
-    assert artifact_of(mine).uri != artifact_of(other).uri
 
 
 def drivers(spec: StageSpec) -> list[psutil.Process]:
