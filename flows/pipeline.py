@@ -32,7 +32,8 @@ from flows.graph import Pipeline, Planned, load_pipeline, plan, spec_of
 from genpipe import artifacts, tracking
 from genpipe.artifacts import Artifact
 from genpipe.config import ConfigError
-from genpipe.launch import ray
+from genpipe.launch import jobs
+from genpipe.launch.failure import JobLost
 from genpipe.spec import Progress, StageSpec
 from genpipe.stages import load_stage
 from genpipe.storage import local_path
@@ -103,7 +104,7 @@ class _Place:
     """Where the tasks of a flow run send their work and their records."""
 
     run: _Run
-    cluster: ray.Cluster | None
+    cluster: jobs.Cluster | None
     pipeline_run_id: str
     links: dict[str, str]
 
@@ -151,8 +152,8 @@ def stop_jobs(flow: Flow[Any, Any], flow_run: FlowRun, state: State) -> None:
     """Stop the Ray jobs of a cancelled flow run. (A crashed one's go on, and the next run adopts them.)"""
     pipeline = load_pipeline(flow_run.parameters["config"], flow_run.parameters.get("overrides", ()))
     if pipeline.cfg.ray.address:  # a local Ray ended with the flow's process
-        client = ray.connect(pipeline.cfg.ray.address)
-        ray.stop(client, ray.jobs_of(client, prefect_flow_run_id=str(flow_run.id)))
+        client = jobs.connect(pipeline.cfg.ray.address)
+        jobs.stop(client, jobs.jobs_of(client, prefect_flow_run_id=str(flow_run.id)))
 
 
 def _run_name() -> str:
@@ -195,7 +196,7 @@ def stage_flow(
 
 def _worth_retrying(task: Task[Any, Any], task_run: TaskRun, state: State) -> bool:
     """Whether a task failed for what a new attempt may find mended: the job was lost, not wrong."""
-    return isinstance(state.result(raise_on_failure=False), ray.JobLost)
+    return isinstance(state.result(raise_on_failure=False), JobLost)
 
 
 @task(
@@ -220,7 +221,7 @@ def stage_task(stage: str) -> StageResult:
         run.reporter.update(stage, "running", message=planned.why)
         try:
             place.cluster.run(spec, report=lambda progress: run.reporter.update(stage, "running", progress=progress))
-        except ray.JobLost as error:
+        except JobLost as error:
             run.reporter.update(stage, "lost", message=str(error))
             tracking.fail_stage_run(spec, str(error))
             raise
@@ -345,7 +346,7 @@ def _run_stages(run: _Run) -> list[StageResult]:
         cluster = None
         if any(planned.status == "run" for planned in run.plans.values()):
             runtime_env = pipeline.cfg.ray.runtime_env
-            cluster = stack.enter_context(ray.cluster(pipeline.cfg.ray.address, runtime_env=runtime_env))
+            cluster = stack.enter_context(jobs.cluster(pipeline.cfg.ray.address, runtime_env=runtime_env))
         stack.callback(_place.reset, _place.set(_Place(run, cluster, parent.run_id, links)))
         futures = _submit(run)
         try:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from flows.graph import load_pipeline
 from genpipe import tracking
-from genpipe.launch import ray
+from genpipe.launch import jobs
 from genpipe.storage import open_storage
 
 PACKAGES = ("torch", "ray", "prefect", "mlflow", "pydantic", "tokenizers", "simplejpeg")
@@ -73,7 +73,7 @@ def _addresses(config: str) -> Iterator[Finding]:
     yield _tried("store", store, lambda: _probe(store))
     yield _tried("MLflow", pipeline.tracking_uri, lambda: tracking.check(pipeline.tracking_uri))
     if address:
-        yield _tried("Ray", address, lambda: ray.connect(address))
+        yield _tried("Ray", address, lambda: jobs.connect(address))
     else:
         yield Finding("Ray", True, "a local one, started for each run")
 

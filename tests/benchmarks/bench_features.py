@@ -167,7 +167,8 @@ def steady_seconds(spec: StageSpec, parts: list[str]) -> float:
     """Between the ends of the first and the last part that Ray Data maps, as their markers in the store tell."""
     import ray
 
-    from genpipe.launch.ray import TUNING, RayLauncher
+    from genpipe.launch.head import TUNING
+    from genpipe.launch.ray import RayLauncher
 
     os.environ.update(TUNING)
     ray.init(address="local", num_cpus=2, logging_level="error", log_to_driver=False)

@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,11 @@ from toybox import Toys, artifact_of, install, wait_for
 from genpipe import artifacts
 from genpipe.artifacts import Artifact
 from genpipe.config import Resources
-from genpipe.launch import ray as on_ray
+from genpipe.launch import jobs as on_ray
+from genpipe.launch import ray as driver
+from genpipe.launch.failure import JobLost, StageError
+from genpipe.launch.jobs import Cluster, cluster, connect
 from genpipe.launch.local import run_local
-from genpipe.launch.ray import Cluster, JobLost, StageError, cluster, connect
 from genpipe.spec import Progress, StageSpec, read_progress
 
 pytestmark = pytest.mark.slow
@@ -233,6 +236,25 @@ def test_a_turn_ends_when_the_run_is_interrupted(ray: Cluster) -> None:
         threading.Timer(1.0, lambda: own.interrupt(stop_jobs=False)).start()
         with pytest.raises(on_ray.Stopped, match="second was stopped"), own.turn("second", Resources(cpus=1), order=1):
             raise AssertionError("it was let in")
+
+
+class Deaf:
+    """Takes a while to be destroyed, during which the signal to stop comes; what is raised there is lost."""
+
+    def __del__(self) -> None:
+        signal.raise_signal(signal.SIGTERM)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_job_hears_at_last_that_it_is_to_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(driver, "INSIST_SECONDS", 0.05)
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGALRM)]
+    with pytest.raises(KeyboardInterrupt, match="the job was stopped"), driver._insisting():
+        Deaf()
+        for _ in range(200):
+            time.sleep(0.05)
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGALRM)] == before
+    time.sleep(0.1)  # nothing insists any more
 
 
 def test_unreachable_clusters_are_explained(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,252 @@
+"""Stages as jobs of a Ray cluster, or of the local Ray that a run starts for itself.
+
+A stage is submitted as a job whose id follows from its fingerprint, so that whoever submits it again finds the one
+that runs. What a job (`launch/ray.py`) tells its submitter lies in the stage's work folder: progress, and the error.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import shlex
+import sys
+import threading
+import time
+import urllib.error
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from genpipe import artifacts
+from genpipe.config import Resources
+from genpipe.launch.failure import JobLost, StageError, first_line, read_failure
+from genpipe.launch.head import TUNING, authorization, get, local_head
+from genpipe.launch.turns import Turns
+from genpipe.spec import Progress, StageSpec, read_progress
+from genpipe.storage import join, open_storage
+
+if TYPE_CHECKING:
+    from ray.job_submission import JobSubmissionClient
+
+POLL_SECONDS = 1.0
+REACH_SECONDS = 5.0
+LOST_SECONDS = 60.0
+STOP_SECONDS = 15.0
+
+
+class Stopped(Exception):
+    """The job was stopped or let go because its submitter was asked to stop."""
+
+
+Report = Callable[[Progress | None], None]
+
+
+class Cluster:
+    """A Ray cluster that takes jobs."""
+
+    def __init__(self, client: JobSubmissionClient, *, runtime_env: dict[str, Any], capacity: dict[str, float]) -> None:
+        self.client = client
+        self.runtime_env = runtime_env
+        self.capacity = capacity
+        self.jobs: set[str] = set()
+        self.interrupted = threading.Event()
+        self.turns = Turns(capacity, interrupted=self.interrupted)
+
+    @property
+    def embedded(self) -> bool:
+        return bool(self.capacity)
+
+    @contextmanager
+    def turn(self, stage: str, resources: Resources, *, order: int) -> Iterator[None]:
+        """Hold what a stage needs of the local Ray, the lowest `order` first; a cluster has a queue of its own.
+
+        Raises ValueError if the local Ray could never run it, Stopped after `interrupt`.
+        """
+        if not self.embedded:
+            yield
+            return
+        self._fits(stage, resources)
+        needs = {"CPU": resources.workers * resources.cpus, "GPU": resources.workers * resources.gpus}
+        with self.turns.take(needs, order=order) as granted:
+            if not granted:
+                raise Stopped(f"{stage} was stopped before it began")
+            yield
+
+    def run(self, spec: StageSpec, *, report: Report) -> str:
+        """Submit a stage, or adopt the job that already runs it, and wait for its artifact; the job's id.
+
+        `report` gets the progress, None before the first. Raises StageError, JobLost, or Stopped after `interrupt`.
+        """
+        job = self._submit(spec)
+        self.jobs.add(job)
+        try:
+            self._wait(spec, job, report)
+        finally:
+            if not self.interrupted.is_set():
+                self.jobs.discard(job)
+        return job
+
+    def interrupt(self, *, stop_jobs: bool) -> None:
+        """Make every `run` return; stop their jobs, or leave them to be adopted."""
+        self.interrupted.set()
+        if stop_jobs:
+            stop(self.client, self.jobs)
+
+    def _fits(self, stage: str, resources: Resources) -> None:
+        for kind, each in (("CPU", resources.cpus), ("GPU", resources.gpus)):
+            there = self.capacity.get(kind, 0.0)
+            if resources.workers * each > there:
+                raise ValueError(
+                    f"stages.{stage}.resources: {resources.workers} workers x {each:g} {kind}s do not fit this "
+                    f"machine, which has {there:g}; lower them, or set ray.address to a cluster"
+                )
+
+    def _submit(self, spec: StageSpec) -> str:
+        for attempt in itertools.count(1):
+            job = job_id(spec, attempt)
+            if _status(self.client, job) is None:
+                return self._submit_as(spec, job)
+            there = self.client.get_job_info(job)
+            ours = (there.metadata or {}).get("artifact") == spec.target.uri  # not of a like stage in another store
+            if ours and not there.status.is_terminal():
+                return job
+        raise AssertionError("unreachable")
+
+    def _submit_as(self, spec: StageSpec, job: str) -> str:
+        python = sys.executable if self.embedded else "python"
+        command = [python, "-m", "genpipe.launch.ray", spec.write(), job]
+        metadata = {"artifact": spec.target.uri, "mlflow_run": spec.pipeline_run_id, **spec.links}
+        deadline = time.monotonic() + LOST_SECONDS
+        while True:
+            try:
+                return self.client.submit_job(
+                    entrypoint=shlex.join(command),
+                    submission_id=job,
+                    runtime_env=self.runtime_env,
+                    metadata=metadata,
+                )
+            except RuntimeError as error:
+                if "already exists" in str(error):
+                    return job
+                if "No available agent" not in str(error) or time.monotonic() > deadline:
+                    raise JobLost(f"Ray refused the job: {first_line(error)}") from error
+            time.sleep(POLL_SECONDS)  # the cluster has only just started
+
+    def _wait(self, spec: StageSpec, job: str, report: Report) -> None:
+        heard = time.monotonic()
+        while not self.interrupted.wait(POLL_SECONDS):
+            try:
+                status = _status(self.client, job)
+            except OSError as error:
+                if time.monotonic() - heard > LOST_SECONDS:
+                    raise JobLost(f"Ray has not answered for {LOST_SECONDS:.0f} s: {first_line(error)}") from error
+                continue
+            heard = time.monotonic()
+            if status is not None and not status.is_terminal():
+                report(read_progress(spec.work))
+                continue
+            if artifacts.find(spec.target.uri) is not None:
+                return
+            if self.interrupted.is_set():
+                break
+            raise self._failure(spec, job)
+        raise Stopped(f"{spec.stage} was stopped")
+
+    def _failure(self, spec: StageSpec, job: str) -> StageError:
+        """The error that the job left; the job's log is put beside it."""
+        told = read_failure(spec.work, job)
+        try:
+            log = self.client.get_job_logs(job)
+        except (OSError, RuntimeError) as error:
+            log = f"the log of {job} is gone: {first_line(error)}"
+        open_storage(spec.work).write("job.log", log.encode())
+        where = join(spec.work, "job.log")
+        if told is None:
+            tail = "\n".join(log.strip().splitlines()[-20:])
+            return JobLost(f"the job {job} died; its log: {where}", details=tail)
+        kind = JobLost if told.infrastructure else StageError
+        return kind(f"{told.message} (log: {where})", details=told.traceback)
+
+
+@contextmanager
+def cluster(address: str = "", *, runtime_env: dict[str, Any] | None = None) -> Iterator[Cluster]:
+    """A cluster for jobs: the one whose dashboard is at `address`, or a local one that ends with the block.
+
+    A local one must be opened on the main thread; its processes die with this one, even if it is killed. Raises
+    ValueError naming `ray.address` where no Ray answers.
+    """
+    if address:
+        yield Cluster(connect(address), runtime_env=runtime_env or {}, capacity={})
+        return
+    with local_head({**TUNING, **os.environ}) as head:
+        client = connect(head.address, token=head.token)
+        local = Cluster(client, runtime_env=runtime_env or {}, capacity=head.capacity)
+        try:
+            yield local
+        finally:
+            stop(client, local.jobs)
+
+
+def connect(address: str, *, token: str = "") -> JobSubmissionClient:
+    """A client for the jobs of the cluster at `address`. Raises ValueError if none answers within seconds.
+
+    Without `token`, Ray finds its own where it always does (RAY_AUTH_TOKEN, ~/.ray/auth_token).
+    """
+    remedy = "correct it, start the cluster, or leave ray.address empty for a local Ray"
+    if not address.startswith(("http://", "https://")):
+        raise ValueError(f"ray.address: {address!r} is not a dashboard URL such as http://head:8265; {remedy}")
+    try:
+        get(f"{address.rstrip('/')}/api/version", token=token, timeout=REACH_SECONDS)
+    except urllib.error.HTTPError as error:
+        if error.code not in (401, 403):
+            raise ValueError(f"ray.address: {address} answers, but not as Ray does ({error}); {remedy}") from None
+    except OSError as error:
+        raise ValueError(f"ray.address: no Ray dashboard at {address} ({first_line(error)}); {remedy}") from None
+    from ray.exceptions import AuthenticationError
+    from ray.job_submission import JobSubmissionClient
+
+    try:
+        return JobSubmissionClient(address, headers=authorization(token))
+    except AuthenticationError as error:
+        raise ValueError(
+            f"ray.address: {address} asks for a token: {first_line(error)}; set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN"
+        ) from None
+
+
+def job_id(spec: StageSpec, attempt: int) -> str:
+    """The submission id of an attempt at a stage: the same whoever submits it."""
+    return f"genpipe-{spec.stage}-{spec.target.fingerprint[:16]}-{attempt}"
+
+
+def stop(client: JobSubmissionClient, jobs: Sequence[str] | set[str]) -> None:
+    """Stop jobs and wait until they have, for as long as Ray takes to kill one that does not listen."""
+    running = [job for job in jobs if not _ended(client, job)]
+    for job in running:
+        client.stop_job(job)
+    deadline = time.monotonic() + STOP_SECONDS
+    while time.monotonic() < deadline and not all(_ended(client, job) for job in running):
+        time.sleep(POLL_SECONDS)
+
+
+def jobs_of(client: JobSubmissionClient, **metadata: str) -> list[str]:
+    """The jobs that have not ended and whose metadata holds what is given."""
+    return [
+        job.submission_id
+        for job in client.list_jobs()
+        if job.submission_id and not job.status.is_terminal() and metadata.items() <= (job.metadata or {}).items()
+    ]
+
+
+def _status(client: JobSubmissionClient, job: str) -> Any:
+    """The status of a job, None if the cluster knows no such job."""
+    try:
+        return client.get_job_status(job)
+    except RuntimeError as error:
+        if "does not exist" in str(error):
+            return None
+        raise
+
+
+def _ended(client: JobSubmissionClient, job: str) -> bool:
+    status = _status(client, job)
+    return status is None or status.is_terminal()
