@@ -29,7 +29,7 @@ from prefect.task_runners import ThreadPoolTaskRunner
 from prefect.tasks import Task
 
 from flows.graph import Pipeline, Planned, load_pipeline, plan, spec_of
-from genpipe import artifacts, tracking
+from genpipe import artifacts
 from genpipe.artifacts import Artifact
 from genpipe.config import ConfigError
 from genpipe.launch import jobs
@@ -37,6 +37,8 @@ from genpipe.launch.failure import JobLost
 from genpipe.spec import Progress, StageSpec
 from genpipe.stages import load_stage
 from genpipe.storage import local_path
+from genpipe.tracking.runs import claim_stage_run, fail_stage_run, pipeline_run
+from genpipe.tracking.store import check as check_mlflow
 
 Status = Literal["cached", "ran", "failed", "skipped"]
 RETRY_SECONDS = 3
@@ -223,7 +225,7 @@ def stage_task(stage: str) -> StageResult:
             place.cluster.run(spec, report=lambda progress: run.reporter.update(stage, "running", progress=progress))
         except JobLost as error:
             run.reporter.update(stage, "lost", message=str(error))
-            tracking.fail_stage_run(spec, str(error))
+            fail_stage_run(spec, str(error))
             raise
         result = _result(planned, "ran", seconds=time.monotonic() - started)
     run.reporter.update(stage, "ran")
@@ -244,7 +246,7 @@ def _spec(place: _Place, planned: Planned) -> StageSpec:
     target = planned.artifact.model_copy(update={"meta": promised})
     planned = replace(planned, inputs=inputs, artifact=target)
     spec = spec_of(planned, place.run.pipeline, pipeline_run_id=place.pipeline_run_id, links=place.links)
-    return spec.model_copy(update={"run_id": tracking.claim_stage_run(spec)})
+    return spec.model_copy(update={"run_id": claim_stage_run(spec)})
 
 
 def _result(planned: Planned, status: Status, *, seconds: float) -> StageResult:
@@ -290,7 +292,7 @@ def _start(entry: Flow[Any, list[StageResult]], prepared: _Run, parameters: dict
         server = threading.Thread(target=_start_prefect, name="prefect-server")
         server.start()  # while MLflow is looked at
         stack.callback(server.join)
-        tracking.check(prepared.pipeline.tracking_uri)
+        check_mlflow(prepared.pipeline.tracking_uri)
         server.join()
         stack.callback(_prepared.reset, _prepared.set(prepared))
         try:
@@ -339,7 +341,7 @@ def _run_stages(run: _Run) -> list[StageResult]:
     files = [Path(pipeline.source)] if Path(pipeline.source).is_file() else []
     with ExitStack() as stack:
         parent = stack.enter_context(
-            tracking.pipeline_run(
+            pipeline_run(
                 pipeline.tracking_uri, experiment=pipeline.experiment, name=flow_run.name, tags=tags, files=files
             )
         )

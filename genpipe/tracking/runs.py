@@ -2,90 +2,39 @@
 
 A stage's run is found again by its fingerprint, so a retry, a resume or another pipeline run goes on in the same
 one. While a stage works, a thread of its own writes what was logged: work never waits for MLflow, and an outage
-costs records, not training. MLflow is imported where it is used, because every worker imports this module.
+costs records, not training.
 """
 
 from __future__ import annotations
 
 import io
 import json
-import logging
-import os
-import socket
-import sqlite3
-import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
 import numpy as np
 
 from genpipe import artifacts
 from genpipe.artifacts import Artifact
 from genpipe.config import flatten
-from genpipe.recorder import Point, Recorder
 from genpipe.stages import is_training, load_stage
+from genpipe.tracking.recorder import Point, Recorder
+from genpipe.tracking.store import check, client_of, experiment_id_of, first_line, is_refused
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
     from genpipe.spec import StageSpec
 
-# MLflow reads these when it is imported: a silent server is given up after some seconds instead of minutes.
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
-os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
-
 FINGERPRINT = "genpipe.fingerprint"
-REACH_SECONDS = 5.0
 MAX_TAG = 5000
 MAX_PARAM = 6000
 PARAMS_A_CALL = 100
 METRICS_A_CALL = 1000
-
-
-def check(uri: str) -> None:
-    """Make sure that MLflow answers at `uri`, creating an SQLite store that is not there yet.
-
-    Raises ValueError with the remedy after about 5 seconds at most.
-    """
-    scheme = uri.split(":", 1)[0]
-    if scheme in ("http", "https"):
-        _check_server(uri)
-    elif scheme == "sqlite":
-        _check_sqlite(uri)
-    elif "://" in uri:
-        _check_database(uri)
-    else:
-        raise ValueError(
-            f"tracking.uri: {uri!r} is not an MLflow tracking URI; write http://host:5000, sqlite:///path/mlflow.db "
-            "or leave it empty for SQLite in the store"
-        )
-    from mlflow.exceptions import MlflowException
-
-    try:
-        _client(uri).search_experiments(max_results=1)
-    except MlflowException as error:
-        raise ValueError(f"tracking.uri: MLflow at {uri} does not work: {_first_line(error)}") from error
-
-
-def serve_ui(uri: str, *, port: int) -> None:
-    """Serve MLflow's UI on 127.0.0.1 until interrupted; where `uri` is a server, only say where it is."""
-    if uri.startswith("http"):
-        print(f"the runs are at {uri}")
-        return
-    check(uri)
-    environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    print(f"MLflow on http://127.0.0.1:{port} (Ctrl-C ends it)", flush=True)
-    subprocess.run([*command, "--backend-store-uri", uri], env=environment, check=True)
 
 
 @contextmanager
@@ -98,8 +47,8 @@ def pipeline_run(
     Raises ValueError where MLflow is unreachable.
     """
     check(uri)
-    client = _client(uri)
-    experiment_id = _experiment(client, uri, experiment)
+    client = client_of(uri)
+    experiment_id = experiment_id_of(client, uri, experiment)
     run = client.create_run(experiment_id, run_name=name, tags=_tags(tags))
     for file in files:
         client.log_artifact(run.info.run_id, str(file), "config")
@@ -148,15 +97,15 @@ def open_stage_run(spec: StageSpec) -> Iterator[StageRun]:
         yield run
     except BaseException as error:
         run.close()
-        _end(_client(spec.tracking_uri), run.run_id, error)
+        _end(client_of(spec.tracking_uri), run.run_id, error)
         raise
     run.close()
 
 
 def fail_stage_run(spec: StageSpec, message: str) -> None:
     """Mark the run of `spec` failed if it still counts as running: its job died before it could say so."""
-    client = _client(spec.tracking_uri)
-    run_id = _find(client, _experiment(client, spec.tracking_uri, spec.experiment), spec.target.fingerprint)
+    client = client_of(spec.tracking_uri)
+    run_id = _find(client, experiment_id_of(client, spec.tracking_uri, spec.experiment), spec.target.fingerprint)
     if run_id and client.get_run(run_id).info.status == "RUNNING":
         client.set_tag(run_id, "genpipe.error", message[:MAX_TAG])
         client.set_terminated(run_id, "FAILED")
@@ -170,7 +119,7 @@ class StageRun:
         self.run_id = run_id
         self.recorder = Recorder(
             write=self._write_points,
-            refused=_refused,
+            refused=is_refused,
             sense=_System(spec.tracking_uri, run_id) if watch_system else None,
             label=f"MLflow at {spec.tracking_uri}",
         )
@@ -209,7 +158,7 @@ class StageRun:
 
     def put(self, write: Callable[[MlflowClient], Any]) -> None:
         """Have the thread call `write` with its client."""
-        self.recorder.put(lambda: write(_client(self.spec.tracking_uri)))
+        self.recorder.put(lambda: write(client_of(self.spec.tracking_uri)))
 
     def close(self) -> None:
         """Write what is left, within a bounded time."""
@@ -218,7 +167,7 @@ class StageRun:
     def _write_points(self, points: list[Point]) -> None:
         from mlflow.entities import Metric
 
-        client = _client(self.spec.tracking_uri)
+        client = client_of(self.spec.tracking_uri)
         for start in range(0, len(points), METRICS_A_CALL):
             client.log_batch(self.run_id, metrics=[Metric(*point) for point in points[start : start + METRICS_A_CALL]])
 
@@ -251,7 +200,7 @@ class _System:
     def _start(self) -> None:
         from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
-        self.started = _client(self.uri).get_run(self.run_id).info.start_time
+        self.started = client_of(self.uri).get_run(self.run_id).info.start_time
         self.monitor = SystemMetricsMonitor(self.run_id, tracking_uri=self.uri)
         self.monitor.collect_metrics()  # the first reading of CPU use has no interval to speak of
         self._clear()
@@ -260,78 +209,6 @@ class _System:
     def _clear(self) -> None:
         for monitor in self.monitor.monitors:
             monitor.clear_metrics()
-
-
-@cache
-def _client(uri: str) -> MlflowClient:
-    from mlflow import MlflowClient
-
-    logging.getLogger("alembic").setLevel(logging.WARNING)
-    return MlflowClient(uri)
-
-
-def _check_server(uri: str) -> None:
-    try:
-        with urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=REACH_SECONDS) as response:
-            response.read()
-    except urllib.error.HTTPError as error:
-        raise ValueError(f"tracking.uri: {uri} answers, but not as MLflow does ({error})") from None
-    except OSError as error:
-        raise ValueError(
-            f"tracking.uri: no MLflow at {uri} ({_first_line(error)}); start it (mlflow server), correct the "
-            "address, or leave tracking.uri empty for SQLite in the store"
-        ) from None
-
-
-def _check_sqlite(uri: str) -> None:
-    path = Path(uri.removeprefix("sqlite:///"))
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        connection = sqlite3.connect(path, timeout=REACH_SECONDS)
-        try:
-            connection.execute("select count(*) from sqlite_master").fetchone()
-        finally:
-            connection.close()
-    except (OSError, sqlite3.Error) as error:
-        raise ValueError(
-            f"tracking.uri: {path} cannot be used as MLflow's SQLite file ({error}); "
-            "name a writable path, or move the file away to start a new one"
-        ) from None
-
-
-def _check_database(uri: str) -> None:
-    parts = urlsplit(uri)
-    if parts.hostname is None or parts.port is None:
-        return
-    try:
-        socket.create_connection((parts.hostname, parts.port), REACH_SECONDS).close()
-    except OSError as error:
-        raise ValueError(
-            f"tracking.uri: no database at {parts.hostname}:{parts.port} ({error}); start it or correct the address"
-        ) from None
-
-
-def _experiment(client: MlflowClient, uri: str, name: str) -> str:
-    """The id of an experiment, created if need be; files of an SQLite store lie beside it."""
-    from mlflow.exceptions import MlflowException
-
-    experiment = client.get_experiment_by_name(name)
-    if experiment is None:
-        beside = Path(uri.removeprefix("sqlite:///")).absolute().parent / "mlartifacts"
-        location = beside.as_uri() if uri.startswith("sqlite:") else None
-        try:
-            kind = {"mlflow.experimentKind": "custom_model_development"}  # opens the UI's pages for model training
-            return str(client.create_experiment(name, artifact_location=location, tags=kind))
-        except MlflowException:  # another process was first
-            experiment = client.get_experiment_by_name(name)
-            if experiment is None:
-                raise
-    if experiment.lifecycle_stage == "deleted":
-        raise ValueError(
-            f"tracking.experiment: {name!r} was deleted in MLflow; restore it "
-            f"(mlflow experiments restore -x {experiment.experiment_id}) or choose another name"
-        )
-    return str(experiment.experiment_id)
 
 
 def _find(client: MlflowClient, experiment_id: str, fingerprint: str) -> str | None:
@@ -345,8 +222,8 @@ def claim_stage_run(spec: StageSpec) -> str:
 
     A submitter that has MLflow at hand does this for its job, which then starts without it.
     """
-    client = _client(spec.tracking_uri)
-    experiment_id = _experiment(client, spec.tracking_uri, spec.experiment)
+    client = client_of(spec.tracking_uri)
+    experiment_id = experiment_id_of(client, spec.tracking_uri, spec.experiment)
     run_id = _find(client, experiment_id, spec.target.fingerprint)
     tags = _stage_tags(spec)
     if run_id is None:
@@ -467,16 +344,7 @@ def _end(client: MlflowClient, run_id: str, error: BaseException) -> None:
         client.set_tag(run_id, "genpipe.error", f"{type(error).__name__}: {error}"[:MAX_TAG])
         client.set_terminated(run_id, "FAILED" if isinstance(error, Exception) else "KILLED")
     except MlflowException as trouble:
-        print(f"MLflow run {run_id} could not be ended: {_first_line(trouble)}", file=sys.stderr, flush=True)
-
-
-def _refused(error: Exception) -> bool:
-    """Whether MLflow answered that it does not want this record, now or later."""
-    return getattr(error, "error_code", "") in (
-        "INVALID_PARAMETER_VALUE",
-        "RESOURCE_DOES_NOT_EXIST",
-        "BAD_REQUEST",
-    )
+        print(f"MLflow run {run_id} could not be ended: {first_line(trouble)}", file=sys.stderr, flush=True)
 
 
 def _tags(tags: Mapping[str, str]) -> dict[str, str]:
@@ -485,7 +353,3 @@ def _tags(tags: Mapping[str, str]) -> dict[str, str]:
 
 def _json(value: Any) -> str:
     return json.dumps(value, sort_keys=True)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
