@@ -7,7 +7,7 @@ import hashlib
 from pydantic import Field
 
 from genpipe.config import Config
-from genpipe.storage import open_storage
+from genpipe.storage import read_file
 
 
 class PinnedFile(Config):
@@ -19,8 +19,7 @@ class PinnedFile(Config):
 
 def read_pinned(file: PinnedFile) -> bytes:
     """The content of a pinned file. Raises FileNotFoundError, or ValueError where it is another content."""
-    folder, _, name = file.weights.rpartition("/")
-    data = open_storage(folder or ".").read(name)
+    data = read_file(file.weights)
     found = hashlib.sha256(data).hexdigest()
     if found != file.sha256:
         raise ValueError(

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from genpipe.artifacts import Artifact, work_uri
 from genpipe.config import Config, canonical_json
-from genpipe.storage import join, open_storage
+from genpipe.storage import join, open_storage, read_file
 
 
 class TrackingConfig(Config):
@@ -46,8 +46,7 @@ class StageSpec(Config):
 
     @classmethod
     def read(cls, uri: str) -> StageSpec:
-        folder, _, name = uri.rpartition("/")
-        return cls.model_validate_json(open_storage(folder).read(name))
+        return cls.model_validate_json(read_file(uri))
 
 
 class Progress(Config):

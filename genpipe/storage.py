@@ -61,6 +61,12 @@ def open_storage(uri: str) -> Storage:
     return LocalStorage(uri)
 
 
+def read_file(uri: str) -> bytes:
+    """The bytes of a single file. Raises FileNotFoundError."""
+    folder, slash, name = uri.rpartition("/")
+    return open_storage(folder or slash or ".").read(name)
+
+
 def join(uri: str, *parts: str) -> str:
     """`uri` with path components appended."""
     return "/".join([uri.rstrip("/"), *parts])
@@ -112,26 +118,30 @@ class LocalStorage:
         shutil.copyfile(self._path(key), path)
 
     def list(self, prefix: str = "") -> Iterator[Entry]:
+        """Links are followed, also those to folders, unless they lead back to where the walk came from."""
+        return self._list(prefix, follow=True)
+
+    def delete(self, key: str) -> None:
+        self._path(key).unlink(missing_ok=True)
+
+    def delete_all(self, prefix: str = "") -> None:
+        for entry in list(self._list(prefix, follow=False)):
+            self.delete(entry.key)
+        folder = self.root / prefix
+        if folder.is_dir():
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def _list(self, prefix: str, *, follow: bool) -> Iterator[Entry]:
         _check_prefix(prefix)
         start = self.root / prefix if not prefix or prefix.endswith("/") else (self.root / prefix).parent
-        for folder, subfolders, files in os.walk(start):
-            subfolders.sort()
+        for folder, subfolders, files in os.walk(start, followlinks=follow):
+            subfolders[:] = sorted(name for name in subfolders if not _leads_back(Path(folder, name)))
             for name in sorted(files):
                 path = Path(folder, name)
                 key = path.relative_to(self.root).as_posix()
                 if key.startswith(prefix) and not name.endswith(_TEMPORARY):
                     with suppress(FileNotFoundError):  # deleted since its folder was read
                         yield _entry(key, path.stat())
-
-    def delete(self, key: str) -> None:
-        self._path(key).unlink(missing_ok=True)
-
-    def delete_all(self, prefix: str = "") -> None:
-        for entry in list(self.list(prefix)):
-            self.delete(entry.key)
-        folder = self.root / prefix
-        if folder.is_dir():
-            shutil.rmtree(folder, ignore_errors=True)
 
     def _path(self, key: str) -> Path:
         return self.root / check_key(key)
@@ -266,6 +276,14 @@ def check_key(key: str) -> str:
 def _check_prefix(prefix: str) -> None:
     if prefix:
         check_key(prefix)
+
+
+def _leads_back(path: Path) -> bool:
+    """Whether a folder is a link to one that it was reached through."""
+    if not path.is_symlink():
+        return False
+    target = path.resolve()
+    return any(above.resolve() == target for above in path.parents)
 
 
 def _entry(key: str, stat: os.stat_result) -> Entry:

@@ -17,7 +17,17 @@ from botocore.config import Config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from genpipe.storage import LocalStorage, S3Storage, Storage, check_key, join, local_path, open_object, open_storage
+from genpipe.storage import (
+    LocalStorage,
+    S3Storage,
+    Storage,
+    check_key,
+    join,
+    local_path,
+    open_object,
+    open_storage,
+    read_file,
+)
 
 
 @pytest.fixture
@@ -180,6 +190,21 @@ def test_deletion(storage: Storage) -> None:
     assert list(storage.list()) == []
 
 
+def test_links_to_folders_are_followed_once_and_never_deleted_through(tmp_path: Path) -> None:
+    outside, root = tmp_path / "outside", tmp_path / "root"
+    (outside / "deep").mkdir(parents=True)
+    (outside / "deep" / "a").write_bytes(b"a")
+    (root / "one").mkdir(parents=True)
+    (root / "link").symlink_to(outside)
+    (outside / "up").symlink_to(root)  # and the other way round, for ever
+    (root / "one" / "self").symlink_to(root / "one")
+    (root / "one" / "b").write_bytes(b"b")
+    storage = LocalStorage(str(root))
+    assert [entry.key for entry in storage.list()] == ["link/deep/a", "one/b"]
+    storage.delete_all()
+    assert not root.exists() and (outside / "deep" / "a").read_bytes() == b"a"
+
+
 def test_objects_that_mark_folders_are_no_files_and_go_with_the_rest(s3_server: str, tmp_path: Path) -> None:
     """pyarrow and the S3 console leave them, named like a folder with its slash."""
     storage = S3Storage(f"s3://genpipe/{tmp_path.name}")
@@ -258,6 +283,16 @@ def test_unknown_schemes_are_named(tmp_path: Path) -> None:
     assert str(error.value) == (
         "gs://bucket/prefix: storage of kind 'gs' is not supported; use a folder or s3://bucket/prefix"
     )
+
+
+def test_a_file_by_its_uri(storage: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage.write("folder/file", b"content")
+    assert read_file(join(storage.uri, "folder", "file")) == b"content"
+    monkeypatch.chdir(tmp_path)
+    Path("no-such-file-at-the-root").write_bytes(b"another")
+    assert read_file("no-such-file-at-the-root") == b"another"
+    with pytest.raises(FileNotFoundError):
+        read_file("/no-such-file-at-the-root")
 
 
 def test_uris() -> None:

@@ -11,7 +11,7 @@ from typing import Self
 from pydantic import Field, model_validator
 
 from genpipe.config import Config
-from genpipe.storage import open_storage
+from genpipe.storage import read_file
 
 MAX_DISTANCE = 12
 
@@ -147,9 +147,8 @@ def check_blocked(blocked: Collection[str], *, key: str, sha256: str) -> None:
 
 
 def _read(uri: str, *, setting: str) -> bytes:
-    folder, slash, name = uri.rpartition("/")
     try:
-        return open_storage(folder or slash or ".").read(name)
+        return read_file(uri)
     except FileNotFoundError:
         raise ValueError(f"{setting}: there is no file {uri}; give one that there is, or leave it out") from None
 

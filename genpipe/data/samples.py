@@ -15,7 +15,8 @@ _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 class Sample:
     """One image and its captions.
 
-    key: unique within the dataset, letters, digits, `-` and `_` only: it becomes a WebDataset member name.
+    key: unique within its part, and within the dataset unless the keys of a table repeat; letters, digits, `-` and
+        `_` only: it becomes a WebDataset member name.
     group: the subject; the train/held-out split never separates two samples of one group.
     image: the encoded image as the source holds it.
     captions: at least one, cleaned by `clean_captions`.

@@ -106,7 +106,7 @@ class ShardDataset:
         return dict(self._sources)
 
     def key(self, i: int) -> str:
-        """The sample's key, unique within the dataset."""
+        """The sample's key."""
         return str(self._text("key", i))
 
     def group(self, i: int) -> str:

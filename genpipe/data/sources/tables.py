@@ -26,7 +26,7 @@ class TableConfig(Config):
     path: str = Field(min_length=1, description="table, folder of tables, pattern such as *.parquet, or s3:// of these")
     captions: CaptionFields = Field({}, description="columns to weights; default: text, caption, captions")
     group: str = Field("", description="column that names the subject; default: the image's path or URL, else the key")
-    key: str = Field("", description="column of unique keys; default: the table's name and the row's number")
+    key: str = Field("", description="column of keys, none twice in a part; default: the table's name and row's number")
     meta: tuple[str, ...] = Field((), description="columns that travel with the sample")
 
 
