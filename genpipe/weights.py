@@ -21,8 +21,9 @@ from genpipe.config import Config
 from genpipe.models.autoencoder import AutoencoderConfig, build_autoencoder
 from genpipe.models.clip import CLIP, CLIPConfig
 from genpipe.models.foreign import autoencoder, clip, prior, unet
-from genpipe.models.prior import PriorConfig, build_prior
+from genpipe.models.prior import DiffusionPriorConfig, PriorConfig, build_prior
 from genpipe.models.unclip import Decoder, DecoderConfig
+from genpipe.models.unet import UNetConfig
 from genpipe.models.upsampler import UpsamplerConfig, build_upsampler
 from genpipe.pinned import PinnedFile, read_pinned
 
@@ -81,14 +82,14 @@ class InitialWeights(PinnedFile):
     )
 
 
-FOREIGN: dict[tuple[str, str], Callable[[Mapping[str, Tensor], Any], dict[str, Tensor]]] = {
-    ("autoencoder", "diffusers"): autoencoder.from_diffusers,
-    ("clip", "transformers"): clip.from_transformers,
-    ("clip", "openai"): clip.from_openai,
-    ("prior", "diffusers"): prior.from_diffusers,
-    ("decoder", "diffusers"): unet.from_diffusers,
+FOREIGN: dict[tuple[str, str], tuple[Any, Callable[[Mapping[str, Tensor], Any], dict[str, Tensor]]]] = {
+    ("autoencoder", "diffusers"): (Config, autoencoder.from_diffusers),
+    ("clip", "transformers"): (CLIPConfig, clip.from_transformers),
+    ("clip", "openai"): (CLIPConfig, clip.from_openai),
+    ("prior", "diffusers"): (DiffusionPriorConfig, prior.from_diffusers),
+    ("decoder", "diffusers"): (UNetConfig, unet.from_diffusers),
 }
-"""By kind and format; those of a decoder are its denoiser's alone."""
+"""By kind and format, which networks are read and how; those of a decoder are its denoiser's alone."""
 
 
 def begin_with(module: nn.Module, initial: InitialWeights | None, *, kind: str) -> None:
@@ -100,12 +101,17 @@ def begin_with(module: nn.Module, initial: InitialWeights | None, *, kind: str) 
         return
     if not initial.weights.endswith(".safetensors"):
         raise ValueError(f"initial.weights: {initial.weights} is read as .safetensors only; convert it to that")
-    state: dict[str, Tensor] = load_safetensors(read_pinned(initial))
-    convert = FOREIGN.get((kind, initial.format))
+    network, convert = FOREIGN.get((kind, initial.format), (Config, None))
     if initial.format != "genpipe" and convert is None:
         known = ", ".join(["genpipe", *(form for model, form in FOREIGN if model == kind)])
         raise ValueError(f"initial.format: no {kind} is read from {initial.format}'s names; use one of {known}")
     part: Any = module.denoiser if kind == "decoder" and convert else module
+    if convert and not isinstance(part.cfg, network):
+        raise ValueError(
+            f"initial.format: of a {kind} only the network of {network.__name__} is read from {initial.format}'s "
+            f"names, not that of {type(part.cfg).__name__}; change `model`"
+        )
+    state: dict[str, Tensor] = load_safetensors(read_pinned(initial))
     try:
         state = convert(state, part.cfg) if convert else state
         part.load_state_dict({**(part.state_dict() if kind == "prior" and convert else {}), **state})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import zlib
 from collections.abc import Iterable
 from itertools import takewhile
 from pathlib import Path
@@ -159,5 +160,11 @@ def _read_merges(vocabulary: Path, *, sha256: str) -> list[tuple[str, str]]:
             f"tokenizer.vocabulary: {vocabulary} has the sha256 {found}, not {sha256}; fetch it again, or set "
             "tokenizer.sha256 if this is the file that you mean"
         )
-    lines = gzip.decompress(packed).decode("utf-8").split("\n")[1 : 1 + CLIP_MERGES]
-    return [(first, second) for first, second in (line.split() for line in lines)]
+    try:
+        lines = gzip.decompress(packed).decode("utf-8").split("\n")[1 : 1 + CLIP_MERGES]
+        return [(first, second) for first, second in (line.split() for line in lines)]
+    except (OSError, EOFError, zlib.error, ValueError) as error:
+        raise ValueError(
+            f"tokenizer.vocabulary: {vocabulary} is no gzipped list of merges ({error}); give CLIP's "
+            "bpe_simple_vocab_16e6.txt.gz"
+        ) from error

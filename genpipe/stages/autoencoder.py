@@ -49,6 +49,8 @@ VERSION = 1
 CONSUMES: tuple[str, ...] = ("shard",)
 
 PICTURES = 8
+MIN_LATENT_STD = 1e-4
+"""Floor under the standard deviation of a channel of the latents, so that a dead one divides by no zero."""
 
 
 def _start(value: Any) -> Any:
@@ -305,4 +307,5 @@ def latent_moments(model: Autoencoder, split: Split, cfg: Config) -> dict[str, l
         count += mean[:, 0].numel()
     assert total is not None, "a training split holds at least one sample"
     mean, square = total / count
-    return {"latent_mean": mean.tolist(), "latent_std": (square - mean.square()).sqrt().tolist()}
+    variance = (square - mean.square()).clamp(min=MIN_LATENT_STD**2)
+    return {"latent_mean": mean.tolist(), "latent_std": variance.sqrt().tolist()}

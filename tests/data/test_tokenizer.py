@@ -253,3 +253,7 @@ def test_another_vocabulary_file_is_refused(tmp_path: Path) -> None:
     other.write_bytes(gzip.compress(b"#version: 0.2\ni n\n"))
     with pytest.raises(ValueError, match=f"has the sha256 {hashlib.sha256(other.read_bytes()).hexdigest()}, not 9246"):
         clip_tokenizer(other, sha256=SHA256)
+    for content in (b"#version\ni n\n", gzip.compress(b"#version\none two three\n"), gzip.compress(b"\n\xff \xff")):
+        other.write_bytes(content)
+        with pytest.raises(ValueError, match=r"tokenizer.vocabulary: .* is no gzipped list of merges \(.*give CLIP's"):
+            clip_tokenizer(other, sha256=hashlib.sha256(content).hexdigest())

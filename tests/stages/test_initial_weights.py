@@ -8,12 +8,13 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
 
 from importlib.metadata import distribution
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from pydantic import TypeAdapter
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -24,6 +25,7 @@ from genpipe.data.pixels import image_batch, to_float
 from genpipe.data.stream import ShardDataset
 from genpipe.data.tokenizer import CaptionTokenizer
 from genpipe.generation.conditions import TOKENIZER_FILE
+from genpipe.weights import MODELS, InitialWeights, begin_with
 
 if TYPE_CHECKING:
     from conftest import TinyPipeline
@@ -99,3 +101,31 @@ def test_weights_of_another_network_are_refused(tiny: TinyPipeline, tmp_path: Pa
         tiny.run("clip", "stages.clip.initial=" + setting.replace(digest, digest[::-1]))
     with pytest.raises(ValueError, match=r"no upsampler is read from diffusers's names; use one of genpipe"):
         tiny.run("upsampler", "stages.upsampler.initial=" + setting.replace("genpipe", "diffusers"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "model", "sizes", "network"),
+    [
+        (
+            "decoder",
+            {},
+            {"latent_channels": 4, "embed_dim": 8, "text_width": 8},
+            "UNetConfig",
+        ),
+        (
+            "prior",
+            {"kind": "autoregressive"},
+            {"embed_dim": 8, "text_width": 8, "components": 8},
+            "DiffusionPriorConfig",
+        ),
+    ],
+)
+def test_networks_that_a_library_has_not_are_refused_before_the_file_is_read(
+    kind: str, model: dict[str, Any], sizes: dict[str, int], network: str
+) -> None:
+    build, config = MODELS[kind]
+    module = build(TypeAdapter(config).validate_python(model), **sizes)
+    initial = InitialWeights(weights="nowhere.safetensors", sha256="0" * 64, format="diffusers")
+    told = f"initial.format: of a {kind} only the network of {network} is read from diffusers"
+    with pytest.raises(ValueError, match=told):
+        begin_with(module, initial, kind=kind)

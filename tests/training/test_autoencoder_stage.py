@@ -20,12 +20,13 @@ from genpipe import artifacts
 from genpipe.config import ConfigError
 from genpipe.data.pixels import image_batch, to_float
 from genpipe.data.stream import ShardDataset
+from genpipe.models.autoencoder import Autoencoder, IdentityConfig
 from genpipe.models.lpips import Lpips
 from genpipe.spec import StageSpec
 from genpipe.stages import autoencoder as stage
 from genpipe.training import state
 from genpipe.training.loop import Interrupted
-from genpipe.training.objective import Step
+from genpipe.training.objective import Split, Step
 from genpipe.weights import load_weights
 
 if TYPE_CHECKING:
@@ -238,6 +239,20 @@ def test_the_identity_goes_through_the_stage(tiny: TinyPipeline) -> None:
     module = load_weights(artifacts.fetch(made), kind="autoencoder", device=CPU).module
     images = to_float(image_batch(ShardDataset(artifacts.fetch(tiny.run("shard")), split="train"), [0, 1], size=16))
     assert torch.equal(module.encode(images)[0], images) and torch.equal(module.decode(images), images)
+
+
+def test_a_channel_that_never_varies_has_a_deviation_to_divide_by() -> None:
+    images = torch.randint(0, 256, (6, 3, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    swapped = torch.nn.Conv2d(3, 3, 1, bias=False).requires_grad_(False)
+    swapped.weight.copy_(torch.eye(3)[[2, 1, 0], :, None, None] * torch.tensor([1.0, 0.0, 1.0])[:, None, None, None])
+    model = Autoencoder(IdentityConfig(kind="identity"), encoder=swapped, decoder=torch.nn.Identity())
+    cfg = stage.Config.model_validate({"train": {"samples": 64, "global_batch_size": 4}})
+    found = stage.latent_moments(model, Split(6, lambda indices, _: {"images": images[indices]}), cfg)
+    means, deviations = torch.tensor(found["latent_mean"]), torch.tensor(found["latent_std"])
+    real = to_float(images).double().transpose(0, 1).flatten(1)
+    torch.testing.assert_close(means, real.mean(1)[[2, 1, 0]] * torch.tensor([1.0, 0.0, 1.0]), check_dtype=False)
+    torch.testing.assert_close(deviations[[0, 2]], real.std(1, correction=0)[[2, 0]], check_dtype=False)
+    assert deviations[1].item() == pytest.approx(stage.MIN_LATENT_STD)
 
 
 def test_weights_of_a_codebook_come_back(tiny: TinyPipeline) -> None:
