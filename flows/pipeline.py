@@ -355,7 +355,10 @@ def _run_stages(run: _Run) -> list[StageResult]:
             results = [_outcome(run, name, future) for name, future in futures.items()]
         except BaseException as error:
             if cluster is not None:
-                cluster.interrupt(stop_jobs=cluster.embedded or isinstance(error, KeyboardInterrupt))
+                stops = cluster.embedded or isinstance(error, KeyboardInterrupt)
+                cluster.interrupt(stop_jobs=stops)
+                if stops:
+                    parent.end_stages(error)
             raise
         rows = [_row(result) for result in results]
         parent.summarise(rows, images=_images(results))

@@ -82,6 +82,19 @@ class PipelineRun:
         if any(row["status"] in ("failed", "skipped") for row in rows):
             self.status = "FAILED"
 
+    def end_stages(self, error: BaseException) -> None:
+        """End the stages' runs that `error` stopped: a job that is killed, or has no time, does not come to say so."""
+        from mlflow.exceptions import MlflowException
+
+        query = f"tags.`mlflow.parentRunId` = '{self.run_id}' and attributes.status = 'RUNNING'"
+        try:
+            runs = self.client.search_runs([self.experiment_id], query)
+        except MlflowException as trouble:
+            print(f"runs of stages could not be ended: {first_line(trouble)}", file=sys.stderr, flush=True)
+            return
+        for run in runs:
+            _end(self.client, run.info.run_id, error)
+
 
 @contextmanager
 def open_stage_run(spec: StageSpec) -> Iterator[StageRun]:

@@ -155,6 +155,22 @@ def test_a_pipeline_run_tells_of_its_stages(client: MlflowClient, toys: Toys, tm
     assert {"summary.json", "config"} <= logged
 
 
+def test_stages_that_were_stopped_do_not_go_on_running(client: MlflowClient, toys: Toys) -> None:
+    stopped = pytest.raises(KeyboardInterrupt)
+    with stopped, pipeline_run(toys.tracking_uri, experiment="toys", name="toys", tags={}) as parent:
+        data = toys.spec("toy_data", slope=6.0).model_copy(update={"pipeline_run_id": parent.run_id})
+        done = run_local(data)
+        line = claim_stage_run(toys.line(done).model_copy(update={"pipeline_run_id": parent.run_id}))
+        other = claim_stage_run(toys.line(done, samples=160))  # of no pipeline run
+        parent.end_stages(KeyboardInterrupt("Ctrl-C"))
+        raise KeyboardInterrupt
+    assert client.get_run(line).info.status == "KILLED"
+    assert client.get_run(line).data.tags["genpipe.error"] == "KeyboardInterrupt: Ctrl-C"
+    assert client.get_run(other).info.status == "RUNNING"
+    manifest = artifacts.read_manifest(done.uri)
+    assert manifest is not None and client.get_run(manifest.run_id).info.status == "FINISHED"
+
+
 def test_long_and_many_settings_are_recorded(client: MlflowClient, toys: Toys) -> None:
     spec = toys.spec("toy_data", slope=4.0)
     many = {f"setting_{i}": "x" * 7000 for i in range(250)}
