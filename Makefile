@@ -13,13 +13,16 @@ export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export DO_NOT_TRACK := true
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: demo test lint types imports tests bench-data format clean
+.PHONY: demo test checks lint types imports tests bench-data format clean
 
 demo: $(READY)
 	@echo "== running the pipeline $(CONFIG)"
 	$(BIN)/genpipe run $(CONFIG)
 
-test: lint types imports tests
+test: checks tests
+
+checks: $(READY)
+	@$(MAKE) --no-print-directory --jobs 3 lint types imports
 
 lint: $(READY)
 	@echo "== lint"

@@ -153,7 +153,7 @@ def test_a_killed_rank_and_a_change_of_the_decoder(project: tuple[Project, str])
     """One change reruns what depends on it, on two ranks, of which one is killed in mid-stage."""
     made, _ = project
     settings = [
-        "stages.decoder.train.samples=6400",
+        "stages.decoder.train.samples=4000",
         "stages.decoder.train.seed=1",
         "stages.decoder.resources.workers=2",
         "stages.decoder.resources.checkpoint_seconds=0.5",
@@ -175,7 +175,7 @@ def test_a_killed_rank_and_a_change_of_the_decoder(project: tuple[Project, str])
     assert len(runs) == 2, "one run for each fingerprint, whatever became of its ranks"
     assert all(run.info.status == "FINISHED" for run in runs)
     reached = made.client().get_metric_history(runs[0].info.run_id, "decoder/loss")
-    assert max(point.step for point in reached) == 6400
+    assert max(point.step for point in reached) == 4000
 
 
 def _cmdline(process: psutil.Process) -> list[str]:

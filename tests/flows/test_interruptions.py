@@ -27,9 +27,7 @@ SLOW = {
 }
 
 
-@pytest.mark.parametrize(
-    ("sent", "stage"), [(signal.SIGINT, "toy_line"), (signal.SIGTERM, "toy_data"), (signal.SIGKILL, "toy_data")]
-)
+@pytest.mark.parametrize(("sent", "stage"), [(signal.SIGINT, "toy_line"), (signal.SIGTERM, "toy_data")])
 def test_nothing_survives_the_command(tmp_path: Path, prefect_home: Path, sent: signal.Signals, stage: str) -> None:
     project = Project(tmp_path, prefect_home)
     if stage == "toy_line":
@@ -38,32 +36,19 @@ def test_nothing_survives_the_command(tmp_path: Path, prefect_home: Path, sent: 
     wait_for(lambda: project.progress(stage) or process.poll() is not None, seconds=120)
     assert process.poll() is None, project.output.read_text()
     started = psutil.Process(process.pid).children(recursive=True)
-    rays = [p for p in started if "prefect.server" not in command_of(p)]
-    assert len(rays) > 5
+    assert len(started) > 5
     if sent == signal.SIGINT:
         os.killpg(process.pid, sent)  # as Ctrl-C does: the whole group gets it
     else:
         process.send_signal(sent)
     process.wait(60)
     output = project.output.read_text()
-    assert survivors(rays if sent == signal.SIGKILL else started) == []
-    if sent == signal.SIGKILL:
-        for p in started:
-            with suppress(psutil.NoSuchProcess):
-                p.kill()  # Prefect's server
-        return
+    assert survivors(started) == []
     assert process.returncode == (130 if sent == signal.SIGINT else 143), output
     assert "Traceback" not in output, output
     assert project.runs(stage)[0].info.status == "KILLED"
     assert project.runs("parent")[0].info.status == "KILLED"
     assert not list((project.store / "artifacts" / stage).glob("*/manifest.json"))
-
-
-def command_of(process: psutil.Process) -> str:
-    """The command line of a process; nothing of one that has ended meanwhile."""
-    with suppress(psutil.NoSuchProcess):
-        return " ".join(process.cmdline())
-    return ""
 
 
 @pytest.fixture

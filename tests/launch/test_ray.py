@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -17,7 +19,7 @@ import torch
 from mlflow import MlflowClient
 from mlflow.entities import Run
 from safetensors.torch import load_file
-from toybox import Toys, artifact_of, install, wait_for
+from toybox import Toys, artifact_of, install, survivors, wait_for
 
 from genpipe import artifacts
 from genpipe.artifacts import Artifact
@@ -222,6 +224,26 @@ def test_interrupt_stops_the_job_and_the_run_is_killed(toys: Toys, ray: Cluster,
     assert len(ended) == 1
     assert str(ray.client.get_job_status(on_ray.job_id(spec, 1))) == "STOPPED"
     wait_for(lambda: run_of(toys, spec).info.status == "KILLED", seconds=15)
+
+
+SUBMITTER = """
+import sys
+from genpipe.launch.jobs import cluster
+from genpipe.spec import StageSpec
+with cluster() as local:
+    local.run(StageSpec.read(sys.argv[1]), report=lambda progress: None)
+"""
+
+
+def test_a_local_ray_and_its_jobs_end_with_a_killed_submitter(toys: Toys) -> None:
+    spec = toys.spec("toy_data", parts=2, seconds=60.0)
+    submitter = subprocess.Popen([sys.executable, "-c", SUBMITTER, spec.write()])
+    wait_for(lambda: read_progress(spec.work) or submitter.poll() is not None)
+    started = psutil.Process(submitter.pid).children(recursive=True)
+    assert any("genpipe.launch.ray" in p.cmdline() for p in started)
+    submitter.kill()
+    submitter.wait()
+    assert survivors(started) == []
 
 
 def test_what_does_not_fit_is_said_at_once(ray: Cluster, toys: Toys) -> None:
