@@ -8,7 +8,7 @@ import os
 import tempfile
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from functools import lru_cache, partial
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, Protocol
 from genpipe.storage import Storage, open_storage
 
 OPEN_FILES = 512
+READ_AHEAD_BYTES = 256 * 2**10
 BLOCK_BYTES = 256 * 2**10
 DIGEST_BYTES = 16
 SWEEP_SHARE, SWEEP_TO = 1 / 64, 7 / 8
@@ -30,6 +31,10 @@ class Stored(NamedTuple):
     version: str
 
 
+Piece = tuple[str, int, int]
+"""A file's name, and the offset and length in it of the bytes that are wanted."""
+
+
 class Files(Protocol):
     """Files that are read in pieces, by several threads at once."""
 
@@ -37,8 +42,8 @@ class Files(Protocol):
         """Its bytes. Raises FileNotFoundError."""
         ...
 
-    def read(self, name: str, *, offset: int, length: int) -> bytes:
-        """Exactly `length` bytes from `offset` on. Raises FileNotFoundError, or OSError if there are fewer."""
+    def read(self, pieces: Iterable[Piece]) -> Iterator[bytes]:
+        """The bytes of each piece, whole. Raises FileNotFoundError, or OSError if a file ends before its piece."""
         ...
 
     def close(self) -> None:
@@ -60,12 +65,21 @@ class LocalFiles:
     def size(self, name: str) -> int:
         return (self.folder / name).stat().st_size
 
-    def read(self, name: str, *, offset: int, length: int) -> bytes:
-        file = self._open(name)
-        data = os.pread(file.number, length, offset)
-        if len(data) != length:
-            raise OSError(f"{self.folder / name} ends {length - len(data)} bytes short of {offset + length}")
-        return data
+    def read(self, pieces: Iterable[Piece]) -> Iterator[bytes]:
+        # Some are read before the first is decoded: a run of either finds more of its own in the processor's caches.
+        ready: list[bytes] = []
+        ahead = 0
+        for name, offset, length in pieces:
+            file = self._open(name)
+            data = os.pread(file.number, length, offset)
+            if len(data) != length:
+                raise OSError(f"{self.folder / name} ends {length - len(data)} bytes short of {offset + length}")
+            ready.append(data)
+            ahead += length
+            if ahead >= READ_AHEAD_BYTES:
+                yield from ready
+                ready, ahead = [], 0
+        yield from ready
 
     def close(self) -> None:
         self._open.cache_clear()
@@ -96,8 +110,9 @@ class RemoteFiles:
             raise FileNotFoundError(f"{self.storage.uri}/{name}")
         return self.stored[name].size
 
-    def read(self, name: str, *, offset: int, length: int) -> bytes:
-        return self.cache.read(self.storage, name, self.stored[name], offset=offset, length=length)
+    def read(self, pieces: Iterable[Piece]) -> Iterator[bytes]:
+        for name, offset, length in pieces:
+            yield self.cache.read(self.storage, name, self.stored[name], offset=offset, length=length)
 
     def close(self) -> None:
         pass

@@ -27,7 +27,7 @@ from genpipe.data.stream import noticing
 Batch = dict[str, torch.Tensor]
 _Place = tuple[int, np.ndarray]
 Collate = Callable[[np.ndarray, np.ndarray], Batch]
-ORDERED_AT_ONCE = 4096
+ORDERED_AT_ONCE = 16384
 
 
 class Batches(Iterator[tuple[int, Batch]]):

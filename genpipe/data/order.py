@@ -32,13 +32,16 @@ def order(positions: np.ndarray, *, n: int, seed: int) -> np.ndarray:
     """
     positions = np.asarray(positions, np.int64)
     assert n > 0 and (positions >= 0).all()
-    epochs = (positions // n).astype(_UINT)
-    key = _mix(_mix(np.full_like(epochs, seed % 2**64)) + epochs)
+    epochs, which = np.unique(positions // n, return_inverse=True)  # few, so their keys are mixed once
+    keys = _round_keys(epochs.astype(_UINT), seed=seed)
     half = _UINT(max(1, ((n - 1).bit_length() + 1) // 2))
-    values = _feistel((positions % n).astype(_UINT), key=key, half=half)
+    values = _feistel((positions % n).astype(_UINT), keys=keys, which=which, half=half)
     # Walking the cycle from a value in range must come back into range: at most 4 values per one that counts.
-    while (outside := values >= n).any():
-        values[outside] = _feistel(values[outside], key=key[outside], half=half)
+    outside = np.flatnonzero(values >= n)
+    while len(outside):
+        walked = _feistel(values[outside], keys=keys, which=which[outside], half=half)
+        values[outside] = walked
+        outside = outside[walked >= n]
     return values.astype(np.int64)
 
 
@@ -143,19 +146,30 @@ def _listed(names: Sequence[str] | Mapping[str, object]) -> str:
     return ", ".join(repr(name) for name in names)
 
 
-def _feistel(values: np.ndarray, *, key: np.ndarray, half: np.uint64) -> np.ndarray:
+def _round_keys(epochs: np.ndarray, *, seed: int) -> np.ndarray:
+    """uint64 [_FEISTEL_ROUNDS, E] of the epochs uint64 [E]."""
+    keys = _mix(_mix(np.full_like(epochs, seed % 2**64)) + epochs)
+    return _mix(keys + np.arange(_FEISTEL_ROUNDS, dtype=_UINT)[:, None])
+
+
+def _feistel(values: np.ndarray, *, keys: np.ndarray, which: np.ndarray, half: np.uint64) -> np.ndarray:
+    """The values under the round keys of the epochs `which` [N] they are of."""
     mask = (_UINT(1) << half) - _UINT(1)
     left, right = values >> half, values & mask
-    for number in range(_FEISTEL_ROUNDS):
-        round_key = _mix(key + _UINT(number))
-        left, right = right, left ^ (_mix(right + round_key) & mask)
+    for round_keys in keys:
+        mixed = _mix(right + round_keys[which])
+        mixed &= mask
+        mixed ^= left
+        left, right = right, mixed
     return (left << half) | right
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
     """SplitMix64 (Steele, Lea & Flood 2014): uint64 to well-mixed uint64, wrapping on overflow."""
-    x = x + _UINT(0x9E3779B97F4A7C15)
-    x = (x ^ (x >> _UINT(30))) * _UINT(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> _UINT(27))) * _UINT(0x94D049BB133111EB)
-    mixed: np.ndarray = x ^ (x >> _UINT(31))
+    mixed: np.ndarray = x + _UINT(0x9E3779B97F4A7C15)
+    mixed ^= mixed >> _UINT(30)
+    mixed *= _UINT(0xBF58476D1CE4E5B9)
+    mixed ^= mixed >> _UINT(27)
+    mixed *= _UINT(0x94D049BB133111EB)
+    mixed ^= mixed >> _UINT(31)
     return mixed

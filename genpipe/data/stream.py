@@ -10,7 +10,7 @@ import os
 import sys
 import tarfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -24,7 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from genpipe.artifacts import Artifact, ManifestError, cache_folder, read_manifest, sha256_file
-from genpipe.data.blocks import BlockCache, Files, LocalFiles, RemoteFiles, Stored
+from genpipe.data.blocks import BlockCache, Files, LocalFiles, Piece, RemoteFiles, Stored
 from genpipe.data.images import ImageError, decode
 from genpipe.data.order import pick
 from genpipe.data.samples import Reject
@@ -142,16 +142,12 @@ class ShardDataset:
     def images_bytes(self, indices: np.ndarray) -> Iterator[bytes]:
         """The encoded images of int64 [B], one after the other; `image_bytes` says what it raises."""
         shards = np.searchsorted(self._starts, indices, side="right") - 1
-        offsets, lengths = self._offsets[indices] * np.int64(tarfile.BLOCKSIZE), self._lengths[indices]
-        places = zip(indices.tolist(), shards.tolist(), offsets.tolist(), lengths.tolist(), strict=True)
-        for i, shard, offset, length in places:
-            if shard in self._described:
-                yield self._read(shard, offset, length)
-                continue
-            data = self._read(shard, offset - tarfile.BLOCKSIZE, length + tarfile.BLOCKSIZE)
-            self._check_header(shard, i, data[: tarfile.BLOCKSIZE])
+        for shard in set(shards.tolist()) - self._described:
+            self._check_header(shard, int(indices[shards == shard][0]))
             self._described.add(shard)
-            yield data[tarfile.BLOCKSIZE :]
+        tars = [self._tars[shard] for shard in shards.tolist()]
+        offsets = self._offsets[indices] * np.int64(tarfile.BLOCKSIZE)
+        return self._read(zip(tars, offsets.tolist(), self._lengths[indices].tolist(), strict=True))
 
     def stored_sizes(self, indices: np.ndarray) -> np.ndarray:
         """int [B, 2]: height and width of the stored images; 0 where the index does not say."""
@@ -164,8 +160,7 @@ class ShardDataset:
         Raises ValueError if the tar holds something else at its place than the index says.
         """
         shard = self._shard_of(i)
-        header = self._read(shard, (int(self._offsets[i]) - 1) * tarfile.BLOCKSIZE, tarfile.BLOCKSIZE)
-        self._check_header(shard, i, header)
+        self._check_header(shard, i)
         written, found = self._row("sha256", i), hashlib.sha256(self.image_bytes(i)).hexdigest()
         changed = "; its bytes have changed since the index was written" if written not in (None, found) else ""
         reject = Reject(self._row("key", i), self._tars[shard], error.reason, error.detail + changed)
@@ -216,9 +211,9 @@ class ShardDataset:
     def _index(self, shard: int) -> Path:
         return self.folder / f"{self._names[shard]}{INDEX_SUFFIX}"
 
-    def _read(self, shard: int, offset: int, length: int) -> bytes:
+    def _read(self, pieces: Iterable[Piece]) -> Iterator[bytes]:
         try:
-            return self.files.read(self._tars[shard], offset=offset, length=length)
+            yield from self.files.read(pieces)
         except FileNotFoundError as error:
             raise FileNotFoundError(f"{error}: gone since its index was read; restore it or shard again") from None
 
@@ -236,9 +231,10 @@ class ShardDataset:
         if short:
             raise ValueError(f"{self.folder}: {', '.join(short)} ends before its index does; restore it or shard again")
 
-    def _check_header(self, shard: int, i: int, header: bytes) -> None:
-        """Raise ValueError unless `header`, the tar's before the sample's image, names its key."""
-        key = self._row("key", i)
+    def _check_header(self, shard: int, i: int) -> None:
+        """Raise ValueError unless the tar's header before the sample's image names its key."""
+        key, before = self._row("key", i), (int(self._offsets[i]) - 1) * tarfile.BLOCKSIZE
+        (header,) = self._read([(self._tars[shard], before, tarfile.BLOCKSIZE)])
         name = header[:100].split(b"\0", 1)[0].decode(errors="replace")
         if not name.startswith(f"{key}."[:100]):
             raise ValueError(

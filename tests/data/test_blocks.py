@@ -7,6 +7,7 @@ import os
 import pickle
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from genpipe.data.blocks import OPEN_FILES, BlockCache, LocalFiles, RemoteFiles, Stored
+from genpipe.data.blocks import OPEN_FILES, READ_AHEAD_BYTES, BlockCache, Files, LocalFiles, Piece, RemoteFiles, Stored
 from genpipe.storage import LocalStorage, open_storage
 
 BLOCK = 1000
@@ -50,6 +51,11 @@ def files(storage: LocalStorage, cache: BlockCache) -> RemoteFiles:
     return remote
 
 
+def read(files: Files, name: str, *, offset: int, length: int) -> bytes:
+    (piece,) = files.read([(name, offset, length)])
+    return piece
+
+
 def blocks_in(folder: Path) -> list[Path]:
     return sorted(folder.glob("??/*"))
 
@@ -63,21 +69,21 @@ def test_any_range_gives_its_bytes(tmp_path_factory: pytest.TempPathFactory, ran
     remote = files(LocalStorage(str(folder)), cache)
     for one, other in ranges:
         offset, stop = sorted((one, other))
-        assert remote.read("a.tar", offset=offset, length=stop - offset) == content()[offset:stop]
+        assert read(remote, "a.tar", offset=offset, length=stop - offset) == content()[offset:stop]
 
 
 def test_a_block_is_fetched_once_and_neighbours_together(storage: CountingStorage, tmp_path: Path) -> None:
     cache = BlockCache(tmp_path / "cache", max_bytes=10**6, block_bytes=BLOCK)
     remote = files(storage, cache)
-    remote.read("a.tar", offset=2500, length=10)
-    remote.read("a.tar", offset=2000, length=1000)
+    read(remote, "a.tar", offset=2500, length=10)
+    read(remote, "a.tar", offset=2000, length=1000)
     assert storage.asked == [(2000, 1000)]
-    remote.read("a.tar", offset=1999, length=3000)
+    read(remote, "a.tar", offset=1999, length=3000)
     assert storage.asked[1:] == [(1000, 4000)], "one request for all from the first that is missing to the last"
-    remote.read("a.tar", offset=10_400, length=100)
+    read(remote, "a.tar", offset=10_400, length=100)
     assert storage.asked[2:] == [(10_000, 500)], "the last block is short"
     again = files(storage, BlockCache(tmp_path / "cache", max_bytes=10**6, block_bytes=BLOCK))
-    assert again.read("a.tar", offset=1500, length=3000) == content()[1500:4500]
+    assert read(again, "a.tar", offset=1500, length=3000) == content()[1500:4500]
     assert len(storage.asked) == 3, "another process finds them"
 
 
@@ -87,7 +93,7 @@ def test_threads_fetch_a_block_once(storage: CountingStorage, tmp_path: Path) ->
 
     def read(seed: int) -> None:
         for offset in np.random.default_rng(seed).integers(0, SIZE - 50, 100).tolist():
-            if remote.read("a.tar", offset=offset, length=50) != content()[offset : offset + 50]:
+            if read(remote, "a.tar", offset=offset, length=50) != content()[offset : offset + 50]:
                 wrong.append(offset)
 
     threads = [threading.Thread(target=read, args=(seed,)) for seed in range(6)]
@@ -103,14 +109,14 @@ def test_threads_fetch_a_block_once(storage: CountingStorage, tmp_path: Path) ->
 @pytest.mark.parametrize("damage", ["flip", "cut", "empty", "grow"])
 def test_a_damaged_block_is_fetched_again(storage: CountingStorage, tmp_path: Path, damage: str) -> None:
     remote = files(storage, BlockCache(tmp_path / "cache", max_bytes=10**6, block_bytes=BLOCK))
-    remote.read("a.tar", offset=0, length=BLOCK)
+    read(remote, "a.tar", offset=0, length=BLOCK)
     (path,) = blocks_in(tmp_path / "cache")
     data = path.read_bytes()
     flipped = bytes([*data[:500], data[500] ^ 1, *data[501:]])
     path.write_bytes({"flip": flipped, "cut": data[:600], "empty": b"", "grow": data + b"x"}[damage])
     fresh = files(storage, BlockCache(tmp_path / "cache", max_bytes=10**6, block_bytes=BLOCK))
     for _ in range(2):
-        assert fresh.read("a.tar", offset=0, length=BLOCK) == content()[:BLOCK]
+        assert read(fresh, "a.tar", offset=0, length=BLOCK) == content()[:BLOCK]
     assert len(storage.asked) == 2
     assert path.read_bytes() == data
 
@@ -119,18 +125,18 @@ def test_the_least_recently_used_blocks_are_given_up(storage: CountingStorage, t
     cache = BlockCache(tmp_path / "cache", max_bytes=6 * BLOCK, block_bytes=BLOCK)
     remote = files(storage, cache)
     for number in range(5):
-        remote.read("a.tar", offset=number * BLOCK, length=1)
+        read(remote, "a.tar", offset=number * BLOCK, length=1)
     past = time.time() - 1000
     for age, path in enumerate(blocks_in(tmp_path / "cache")):
         os.utime(path, (past + age, past + age))
     fresh = files(storage, BlockCache(tmp_path / "cache", max_bytes=6 * BLOCK, block_bytes=BLOCK))
-    fresh.read("a.tar", offset=0, length=1)  # used again
+    read(fresh, "a.tar", offset=0, length=1)  # used again
     for number in (5, 6, 7):
-        fresh.read("a.tar", offset=number * BLOCK, length=1)
+        read(fresh, "a.tar", offset=number * BLOCK, length=1)
     left = sum(path.stat().st_size for path in blocks_in(tmp_path / "cache"))
     assert left <= 6 * BLOCK
     asked = len(storage.asked)
-    fresh.read("a.tar", offset=0, length=1)
+    read(fresh, "a.tar", offset=0, length=1)
     assert len(storage.asked) == asked, "what was used lately is still there"
 
 
@@ -138,7 +144,7 @@ def read_at_random(uri: str, folder: str, seed: int) -> None:
     cache = BlockCache(Path(folder), max_bytes=4 * BLOCK, block_bytes=BLOCK)
     remote = RemoteFiles(uri, {"a.tar": Stored(SIZE, "v1")}, cache)
     for offset in np.random.default_rng(seed).integers(0, SIZE - 50, 200).tolist():
-        assert remote.read("a.tar", offset=offset, length=50) == content()[offset : offset + 50]
+        assert read(remote, "a.tar", offset=offset, length=50) == content()[offset : offset + 50]
 
 
 def test_processes_share_a_cache_that_is_too_small_for_them(storage: CountingStorage, tmp_path: Path) -> None:
@@ -161,16 +167,16 @@ def test_a_cache_that_cannot_be_written_costs_speed_alone(storage: CountingStora
         (tmp_path / "cache" / f"{number:02x}").write_bytes(b"")
     remote = files(storage, cache)
     for _ in range(2):
-        assert remote.read("a.tar", offset=700, length=600) == content()[700:1300]
+        assert read(remote, "a.tar", offset=700, length=600) == content()[700:1300]
     assert len(storage.asked) == 2
 
 
 def test_versions_are_kept_apart(storage: CountingStorage, tmp_path: Path) -> None:
     cache = BlockCache(tmp_path / "cache", max_bytes=10**6, block_bytes=BLOCK)
-    files(storage, cache).read("a.tar", offset=0, length=10)
+    read(files(storage, cache), "a.tar", offset=0, length=10)
     (tmp_path / "remote" / "a.tar").write_bytes(content(seed=1))
     newer = RemoteFiles(storage.uri, {"a.tar": Stored(SIZE, "v2")}, cache)
-    assert newer.read("a.tar", offset=0, length=10) == content(seed=1)[:10]
+    assert read(newer, "a.tar", offset=0, length=10) == content(seed=1)[:10]
 
 
 def test_beyond_the_end_and_missing(storage: CountingStorage, tmp_path: Path) -> None:
@@ -179,7 +185,7 @@ def test_beyond_the_end_and_missing(storage: CountingStorage, tmp_path: Path) ->
     for every in (remote, local):
         assert every.size("a.tar") == SIZE
         with pytest.raises(OSError, match=r"a.tar ends 10 bytes short of 10510"):
-            every.read("a.tar", offset=SIZE - 10, length=20)
+            read(every, "a.tar", offset=SIZE - 10, length=20)
         with pytest.raises(FileNotFoundError, match=r"b.tar"):
             every.size("b.tar")
 
@@ -189,7 +195,7 @@ def test_a_real_server_gives_ranges(s3_server: str, tmp_path: Path) -> None:
     open_storage(uri).write("a.tar", content())
     cache = BlockCache(tmp_path / "cache", max_bytes=10**6, block_bytes=BLOCK)
     remote = pickle.loads(pickle.dumps(RemoteFiles(uri, {"a.tar": Stored(SIZE, "v1")}, cache)))
-    assert remote.read("a.tar", offset=1500, length=8600) == content()[1500:10_100]
+    assert read(remote, "a.tar", offset=1500, length=8600) == content()[1500:10_100]
     assert len(blocks_in(tmp_path / "cache")) == 10
 
 
@@ -199,7 +205,27 @@ def test_few_files_are_open_at_a_time(tmp_path: Path) -> None:
     local = LocalFiles(tmp_path)
     before = len(os.listdir("/proc/self/fd"))
     for number in [*range(OPEN_FILES + 20), 0]:
-        assert local.read(str(number), offset=0, length=1) == str(number)[:1].encode()
+        assert read(local, str(number), offset=0, length=1) == str(number)[:1].encode()
     assert len(os.listdir("/proc/self/fd")) - before <= OPEN_FILES
     local.close()
     assert len(os.listdir("/proc/self/fd")) <= before
+
+
+def test_pieces_come_one_by_one_in_their_order_though_some_are_read_ahead(tmp_path: Path) -> None:
+    whole = content(4 * READ_AHEAD_BYTES)
+    (tmp_path / "a.tar").write_bytes(whole)
+    at = np.random.default_rng(1).integers(0, len(whole) - READ_AHEAD_BYTES, 40).tolist()
+    sizes = [READ_AHEAD_BYTES // (1 + number % 7) - number for number in range(39)] + [0]
+    asked: list[int] = []
+
+    def pieces() -> Iterator[Piece]:
+        for number, (offset, length) in enumerate(zip(at, sizes, strict=True)):
+            asked.append(number)
+            yield "a.tar", offset, length
+
+    ahead = []
+    for number, piece in enumerate(LocalFiles(tmp_path).read(pieces())):
+        assert piece == whole[at[number] : at[number] + sizes[number]]
+        ahead.append(sum(sizes[number : asked[-1] + 1]))
+    assert len(ahead) == 40
+    assert max(ahead) < 2 * READ_AHEAD_BYTES, "what is held does not grow with the batch"
