@@ -1,7 +1,8 @@
 """The packed feature cache: a folder of `.npy` files per shard, row-aligned with the shard, memory-mapped.
 
 Shape legend: N samples of a shard, V variants (1, or the image and its mirror image), T captions of a shard,
-B samples of a batch, C H W of the latents, D embedding width, L caption tokens, E width of the text encodings.
+K tokens of captions, B samples of a batch, C H W of the latents, D embedding width, E width of the text encodings,
+L tokens of the longest caption of a batch.
 """
 
 from __future__ import annotations
@@ -21,10 +22,9 @@ from genpipe.data.order import pick
 from genpipe.data.shards import Split
 from genpipe.data.stream import ShardDataset
 
-TEXT_ARRAYS = ("text_embeds", "text_encodings", "text_lengths", "text_tokens")
-CAPTION_ARRAYS = (*TEXT_ARRAYS, "caption_weights")  # [T, ...]
+TEXT_ARRAYS = ("text_embeds", "text_encodings", "token_offsets")
 VARIANT_ARRAYS = ("latents", "latent_logvars", "image_embeds")  # [N, V, ...]
-OPTIONAL = {"rows", "latent_logvars", "caption_weights", "text_tokens"}
+OPTIONAL = {"rows", "latent_logvars", "caption_weights"}
 KINDS = {  # numpy's dtype kinds: U text, f float, i and u integers
     "keys": "U",
     "rows": "iu",
@@ -34,9 +34,8 @@ KINDS = {  # numpy's dtype kinds: U text, f float, i and u integers
     "caption_offsets": "iu",
     "caption_weights": "f",
     "text_embeds": "f",
-    "text_tokens": "iu",
     "text_encodings": "f",
-    "text_lengths": "iu",
+    "token_offsets": "iu",
 }
 NULL_TEXT = "null_text"
 OPEN_ARRAYS = 4096
@@ -48,16 +47,17 @@ def write_features(folder: Path, arrays: Mapping[str, np.ndarray]) -> None:
     keys [N] str; latents [N, V, C, H, W], latent_logvars alike and image_embeds [N, V, D] float16 or float32;
     rows [N] int, the row that stands for each: itself, unless its image was damaged; caption_offsets [N + 1]: the
     captions of row i are offsets[i] to offsets[i + 1]; caption_weights float [T], how often each is to be chosen;
-    text_embeds [T, D] and text_encodings [T, L, E] float; text_tokens int [T, L]; text_lengths int [T].
-    May be left out: latent_logvars, text_tokens, rows if each is itself, caption_weights if all are alike.
+    text_embeds float [T, D]; text_encodings float [K, E], of the tokens of all captions without padding;
+    token_offsets [T + 1]: the tokens of caption t are offsets[t] to offsets[t + 1].
+    May be left out: latent_logvars, rows if each is itself, caption_weights if all are alike.
     """
     _check_arrays(arrays)
     _write(folder, arrays)
 
 
 def write_null_text(folder: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    """Write what the text encoder says of the empty caption into the cache's `folder`: the text arrays, of one row."""
-    assert set(arrays) <= set(TEXT_ARRAYS) and all(len(array) == 1 for array in arrays.values())
+    """Write what the text encoder says of the empty caption into the cache's `folder`: the text arrays, T = 1."""
+    assert set(arrays) == set(TEXT_ARRAYS) and len(arrays["text_embeds"]) == 1
     _write(folder / NULL_TEXT, arrays)
 
 
@@ -76,7 +76,6 @@ class FeatureDataset:
         self._array = lru_cache(maxsize=OPEN_ARRAYS)(self._open)
         self._bytes = lru_cache(maxsize=OPEN_ARRAYS)(self._view)
         self._starts = np.cumsum([0, *(len(self._open(n, "keys")) for n in range(len(self._names)))])
-        self._there = {path.stem for path in (self.folder / self._names[0]).glob("*.npy")}
         self._damaged, self._weighted = self._shards_with("rows"), self._shards_with("caption_weights")
 
     def __reduce__(self) -> Any:
@@ -103,7 +102,7 @@ class FeatureDataset:
     @property
     def has_spread(self) -> bool:
         """Whether the latents' log variances are cached, so that `latent_samples` works."""
-        return "latent_logvars" in self._there
+        return (self.folder / self._names[0] / "latent_logvars.npy").exists()
 
     def shards(self) -> list[str]:
         """Names of the shards in order."""
@@ -126,35 +125,34 @@ class FeatureDataset:
         return self._gather("image_embeds", *self._versions(indices, variants))
 
     def text(self, indices: np.ndarray, draws: np.ndarray) -> dict[str, torch.Tensor]:
-        """text_embeds [B, D], text_encodings [B, L, E], text_lengths [B], and text_tokens [B, L] if cached.
+        """One caption of each sample, as `Text.from_cache` takes it.
 
-        L is the length of the longest of these captions: what lies beyond it is padding for all of them.
-
-        draws: float [B] in [0, 1), which caption of each sample; 0 is the first.
+        text_embeds [B, D]; text_encodings [K, E], of the tokens of these captions, one after the other; text_places
+        int64 [B, L], where each caption's tokens stand among them, -1 for padding. draws: float [B] in [0, 1), which
+        caption of each sample; 0 is the first.
         """
         shards, rows = self._places(indices)
-        places = zip(shards.tolist(), rows.tolist(), np.asarray(draws).tolist(), strict=True)
-        captions = np.asarray([self._caption(shard, row, draw) for shard, row, draw in places], np.int64)
-        lengths = self._gather("text_lengths", shards, captions)
-        longest = int(lengths.max())
-        tokenwise = [name for name in ("text_encodings", "text_tokens") if name in self._there]
+        captions = self._captions(shards, rows, draws)
+        offsets = {shard: self._array(shard, "token_offsets").data for shard in set(shards.tolist())}
+        of_batch = list(zip(shards.tolist(), captions.tolist(), strict=True))
+        starts = np.asarray([offsets[shard][caption] for shard, caption in of_batch], np.int64)
+        stops = np.asarray([offsets[shard][caption + 1] for shard, caption in of_batch], np.int64)
         return {
             "text_embeds": self._gather("text_embeds", shards, captions),
-            "text_lengths": lengths,
-            **{name: self._gather(name, shards, captions, tokens=longest) for name in tokenwise},
+            "text_encodings": self._gather("text_encodings", shards, starts, stops=stops),
+            "text_places": _token_places(stops - starts),
         }
 
     def text_embeds(self, indices: np.ndarray) -> torch.Tensor:
         """[B, D]: of each sample's first caption."""
         shards, rows = self._places(indices)
-        places = zip(shards.tolist(), rows.tolist(), strict=True)
-        captions = np.asarray([self._caption(shard, row, 0.0) for shard, row in places], np.int64)
-        return self._gather("text_embeds", shards, captions)
+        return self._gather("text_embeds", shards, self._captions(shards, rows, np.zeros(len(rows))))
 
     def null_text(self) -> dict[str, torch.Tensor]:
         """The empty caption as `text` gives others, B = 1: what a dropped caption is replaced by."""
-        arrays = {path.stem: np.load(path, allow_pickle=False) for path in (self.folder / NULL_TEXT).glob("*.npy")}
-        return {name: torch.from_numpy(array) for name, array in arrays.items()}
+        arrays = {name: np.load(self.folder / NULL_TEXT / f"{name}.npy", allow_pickle=False) for name in TEXT_ARRAYS}
+        places = _token_places(np.diff(arrays.pop("token_offsets")))
+        return {name: torch.from_numpy(array) for name, array in arrays.items()} | {"text_places": places}
 
     def verify_alignment(self, shards: ShardDataset) -> None:
         """Raise ValueError unless `shards` has the same sample, with as many captions, at every index."""
@@ -194,26 +192,30 @@ class FeatureDataset:
         places = rows * self.variants
         return shards, places if variants is None else places + variants
 
-    def _caption(self, shard: int, row: int, draw: float) -> int:
-        """Where the caption of a row stands on which the draw falls."""
-        offsets = self._array(shard, "caption_offsets")
-        first, stop = int(offsets[row]), int(offsets[row + 1])
-        weights = self._array(shard, "caption_weights")[first:stop] if shard in self._weighted else None
-        return first + pick(draw, count=stop - first, weights=weights)
+    def _captions(self, shards: np.ndarray, rows: np.ndarray, draws: np.ndarray) -> np.ndarray:
+        """int64 [B]: where the caption of each row stands, in its shard, on which the draw falls."""
+        offsets = {shard: self._array(shard, "caption_offsets").data for shard in set(shards.tolist())}
+        captions = []
+        for shard, row, draw in zip(shards.tolist(), rows.tolist(), draws.tolist(), strict=True):
+            first, stop = offsets[shard][row], offsets[shard][row + 1]
+            weights = self._array(shard, "caption_weights")[first:stop] if shard in self._weighted else None
+            captions.append(first + pick(draw, count=stop - first, weights=weights))
+        return np.asarray(captions, np.int64)
 
-    def _gather(self, name: str, shards: np.ndarray, entries: np.ndarray, *, tokens: int | None = None) -> torch.Tensor:
-        """An array's entries [B, ...] at these places of the shards, or the first `tokens` of each.
+    def _gather(
+        self, name: str, shards: np.ndarray, starts: np.ndarray, *, stops: np.ndarray | None = None
+    ) -> torch.Tensor:
+        """An array's entries at these places of the shards, [B, ...]; or those from `starts` to `stops`, joined.
 
         Their bytes are joined: a batch meets most shards once or twice, and indexing costs more than copying.
         """
         kind, shape = self._entry(name)
         stride = kind.itemsize * math.prod(shape)
-        shape = shape if tokens is None else (min(tokens, shape[0]), *shape[1:])
-        size = kind.itemsize * math.prod(shape)
         bytes_of = {shard: self._bytes(shard, name) for shard in set(shards.tolist())}
-        places = zip(shards.tolist(), (entries * stride).tolist(), strict=True)
-        joined = np.frombuffer(bytearray().join([bytes_of[shard][at : at + size] for shard, at in places]), kind)
-        return torch.from_numpy(joined.reshape(len(shards), *shape))
+        stops = starts + 1 if stops is None else stops
+        spans = zip(shards.tolist(), (starts * stride).tolist(), (stops * stride).tolist(), strict=True)
+        joined = np.frombuffer(bytearray().join([bytes_of[shard][at:stop] for shard, at, stop in spans]), kind)
+        return torch.from_numpy(joined.reshape(-1, *shape))
 
     def _entry(self, name: str) -> tuple[np.dtype, tuple[int, ...]]:
         """The dtype and the shape of one entry of an array."""
@@ -230,6 +232,13 @@ class FeatureDataset:
         return array.data.cast("B")
 
 
+def _token_places(lengths: np.ndarray) -> torch.Tensor:
+    """int64 [B, L]: the numbers of the tokens of captions of these lengths [B], -1 beyond a caption's end."""
+    positions = np.arange(lengths.max())
+    places = (np.cumsum(lengths) - lengths)[:, None] + positions
+    return torch.from_numpy(np.where(positions < lengths[:, None], places, -1))
+
+
 def _write(folder: Path, arrays: Mapping[str, np.ndarray]) -> None:
     partial_folder = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial_folder, ignore_errors=True)
@@ -244,6 +253,13 @@ def _write(folder: Path, arrays: Mapping[str, np.ndarray]) -> None:
 def _check_arrays(arrays: Mapping[str, np.ndarray]) -> None:
     assert set(KINDS) - OPTIONAL <= set(arrays) <= set(KINDS), f"features must be {sorted(KINDS)}: {sorted(arrays)}"
     samples, captions = len(arrays["keys"]), int(arrays["caption_offsets"][-1])
+    rows = {
+        "caption_offsets": samples + 1,
+        "caption_weights": captions,
+        "text_embeds": captions,
+        "text_encodings": int(arrays["token_offsets"][-1]),
+        "token_offsets": captions + 1,
+    }
     for name, array in arrays.items():
-        rows = captions if name in CAPTION_ARRAYS else samples + (name == "caption_offsets")
-        assert array.dtype.kind in KINDS[name] and len(array) == rows, f"{name}: {array.dtype} {array.shape}"
+        fits = array.dtype.kind in KINDS[name] and len(array) == rows.get(name, samples)
+        assert fits, f"{name}: {array.dtype} {array.shape}"

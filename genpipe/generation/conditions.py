@@ -25,10 +25,11 @@ class Text(NamedTuple):
 
     @classmethod
     def from_cache(cls, batch: Mapping[str, Tensor]) -> Text:
-        """From a batch of cached features (`text_embeds`, `text_encodings`, `text_lengths`)."""
-        encodings = batch["text_encodings"].float()
-        positions = torch.arange(encodings.shape[1], device=encodings.device)
-        return cls(batch["text_embeds"].float(), encodings, positions < batch["text_lengths"][:, None])
+        """From a batch of cached features: `FeatureDataset.text`. Encodings are padded here, on the batch's device."""
+        places = batch["text_places"]
+        mask = places >= 0
+        encodings = batch["text_encodings"].float()[places.clamp(min=0)]
+        return cls(batch["text_embeds"].float(), encodings * mask[..., None], mask)
 
     def repeated(self, times: int) -> Text:
         return Text(*(part.repeat(times, *[1] * (part.ndim - 1)) for part in self))

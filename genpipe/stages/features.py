@@ -37,7 +37,7 @@ from genpipe.training.objective import Data
 from genpipe.training.objective import Split as DataSplit
 from genpipe.weights import WEIGHTS_FILE, load_weights
 
-VERSION = 3
+VERSION = 4
 CONSUMES: tuple[str, ...] = ("shard", "autoencoder", "clip")
 
 COPIED = (
@@ -101,7 +101,7 @@ class Worker:
     def __call__(self, part: str, out: Path) -> dict[str, Any]:
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.cfg.precision == "bf16"):
             if part == NULL_TEXT:
-                write_null_text(out, self._texts([""]))
+                write_null_text(out, self._texts([[""]]))
                 return {"samples": 0, "captions": 0, "damaged": []}
             split: Split = "train" if part.startswith("train-") else "heldout"
             dataset = open_shards(self.shard, split=split, only=part)
@@ -111,7 +111,7 @@ class Worker:
         write_features(out / part, arrays)
         return {
             "samples": len(dataset),
-            "captions": len(arrays["text_lengths"]),
+            "captions": len(arrays["text_embeds"]),
             "damaged": [vars(reject) for reject in damaged],
             "split": split,
             "source": next(iter(dataset.sources())),
@@ -157,8 +157,7 @@ class Worker:
         """The caption arrays of `write_features`."""
         captions = [dataset.captions(i) for i in range(len(dataset))]
         flat = [caption for options in captions for caption in options]
-        texts = [self._texts([flat[i] for i in chunk]) for chunk in _chunks(len(flat), self.cfg.batch_size)]
-        arrays = {name: np.concatenate([batch[name] for batch in texts]) for name in texts[0]}
+        arrays = self._texts([[flat[i] for i in chunk] for chunk in _chunks(len(flat), self.cfg.batch_size)])
         arrays["caption_offsets"] = np.cumsum([0, *map(len, captions)])
         weights = [dataset.caption_weights(i) for i in range(len(dataset))]
         if any(weights):
@@ -166,14 +165,20 @@ class Worker:
             arrays["caption_weights"] = np.concatenate(each).astype(np.float32)
         return arrays
 
-    def _texts(self, captions: list[str]) -> dict[str, np.ndarray]:
-        tokens = self.tokenizer.encode_batch(captions, context_length=self.context_length)
-        embeds, encodings = self.clip.encode_text(torch.from_numpy(tokens).to(self.device))
+    def _texts(self, batches: Sequence[list[str]]) -> dict[str, np.ndarray]:
+        """`TEXT_ARRAYS` of the captions of all batches; what the encoder says of padding is not kept."""
+        embeds, encodings, lengths = [], [], []
+        for captions in batches:
+            tokens = self.tokenizer.encode_batch(captions, context_length=self.context_length)
+            embed, states = self.clip.encode_text(torch.from_numpy(tokens).to(self.device))
+            count = self.tokenizer.lengths(tokens)
+            embeds.append(self._packed(embed))
+            encodings.append(self._packed(states)[np.arange(tokens.shape[1]) < count[:, None]])
+            lengths.append(count)
         return {
-            "text_embeds": self._packed(embeds),
-            "text_encodings": self._packed(encodings),
-            "text_tokens": tokens.astype(np.int32),
-            "text_lengths": self.tokenizer.lengths(tokens),
+            "text_embeds": np.concatenate(embeds),
+            "text_encodings": np.concatenate(encodings),
+            "token_offsets": np.cumsum([0, *np.concatenate(lengths)]),
         }
 
     def _packed(self, tensor: Tensor) -> np.ndarray:
@@ -300,7 +305,6 @@ def example_features(inputs: Mapping[str, Artifact], *, arrays: tuple[str, ...],
     return {
         **{name: torch.zeros(batch_size, *images[name], dtype=torch.float16) for name in arrays},
         "text_embeds": torch.zeros(batch_size, meta["embed_dim"], dtype=torch.float16),
-        "text_lengths": torch.zeros(batch_size, dtype=torch.int64),
-        "text_encodings": torch.zeros(batch_size, length, meta["text_width"], dtype=torch.float16),
-        "text_tokens": torch.zeros(batch_size, length, dtype=torch.int32),
+        "text_encodings": torch.zeros(batch_size * length, meta["text_width"], dtype=torch.float16),
+        "text_places": torch.arange(batch_size * length).view(batch_size, length),
     }

@@ -21,17 +21,21 @@ def features(samples: range, *, dtype: type = np.float16, variants: int = 1) -> 
     """Arrays whose values say whose they are: sample + 100 x variant, and 10 x sample + caption."""
     images = np.array(samples, dtype)[:, None] + 100 * np.arange(variants, dtype=dtype)
     labels = np.array([10 * i + caption for i in samples for caption in range(CAPTIONS[i])], dtype)
-    tokens = labels.astype(np.int32)
+    lengths = [tokens_of(label) for label in labels.astype(int).tolist()]
     return {
         "keys": np.array([f"key-{i}" for i in samples]),
         "latents": images[:, :, None, None, None] + np.zeros((1, 1, 2, 4, 4), dtype),
         "image_embeds": images[:, :, None] + np.zeros((1, 1, 6), dtype),
         "caption_offsets": np.cumsum([0, *(CAPTIONS[i] for i in samples)]),
         "text_embeds": labels[:, None] + np.zeros((1, 6), dtype),
-        "text_tokens": tokens[:, None] + np.zeros((1, 5), np.int32),
-        "text_encodings": labels[:, None, None] + np.zeros((1, 5, 7), dtype),
-        "text_lengths": tokens,
+        "text_encodings": np.repeat(labels, lengths)[:, None] + np.zeros((1, 7), dtype),
+        "token_offsets": np.cumsum([0, *lengths]),
     }
+
+
+def tokens_of(label: int) -> int:
+    """How many tokens the caption 10 x sample + caption has."""
+    return 2 + label % 7
 
 
 @pytest.fixture
@@ -71,9 +75,21 @@ def test_text_takes_the_chosen_caption(folder: Path) -> None:
     indices, draws = np.array([4, 1, 1, 0, 4]), np.array([0.75, 0.7, 0.1, 0.99, 0.49])
     expected = [10 * i + c for i, c in zip(indices.tolist(), (3, 2, 0, 0, 1), strict=True)]
     text = dataset.text(indices, draws)
-    assert set(text) == {"text_embeds", "text_encodings", "text_lengths", "text_tokens"}
-    assert text["text_encodings"].shape == (5, 5, 7) and text["text_embeds"].shape == (5, 6)
-    assert all(values.reshape(5, -1)[:, 0].tolist() == expected for values in text.values())
+    assert set(text) == {"text_embeds", "text_encodings", "text_places"}
+    assert text["text_embeds"].shape == (5, 6) and text["text_embeds"][:, 0].tolist() == expected
+    check_tokens(text, expected)
+
+
+def check_tokens(text: dict[str, torch.Tensor], labels: list[int]) -> None:
+    """Every caption has its own tokens, in their order, and no others."""
+    encodings, places = text["text_encodings"], text["text_places"]
+    assert places.shape == (len(labels), max(map(tokens_of, labels))) and places.dtype == torch.int64
+    for label, row in zip(labels, places.tolist(), strict=True):
+        count = tokens_of(label)
+        assert row[count:] == [-1] * (len(row) - count)
+        assert row[:count] == list(range(row[0], row[0] + count))
+        assert encodings[row[:count]].eq(label).all()
+    assert len(encodings) == sum(map(tokens_of, labels))
 
 
 def test_reading_leaves_the_cache_untouched(folder: Path) -> None:
@@ -90,10 +106,11 @@ def test_indices_beyond_the_end(folder: Path, index: int) -> None:
 
 def test_writing_again_replaces_and_leaves_no_rest(folder: Path) -> None:
     arrays = features(SHARDS["train-00000-00"], dtype=np.float32)
-    arrays.pop("text_tokens")
+    before = features(SHARDS["train-00000-00"]) | {"rows": np.arange(3)}
+    write_features(folder / "train-00000-00", before)
     write_features(folder / "train-00000-00", arrays)
     assert sorted(path.name for path in folder.iterdir()) == sorted(SHARDS)
-    assert not (folder / "train-00000-00" / "text_tokens.npy").exists()
+    assert not (folder / "train-00000-00" / "rows.npy").exists()
     for file in folder.rglob("*.npy"):
         np.load(file, allow_pickle=False)
 
@@ -106,7 +123,9 @@ def test_arrays_that_do_not_fit_together_are_refused(tmp_path: Path) -> None:
         good | {"caption_offsets": good["caption_offsets"][:-1]},
         good | {"keys": good["keys"].astype(object)},
         good | {"extra": good["latents"]},
-        good | {"caption_weights": good["text_lengths"][:-1].astype(np.float32)},
+        good | {"caption_weights": good["text_embeds"][:-1, 0]},
+        good | {"text_encodings": good["text_encodings"][:-1]},
+        good | {"token_offsets": good["token_offsets"][1:]},
         {name: array for name, array in good.items() if name != "latents"},
         {name: array for name, array in good.items() if name != "caption_offsets"},
     ]
@@ -151,7 +170,9 @@ def test_any_batch_holds_its_own_rows(
     assert dataset.latents(np.array(indices), variants=variants)[:, 1, 2, 3].tolist() == expected.tolist()
     assert dataset.image_embeds(np.array(indices), variants=variants)[:, 5].tolist() == expected.tolist()
     captions = [10 * i + int(draw * CAPTIONS[i]) for i, draw in zip(indices, draws, strict=True)]
-    assert dataset.text(np.array(indices), draws)["text_embeds"][:, 0].tolist() == captions
+    text = dataset.text(np.array(indices), draws)
+    assert text["text_embeds"][:, 0].tolist() == captions
+    check_tokens(text, captions)
 
 
 def test_captions_by_their_weights(tmp_path: Path) -> None:
@@ -187,12 +208,12 @@ def test_another_row_stands_for_a_damaged_one(tmp_path: Path) -> None:
 
 def test_the_empty_captions_text_is_kept_once(folder: Path) -> None:
     arrays = features(range(1))
-    null = {name: arrays[name] for name in ("text_embeds", "text_encodings", "text_lengths", "text_tokens")}
+    null = {name: arrays[name] for name in ("text_embeds", "text_encodings", "token_offsets")}
     write_null_text(folder, null)
     text = FeatureDataset(folder, split="train").null_text()
-    assert {name: tensor.numpy().tolist() for name, tensor in text.items()} == {
-        name: array.tolist() for name, array in null.items()
-    }
+    assert text["text_embeds"].tolist() == null["text_embeds"].tolist()
+    assert text["text_encodings"].tolist() == null["text_encodings"].tolist()
+    assert text["text_places"].tolist() == [list(range(tokens_of(0)))]
     assert len(FeatureDataset(folder, split="train").shards()) == 2
 
 

@@ -61,9 +61,8 @@ def batch(count: int, *, size: int = 8) -> Batch:
         "latents": torch.randn(count, 3, size, size, generator=gen).half(),
         "image_embeds": torch.randn(count, D, generator=gen).half(),
         "text_embeds": torch.randn(count, D, generator=gen).half(),
-        "text_encodings": torch.randn(count, L, W, generator=gen).half(),
-        "text_lengths": torch.randint(2, L + 1, (count,), generator=gen),
-        "text_tokens": torch.ones(count, L, dtype=torch.int32),
+        "text_encodings": torch.randn(count * L, W, generator=gen).half(),
+        "text_places": torch.arange(count * L).view(count, L),
     }
 
 

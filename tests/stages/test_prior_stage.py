@@ -94,8 +94,7 @@ def test_text_embeds_are_those_of_the_first_captions(features: FeatureDataset) -
 def test_the_encoders_null_caption_is_that_of_the_cache(tiny: TinyPipeline, features: FeatureDataset) -> None:
     model = built(tiny, "encoder's null").model
     null = features.null_text()
-    count = int(null["text_lengths"])
-    assert torch.equal(model.null_encoding_W, null["text_encodings"][0, :count].float())
+    assert torch.equal(model.null_encoding_W, null["text_encodings"].float())
     torch.testing.assert_close(model.null_text_D.norm(), torch.tensor(16.0**0.5), atol=1e-2, rtol=0)
     torch.testing.assert_close(F.normalize(model.null_text_D, dim=0), null["text_embeds"][0].float(), atol=1e-3, rtol=0)
 
@@ -111,7 +110,7 @@ def test_training_drops_the_text_and_nothing_else(tiny: TinyPipeline, features: 
     def loss(**changes: Tensor) -> float:
         return objective.loss("prior", batch | changes, Step(0, seeded(CPU, "drop")))[0].item()
 
-    other = {name: batch[name].flip(0) for name in ("text_embeds", "text_encodings", "text_lengths")}
+    other = {name: batch[name].flip(0) for name in ("text_embeds", "text_places")}
     assert loss(**other) == pytest.approx(loss(), rel=1e-6)
     assert loss(image_embeds=batch["image_embeds"].flip(1)) != pytest.approx(loss(), rel=1e-3)
     objective.cfg = objective.cfg.model_copy(update={"drop_text": 0.0})
@@ -176,10 +175,9 @@ def test_an_example_is_a_batch(tiny: TinyPipeline, kind: str) -> None:
     real = prior.data(cfg, spec.inputs).train.collate(np.arange(6), np.arange(6))
     made = prior.example(cfg, spec.inputs, batch_size=6)
     assert {name: x.dtype for name, x in made.items()} == {name: x.dtype for name, x in real.items()}
-    cut = real["text_encodings"].shape[1]
-    assert {name: x.shape for name, x in real.items()} == {
-        name: x[:, :cut].shape if name in ("text_encodings", "text_tokens") else x.shape for name, x in made.items()
-    }
+    tokens, longest = len(real["text_encodings"]), real["text_places"].shape[1]
+    made["text_encodings"], made["text_places"] = made["text_encodings"][:tokens], made["text_places"][:, :longest]
+    assert {name: x.shape for name, x in real.items()} == {name: x.shape for name, x in made.items()}
     meta = torch.device("meta")
     # All that is known before anything is trained.
     sizes = {"embed_dim": 16, "text_width": 32, "context_length": 16, "latent_channels": 4, "latent_size": 8}

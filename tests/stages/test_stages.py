@@ -18,9 +18,11 @@ from genpipe.data.features import FeatureDataset
 from genpipe.data.pixels import image_batch, to_float
 from genpipe.data.stream import ShardDataset
 from genpipe.data.tokenizer import CaptionTokenizer
+from genpipe.generation.conditions import Text
 from genpipe.generation.system import GenerationConfig, Generator
 from genpipe.stages import evaluate, is_training, load_stage, upsampler
 from genpipe.storage import open_storage
+from genpipe.training.objective import Batch
 from genpipe.weights import MODELS, load_weights, save_weights
 
 if TYPE_CHECKING:
@@ -65,11 +67,21 @@ def test_batches_depend_on_the_position_alone(tiny: TinyPipeline, made: dict[str
     stage = load_stage(name)
     train = stage.data(stage.Config.model_validate(spec.config), spec.inputs).train
     indices, positions = np.arange(6), np.arange(100, 106)
-    whole = train.collate(indices, positions)
-    for part in (slice(0, 2), slice(2, 6)):
-        for key, tensor in train.collate(indices[part], positions[part]).items():
-            cut = slice(tensor.shape[1]) if "token" in key or "encodings" in key else slice(None)  # less padding
-            assert torch.equal(tensor, whole[key][part][:, cut] if tensor.ndim > 1 else whole[key][part])
+    whole = samples(train.collate(indices, positions))
+    parts = [samples(train.collate(indices[part], positions[part])) for part in (slice(0, 2), slice(2, 6))]
+    for one, other in zip(whole, [*parts[0], *parts[1]], strict=True):
+        assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+def samples(batch: Batch) -> list[Batch]:
+    """Each sample of a batch, without the padding that depends on the others'; captions' tokens gathered to theirs."""
+    apart = dict(batch)
+    if (places := apart.pop("text_places", None)) is not None:
+        encodings = apart.pop("text_encodings")
+        apart["tokens"] = [encodings[row[row >= 0]] for row in places]
+    if "tokens" in batch:
+        apart["tokens"] = [row[row != 0] for row in batch["tokens"]]
+    return [{key: values[i] for key, values in apart.items()} for i in range(len(next(iter(batch.values()))))]
 
 
 @pytest.mark.parametrize("name", TRAINED)
@@ -159,10 +171,11 @@ def test_features_are_what_the_encoders_say_of_the_same_rows(made: dict[str, Art
         torch.testing.assert_close(features.latents(rows).float(), (latents - mean) / std, **close)
         torch.testing.assert_close(features.image_embeds(rows).float(), image_embeds, **close)
         torch.testing.assert_close(text["text_embeds"].float(), text_embeds, **close)
-        longest = text["text_encodings"].shape[1]
-        assert longest == text["text_lengths"].max()
-        torch.testing.assert_close(text["text_encodings"].float(), encodings[:, :longest], **close)
-        assert text["text_lengths"].tolist() == (tokens != 0).sum(1).tolist()
+        real = torch.from_numpy(tokens != 0)[:, : int((tokens != 0).sum(1).max())]
+        padded = Text.from_cache(text)
+        assert torch.equal(padded.mask, real)
+        expected = torch.where(real[..., None], encodings[:, : real.shape[1]], 0)
+        torch.testing.assert_close(padded.encodings, expected, **close)
 
 
 @pytest.mark.parametrize("name", TRAINED)
@@ -252,8 +265,7 @@ def test_a_decoder_may_give_dropped_captions_the_encoders_own_null_text(
     settings = (f"stages.decoder.model={{denoiser: {unet}, null_text: encoder}}", "stages.decoder.train.samples=32")
     decoder = load_weights(folder(tiny.run("decoder", *settings)), kind="decoder", device=CPU).module
     null = FeatureDataset(folder(made["features"]), split="train").null_text()
-    assert null["text_lengths"].tolist() == [len(decoder.null_encoding_W)]
-    expected = null["text_encodings"][0, : null["text_lengths"][0]].float()
+    expected = null["text_encodings"].float()
     assert torch.equal(decoder.null_encoding_W, expected) and expected.any()
 
 
