@@ -13,7 +13,7 @@ import io
 import os
 import tarfile
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from itertools import islice
 from pathlib import Path
 
@@ -44,7 +44,7 @@ from genpipe.spec import StageSpec  # noqa: E402
 from genpipe.stages import features as stage  # noqa: E402
 from genpipe.weights import save_weights  # noqa: E402
 
-SIDE, TOKENS = 64, 32
+SIDE, TOKENS, CONTEXT = 64, 32, 77
 PARTS = 8
 
 
@@ -62,34 +62,53 @@ def main() -> None:
 
 
 def reading(folder: Path, names: tuple[str, ...], *, samples: int, rounds: int) -> None:
-    """The same arrays, float16, shuffled in batches from the cache and one after the other from a tar."""
+    """The same arrays, float16, shuffled in batches from the cache and one after the other from a tar.
+
+    Text encodings in the tar are padded to 77 tokens, as they leave an encoder, and in another tar cut to the caption.
+    """
     random = np.random.default_rng(0)
+    spread = np.log(1 + (16 / 20) ** 2)  # tokens of a caption: 20 on average with a deviation of 16
+    lengths = np.clip(random.lognormal(np.log(20) - spread / 2, spread**0.5, samples), 4, CONTEXT).astype(np.int64)
+    offsets = np.cumsum([0, *lengths])
     arrays = {
         "latents": random.normal(size=(samples, 1, 4, 32, 32)).astype(np.float16),
         "image_embeds": random.normal(size=(samples, 1, 768)).astype(np.float16),
         "text_embeds": random.normal(size=(samples, 768)).astype(np.float16),
-        "text_encodings": random.normal(size=(samples, 77, 768 if "text_encodings" in names else 1)).astype(np.float16),
+        "text_encodings": random.normal(size=(offsets[-1], 768)).astype(np.float16),
     }
     rest = {
         "keys": np.asarray([f"photo-{number}" for number in range(samples)]),
         "caption_offsets": np.arange(samples + 1),
-        "text_lengths": np.full(samples, 77),
+        "token_offsets": offsets,
     }
     write_features(folder / "train-00000-00", {**arrays, **rest})
-    with tarfile.open(folder / "members.tar", "w") as tar:
-        for number in range(samples):
-            for name in names:
+
+    def sample(number: int, *, padded: bool) -> dict[str, np.ndarray]:
+        tokens = arrays["text_encodings"][offsets[number] : offsets[number + 1]]
+        whole = np.pad(tokens, ((0, CONTEXT - len(tokens)), (0, 0))) if padded else tokens
+        return {name: arrays[name][number] for name in names if name != "text_encodings"} | (
+            {"text_encodings": whole} if "text_encodings" in names else {}
+        )
+
+    contenders = {"genpipe cache": cached(folder, names, samples=samples)}
+    kinds = {"padded": True, "cut": False} if "text_encodings" in names else {"": True}
+    for kind, padded in kinds.items():
+        tar = folder / f"members{kind}.tar"
+        write_members(tar, (sample(number, padded=padded) for number in range(samples)))
+        contenders[f".npy members of a WebDataset tar {kind and f'({kind})'}"] = members(tar, names)
+    size = sum(file.stat().st_size for name in names for file in folder.rglob(f"{name}.npy")) // samples
+    show(f"{' + '.join(names)}, {size:,} bytes a sample", measure(contenders, rounds=rounds), subject="genpipe cache")
+
+
+def write_members(path: Path, samples: Iterable[Mapping[str, np.ndarray]]) -> None:
+    with tarfile.open(path, "w") as tar:
+        for number, arrays in enumerate(samples):
+            for name, array in arrays.items():
                 buffer = io.BytesIO()
-                np.save(buffer, arrays[name][number])
+                np.save(buffer, array)
                 info = tarfile.TarInfo(f"photo-{number}.{name}.npy")
                 info.size = buffer.tell()
                 tar.addfile(info, io.BytesIO(buffer.getvalue()))
-    contenders = {
-        "genpipe cache": cached(folder, names, samples=samples),
-        ".npy members of a WebDataset tar": members(folder / "members.tar", names),
-    }
-    size = sum(arrays[name][0].nbytes for name in names)
-    show(f"{' + '.join(names)}, {size:,} bytes a sample", measure(contenders, rounds=rounds), subject="genpipe cache")
 
 
 def cached(folder: Path, names: tuple[str, ...], *, samples: int) -> Callable[[], int]:
@@ -99,11 +118,12 @@ def cached(folder: Path, names: tuple[str, ...], *, samples: int) -> Callable[[]
         batch = {name: getattr(dataset, name)(indices) for name in names if not name.startswith("text")}
         return batch | (dataset.text(indices, np.zeros(len(indices))) if "text_encodings" in names else {})
 
+    sizes = {"global_batch_size": BATCH, "micro_batch_size": BATCH, "rank": 0, "world_size": 1, "start": 0}
+    stream = Batches(collate, order=order_of({"": range(samples)}, weights={}, seed=0), prefetch=1, **sizes)
+
     def run() -> int:
-        sizes = {"global_batch_size": BATCH, "micro_batch_size": BATCH, "rank": 0, "world_size": 1, "start": 0}
-        stream = Batches(collate, order=order_of({"": range(samples)}, weights={}, seed=0), prefetch=1, **sizes)
         for _, batch in islice(stream, samples // BATCH):
-            assert all(len(batch[name]) == BATCH for name in names)
+            assert len(batch["latents"]) == BATCH and batch.keys() >= set(names)
         return samples
 
     return run
@@ -133,7 +153,7 @@ def caching(folder: Path, *, samples: int, rounds: int) -> None:
         with torch.no_grad():
             for images, texts in zip(arrays, captions, strict=True):
                 worker._encoded([images, images])
-                worker._texts(texts)
+                worker._texts([texts])
         return len(dataset)
 
     def staged() -> int:

@@ -76,9 +76,10 @@ def write(folder: Path, images: list[bytes], *, side: int, shards: int = 4) -> N
 def stream(folder: Path, *, side: int) -> Callable[[], int]:
     """Shuffled batches as training takes them: order, read, decode, stack."""
     dataset = ShardDataset(folder, split="train")
+    endless = batches(dataset, side=side)
 
     def run() -> int:
-        for _, batch in islice(batches(dataset, side=side), len(dataset) // BATCH):
+        for _, batch in islice(endless, len(dataset) // BATCH):
             assert batch["images"].shape == (BATCH, 3, side, side)
         return len(dataset)
 
