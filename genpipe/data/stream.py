@@ -33,6 +33,7 @@ from genpipe.storage import local_path
 
 CACHE_GB = "GENPIPE_CACHE_GB"
 DEFAULT_CACHE_GB = 20.0
+BLOCK_BITS = tarfile.BLOCKSIZE.bit_length() - 1
 TOLD = 20
 """Skipped samples that a dataset names on stderr."""
 
@@ -255,33 +256,54 @@ class _Index:
 
 
 def _read_index(path: Path) -> _Index:
-    table = _read_columns(path, ("offset", "length", "height", "width", "source"))
+    with _opened(path) as file:
+        table, source = _columns(file, ("offset", "length", "height", "width")), _only_source(file, path)
     offsets, lengths = table["offset"].to_numpy(), table["length"].to_numpy()
-    least = tarfile.BLOCKSIZE
-    if len(table) and (offsets.min() < least or (offsets % least).any() or lengths.min() < 0):
+    blocks, rest = offsets >> BLOCK_BITS, offsets & (tarfile.BLOCKSIZE - 1)  # many times as fast as // and %
+    if len(table) and (blocks.min() < 1 or rest.any() or lengths.min() < 0):
         raise ValueError(f"{path}: holds offsets at which no tar has a member; shard again")
     sizes = np.zeros((len(table), 2), np.uint16)
     for axis, name in enumerate(("height", "width")):
         if name in table.column_names:
             side = table[name].to_numpy()
             sizes[:, axis] = np.where(side < 2**16, side, 0)
-    sources = table["source"].unique().to_pylist() if "source" in table.column_names else []
-    assert len(sources) <= 1, f"{path}: a shard is of one source, this one of {sources}"
     return _Index(
-        source=str(sources[0] or "") if sources else "",
+        source=source,
         end=int((offsets + lengths).max()) if len(table) else 0,
-        offsets=(offsets // least).astype(np.uint32),
+        offsets=blocks.astype(np.uint32),
         lengths=lengths.astype(np.uint32),
         sizes=sizes,
     )
 
 
+def _only_source(file: pq.ParquetFile, path: Path) -> str:
+    """The source of an index's samples, by the column's statistics: reading a million times one word takes longer."""
+    names, groups = file.metadata.schema.names, range(file.metadata.num_row_groups)
+    if "source" not in names:
+        return ""
+    columns = [file.metadata.row_group(group).column(names.index("source")).statistics for group in groups]
+    sources = {value or "" for column in columns if column for value in (column.min, column.max)}
+    assert len(sources) <= 1, f"{path}: a shard is of one source, this one of {sources}"
+    return sources.pop() if sources else ""
+
+
 def _read_columns(path: Path, columns: tuple[str, ...]) -> pa.Table:
-    """Those of `columns` that there are. Raises ValueError for what is no index."""
+    with _opened(path) as file:
+        return _columns(file, columns)
+
+
+def _columns(file: pq.ParquetFile, columns: tuple[str, ...]) -> pa.Table:
+    """Those of `columns` that there are."""
+    there = file.schema_arrow.names
+    return file.read([name for name in columns if name in there], use_threads=False)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[pq.ParquetFile]:
+    """An index. Raises ValueError for what is none."""
     try:
         with pq.ParquetFile(path) as file:
-            there = file.schema_arrow.names
-            return file.read([name for name in columns if name in there], use_threads=False)
+            yield file
     except pa.ArrowInvalid as error:
         raise ValueError(f"{path}: not a readable index ({error}); shard again") from None
 
