@@ -74,7 +74,7 @@ def test_a_new_run_adopts_what_a_dead_one_left_on_the_cluster(tmp_path: Path, pr
             child.kill()  # Prefect's server
 
     process = project.start(*SLOW["toy_line"], stage="toy_line")
-    adopted = re.compile(r"^toy_line: running \d+/4,000 samples", re.MULTILINE)
+    adopted = re.compile(r"^toy_line: running [\d,]+/4,000 samples", re.MULTILINE)
     wait_for(lambda: adopted.search(project.output.read_text()) or process.poll() is not None, seconds=120)
     assert process.poll() is None, project.output.read_text()
     jobs = [job.submission_id for job in client.list_jobs()]

@@ -74,7 +74,7 @@ def history(toys: Toys, spec: StageSpec, name: str) -> list[tuple[int, float]]:
 
 
 def weights(spec: StageSpec) -> dict[str, torch.Tensor]:
-    return load_file(Path(spec.target.uri) / "model.safetensors")
+    return load_file(artifacts.fetch(artifact_of(spec)) / "model.safetensors")
 
 
 def test_every_part_is_mapped_once_though_an_actor_is_killed(ray: Cluster, toys: Toys, tmp_path: Path) -> None:
@@ -95,20 +95,11 @@ def test_a_part_that_always_kills_its_actor_is_given_up_and_named(ray: Cluster, 
         run(ray, spec)
 
 
-def test_two_ranks_train_as_one(ray: Cluster, toys: Toys, data: Artifact, tmp_path: Path) -> None:
-    """The global batch is the same samples with the same noise, so the weights agree up to rounding."""
-    two = toys.line(data, samples=160, resources={"workers": 2, "cpus": 0.5})
-    run(ray, two)
-    (tmp_path / "alone").mkdir()
-    alone = Toys(tmp_path / "alone").line(data, samples=160)
-    run_local(alone)
-    for name, tensor in weights(alone).items():
-        torch.testing.assert_close(weights(two)[name], tensor, rtol=1e-4, atol=1e-5)
-    assert weights(alone)["weight"].item() > 0.5, "it did learn something on its way to the slope of 2"
+def test_two_ranks_on_s3_train_as_one_here(ray: Cluster, toys: Toys, s3_server: str, tmp_path: Path) -> None:
+    """Data and training stages, ranks, checkpoints and the record of a lost actor, without a shared folder.
 
-
-def test_a_store_on_s3(ray: Cluster, toys: Toys, s3_server: str, tmp_path: Path) -> None:
-    """Data and training stages, with ranks, checkpoints and the record of a lost actor, without a shared folder."""
+    The global batch is the same samples with the same noise, so the weights agree up to rounding.
+    """
     credentials = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
     there = Cluster(ray.client, runtime_env={"env_vars": credentials}, capacity=ray.capacity)
     toys.store = f"s3://genpipe/{tmp_path.name}"
@@ -124,6 +115,12 @@ def test_a_store_on_s3(ray: Cluster, toys: Toys, s3_server: str, tmp_path: Path)
     run(there, two)
     assert artifacts.verify(two.target.uri).artifact.fingerprint == two.target.fingerprint
     assert read_progress(two.work) is None, "what was left of the work is gone"
+    (tmp_path / "alone").mkdir()
+    alone = Toys(tmp_path / "alone").line(artifact_of(made), samples=160)
+    run_local(alone)
+    for name, tensor in weights(alone).items():
+        torch.testing.assert_close(weights(two)[name], tensor, rtol=1e-4, atol=1e-5)
+    assert weights(alone)["weight"].item() > 0.5, "it did learn something on its way to the slope of 2"
 
 
 def test_a_killed_rank_goes_on_from_its_checkpoint(ray: Cluster, toys: Toys, data: Artifact) -> None:
