@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+LONGEST_DETAIL = 1000  # characters
 
 
 @dataclass(frozen=True)
@@ -36,12 +37,20 @@ class Sample:
 
 @dataclass(frozen=True)
 class Reject:
-    """A sample that did not make it: which (`key`, and `source`, its place), why (`reason`, a short code), `detail`."""
+    """A sample that did not make it: which (`key`, and `source`, its place), why (`reason`, a short code), `detail`.
+
+    These may quote anybody, but must stand in a table: what is not UTF-8 is escaped, and a long detail is cut.
+    """
 
     key: str
     source: str
     reason: str
     detail: str
+
+    def __post_init__(self) -> None:
+        for name, text in vars(self).items():
+            object.__setattr__(self, name, text.encode("utf-8", "backslashreplace").decode())
+        object.__setattr__(self, "detail", self.detail[:LONGEST_DETAIL])
 
 
 class Source(Protocol):

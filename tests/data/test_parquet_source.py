@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from source_files import png, put, read_all, rejects, samples, source
 
-from genpipe.data.samples import Reject, Sample
+from genpipe.data.samples import LONGEST_DETAIL, Reject, Sample
 from genpipe.data.sources.rowgroups import cut_row_groups
 from genpipe.storage import Entry, open_storage
 
@@ -92,6 +92,13 @@ def test_paths_are_relative_to_the_table_or_under_s3(store_uri: str, s3_server: 
     # Named from above, the same table has the same paths: they are relative to it, not to what was listed.
     from_above = samples(source("parquet", store_uri))
     assert [sample.group for sample in from_above.values()] == ["tables/images/a.png", "tables/b.png", paths[2]]
+
+
+def test_a_path_that_is_no_path_does_not_fill_the_ledger(tmp_path: Path) -> None:
+    put(tmp_path, {"t.parquet": parquet({"image": ["A" * 10**6], "text": ["in base64, perhaps"]})})
+    (item,) = read_all(source("parquet", tmp_path))
+    assert isinstance(item, Reject) and item.reason == "unreadable"
+    assert len(item.detail) == LONGEST_DETAIL and "File name too long" in item.detail
 
 
 def test_structs_without_bytes_hold_paths(tmp_path: Path) -> None:

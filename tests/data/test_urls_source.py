@@ -12,6 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -19,6 +20,7 @@ from source_files import png, put, read_all, source
 from test_parquet_source import parquet
 
 from genpipe.data.samples import Reject, Sample
+from genpipe.data.shards import write_rejects
 from genpipe.data.sources.fetch import _public_socket, robots_directives
 from genpipe.storage import open_storage
 
@@ -66,6 +68,11 @@ class Handler(BaseHTTPRequestHandler):
             self.answer(200, png(int(rest)))
         elif name == "status":
             self.answer(int(rest), b"no image")
+        elif name == "foreign":  # in Latin-1, as the reason of the status and as where to go
+            self.send_response(int(rest), "caf\xe9")
+            self.send_header("Location", "file:///caf\xe9")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
         elif name == "moody":  # the given status twice, then an image
             first = self.server.asked[self.path] <= 2
             self.answer(int(rest), b"", **{"Retry-After": "0"}) if first else self.answer(200, png())
@@ -176,6 +183,16 @@ def test_every_failure_is_a_reject_with_its_reason(web: Web, tmp_path: Path) -> 
     )
     html = next(item for item in found if isinstance(item, Reject) and item.reason == "not_an_image")
     assert html.detail == "starts with b'<html>Not found<'"
+
+
+def test_what_servers_say_in_other_encodings_stands_in_the_ledger(web: Web, tmp_path: Path) -> None:
+    found = fetch(tmp_path / "table", [f"{web.url}/foreign/404", f"{web.url}/foreign/302"])
+    write_rejects(tmp_path, [item for item in found if isinstance(item, Reject)], name="00000")
+    rows = pq.read_table(tmp_path / "rejects-00000.parquet").to_pylist()
+    assert [(row["reason"], row["detail"]) for row in rows] == [
+        ("http_404", r"404 caf\udce9"),
+        ("bad_url", r"not a valid http(s) URL: file:///caf\udce9"),
+    ]
 
 
 def test_urls_that_are_none(tmp_path: Path) -> None:

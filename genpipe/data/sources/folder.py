@@ -107,7 +107,7 @@ class FolderSource:
                 f'with lines such as {{"file_name": "{images[0]}", "text": "a caption"}}; add one of them'
             )
         faults = {name: fault for name in images if (fault := _fault(name))}
-        rejects += [Reject("", ascii(name), "bad_name", fault) for name, fault in faults.items()]
+        rejects += [Reject("", name, "bad_name", fault) for name, fault in faults.items()]
         keys = unique_keys([name for name in images if name not in faults])
         return [*(_Image(name, key, rows.get(name, _Row())) for name, key in keys.items()), *rejects]
 

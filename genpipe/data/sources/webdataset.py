@@ -117,7 +117,7 @@ class WebDatasetSource:
             for info, data in _members(file):
                 if fault := _fault(info):
                     if slice.start <= info.offset < slice.stop:
-                        yield Reject("", f"{tar}/{_shown(info.name)}", "unsafe_member", fault)
+                        yield Reject("", f"{tar}/{info.name}", "unsafe_member", fault)
                     continue
                 key, suffix = _split(info.name)
                 if info.isdir() or not key:
@@ -232,7 +232,7 @@ def _content(file: io.BufferedReader, info: tarfile.TarInfo) -> bytes:
     file.seek(info.offset_data)
     content = file.read(info.size)
     if len(content) < info.size:
-        raise _DamagedTar(f"it ends within {_shown(info.name)}")
+        raise _DamagedTar(f"it ends within {info.name}")
     return content
 
 
@@ -255,7 +255,7 @@ def _fault(info: tarfile.TarInfo) -> str:
     except ValueError:
         return "the name leads out of the tar's folder"
     if info.issym() or info.islnk():
-        return f"a link to {_shown(info.linkname)}"
+        return f"a link to {info.linkname}"
     return "" if info.isdir() or (info.isreg() and not info.issparse()) else "a device, pipe or sparse file"
 
 
@@ -275,7 +275,3 @@ def _add(group: _Group, suffix: str, *, size: int, data: Callable[[], bytes]) ->
     else:
         group.files[suffix] = data()
         group.image = suffix if is_image else group.image
-
-
-def _shown(name: str) -> str:
-    return name.encode("utf-8", "backslashreplace").decode()
