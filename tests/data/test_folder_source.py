@@ -200,6 +200,18 @@ def test_metadata_csv_as_image_folder_has_it(tmp_path: Path) -> None:
     assert rejects(opened) == [("bad_metadata", "metadata.csv:6")]
 
 
+def test_metadata_csv_that_is_damaged(tmp_path: Path) -> None:
+    put(tmp_path, {"a.png": png(), "b.png": png(), "metadata.csv": 'file_name,text\na.png,"never closed\nb.png,fine\n'})
+    opened = source("folder", tmp_path)
+    assert samples(opened)["b"].captions == ("fine",)
+    assert rejects(opened) == [("no_caption", "a.png"), ("bad_metadata", "metadata.csv:2")]
+    put(tmp_path, {"metadata.csv": "file_name,text,l\u00e9gende\na.png,fine,x\n".encode("latin-1")})
+    with pytest.raises(
+        ValueError, match=r"^source.path: .*/metadata.csv does not begin with the names of its columns "
+    ):
+        source("folder", tmp_path)
+
+
 def test_captions_of_named_fields(tmp_path: Path) -> None:
     rows = [{"file_name": "a.png", "text": "web", "blip": "long"}, {"file_name": "b.png", "text": "web"}]
     put(tmp_path, {"a.png": png(1), "b.png": png(2), "metadata.jsonl": "\n".join(map(json.dumps, rows))})

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from source_files import put, source
 
 from genpipe.data.samples import Reject
-from genpipe.data.sources.records import Record, cut_lines, read_lines, read_records
+from genpipe.data.sources.records import NO_CSV, Record, cut_lines, read_lines, read_records
 from genpipe.data.sources.tables import Row
 from genpipe.data.sources.urls import UrlsSource
 from genpipe.storage import LocalStorage
@@ -63,10 +63,15 @@ def test_parts_of_json_lines_are_its_rows(
 
 
 @settings(deadline=None)
-@given(st.binary(max_size=200), st.integers(1, 5), st.sampled_from([".csv", ".jsonl"]))
+@given(
+    st.binary(max_size=200) | st.text('",\n\rab\ufeff').map(str.encode),
+    st.integers(1, 5),
+    st.sampled_from([".csv", ".jsonl"]),
+)
 def test_whatever_the_bytes_the_parts_are_those_of_the_whole(
     tmp_path_factory: pytest.TempPathFactory, content: bytes, part_size: int, suffix: str
 ) -> None:
+    content = (b"one,two\n" if suffix == ".csv" else b"") + content
     parts = cut_and_read(tmp_path_factory.mktemp("any"), f"t{suffix}", content, part_size=part_size)
     whole = [record for _, record in read_records(io.BytesIO(content), suffix=suffix)]
     assert list(map(repr, (record for part in parts for record in part))) == list(map(repr, whole))
@@ -103,6 +108,35 @@ def test_rows_of_csv_with_weights_and_faults(tmp_path: Path) -> None:
     ]
     assert isinstance(rows[1], Row) and rows[1].meta == {"note": "of two\nlines"} and rows[1].image == "http://h/1"
     assert [row.key for row in rows] == [f"t-{number:08d}" for number in range(7)]
+
+
+def test_an_open_quote_costs_its_own_row(tmp_path: Path) -> None:
+    """Python's reader would take all that follows for one caption."""
+    lines = ["url,text", 'http://h/0,"never closed', "http://h/1,fine", 'http://h/2,"x" y', 'http://h/3,"two', 'lines"']
+    lines += ['http://h/4,"' + "x" * 140_000 + '"', "http://h/5,last"]
+    rows = rows_of(tmp_path, {"t.csv": "\n".join(lines)})
+    found = [(row.image, *row.captions) if isinstance(row, Row) else (row.reason, row.source) for row in rows]
+    assert found == [
+        ("bad_metadata", "t.csv:0"),
+        ("http://h/1", "fine"),
+        ("bad_metadata", "t.csv:2"),
+        ("http://h/3", "two lines"),
+        ("bad_metadata", "t.csv:4"),
+        ("http://h/5", "last"),
+    ]
+    assert isinstance(rows[0], Reject) and rows[0].detail == NO_CSV
+
+
+@pytest.mark.parametrize(
+    "header", ["url,text,l\u00e9gende\n".encode("latin-1"), "url,text\n".encode("utf-16"), b'url,"text\n']
+)
+def test_a_header_that_is_no_text_is_named(tmp_path: Path, header: bytes) -> None:
+    with pytest.raises(ValueError) as error:
+        rows_of(tmp_path, {"t.csv": header + b"http://h/0,a,b\n"})
+    assert str(error.value) == (
+        f"source.path: {tmp_path}/t.csv does not begin with the names of its columns in UTF-8; save it anew as CSV in "
+        "UTF-8, or narrow the path"
+    )
 
 
 def test_columns_of_json_lines_are_those_of_the_first_rows(tmp_path: Path) -> None:

@@ -116,7 +116,11 @@ class FolderSource:
         rejects: list[Reject] = []
         for file in (name for name in self._files if _is_metadata(name)):
             lines = io.BytesIO(self.storage.read(file))
-            for number, record in read_records(lines, suffix=suffix_of(file)):
+            try:
+                records = read_records(lines, suffix=suffix_of(file))
+            except ValueError as error:
+                raise ValueError(f"{self.setting}.path: {self.storage.uri}/{file} {error}") from None
+            for number, record in records:
                 where = f"{file}:{number}"
                 try:
                     name, row = _describe(record, folder=os.path.dirname(file), captions=self.cfg.captions)

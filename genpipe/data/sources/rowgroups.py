@@ -20,7 +20,7 @@ def open_parquet(storage: Storage, table: Entry) -> pq.ParquetFile:
     try:
         return pq.ParquetFile(open_object(storage, table, block=BLOCK), buffer_size=BLOCK, pre_buffer=False)
     except pa.ArrowInvalid as error:
-        raise ValueError(f"{storage.uri}/{table.key} is not whole parquet: {error}") from None
+        raise ValueError(f"is not whole parquet: {error}; bring a whole copy") from None
 
 
 def cut_row_groups(table: Entry, sizes: list[int], *, part_size: int) -> list[Part]:

@@ -115,15 +115,17 @@ class Tables:
 
     def _cut(self, table: Entry) -> list[Part]:
         suffix = suffix_of(table.key)
-        if suffix == ".parquet":
-            try:
+        try:
+            if suffix == ".parquet":
                 file = open_parquet(self.storage, table)
-            except ValueError as error:
-                raise ValueError(f"{self.setting}.path: {error}; bring a whole copy or narrow the path") from None
-            sizes = [file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups)]
-            columns, parts = file.schema_arrow.names, cut_row_groups(table, sizes, part_size=self.part_size)
-        else:
-            columns, parts = cut_lines(self.storage, table, suffix=suffix, part_size=self.part_size)
+                sizes = [file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups)]
+                columns, parts = file.schema_arrow.names, cut_row_groups(table, sizes, part_size=self.part_size)
+            else:
+                columns, parts = cut_lines(self.storage, table, suffix=suffix, part_size=self.part_size)
+        except ValueError as error:
+            raise ValueError(
+                f"{self.setting}.path: {self.storage.uri}/{table.key} {error}, or narrow the path"
+            ) from None
         if parts:
             self._check_columns(columns, table=table)
         return parts
