@@ -17,7 +17,7 @@ from genpipe.data.samples import Reject
 from genpipe.data.sources.records import NO_CSV, Record, cut_lines, read_lines, read_records
 from genpipe.data.sources.tables import Row
 from genpipe.data.sources.urls import UrlsSource
-from genpipe.storage import LocalStorage
+from genpipe.storage import LocalStorage, open_storage
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0\r"), max_size=12)
 
@@ -137,6 +137,19 @@ def test_a_header_that_is_no_text_is_named(tmp_path: Path, header: bytes) -> Non
         f"source.path: {tmp_path}/t.csv does not begin with the names of its columns in UTF-8; save it anew as CSV in "
         "UTF-8, or narrow the path"
     )
+
+
+@pytest.mark.parametrize("name, header", [("t.csv", "url,text\n"), ("t.jsonl", "")])
+def test_a_table_deleted_after_listing_is_as_many_rejects(store_uri: str, name: str, header: str) -> None:
+    lines = [f"http://h/{n},{n}\n" if header else f'{{"url": "http://h/{n}", "text": "{n}"}}\n' for n in range(3)]
+    put(store_uri, {name: header + "".join(lines)})
+    opened = source("urls", store_uri)
+    assert isinstance(opened, UrlsSource)
+    open_storage(store_uri).delete(name)
+    rows = list(opened.tables.rows("00000"))
+    assert [(row.reason, row.source) for row in rows if isinstance(row, Reject)] == [
+        ("unreadable", f"{name}:{number}") for number in range(3)
+    ]
 
 
 def test_columns_of_json_lines_are_those_of_the_first_rows(tmp_path: Path) -> None:

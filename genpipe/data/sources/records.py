@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from genpipe.data.sources.captions import WEIGHTS_FIELD
-from genpipe.data.sources.listing import is_text
+from genpipe.data.sources.listing import blames_storage, is_text
 from genpipe.storage import Entry, Storage, open_object
 
 Record = dict[str, Any]
@@ -92,9 +93,15 @@ def cut_lines(storage: Storage, table: Entry, *, suffix: str, part_size: int) ->
     ]
 
 
-def read_lines(storage: Storage, part: Part, *, suffix: str) -> Iterator[Record | ValueError]:
-    """The records of a part."""
-    data = storage.read_range(part.table.key, offset=part.offset, length=part.length)
+def read_lines(storage: Storage, part: Part, *, suffix: str) -> Iterator[Record | ValueError | OSError]:
+    """The records of a part; of a table that is gone or was cut short, as many errors."""
+    try:
+        data = storage.read_range(part.table.key, offset=part.offset, length=part.length)
+    except OSError as error:
+        if blames_storage(error, storage=storage):
+            raise
+        yield from itertools.repeat(error, part.stop - part.start)
+        return
     for row in split_rows(io.BytesIO(data), suffix=suffix, start=part.offset):
         yield _parse(row.content, header=part.header)
 
