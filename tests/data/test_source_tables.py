@@ -139,6 +139,24 @@ def test_a_header_that_is_no_text_is_named(tmp_path: Path, header: bytes) -> Non
     )
 
 
+def test_a_column_without_a_name_is_neither_key_nor_group(tmp_path: Path) -> None:
+    """pandas writes its index so, which begins anew in each table."""
+    files: dict[str, bytes | str] = {f"{name}.csv": f",url,text\n0,http://h/{name},a\n" for name in ("a", "b")}
+    files |= {"c.jsonl": '{"": "0", "url": "http://h/c", "text": "c"}'}
+    rows = rows_of(tmp_path, files)
+    assert [(row.key, row.group) for row in rows if isinstance(row, Row)] == [
+        ("a-00000000", ""),
+        ("b-00000000", ""),
+        ("c-00000000", ""),
+    ]
+
+
+def test_an_empty_key_is_none(tmp_path: Path) -> None:
+    lines = ['{"url": "http://h/0", "text": "a", "id": ""}', '{"url": "http://h/1", "text": "b", "id": "one"}']
+    rows = rows_of(tmp_path, {"t.jsonl": "\n".join(lines)}, key="id")
+    assert [row.key for row in rows] == ["t-00000000", "one"]
+
+
 @pytest.mark.parametrize("name, header", [("t.csv", "url,text\n"), ("t.jsonl", "")])
 def test_a_table_deleted_after_listing_is_as_many_rejects(store_uri: str, name: str, header: str) -> None:
     lines = [f"http://h/{n},{n}\n" if header else f'{{"url": "http://h/{n}", "text": "{n}"}}\n' for n in range(3)]

@@ -40,7 +40,7 @@ class Row:
     image: Any  # of the column that `Tables` was told
     captions: tuple[str, ...]
     weights: tuple[float, ...]
-    group: str | None
+    group: str  # "" where the row has none
     meta: dict[str, Any]
 
 
@@ -100,18 +100,17 @@ class Tables:
             return Reject(key, place, "unreadable", str(record))
         if isinstance(record, ValueError):
             return Reject(key, place, "bad_metadata", str(record))
-        if _jsonable(record.get(self.cfg.key)) is not None:
-            key = member_key(str(record[self.cfg.key]))
+        if own := _text(record, self.cfg.key):
+            key = member_key(own)
         try:
             captions, weights = captions_of(record, wanted=self.cfg.captions)
         except ValueError as error:
             return Reject(key, place, "bad_caption", str(error))
         if not captions:
             return Reject(key, place, "no_caption", f"none in {', '.join(self.cfg.captions or CAPTION_FIELDS)}")
-        group = _jsonable(record.get(self.cfg.group))
         meta = {name: _jsonable(record.get(name)) for name in self.cfg.meta}
-        image = record.get(self.image)
-        return Row(key, place, table, image, captions, weights, None if group is None else str(group), meta)
+        group = _text(record, self.cfg.group)
+        return Row(key, place, table, record.get(self.image), captions, weights, group, meta)
 
     def _cut(self, table: Entry) -> list[Part]:
         suffix = suffix_of(table.key)
@@ -143,6 +142,12 @@ class Tables:
             raise ValueError(
                 f"{self.setting}.captions: {where} has none of the columns {looked}; {has}; name those with captions"
             )
+
+
+def _text(record: Record, column: str) -> str:
+    """What a column says, "" for nothing; a column may have the empty name, which as a setting means none."""
+    value = _jsonable(record.get(column)) if column else None
+    return "" if value is None else str(value)
 
 
 def _jsonable(value: Any) -> Any:

@@ -165,7 +165,7 @@ class WebDatasetSource:
         used = {*(self.cfg.captions or CAPTION_FIELDS), WEIGHTS_FIELD, self.cfg.group}
         meta = {name: value for name, value in record.items() if name not in used}
         meta |= {"file_name": f"{where}.{group.image}"} | ({"ignored": group.ignored} if group.ignored else {})
-        subject = record.get(self.cfg.group)
+        subject = record.get(self.cfg.group) if self.cfg.group else None
         return Sample(
             key,
             key if subject is None else str(subject),
