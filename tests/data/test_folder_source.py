@@ -156,8 +156,9 @@ def test_a_folder_without_captions_says_what_would_be_one(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("in_csv", [False, True])
 def test_weighted_captions_in_metadata(tmp_path: Path, in_csv: bool) -> None:
-    lists = ['["one", "two"]', '["one", "one "]', '["one", "two"]', '["one", ""]', '["one"]', '["one"]', '["one"]']
-    weights = ["[3, 1]", "[3, 1]", "[2, 2]", "[0.5, 0.5]", "[1, 2]", "[0]", '["1"]']
+    lists = ['["one", "two"]', '["one", "one "]', '["one", "two"]', '["one", ""]', *['["one"]'] * 7]
+    weights = ["[3, 1]", "[3, 1]", "[2, 2]", "[0.5, 0.5]"]
+    weights += ["[1, 2]", "[0]", '["1"]', "[-1]", f"[1{'0' * 400}]", "[1e39]", "[1e-50]"]
     names = [f"{number}.png" for number in range(len(lists))]
     if in_csv:
         quoted = [[cell.replace('"', '""') for cell in row] for row in zip(lists, weights, strict=True)]
@@ -176,8 +177,10 @@ def test_weighted_captions_in_metadata(tmp_path: Path, in_csv: bool) -> None:
     assert (found["2"].captions, found["2"].caption_weights) == (("one", "two"), ())
     assert (found["3"].captions, found["3"].caption_weights) == (("one",), ())
     faults = [item for item in read_all(opened) if isinstance(item, Reject) and item.reason == "bad_metadata"]
-    assert len(faults) == 3
-    assert faults[0].detail == "caption_weights must be a list with a number above 0 for each of the 1 captions"
+    assert len(faults) == 7
+    assert {fault.detail for fault in faults} == {
+        "caption_weights must be a list with a number from 1e-30 to 1e+30 for each of the 1 captions"
+    }
     assert len(found) == 4
 
 
