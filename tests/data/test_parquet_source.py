@@ -94,6 +94,32 @@ def test_paths_are_relative_to_the_table_or_under_s3(store_uri: str, s3_server: 
     assert [sample.group for sample in from_above.values()] == ["tables/images/a.png", "tables/b.png", paths[2]]
 
 
+@pytest.mark.parametrize(
+    "kind", [pa.binary(), pa.large_binary(), pa.binary_view(), pa.dictionary(pa.int32(), pa.binary())]
+)
+def test_every_type_of_bytes_and_text(tmp_path: Path, kind: pa.DataType) -> None:
+    """Dictionaries are what pandas makes of categories."""
+    text = {"large_binary": pa.large_string(), "binary_view": pa.string_view()}.get(str(kind), pa.string())
+    texts = pa.dictionary(pa.int32(), text) if pa.types.is_dictionary(kind) else text
+    put(tmp_path / "bytes", {"t.parquet": parquet({"image": pa.array([png(1), None], kind), "text": ["a", "b"]})})
+    opened = source("parquet", tmp_path / "bytes")
+    assert [sample.image for sample in samples(opened).values()] == [png(1)]
+    assert rejects(opened) == [("no_image", "t.parquet:1")]
+    paths = {"image": pa.array(["a.png"], texts), "text": pa.array(["a"], texts)}
+    put(tmp_path / "paths", {"t.parquet": parquet(paths), "a.png": png(2)})
+    assert [sample.image for sample in samples(source("parquet", tmp_path / "paths")).values()] == [png(2)]
+
+
+def test_cells_of_other_types_are_rejects(tmp_path: Path) -> None:
+    """Of the types only those of the first table are known before the work."""
+    put(tmp_path, {"a.parquet": numbered(1), "b.parquet": parquet({"image": [[1, 2]], "text": ["a list"]})})
+    put(tmp_path, {"c.parquet": parquet({"image": [{"bytes": [1, 2], "path": None}], "text": ["a list of numbers"]})})
+    put(tmp_path, {"d.parquet": parquet({"image": [{"bytes": "text", "path": 5}], "text": ["text for bytes"]})})
+    opened = source("parquet", tmp_path)
+    assert len(samples(opened)) == 1
+    assert rejects(opened) == [("no_image", f"{name}.parquet:0") for name in "bcd"]
+
+
 def test_a_path_that_is_no_path_does_not_fill_the_ledger(tmp_path: Path) -> None:
     put(tmp_path, {"t.parquet": parquet({"image": ["A" * 10**6], "text": ["in base64, perhaps"]})})
     (item,) = read_all(source("parquet", tmp_path))
