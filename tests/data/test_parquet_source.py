@@ -173,6 +173,48 @@ def test_captions_that_are_no_text_are_rejects(tmp_path: Path) -> None:
     assert rejects(source("parquet", tmp_path)) == [("bad_caption", "a.parquet:0")]
 
 
+@pytest.mark.parametrize(
+    "cells",
+    [
+        pa.array([1, 10**7, 2], pa.int32()).cast(pa.date32()),  # the year 29349
+        pa.array([1, 10**15, 2], pa.int64()).cast(pa.timestamp("s")),
+        pa.array([1, 10**18, 2], pa.int64()).cast(pa.duration("s")),
+    ],
+)
+def test_a_cell_that_python_cannot_hold_is_a_reject(tmp_path: Path, cells: pa.Array) -> None:
+    columns = {"image": [png(n) for n in range(3)], "text": ["text"] * 3, "when": cells}
+    put(tmp_path, {"a.parquet": parquet(columns)})
+    opened = source("parquet", tmp_path, meta=["when"])
+    assert rejects(opened) == [("bad_metadata", "a.parquet:1")] and len(samples(opened)) == 2
+
+
+def test_no_row_is_lost_where_none_can_be_read(tmp_path: Path) -> None:
+    twice = pa.StructArray.from_arrays([pa.array([1, 2])] * 2, names=["name", "name"])
+    put(tmp_path, {"a.parquet": parquet({"image": [png(0), png(1)], "text": ["a", "b"], "facts": twice})})
+    opened = source("parquet", tmp_path, meta=["facts"])
+    assert rejects(opened) == [("bad_metadata", "a.parquet:0"), ("bad_metadata", "a.parquet:1")]
+
+
+FOUR_GROUPS = numbered(40, row_group_size=10)
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.dictionaries(st.integers(1, len(FOUR_GROUPS) // 2) | st.integers(1, 1500), st.integers(0, 255), max_size=5))
+def test_damaged_bytes_are_named_or_cost_rows(tmp_path_factory: pytest.TempPathFactory, damage: dict[int, int]) -> None:
+    """Most of it is in the footer, which is the end."""
+    content = bytearray(FOUR_GROUPS)
+    for place, value in damage.items():
+        content[-place] = value
+    folder = tmp_path_factory.mktemp("damaged")
+    put(folder, {"a.parquet": bytes(content)})
+    try:
+        opened = source("parquet", folder)
+    except ValueError as error:
+        assert str(error).startswith("source.")
+    else:
+        assert [item.key for item in read_all(opened)] == [f"a-{number:08d}" for number in range(40)]
+
+
 def test_a_damaged_row_group_costs_its_rows_only(tmp_path: Path) -> None:
     content = bytearray(numbered(90, row_group_size=30, compression="zstd", use_dictionary=False))
     group = pq.ParquetFile(io.BytesIO(content)).metadata.row_group(1)

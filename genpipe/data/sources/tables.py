@@ -16,7 +16,7 @@ from genpipe.data.samples import Reject
 from genpipe.data.sources.captions import CAPTION_FIELDS, WEIGHTS_FIELD, CaptionFields, captions_of
 from genpipe.data.sources.listing import list_files, member_key, part_names, read_ahead, suffix_of, unique_keys
 from genpipe.data.sources.records import Part, Record, cut_lines, read_lines
-from genpipe.data.sources.rowgroups import cut_row_groups, open_parquet, read_row_groups
+from genpipe.data.sources.rowgroups import cut_row_groups, group_sizes, open_parquet, read_row_groups
 from genpipe.storage import Entry
 
 
@@ -117,8 +117,8 @@ class Tables:
         try:
             if suffix == ".parquet":
                 file = open_parquet(self.storage, table)
-                sizes = [file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups)]
-                columns, parts = file.schema_arrow.names, cut_row_groups(table, sizes, part_size=self.part_size)
+                columns = file.schema_arrow.names
+                parts = cut_row_groups(table, group_sizes(file), part_size=self.part_size)
             else:
                 columns, parts = cut_lines(self.storage, table, suffix=suffix, part_size=self.part_size)
         except ValueError as error:
