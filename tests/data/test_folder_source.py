@@ -87,6 +87,19 @@ def test_a_file_deleted_after_listing_is_a_reject(tmp_path: Path) -> None:
     assert isinstance(item, Reject) and item.reason == "unreadable" and "a.png" in item.detail
 
 
+def test_links_that_lead_nowhere_are_rejects(tmp_path: Path) -> None:
+    """As of a data set whose files were left behind."""
+    put(tmp_path, {"a.png": png(), "a.txt": "fine", "b.txt": "gone", "c.png": png(), "d.txt": "no picture"})
+    (tmp_path / "b.png").symlink_to(tmp_path / "away.png")
+    (tmp_path / "c.txt").symlink_to(tmp_path / "c.txt")
+    os.mkfifo(tmp_path / "d.png")
+    assert rejects(source("folder", tmp_path)) == [
+        ("unreadable", "b.png"),
+        ("unreadable", "c.png"),
+        ("unreadable", "d.png"),
+    ]
+
+
 def test_names_that_clash_get_different_keys_and_the_same_group(tmp_path: Path) -> None:
     put(tmp_path, {"a.png": png(), "a.gif": png(), "a.txt": "both", "b.c.png": png(), "b.c.txt": "dotted"})
     items = [item for item in read_all(source("folder", tmp_path)) if isinstance(item, Sample)]

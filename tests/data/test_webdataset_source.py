@@ -318,6 +318,26 @@ def test_a_tar_deleted_after_listing_is_a_reject(store_uri: str) -> None:
     assert rejects(opened) == [("unreadable", "b.tar")]
 
 
+def test_a_tar_that_shrank_after_listing_gives_what_is_left(tmp_path: Path) -> None:
+    content = tar_of(*(member for key in range(200) for member in described(str(key))))
+    put(tmp_path, {"a.tar": content})
+    opened = source("webdataset", tmp_path)
+    put(tmp_path, {"a.tar": content[: len(content) - 20_000]})
+    *found, last = read_all(opened)
+    assert [item.key for item in found if isinstance(item, Sample)] == [f"a-{key}" for key in range(len(found))]
+    assert isinstance(last, Reject) and (last.reason, last.source) == ("unreadable", "a.tar")
+    assert last.key == f"a-{len(found)}" and "has it changed?" in last.detail
+
+
+def test_a_link_that_leads_nowhere_is_a_reject(tmp_path: Path) -> None:
+    put(tmp_path, {"a.tar": tar_of(*described("0"))})
+    (tmp_path / "b.tar").symlink_to(tmp_path / "away.tar")
+    os.mkfifo(tmp_path / "c.tar")
+    opened = source("webdataset", tmp_path)
+    assert list(samples(opened)) == ["a-0"]
+    assert rejects(opened) == [("unreadable", "b.tar"), ("unreadable", "c.tar")]
+
+
 def test_s3_that_is_lost_while_reading_is_no_reject(s3_server: str, tmp_path: Path) -> None:
     put(f"s3://genpipe/{tmp_path.name}", {"a.tar": tar_of(*described("0"))})
     opened = source("webdataset", f"s3://genpipe/{tmp_path.name}")

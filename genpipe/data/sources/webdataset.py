@@ -129,13 +129,12 @@ class WebDatasetSource:
                         return
                     group = _Group(key, info.offset)
                 _add(group, suffix, size=info.size, data=data if group.offset >= slice.start else bytes)
-        except _DamagedTar as error:
-            key = self._key(tar, group.name) if group else ""
-            yield Reject(key, tar, "truncated", f"{error}; the sample there and what follows cannot be read")
-        except (FileNotFoundError, PermissionError) as error:
-            if blames_storage(error, storage=self.storage):
+        except (_DamagedTar, OSError) as error:
+            if isinstance(error, OSError) and blames_storage(error, storage=self.storage):
                 raise
-            yield Reject("", tar, "unreadable", str(error))
+            key = self._key(tar, group.name) if group else ""
+            reason = "truncated" if isinstance(error, _DamagedTar) else "unreadable"
+            yield Reject(key, tar, reason, f"{error}; the sample there and what follows cannot be read")
         else:
             if group is not None:
                 yield group
