@@ -154,8 +154,8 @@ def test_a_missing_folder_is_named(tmp_path: Path) -> None:
 
 
 def test_a_folder_without_images_says_what_was_looked_for(tmp_path: Path) -> None:
-    put(tmp_path, {"a.txt": "a caption", "b.tiff": "x"})
-    with pytest.raises(ValueError, match=r"no images in .* \(looked for \.bmp, \.gif, \.jpeg, .*\); give"):
+    put(tmp_path, {"a.txt": "a caption", "b.svg": "x"})
+    with pytest.raises(ValueError, match=r"no images in .* \(looked for \.avif, \.bmp, \.gif, .*\); give"):
         source("folder", tmp_path)
 
 
@@ -257,12 +257,10 @@ def test_a_folder_under_s3_gives_what_a_local_one_gives(tmp_path: Path, s3_serve
 
 
 def test_a_missing_folder_under_s3_is_named(s3_server: str) -> None:
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(
+        ValueError, match=r"^source.path: no images in s3://genpipe/nowhere or its subfolders \(looked "
+    ):
         source("folder", "s3://genpipe/nowhere")
-    assert str(error.value) == (
-        "source.path: no images in s3://genpipe/nowhere or its subfolders (looked for .bmp, .gif, .jpeg, .jpg, .png, "
-        ".webp); give the folder that holds the images"
-    )
     with pytest.raises(
         ValueError, match=r"^source.path: s3://no-such-bucket/photos: .* has no bucket no-such-bucket; "
     ):

@@ -15,6 +15,7 @@ from genpipe.config import Config
 from genpipe.data.samples import Reject, Sample, clean_captions
 from genpipe.data.sources.captions import CAPTION_FIELDS, WEIGHTS_FIELD, CaptionFields, captions_of
 from genpipe.data.sources.listing import (
+    IMAGE_SUFFIXES,
     blames_storage,
     digest_entries,
     is_hidden,
@@ -27,7 +28,6 @@ from genpipe.data.sources.listing import (
 from genpipe.data.sources.records import Record, read_records
 from genpipe.storage import check_key, local_path, open_storage
 
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp"})
 METADATA_NAMES = frozenset({"metadata.jsonl", "metadata.csv"})
 
 

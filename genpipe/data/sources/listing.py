@@ -17,6 +17,12 @@ from genpipe.storage import Entry, Storage, local_path, open_storage
 
 T = TypeVar("T")
 R = TypeVar("R")
+# What is taken for an image by its name. Whether it can be read, also of kinds that shards may not hold, is for the
+# stage to say: so a file of a rare kind is a reject at worst, and never overlooked.
+IMAGE_SUFFIXES = frozenset(
+    {".avif", ".bmp", ".gif", ".heic", ".heif", ".j2k", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".jxl"}
+    | {".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp"}
+)
 MAX_KEY_LENGTH = 150
 READ_THREADS = 16  # reads under way at once from a remote storage
 

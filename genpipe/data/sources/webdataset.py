@@ -20,11 +20,18 @@ from pydantic import Field
 from genpipe.config import Config
 from genpipe.data.samples import Reject, Sample, clean_captions
 from genpipe.data.sources.captions import CAPTION_FIELDS, WEIGHTS_FIELD, CaptionFields, captions_of
-from genpipe.data.sources.listing import blames_storage, digest_entries, list_files, member_key, part_names, unique_keys
+from genpipe.data.sources.listing import (
+    IMAGE_SUFFIXES,
+    blames_storage,
+    digest_entries,
+    list_files,
+    member_key,
+    part_names,
+    unique_keys,
+)
 from genpipe.data.sources.records import Record, parse_json
 from genpipe.storage import Entry, check_key, local_path, open_object
 
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp")
 MAX_MEMBER_BYTES = 2**28  # a larger image is no photograph, and a part must fit into memory
 LOCAL_BLOCK, REMOTE_BLOCK = 2**18, 2**23  # bytes a read
 PEEKED = 20
@@ -266,7 +273,7 @@ def _split(name: str) -> tuple[str, str]:
 
 
 def _add(group: _Group, suffix: str, *, size: int, data: Callable[[], bytes]) -> None:
-    is_image = suffix in IMAGE_SUFFIXES
+    is_image = f".{suffix}" in IMAGE_SUFFIXES
     if (is_image and group.image) or (not is_image and suffix not in ("txt", "json")):
         group.ignored.append(suffix)
     elif size > MAX_MEMBER_BYTES:
