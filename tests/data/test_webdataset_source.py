@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import os
@@ -107,6 +108,18 @@ def test_a_folder_may_be_named_like_a_pattern(tmp_path: Path) -> None:
     put(tmp_path / "[old] {1}", {"a.tar": tar_of(*described("0"))})
     assert list(samples(source("webdataset", tmp_path / "[old] {1}"))) == ["a-0"]
     assert list(samples(source("webdataset", tmp_path / "[old] {1}/a.tar"))) == ["a-0"]
+
+
+@pytest.mark.parametrize("name", ["b.tar.gz", "b.TGZ", "b.tar.zst"])
+def test_compressed_tars_are_named(tmp_path: Path, name: str) -> None:
+    put(tmp_path, {"a.tar": tar_of(*described("0")), name: gzip.compress(tar_of(*described("1"))), "notes.gz": b"x"})
+    for path in (tmp_path, tmp_path / name):
+        with pytest.raises(ValueError) as error:
+            source("webdataset", path)
+        assert (
+            str(error.value) == f"source.path: {name} in {path} is compressed (1 such); unpack it, or narrow the path"
+        )
+    assert list(samples(source("webdataset", tmp_path / "*.tar"))) == ["a-0"]
 
 
 def test_numbered_shards_must_all_be_there(tmp_path: Path) -> None:
@@ -265,7 +278,7 @@ def test_what_cannot_be_read_of_a_tar_is_said(tmp_path: Path) -> None:
         "2-empty.tar": b"",
         "3-text.tar": b"<html>not found</html>" * 100,
         "4-nothing.tar": tar_of(),
-        "5-gzip.tar": b"\x1f\x8b" + bytes(2000),
+        "5-gzip.tar": gzip.compress(WHOLE),
     }
     put(tmp_path, files)
     opened = source("webdataset", tmp_path)
@@ -279,6 +292,7 @@ def test_what_cannot_be_read_of_a_tar_is_said(tmp_path: Path) -> None:
     ]
     assert f"the header at byte {middle} is damaged" in found[0].detail
     assert "were tars joined with cat?" in found[1].detail
+    assert found[-1].detail.startswith("it is compressed and must be unpacked; ")
     assert list(samples(opened)) == [*(f"0_header-{key}" for key in (0,)), *(f"1_joined-{key}" for key in range(5))]
 
 

@@ -35,6 +35,7 @@ from genpipe.storage import Entry, check_key, local_path, open_object
 MAX_MEMBER_BYTES = 2**28  # a larger image is no photograph, and a part must fit into memory
 LOCAL_BLOCK, REMOTE_BLOCK = 2**18, 2**23  # bytes a read
 PEEKED = 20
+COMPRESSED_STARTS = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd")  # gzip, bzip2, xz, zstd
 
 
 class WebDatasetConfig(Config):
@@ -225,7 +226,11 @@ def _members(file: io.BufferedReader) -> Iterator[tuple[tarfile.TarInfo, Callabl
     except (OSError, _DamagedTar):
         raise
     except Exception as error:  # of damaged headers tarfile raises anything: ReadError, ValueError, RecursionError, ...
-        raise _DamagedTar(f"{error} (at byte {file.tell()})") from None
+        place = file.tell()
+        file.seek(0)
+        if file.read(6).startswith(COMPRESSED_STARTS):
+            raise _DamagedTar("it is compressed and must be unpacked") from None
+        raise _DamagedTar(f"{error} (at byte {place})") from None
     file.seek(end)
     mark = file.read(tarfile.BLOCKSIZE)
     if len(mark) < tarfile.BLOCKSIZE:
