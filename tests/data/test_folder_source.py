@@ -87,6 +87,17 @@ def test_a_file_deleted_after_listing_is_a_reject(tmp_path: Path) -> None:
     assert isinstance(item, Reject) and item.reason == "unreadable" and "a.png" in item.detail
 
 
+def test_files_too_large_for_memory_are_rejects(tmp_path: Path) -> None:
+    put(
+        tmp_path,
+        {"a.png": b"", "a.txt": "a film, perhaps", "b.png": png(), "b.txt": "", "c.png": png(), "c.txt": "fine"},
+    )
+    for name in ("a.png", "b.txt"):
+        os.truncate(tmp_path / name, 2**40)  # of nothing, which takes no space
+    opened = source("folder", tmp_path)
+    assert rejects(opened) == [("too_large", "a.png"), ("too_large", "b.png")] and list(samples(opened)) == ["c"]
+
+
 def test_links_that_lead_nowhere_are_rejects(tmp_path: Path) -> None:
     """As of a data set whose files were left behind."""
     put(tmp_path, {"a.png": png(), "a.txt": "fine", "b.txt": "gone", "c.png": png(), "d.txt": "no picture"})

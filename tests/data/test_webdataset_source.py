@@ -318,7 +318,7 @@ def test_slices_of_a_tar_give_each_sample_once_and_in_order(
 
 
 def test_a_member_too_large_for_an_image_is_a_reject(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("genpipe.data.sources.webdataset.MAX_MEMBER_BYTES", 1000)
+    monkeypatch.setattr("genpipe.data.sources.webdataset.MAX_FILE_BYTES", 1000)
     put(tmp_path, {"a.tar": tar_of(("0.jpg", bytes(1001)), ("0.txt", b"large"), *described("1"))})
     opened = source("webdataset", tmp_path)
     assert rejects(opened) == [("too_large", "a.tar/0")] and list(samples(opened)) == ["a-1"]

@@ -16,6 +16,7 @@ from genpipe.data.samples import Reject, Sample, clean_captions
 from genpipe.data.sources.captions import CAPTION_FIELDS, WEIGHTS_FIELD, CaptionFields, captions_of
 from genpipe.data.sources.listing import (
     IMAGE_SUFFIXES,
+    MAX_FILE_BYTES,
     blames_storage,
     digest_entries,
     is_hidden,
@@ -139,6 +140,9 @@ class FolderSource:
         if isinstance(entry, Reject):
             return entry
         name, row, sidecar = entry.name, entry.row, _sidecar(entry.name)
+        for file in (name, sidecar):
+            if file in self._files and self._files[file].size > MAX_FILE_BYTES:
+                return Reject(entry.key, name, "too_large", f"{file} is larger than {MAX_FILE_BYTES} bytes")
         try:
             captions = row.captions or self._read_sidecar(sidecar)
             image = self.storage.read(name)

@@ -25,6 +25,7 @@ IMAGE_SUFFIXES = frozenset(
 )
 COMPRESSED = frozenset({".gz", ".bz2", ".xz", ".zst"})
 MAX_KEY_LENGTH = 150
+MAX_FILE_BYTES = 2**28  # a larger image is no photograph, and a part must fit into memory
 READ_THREADS = 16  # reads under way at once from a remote storage
 
 

@@ -22,6 +22,7 @@ from genpipe.data.samples import Reject, Sample, clean_captions
 from genpipe.data.sources.captions import CAPTION_FIELDS, WEIGHTS_FIELD, CaptionFields, captions_of
 from genpipe.data.sources.listing import (
     IMAGE_SUFFIXES,
+    MAX_FILE_BYTES,
     blames_storage,
     digest_entries,
     list_files,
@@ -32,7 +33,6 @@ from genpipe.data.sources.listing import (
 from genpipe.data.sources.records import Record, parse_json
 from genpipe.storage import Entry, check_key, local_path, open_object
 
-MAX_MEMBER_BYTES = 2**28  # a larger image is no photograph, and a part must fit into memory
 LOCAL_BLOCK, REMOTE_BLOCK = 2**18, 2**23  # bytes a read
 PEEKED = 20
 COMPRESSED_STARTS = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd")  # gzip, bzip2, xz, zstd
@@ -155,7 +155,7 @@ class WebDatasetSource:
         if not is_new:
             return Reject(key, where, "duplicate_key", "an earlier sample of the tar has the key")
         if group.too_large:
-            return Reject(key, where, "too_large", f"{group.too_large} is larger than {MAX_MEMBER_BYTES} bytes")
+            return Reject(key, where, "too_large", f"{group.too_large} is larger than {MAX_FILE_BYTES} bytes")
         if not group.image:
             return Reject(key, where, "no_image", f"its members are {members}; pickles are never read")
         try:
@@ -281,7 +281,7 @@ def _add(group: _Group, suffix: str, *, size: int, data: Callable[[], bytes]) ->
     is_image = f".{suffix}" in IMAGE_SUFFIXES
     if (is_image and group.image) or (not is_image and suffix not in ("txt", "json")):
         group.ignored.append(suffix)
-    elif size > MAX_MEMBER_BYTES:
+    elif size > MAX_FILE_BYTES:
         group.too_large = group.too_large or suffix
     else:
         group.files[suffix] = data()
