@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 LONGEST_DETAIL = 1000  # characters
+LONGEST_CAPTION = 2**15  # characters: NFC takes a time that grows with the square of a run of accents
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,13 @@ class Source(Protocol):
 
 
 def clean_captions(captions: Iterable[str]) -> tuple[str, ...]:
-    """NFC, control characters and runs of whitespace to one space, empty and repeated captions dropped."""
+    """NFC, control characters and runs of whitespace to one space, empty and repeated captions dropped.
+
+    Raises ValueError for one that is longer than LONGEST_CAPTION.
+    """
+    captions = list(captions)
+    if any(len(caption) > LONGEST_CAPTION for caption in captions):
+        raise ValueError(f"a caption has more than {LONGEST_CAPTION} characters")
     plain = (_CONTROL.sub(" ", unicodedata.normalize("NFC", caption)) for caption in captions)
     cleaned = (" ".join(caption.split()) for caption in plain)
     return tuple(dict.fromkeys(caption for caption in cleaned if caption))

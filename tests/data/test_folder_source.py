@@ -296,6 +296,15 @@ def test_clean_captions() -> None:
     assert clean_captions([" a\x00b\r\n c", "", "a b c", "cafe\u0301"]) == ("a b c", "caf\u00e9")
 
 
+def test_a_caption_too_long_to_be_cleaned_in_time(tmp_path: Path) -> None:
+    accents = "a" + "\u0301\u0327" * 500_000  # which take Unicode's normal form a quarter of an hour
+    put(tmp_path, {"a.png": png(), "a.txt": accents, "b.png": png(), "b.txt": "fine", "c.png": png()})
+    put(tmp_path, {"metadata.jsonl": json.dumps({"file_name": "c.png", "text": [accents]})})
+    opened = source("folder", tmp_path)
+    assert rejects(opened) == [("bad_caption", "a.png"), ("no_caption", "c.png"), ("bad_metadata", "metadata.jsonl:1")]
+    assert list(samples(opened)) == ["b"]
+
+
 def test_weigh_captions() -> None:
     assert weigh_captions([("a", 1), (" a ", 2), ("b", 1), ("", 5)]) == (("a", "b"), (3, 1))
     assert weigh_captions([("a", 2), ("b", 2)]) == (("a", "b"), ())

@@ -146,8 +146,8 @@ class FolderSource:
         try:
             captions = row.captions or self._read_sidecar(sidecar)
             image = self.storage.read(name)
-        except UnicodeDecodeError as error:
-            return Reject(entry.key, name, "bad_caption", f"{sidecar} is not UTF-8: {error}")
+        except ValueError as error:
+            return Reject(entry.key, name, "bad_caption", f"{sidecar}: {error}")
         except OSError as error:
             if blames_storage(error, storage=self.storage):
                 raise
