@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import datetime
 import json
 import os
 from pathlib import Path
@@ -8,6 +9,7 @@ import boto3
 import pytest
 from botocore.config import Config
 from source_files import png, put, read_all, rejects, samples, source
+from test_parquet_source import parquet
 
 from genpipe.data.samples import Reject, Sample, clean_captions, weigh_captions
 from genpipe.storage import open_storage
@@ -237,6 +239,19 @@ def test_metadata_csv_that_is_damaged(tmp_path: Path) -> None:
         ValueError, match=r"^source.path: .*/metadata.csv does not begin with the names of its columns "
     ):
         source("folder", tmp_path)
+
+
+def test_metadata_in_parquet(store_uri: str) -> None:
+    when = datetime.date(2026, 1, 2)
+    columns = {"file_name": ["a.png", "gone.png", "b.png"], "text": [["one", "two"], ["none"], []], "when": [when] * 3}
+    put(store_uri, {"train/a.png": png(1), "train/b.png": png(2), "train/metadata.parquet": parquet(columns)})
+    opened = source("folder", store_uri)
+    assert samples(opened)["train_a"].captions == ("one", "two")
+    assert samples(opened)["train_a"].meta == {"when": "2026-01-02", "file_name": "train/a.png"}
+    assert rejects(opened) == [("no_caption", "train/b.png"), ("missing_file", "train/metadata.parquet:1")]
+    put(store_uri, {"train/metadata.parquet": b"PAR1, but no more"})
+    with pytest.raises(ValueError, match=r"^source.path: .*/train/metadata.parquet is not whole parquet: "):
+        source("folder", store_uri)
 
 
 def test_captions_of_named_fields(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""A folder of images with captions: `.txt` sidecars, `metadata.jsonl` or `.csv` (Hugging Face ImageFolder)."""
+"""A folder of images with captions: `.txt` sidecars, or metadata as Hugging Face's ImageFolder has it."""
 
 from __future__ import annotations
 
@@ -26,10 +26,11 @@ from genpipe.data.sources.listing import (
     suffix_of,
     unique_keys,
 )
-from genpipe.data.sources.records import Record, read_records
+from genpipe.data.sources.records import Record, jsonable, read_records
+from genpipe.data.sources.rowgroups import read_parquet
 from genpipe.storage import check_key, local_path, open_storage
 
-METADATA_NAMES = frozenset({"metadata.jsonl", "metadata.csv"})
+METADATA_NAMES = frozenset({"metadata.csv", "metadata.jsonl", "metadata.parquet"})
 
 
 class FolderConfig(Config):
@@ -104,7 +105,7 @@ class FolderSource:
         if not has_row and not any(_sidecar(name) in self._files for name in images):
             raise ValueError(
                 f"{self.setting}.path: no captions for the {len(images)} images in {self.storage.uri}: looked for a "
-                f".txt beside each image (as {_sidecar(images[0])}) and for {' or '.join(sorted(METADATA_NAMES))} "
+                f".txt beside each image (as {_sidecar(images[0])}) and for {', '.join(sorted(METADATA_NAMES))} "
                 f'with lines such as {{"file_name": "{images[0]}", "text": "a caption"}}; add one of them'
             )
         faults = {name: fault for name in images if (fault := _fault(name))}
@@ -116,9 +117,8 @@ class FolderSource:
         rows: dict[str, _Row] = {}
         rejects: list[Reject] = []
         for file in (name for name in self._files if _is_metadata(name)):
-            lines = io.BytesIO(self.storage.read(file))
             try:
-                records = read_records(lines, suffix=suffix_of(file))
+                records = self._records(file)
             except ValueError as error:
                 raise ValueError(f"{self.setting}.path: {self.storage.uri}/{file} {error}") from None
             for number, record in records:
@@ -135,6 +135,11 @@ class FolderSource:
                 else:
                     rows[name] = row
         return rows, rejects
+
+    def _records(self, file: str) -> Iterator[tuple[int, Record | ValueError | OSError]]:
+        if suffix_of(file) == ".parquet":
+            return read_parquet(self.storage, self._files[file])
+        return read_records(io.BytesIO(self.storage.read(file)), suffix=suffix_of(file))
 
     def _read(self, entry: _Image | Reject) -> Sample | Reject:
         if isinstance(entry, Reject):
@@ -190,10 +195,10 @@ def _fault(name: str) -> str:
     return ""
 
 
-def _describe(fields: Record | ValueError, *, folder: str, captions: Mapping[str, float]) -> tuple[str, _Row]:
+def _describe(fields: Record | ValueError | OSError, *, folder: str, captions: Mapping[str, float]) -> tuple[str, _Row]:
     """The image's name relative to the source and what its line says. ValueError tells what is wrong."""
-    if isinstance(fields, ValueError):
-        raise fields
+    if not isinstance(fields, dict):
+        raise ValueError(str(fields))
     if not isinstance(fields.get("file_name"), str):
         raise ValueError('expected a "file_name" string')
     name = os.path.normpath(os.path.join(folder, fields["file_name"])).replace(os.sep, "/")
@@ -204,5 +209,5 @@ def _describe(fields: Record | ValueError, *, folder: str, captions: Mapping[str
     if group is not None and not isinstance(group, str | int):
         raise ValueError('"group" must be a string or an integer')
     used = {"file_name", "group", WEIGHTS_FIELD, *(captions or CAPTION_FIELDS)}
-    meta = {name: value for name, value in fields.items() if name not in used}
+    meta = {name: jsonable(value) for name, value in fields.items() if name not in used}
     return name, _Row(texts, weights, None if group is None else str(group), meta)

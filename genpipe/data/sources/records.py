@@ -6,6 +6,7 @@ import csv
 import io
 import itertools
 import json
+import math
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -120,6 +121,17 @@ def parse_json(text: bytes, *, nan_as_null: bool = False) -> Record:
     if not isinstance(record, dict):
         raise ValueError("expected a JSON object")
     return record
+
+
+def jsonable(value: Any) -> Any:
+    """A cell as JSON holds it: NaN as null, lists and structs by their members, the rest (times, ...) as text."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, list):
+        return [jsonable(item) for item in value]
+    if isinstance(value, dict):
+        return {name: jsonable(item) for name, item in value.items()}
+    return value if value is None or isinstance(value, str | int | float) else str(value)
 
 
 def _split_lines(lines: Iterable[bytes]) -> Iterator[Row]:

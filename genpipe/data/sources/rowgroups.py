@@ -67,6 +67,13 @@ def read_row_groups(storage: Storage, part: Part, *, columns: list[str]) -> Iter
         begin += sizes[group]
 
 
+def read_parquet(storage: Storage, table: Entry) -> Iterator[tuple[int, Record | ValueError | OSError]]:
+    """The number and the record of each row of a whole table. Raises ValueError as `open_parquet` does."""
+    file = open_parquet(storage, table)
+    whole = Part(table, 0, file.metadata.num_rows, row_groups=range(file.metadata.num_row_groups))
+    return enumerate(read_row_groups(storage, whole, columns=file.schema_arrow.names))
+
+
 def _read_rows(
     storage: Storage, file: pq.ParquetFile, group: int, *, columns: list[str], skip: int, count: int
 ) -> Iterator[Record | ValueError | OSError]:

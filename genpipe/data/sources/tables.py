@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import math
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +14,7 @@ from genpipe.config import Config
 from genpipe.data.samples import Reject
 from genpipe.data.sources.captions import CAPTION_FIELDS, WEIGHTS_FIELD, CaptionFields, captions_of
 from genpipe.data.sources.listing import list_files, member_key, part_names, read_ahead, suffix_of, unique_keys
-from genpipe.data.sources.records import Part, Record, cut_lines, read_lines
+from genpipe.data.sources.records import Part, Record, cut_lines, jsonable, read_lines
 from genpipe.data.sources.rowgroups import cut_row_groups, group_sizes, open_parquet, read_row_groups
 from genpipe.storage import Entry
 
@@ -108,7 +107,7 @@ class Tables:
             return Reject(key, place, "bad_caption", str(error))
         if not captions:
             return Reject(key, place, "no_caption", f"none in {', '.join(self.cfg.captions or CAPTION_FIELDS)}")
-        meta = {name: _jsonable(record.get(name)) for name in self.cfg.meta}
+        meta = {name: jsonable(record.get(name)) for name in self.cfg.meta}
         group = _text(record, self.cfg.group)
         return Row(key, place, table, record.get(self.image), captions, weights, group, meta)
 
@@ -146,16 +145,5 @@ class Tables:
 
 def _text(record: Record, column: str) -> str:
     """What a column says, "" for nothing; a column may have the empty name, which as a setting means none."""
-    value = _jsonable(record.get(column)) if column else None
+    value = jsonable(record.get(column)) if column else None
     return "" if value is None else str(value)
-
-
-def _jsonable(value: Any) -> Any:
-    """A cell as JSON holds it: NaN as null, lists and structs by their members, the rest (times, ...) as text."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, list):
-        return [_jsonable(item) for item in value]
-    if isinstance(value, dict):
-        return {name: _jsonable(item) for name, item in value.items()}
-    return value if value is None or isinstance(value, str | int | float) else str(value)
