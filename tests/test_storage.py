@@ -7,6 +7,7 @@ import os
 import threading
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import ClassVar
@@ -115,6 +116,16 @@ def test_listing_by_prefix(storage: Storage) -> None:
     assert sorted(entry.key for entry in storage.list("a/")) == ["a/1", "a/2/3"]
     assert sorted(entry.key for entry in storage.list("a")) == ["a/1", "a/2/3", "ab"]
     assert list(storage.list("nothing/")) == []
+
+
+def test_more_objects_than_s3_lists_at_once(s3_server: str, tmp_path: Path) -> None:
+    storage = S3Storage(f"s3://genpipe/{tmp_path.name}")
+    keys = [f"{number:04d}" for number in range(1001)]
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(lambda key: storage.write(key, b""), keys))
+    assert sorted(entry.key for entry in storage.list()) == keys
+    storage.delete_all()
+    assert not list(storage.list())
 
 
 def test_a_version_changes_with_the_content(storage: Storage) -> None:
