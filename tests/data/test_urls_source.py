@@ -207,6 +207,24 @@ def test_slow_servers_run_out_of_time(web: Web, tmp_path: Path) -> None:
     assert reasons(items) == ["timeout", "timeout", "fine"]
 
 
+def test_names_that_are_slow_to_resolve_hold_nobody_up(
+    web: Web, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Old tables are full of them. No server of names here takes its time, so the call that asks one does."""
+    resolve = socket.getaddrinfo
+
+    def slowly(host: str, *args: Any, **options: Any) -> Any:
+        if not host.endswith(".invalid"):
+            return resolve(host, *args, **options)
+        time.sleep(0.5)
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", slowly)
+    dead = [f"http://{number}.invalid/a.png" for number in range(60)]
+    items = fetch(tmp_path, [*dead, f"http://localhost:{web.server_port}/ok/1"], timeout=3.0)
+    assert reasons(items) == ["connection"] * 60 + ["fine"]
+
+
 def test_what_may_pass_is_tried_again(web: Web, tmp_path: Path) -> None:
     paths = ["/moody/503", "/moody/429", "/moody/500", "/status/502", "/status/404", "/broken"]
     items = fetch(tmp_path, [web.url + path for path in paths], retries=2)

@@ -11,7 +11,7 @@ import re
 import socket
 import threading
 from collections.abc import Iterable
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
@@ -73,6 +73,8 @@ class Fetcher:
     def __init__(self, cfg: FetchConfig) -> None:
         self.cfg = cfg
         self._loop = asyncio.new_event_loop()
+        # Names are resolved by its threads: a name that takes its time must cost no other fetch its own.
+        self._loop.set_default_executor(ThreadPoolExecutor(cfg.concurrency, "resolve"))
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._slots = asyncio.Semaphore(cfg.concurrency)
         self._hosts: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()
