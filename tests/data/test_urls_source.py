@@ -294,6 +294,10 @@ def test_private_addresses_are_refused(web: Web, tmp_path: Path) -> None:
         ("::ffff:10.0.0.1", False),
         ("2002:7f00:0001::", False),
         ("64:ff9b::7f00:1", False),
+        ("64:ff9b::5db8:d822", True),
+        ("64:ff9b:1::7f00:1", False),
+        ("fec0::1", False),
+        ("::7f00:1", False),
     ],
 )
 def test_which_addresses_are_public(address: str, is_public: bool) -> None:
