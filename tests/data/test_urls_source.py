@@ -30,8 +30,9 @@ class Web(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
+    def __init__(self, address: tuple[str, int] = ("127.0.0.1", 0), family: int = socket.AF_INET) -> None:
+        self.address_family = family
+        super().__init__(address, Handler)
         self.asked: Counter[str] = Counter()
         self.agents: set[str] = set()
         self.under_way = self.most_under_way = 0
@@ -193,6 +194,25 @@ def test_what_servers_say_in_other_encodings_stands_in_the_ledger(web: Web, tmp_
         ("http_404", r"404 caf\udce9"),
         ("bad_url", r"not a valid http(s) URL: file:///caf\udce9"),
     ]
+
+
+def test_urls_of_every_script_and_host(web: Web, tmp_path: Path) -> None:
+    """As tables have them: not encoded, encoded, with space around, with a user, by an address of IPv6."""
+    urls = [
+        f"{web.url}/header/caf\u00e9",
+        f"{web.url}/header/caf%C3%A9",
+        f"{web.url}/header/a b",
+        f" {web.url}/ok/1 \n",
+    ]
+    urls += [f"http://me:secret@127.0.0.1:{web.server_port}/ok/1", f"HTTP://LOCALHOST:{web.server_port}/ok/1#fragment"]
+    with Web(("::1", 0), family=socket.AF_INET6) as other:
+        threading.Thread(target=other.serve_forever, args=(0.01,), daemon=True).start()
+        urls.append(f"http://[::1]:{other.server_port}/ok/1")
+        found = fetch(tmp_path, urls)
+        other.shutdown()
+    assert reasons(found) == ["fine"] * 7
+    assert [item.meta["url"] for item in found if isinstance(item, Sample)] == urls
+    assert web.asked["/header/caf%C3%A9"] == 2 and web.asked["/header/a%20b"] == 1 and web.asked["/ok/1"] == 3
 
 
 def test_urls_that_are_none(tmp_path: Path) -> None:

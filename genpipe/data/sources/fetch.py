@@ -92,8 +92,8 @@ class Fetcher:
         self._loop.close()
 
     def submit(self, url: str) -> Future[bytes | Failure]:
-        """Start a fetch; its content, or why there is none after all attempts."""
-        return asyncio.run_coroutine_threadsafe(self._fetch(url), self._loop)
+        """Start a fetch; its content, or why there is none after all attempts. Space around a URL is no part of it."""
+        return asyncio.run_coroutine_threadsafe(self._fetch(url.strip()), self._loop)
 
     async def _open_session(self) -> aiohttp.ClientSession:
         connector = aiohttp.TCPConnector(
