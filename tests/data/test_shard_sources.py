@@ -95,6 +95,18 @@ def test_every_kind_of_source_makes_the_same_shards(brought: dict[str, dict[str,
         assert rows == made["folder"], kind
 
 
+def test_a_key_that_a_table_has_twice_is_stored_once(tmp_path: Path) -> None:
+    columns = {"image": [jpeg(n) for n in range(6)], "text": CAPTIONS[:6], "id": ["a", "b", "a", "c", "d", ""]}
+    put(tmp_path / "in", {"t.parquet": parquet(columns)})
+    source = {"kind": "parquet", "path": str(tmp_path / "in"), "key": "id"}
+    make(shard.Config.model_validate({"source": source, "image_size": 32, "heldout_fraction": 0.4}), tmp_path / "out")
+    assert sorted(stored(tmp_path / "out")) == ["a", "b", "c", "d", "t-00000005"]
+    assert stored(tmp_path / "out")["a"]["captions"] == [CAPTIONS[0]]
+    assert [(row["key"], row["reason"], row["source"]) for row in ledger(tmp_path / "out")] == [
+        ("a", "duplicate_key", "t.parquet:2")
+    ]
+
+
 def test_no_kind_of_image_is_overlooked(tmp_path: Path) -> None:
     """Browsers save JPEG as .jfif; what no library here reads is a reject."""
     picture = Image.open(io.BytesIO(jpeg(0)))
