@@ -8,6 +8,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -197,6 +199,22 @@ def test_tables_of_several_kinds_and_names_give_different_keys(tmp_path: Path) -
     rows = rows_of(tmp_path, files)
     assert len({row.key for row in rows}) == 3
     assert [row.image for row in rows if isinstance(row, Row)] == ["http://h/0", "http://h/1", "http://h/2"]
+
+
+def test_a_column_that_is_there_twice_is_named(tmp_path: Path) -> None:
+    table = pa.table([[b"image"], [b"another"], ["text"]], names=["image", "image", "text"])
+    (tmp_path / "parquet").mkdir()
+    pq.write_table(table, tmp_path / "parquet/t.parquet")
+    put(tmp_path / "csv", {"t.csv": "url,text,text,other,other\nhttp://h/0,a,b,c,d\n"})
+    for kind, path, name, has in (
+        ("parquet", "parquet/t.parquet", "image", "image, image, text"),
+        ("urls", "csv/t.csv", "text", "url, text, text, other, other"),
+    ):
+        with pytest.raises(ValueError) as error:
+            source(kind, tmp_path / path)
+        assert str(error.value) == (
+            f"source.path: {tmp_path}/{path} has several columns {name!r}; its columns are {has}; rename all but one"
+        )
 
 
 def test_a_table_without_rows_is_named(tmp_path: Path) -> None:

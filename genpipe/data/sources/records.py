@@ -72,15 +72,16 @@ def cut_lines(storage: Storage, table: Entry, *, suffix: str, part_size: int) ->
     """
     rows = split_rows(open_object(storage, table, block=BLOCK), suffix=suffix)
     header, start = _header(rows) if suffix == ".csv" else ((), 0)
-    columns, starts, end, count = dict.fromkeys(header), [start], start, 0
+    fields: dict[str, None] = {}
+    starts, end, count = [start], start, 0
     for count, row in enumerate(rows, start=1):
         if count <= FIRST_ROWS and suffix == ".jsonl" and isinstance(record := _parse(row.content, header=()), dict):
-            columns |= dict.fromkeys(record)
+            fields |= dict.fromkeys(record)
         if count > 1 and (count - 1) % part_size == 0:
             starts.append(end)
         end = row.end
     stops = [*starts[1:], end]
-    return list(columns), [
+    return [*header, *fields], [
         Part(
             table,
             start=number * part_size,

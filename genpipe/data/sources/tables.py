@@ -136,6 +136,11 @@ class Tables:
                 near = difflib.get_close_matches(name.lower(), plain, n=1)
                 remedy = f"did you mean {plain[near[0]]!r}?" if near else "name another"
                 raise ValueError(f"{self.setting}.{setting}: {where} has no column {name!r}; {has}; {remedy}")
+        for name in (*self._named, *CAPTION_FIELDS, WEIGHTS_FIELD):
+            if columns.count(name) > 1:
+                raise ValueError(
+                    f"{self.setting}.path: {where} has several columns {name!r}; {has}; rename all but one"
+                )
         if not self.cfg.captions and not set(CAPTION_FIELDS) & set(columns):
             looked = ", ".join(CAPTION_FIELDS)
             raise ValueError(
