@@ -9,6 +9,9 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+_VISIBLE = re.compile(
+    r"[^\s\u00ad\u200b-\u200f\u2028-\u202e\u2060-\u2064\ufeff]"
+)  # no space, of whatever width
 LONGEST_DETAIL = 1000  # characters
 LONGEST_CAPTION = 2**15  # characters: NFC takes a time that grows with the square of a run of accents
 
@@ -71,7 +74,7 @@ class Source(Protocol):
 
 
 def clean_captions(captions: Iterable[str]) -> tuple[str, ...]:
-    """NFC, control characters and runs of whitespace to one space, empty and repeated captions dropped.
+    """NFC, control characters and runs of whitespace to one space; captions that show nothing, or the same, dropped.
 
     Raises ValueError for one that is longer than LONGEST_CAPTION.
     """
@@ -80,7 +83,7 @@ def clean_captions(captions: Iterable[str]) -> tuple[str, ...]:
         raise ValueError(f"a caption has more than {LONGEST_CAPTION} characters")
     plain = (_CONTROL.sub(" ", unicodedata.normalize("NFC", caption)) for caption in captions)
     cleaned = (" ".join(caption.split()) for caption in plain)
-    return tuple(dict.fromkeys(caption for caption in cleaned if caption))
+    return tuple(dict.fromkeys(caption for caption in cleaned if _VISIBLE.search(caption)))
 
 
 def weigh_captions(weighted: Iterable[tuple[str, float]]) -> tuple[tuple[str, ...], tuple[float, ...]]:

@@ -309,6 +309,9 @@ def test_s3_that_is_lost_while_reading_is_no_reject(s3_server: str, tmp_path: Pa
 
 def test_clean_captions() -> None:
     assert clean_captions([" a\x00b\r\n c", "", "a b c", "cafe\u0301"]) == ("a b c", "caf\u00e9")
+    assert clean_captions(["\ufeff", " \u200b\u00a0", "\x00", "\u2060\u200d"]) == ()
+    heart = "a heart: \u2764\ufe0f\u200d\U0001f525"
+    assert clean_captions([heart]) == (heart,), "what is invisible may join what is not"
 
 
 def test_a_caption_too_long_to_be_cleaned_in_time(tmp_path: Path) -> None:
