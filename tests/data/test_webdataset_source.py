@@ -217,6 +217,23 @@ def test_duplicate_keys(tmp_path: Path) -> None:
     assert rejects(opened) == [("duplicate_key", "a.tar/0"), ("duplicate_key", "a.tar/0")]
 
 
+def test_members_that_do_not_stand_together(tmp_path: Path) -> None:
+    put(
+        tmp_path,
+        {"a.tar": tar_of(*described("0"), ("1.jpg", png()), ("2.jpg", png()), ("1.txt", b"a"), ("2.txt", b"b"))},
+    )
+    opened = source("webdataset", tmp_path)
+    assert list(samples(opened)) == ["a-0"]
+    found = {item.key: item for item in read_all(opened) if isinstance(item, Reject)}
+    assert found["a-2"].reason == "duplicate_key" and "its members (txt) do not stand together" in found["a-2"].detail
+    assert [reason for reason, _ in rejects(opened)] == ["no_caption"] * 2 + ["duplicate_key"] * 2
+
+
+def test_a_field_without_a_name_is_no_group(tmp_path: Path) -> None:
+    put(tmp_path, {"a.tar": tar_of(*described("0", **{"": "5"}))})
+    assert samples(source("webdataset", tmp_path))["a-0"].group == "a-0"
+
+
 def test_damaged_contents_are_rejects(tmp_path: Path) -> None:
     members = [
         *described("0"),

@@ -153,7 +153,8 @@ class WebDatasetSource:
         key, where = self._key(tar, group.name), f"{tar}/{group.name}"
         members = ", ".join([*group.files, *group.ignored])
         if not is_new:
-            return Reject(key, where, "duplicate_key", "an earlier sample of the tar has the key")
+            detail = f"an earlier sample of the tar has the key, or its members ({members}) do not stand together"
+            return Reject(key, where, "duplicate_key", detail)
         if group.too_large:
             return Reject(key, where, "too_large", f"{group.too_large} is larger than {MAX_FILE_BYTES} bytes")
         if not group.image:
