@@ -9,9 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
-_VISIBLE = re.compile(
-    r"[^\s\u00ad\u200b-\u200f\u2028-\u202e\u2060-\u2064\ufeff]"
-)  # no space, of whatever width
+_VISIBLE = re.compile(r"[^\s\u00ad\u200b-\u200f\u2028-\u202e\u2060-\u2064\ufeff]")  # no space, of whatever width
 LONGEST_DETAIL = 1000  # characters
 LONGEST_CAPTION = 2**15  # characters: NFC takes a time that grows with the square of a run of accents
 
