@@ -229,9 +229,15 @@ def test_members_that_do_not_stand_together(tmp_path: Path) -> None:
     assert [reason for reason, _ in rejects(opened)] == ["no_caption"] * 2 + ["duplicate_key"] * 2
 
 
-def test_a_field_without_a_name_is_no_group(tmp_path: Path) -> None:
-    put(tmp_path, {"a.tar": tar_of(*described("0", **{"": "5"}))})
+def test_nothing_is_no_group(tmp_path: Path) -> None:
+    """Neither the field whose name is empty nor an empty one: all who have it would be one subject."""
+    put(
+        tmp_path,
+        {"a.tar": tar_of(*described("0", **{"": "5"}), *described("1", subject=""), *described("2", subject=0))},
+    )
     assert samples(source("webdataset", tmp_path))["a-0"].group == "a-0"
+    groups = [sample.group for sample in samples(source("webdataset", tmp_path, group="subject")).values()]
+    assert groups == ["a-0", "a-1", "0"]
 
 
 def test_damaged_contents_are_rejects(tmp_path: Path) -> None:

@@ -176,7 +176,7 @@ class WebDatasetSource:
         subject = record.get(self.cfg.group) if self.cfg.group else None
         return Sample(
             key,
-            key if subject is None else str(subject),
+            key if subject in (None, "") else str(subject),
             group.files[group.image],
             captions,
             meta,
