@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import socket
 import threading
@@ -23,6 +24,23 @@ from genpipe.data.samples import Reject, Sample
 from genpipe.data.shards import write_rejects
 from genpipe.data.sources.fetch import _public_socket, robots_directives
 from genpipe.storage import open_storage
+
+
+def answered(*headers: bytes, body: bytes = b"") -> bytes:
+    return b"\r\n".join((b"HTTP/1.1 200 OK", *headers, b"Connection: close", b"", body))
+
+
+RAW = {
+    "garbage": b"hello\r\n\r\n",
+    "negative": answered(b"Content-Length: -5", body=png()),
+    "long_header": answered(b"X-Long: " + b"x" * 100_000, body=png()),
+    "many_headers": answered(*(b"X-%d: x" % number for number in range(50_000)), body=png()),
+    "cookies": answered(b"Set-Cookie: =;;; a=b; domain=\xff", body=png()),
+    "chunks": answered(b"Transfer-Encoding: chunked", body=b"zz\r\n"),
+    "packed": answered(b"Content-Encoding: gzip", body=gzip.compress(png())),  # though nobody asked for it
+    "not_packed": answered(b"Content-Encoding: gzip", body=png()),
+    "bomb": answered(b"Content-Encoding: gzip", body=gzip.compress(bytes(10**8))),
+}
 
 
 class Web(ThreadingHTTPServer):
@@ -69,6 +87,9 @@ class Handler(BaseHTTPRequestHandler):
             self.answer(200, png(int(rest)))
         elif name == "status":
             self.answer(int(rest), b"no image")
+        elif name == "raw":
+            self.wfile.write(RAW[rest])
+            self.close_connection = True
         elif name == "foreign":  # in Latin-1, as the reason of the status and as where to go
             self.send_response(int(rest), "caf\xe9")
             self.send_header("Location", "file:///caf\xe9")
@@ -174,6 +195,15 @@ def test_every_failure_is_a_reject_with_its_reason(web: Web, tmp_path: Path) -> 
         "/hangup": "connection",
         "/announced": "too_large",
         "/endless": "too_large",
+        "/raw/garbage": "connection",
+        "/raw/negative": "connection",
+        "/raw/long_header": "connection",
+        "/raw/many_headers": "connection",
+        "/raw/cookies": "fine",
+        "/raw/chunks": "connection",
+        "/raw/packed": "fine",
+        "/raw/not_packed": "connection",
+        "/raw/bomb": "too_large",
     }
     found = fetch(tmp_path, [web.url + path for path in cases], max_bytes=10**6)
     assert dict(zip(cases, reasons(found), strict=True)) == cases
