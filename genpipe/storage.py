@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
+from stat import S_ISREG
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 T = TypeVar("T")
@@ -90,10 +91,11 @@ class LocalStorage:
         self.uri = str(self.root)
 
     def read(self, key: str) -> bytes:
-        return self._path(key).read_bytes()
+        with self._open(key) as file:
+            return file.read()
 
     def read_range(self, key: str, *, offset: int, length: int) -> bytes:
-        with self._path(key).open("rb", buffering=0) as file:
+        with self._open(key) as file:
             file.seek(offset)
             return _whole(file.read(length) or b"", uri=self.uri, key=key, offset=offset, length=length)
 
@@ -118,7 +120,10 @@ class LocalStorage:
         shutil.copyfile(self._path(key), path)
 
     def list(self, prefix: str = "") -> Iterator[Entry]:
-        """Links are followed, also those to folders, unless they lead back to where the walk came from."""
+        """Links are followed, also those to folders, unless they lead back to where the walk came from.
+
+        One that leads nowhere is listed, so that reading it can say so. Raises OSError for what cannot be looked at.
+        """
         return self._list(prefix, follow=True)
 
     def delete(self, key: str) -> None:
@@ -134,14 +139,20 @@ class LocalStorage:
     def _list(self, prefix: str, *, follow: bool) -> Iterator[Entry]:
         _check_prefix(prefix)
         start = self.root / prefix if not prefix or prefix.endswith("/") else (self.root / prefix).parent
-        for folder, subfolders, files in os.walk(start, followlinks=follow):
+        for folder, subfolders, files in os.walk(start, onerror=_unless_gone, followlinks=follow):
             subfolders[:] = sorted(name for name in subfolders if not _leads_back(Path(folder, name)))
             for name in sorted(files):
                 path = Path(folder, name)
                 key = path.relative_to(self.root).as_posix()
                 if key.startswith(prefix) and not name.endswith(_TEMPORARY):
                     with suppress(FileNotFoundError):  # deleted since its folder was read
-                        yield _entry(key, path.stat())
+                        yield _entry(key, path.stat(follow_symlinks=os.path.exists(path)))
+
+    def _open(self, key: str) -> io.FileIO:
+        path = self._path(key)
+        if not S_ISREG(path.stat().st_mode):
+            raise OSError(f"{path} is no ordinary file")  # of a pipe or device the end might never come
+        return path.open("rb", buffering=0)
 
     def _path(self, key: str) -> Path:
         return self.root / check_key(key)
@@ -276,6 +287,11 @@ def check_key(key: str) -> str:
 def _check_prefix(prefix: str) -> None:
     if prefix:
         check_key(prefix)
+
+
+def _unless_gone(error: OSError) -> None:
+    if not isinstance(error, FileNotFoundError | NotADirectoryError):
+        raise error
 
 
 def _leads_back(path: Path) -> bool:

@@ -7,6 +7,7 @@ import os
 import threading
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import ClassVar
@@ -117,6 +118,16 @@ def test_listing_by_prefix(storage: Storage) -> None:
     assert list(storage.list("nothing/")) == []
 
 
+def test_more_objects_than_s3_lists_at_once(s3_server: str, tmp_path: Path) -> None:
+    storage = S3Storage(f"s3://genpipe/{tmp_path.name}")
+    keys = [f"{number:04d}" for number in range(1001)]
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(lambda key: storage.write(key, b""), keys))
+    assert sorted(entry.key for entry in storage.list()) == keys
+    storage.delete_all()
+    assert not list(storage.list())
+
+
 def test_a_version_changes_with_the_content(storage: Storage) -> None:
     storage.write("key", b"first")
     before = storage.stat("key")
@@ -203,6 +214,43 @@ def test_links_to_folders_are_followed_once_and_never_deleted_through(tmp_path: 
     assert [entry.key for entry in storage.list()] == ["link/deep/a", "one/b"]
     storage.delete_all()
     assert not root.exists() and (outside / "deep" / "a").read_bytes() == b"a"
+
+
+def test_links_that_lead_nowhere_are_listed(tmp_path: Path) -> None:
+    """A file that is not there is found when it is read: one that was not listed would be missed by nobody."""
+    (tmp_path / "gone").symlink_to(tmp_path / "away")
+    (tmp_path / "round").symlink_to(tmp_path / "round")
+    storage = LocalStorage(str(tmp_path))
+    assert [entry.key for entry in storage.list()] == ["gone", "round"]
+    for key in ("gone", "round"):
+        with pytest.raises(OSError, match=key):
+            storage.read(key)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_what_has_no_end_is_not_read(tmp_path: Path, kind: str) -> None:
+    if kind == "pipe":
+        os.mkfifo(tmp_path / "key")
+    else:
+        (tmp_path / "key").symlink_to("/dev/zero")
+    storage = LocalStorage(str(tmp_path))
+    for read in (lambda: storage.read("key"), lambda: storage.read_range("key", offset=0, length=1)):
+        with pytest.raises(OSError, match="key is no ordinary file"):
+            read()
+
+
+def test_a_folder_that_may_not_be_listed_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"x")
+    (tmp_path / "closed").mkdir(mode=0)
+    user = os.geteuid()
+    try:
+        if user == 0:  # whom nothing is closed to
+            os.seteuid(65534)
+        with pytest.raises(PermissionError):
+            list(LocalStorage(str(tmp_path)).list())
+    finally:
+        os.seteuid(user)
+        (tmp_path / "closed").chmod(0o700)
 
 
 def test_objects_that_mark_folders_are_no_files_and_go_with_the_rest(s3_server: str, tmp_path: Path) -> None:

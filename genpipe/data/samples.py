@@ -9,6 +9,9 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+_VISIBLE = re.compile(r"[^\s\u00ad\u200b-\u200f\u2028-\u202e\u2060-\u2064\ufeff]")  # no space, of whatever width
+LONGEST_DETAIL = 1000  # characters
+LONGEST_CAPTION = 2**15  # characters: NFC takes a time that grows with the square of a run of accents
 
 
 @dataclass(frozen=True)
@@ -36,12 +39,20 @@ class Sample:
 
 @dataclass(frozen=True)
 class Reject:
-    """A sample that did not make it: which (`key`, and `source`, its place), why (`reason`, a short code), `detail`."""
+    """A sample that did not make it: which (`key`, and `source`, its place), why (`reason`, a short code), `detail`.
+
+    These may quote anybody, but must stand in a table: what is not UTF-8 is escaped, and a long detail is cut.
+    """
 
     key: str
     source: str
     reason: str
     detail: str
+
+    def __post_init__(self) -> None:
+        for name, text in vars(self).items():
+            object.__setattr__(self, name, text.encode("utf-8", "backslashreplace").decode())
+        object.__setattr__(self, "detail", self.detail[:LONGEST_DETAIL])
 
 
 class Source(Protocol):
@@ -61,10 +72,16 @@ class Source(Protocol):
 
 
 def clean_captions(captions: Iterable[str]) -> tuple[str, ...]:
-    """NFC, control characters and runs of whitespace to one space, empty and repeated captions dropped."""
+    """NFC, control characters and runs of whitespace to one space; captions that show nothing, or the same, dropped.
+
+    Raises ValueError for one that is longer than LONGEST_CAPTION.
+    """
+    captions = list(captions)
+    if any(len(caption) > LONGEST_CAPTION for caption in captions):
+        raise ValueError(f"a caption has more than {LONGEST_CAPTION} characters")
     plain = (_CONTROL.sub(" ", unicodedata.normalize("NFC", caption)) for caption in captions)
     cleaned = (" ".join(caption.split()) for caption in plain)
-    return tuple(dict.fromkeys(caption for caption in cleaned if caption))
+    return tuple(dict.fromkeys(caption for caption in cleaned if _VISIBLE.search(caption)))
 
 
 def weigh_captions(weighted: Iterable[tuple[str, float]]) -> tuple[tuple[str, ...], tuple[float, ...]]:

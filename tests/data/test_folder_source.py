@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import datetime
 import json
 import os
 from pathlib import Path
@@ -8,6 +9,7 @@ import boto3
 import pytest
 from botocore.config import Config
 from source_files import png, put, read_all, rejects, samples, source
+from test_parquet_source import parquet
 
 from genpipe.data.samples import Reject, Sample, clean_captions, weigh_captions
 from genpipe.storage import open_storage
@@ -87,6 +89,30 @@ def test_a_file_deleted_after_listing_is_a_reject(tmp_path: Path) -> None:
     assert isinstance(item, Reject) and item.reason == "unreadable" and "a.png" in item.detail
 
 
+def test_files_too_large_for_memory_are_rejects(tmp_path: Path) -> None:
+    put(
+        tmp_path,
+        {"a.png": b"", "a.txt": "a film, perhaps", "b.png": png(), "b.txt": "", "c.png": png(), "c.txt": "fine"},
+    )
+    for name in ("a.png", "b.txt"):
+        os.truncate(tmp_path / name, 2**40)  # of nothing, which takes no space
+    opened = source("folder", tmp_path)
+    assert rejects(opened) == [("too_large", "a.png"), ("too_large", "b.png")] and list(samples(opened)) == ["c"]
+
+
+def test_links_that_lead_nowhere_are_rejects(tmp_path: Path) -> None:
+    """As of a data set whose files were left behind."""
+    put(tmp_path, {"a.png": png(), "a.txt": "fine", "b.txt": "gone", "c.png": png(), "d.txt": "no picture"})
+    (tmp_path / "b.png").symlink_to(tmp_path / "away.png")
+    (tmp_path / "c.txt").symlink_to(tmp_path / "c.txt")
+    os.mkfifo(tmp_path / "d.png")
+    assert rejects(source("folder", tmp_path)) == [
+        ("unreadable", "b.png"),
+        ("unreadable", "c.png"),
+        ("unreadable", "d.png"),
+    ]
+
+
 def test_names_that_clash_get_different_keys_and_the_same_group(tmp_path: Path) -> None:
     put(tmp_path, {"a.png": png(), "a.gif": png(), "a.txt": "both", "b.c.png": png(), "b.c.txt": "dotted"})
     items = [item for item in read_all(source("folder", tmp_path)) if isinstance(item, Sample)]
@@ -99,7 +125,7 @@ def test_a_name_that_is_no_text_is_a_reject(tmp_path: Path) -> None:
     put(tmp_path, {"a.png": png(), "a.txt": "fine"})
     with open(os.path.join(os.fsencode(tmp_path), b"caf\xe9.png"), "wb") as file:
         file.write(png())
-    assert rejects(source("folder", tmp_path)) == [("bad_name", r"'caf\udce9.png'")]
+    assert rejects(source("folder", tmp_path)) == [("bad_name", r"caf\udce9.png")]
     assert len(source("folder", tmp_path).digest()) == 64
 
 
@@ -141,8 +167,8 @@ def test_a_missing_folder_is_named(tmp_path: Path) -> None:
 
 
 def test_a_folder_without_images_says_what_was_looked_for(tmp_path: Path) -> None:
-    put(tmp_path, {"a.txt": "a caption", "b.tiff": "x"})
-    with pytest.raises(ValueError, match=r"no images in .* \(looked for \.bmp, \.gif, \.jpeg, .*\); give"):
+    put(tmp_path, {"a.txt": "a caption", "b.svg": "x"})
+    with pytest.raises(ValueError, match=r"no images in .* \(looked for \.avif, \.bmp, \.gif, .*\); give"):
         source("folder", tmp_path)
 
 
@@ -156,8 +182,9 @@ def test_a_folder_without_captions_says_what_would_be_one(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("in_csv", [False, True])
 def test_weighted_captions_in_metadata(tmp_path: Path, in_csv: bool) -> None:
-    lists = ['["one", "two"]', '["one", "one "]', '["one", "two"]', '["one", ""]', '["one"]', '["one"]', '["one"]']
-    weights = ["[3, 1]", "[3, 1]", "[2, 2]", "[0.5, 0.5]", "[1, 2]", "[0]", '["1"]']
+    lists = ['["one", "two"]', '["one", "one "]', '["one", "two"]', '["one", ""]', *['["one"]'] * 7]
+    weights = ["[3, 1]", "[3, 1]", "[2, 2]", "[0.5, 0.5]"]
+    weights += ["[1, 2]", "[0]", '["1"]', "[-1]", f"[1{'0' * 400}]", "[1e39]", "[1e-50]"]
     names = [f"{number}.png" for number in range(len(lists))]
     if in_csv:
         quoted = [[cell.replace('"', '""') for cell in row] for row in zip(lists, weights, strict=True)]
@@ -176,8 +203,10 @@ def test_weighted_captions_in_metadata(tmp_path: Path, in_csv: bool) -> None:
     assert (found["2"].captions, found["2"].caption_weights) == (("one", "two"), ())
     assert (found["3"].captions, found["3"].caption_weights) == (("one",), ())
     faults = [item for item in read_all(opened) if isinstance(item, Reject) and item.reason == "bad_metadata"]
-    assert len(faults) == 3
-    assert faults[0].detail == "caption_weights must be a list with a number above 0 for each of the 1 captions"
+    assert len(faults) == 7
+    assert {fault.detail for fault in faults} == {
+        "caption_weights must be a list with a number from 1e-30 to 1e+30 for each of the 1 captions"
+    }
     assert len(found) == 4
 
 
@@ -198,6 +227,31 @@ def test_metadata_csv_as_image_folder_has_it(tmp_path: Path) -> None:
     assert found["b_b"].captions == ("two lines",) and found["b_b"].group == "b"
     assert found["c"].captions == ("of the sidecar",)
     assert rejects(opened) == [("bad_metadata", "metadata.csv:6")]
+
+
+def test_metadata_csv_that_is_damaged(tmp_path: Path) -> None:
+    put(tmp_path, {"a.png": png(), "b.png": png(), "metadata.csv": 'file_name,text\na.png,"never closed\nb.png,fine\n'})
+    opened = source("folder", tmp_path)
+    assert samples(opened)["b"].captions == ("fine",)
+    assert rejects(opened) == [("no_caption", "a.png"), ("bad_metadata", "metadata.csv:2")]
+    put(tmp_path, {"metadata.csv": "file_name,text,l\u00e9gende\na.png,fine,x\n".encode("latin-1")})
+    with pytest.raises(
+        ValueError, match=r"^source.path: .*/metadata.csv does not begin with the names of its columns "
+    ):
+        source("folder", tmp_path)
+
+
+def test_metadata_in_parquet(store_uri: str) -> None:
+    when = datetime.date(2026, 1, 2)
+    columns = {"file_name": ["a.png", "gone.png", "b.png"], "text": [["one", "two"], ["none"], []], "when": [when] * 3}
+    put(store_uri, {"train/a.png": png(1), "train/b.png": png(2), "train/metadata.parquet": parquet(columns)})
+    opened = source("folder", store_uri)
+    assert samples(opened)["train_a"].captions == ("one", "two")
+    assert samples(opened)["train_a"].meta == {"when": "2026-01-02", "file_name": "train/a.png"}
+    assert rejects(opened) == [("no_caption", "train/b.png"), ("missing_file", "train/metadata.parquet:1")]
+    put(store_uri, {"train/metadata.parquet": b"PAR1, but no more"})
+    with pytest.raises(ValueError, match=r"^source.path: .*/train/metadata.parquet is not whole parquet: "):
+        source("folder", store_uri)
 
 
 def test_captions_of_named_fields(tmp_path: Path) -> None:
@@ -229,12 +283,10 @@ def test_a_folder_under_s3_gives_what_a_local_one_gives(tmp_path: Path, s3_serve
 
 
 def test_a_missing_folder_under_s3_is_named(s3_server: str) -> None:
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(
+        ValueError, match=r"^source.path: no images in s3://genpipe/nowhere or its subfolders \(looked "
+    ):
         source("folder", "s3://genpipe/nowhere")
-    assert str(error.value) == (
-        "source.path: no images in s3://genpipe/nowhere or its subfolders (looked for .bmp, .gif, .jpeg, .jpg, .png, "
-        ".webp); give the folder that holds the images"
-    )
     with pytest.raises(
         ValueError, match=r"^source.path: s3://no-such-bucket/photos: .* has no bucket no-such-bucket; "
     ):
@@ -257,6 +309,18 @@ def test_s3_that_is_lost_while_reading_is_no_reject(s3_server: str, tmp_path: Pa
 
 def test_clean_captions() -> None:
     assert clean_captions([" a\x00b\r\n c", "", "a b c", "cafe\u0301"]) == ("a b c", "caf\u00e9")
+    assert clean_captions(["\ufeff", " \u200b\u00a0", "\x00", "\u2060\u200d"]) == ()
+    heart = "a heart: \u2764\ufe0f\u200d\U0001f525"
+    assert clean_captions([heart]) == (heart,), "what is invisible may join what is not"
+
+
+def test_a_caption_too_long_to_be_cleaned_in_time(tmp_path: Path) -> None:
+    accents = "a" + "\u0301\u0327" * 500_000  # which take Unicode's normal form a quarter of an hour
+    put(tmp_path, {"a.png": png(), "a.txt": accents, "b.png": png(), "b.txt": "fine", "c.png": png()})
+    put(tmp_path, {"metadata.jsonl": json.dumps({"file_name": "c.png", "text": [accents]})})
+    opened = source("folder", tmp_path)
+    assert rejects(opened) == [("bad_caption", "a.png"), ("no_caption", "c.png"), ("bad_metadata", "metadata.jsonl:1")]
+    assert list(samples(opened)) == ["b"]
 
 
 def test_weigh_captions() -> None:

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from source_files import png, put, read_all, rejects, samples, source
 
-from genpipe.data.samples import Reject, Sample
+from genpipe.data.samples import LONGEST_DETAIL, Reject, Sample
 from genpipe.data.sources.rowgroups import cut_row_groups
 from genpipe.storage import Entry, open_storage
 
@@ -94,6 +94,39 @@ def test_paths_are_relative_to_the_table_or_under_s3(store_uri: str, s3_server: 
     assert [sample.group for sample in from_above.values()] == ["tables/images/a.png", "tables/b.png", paths[2]]
 
 
+@pytest.mark.parametrize(
+    "kind", [pa.binary(), pa.large_binary(), pa.binary_view(), pa.dictionary(pa.int32(), pa.binary())]
+)
+def test_every_type_of_bytes_and_text(tmp_path: Path, kind: pa.DataType) -> None:
+    """Dictionaries are what pandas makes of categories."""
+    text = {"large_binary": pa.large_string(), "binary_view": pa.string_view()}.get(str(kind), pa.string())
+    texts = pa.dictionary(pa.int32(), text) if pa.types.is_dictionary(kind) else text
+    put(tmp_path / "bytes", {"t.parquet": parquet({"image": pa.array([png(1), None], kind), "text": ["a", "b"]})})
+    opened = source("parquet", tmp_path / "bytes")
+    assert [sample.image for sample in samples(opened).values()] == [png(1)]
+    assert rejects(opened) == [("no_image", "t.parquet:1")]
+    paths = {"image": pa.array(["a.png"], texts), "text": pa.array(["a"], texts)}
+    put(tmp_path / "paths", {"t.parquet": parquet(paths), "a.png": png(2)})
+    assert [sample.image for sample in samples(source("parquet", tmp_path / "paths")).values()] == [png(2)]
+
+
+def test_cells_of_other_types_are_rejects(tmp_path: Path) -> None:
+    """Of the types only those of the first table are known before the work."""
+    put(tmp_path, {"a.parquet": numbered(1), "b.parquet": parquet({"image": [[1, 2]], "text": ["a list"]})})
+    put(tmp_path, {"c.parquet": parquet({"image": [{"bytes": [1, 2], "path": None}], "text": ["a list of numbers"]})})
+    put(tmp_path, {"d.parquet": parquet({"image": [{"bytes": "text", "path": 5}], "text": ["text for bytes"]})})
+    opened = source("parquet", tmp_path)
+    assert len(samples(opened)) == 1
+    assert rejects(opened) == [("no_image", f"{name}.parquet:0") for name in "bcd"]
+
+
+def test_a_path_that_is_no_path_does_not_fill_the_ledger(tmp_path: Path) -> None:
+    put(tmp_path, {"t.parquet": parquet({"image": ["A" * 10**6], "text": ["in base64, perhaps"]})})
+    (item,) = read_all(source("parquet", tmp_path))
+    assert isinstance(item, Reject) and item.reason == "unreadable"
+    assert len(item.detail) == LONGEST_DETAIL and "File name too long" in item.detail
+
+
 def test_structs_without_bytes_hold_paths(tmp_path: Path) -> None:
     images = [{"bytes": None, "path": "a.png"}, {"bytes": png(2), "path": None}, None, {"bytes": None, "path": "a\0b"}]
     put(tmp_path, {"a.png": png(1), "t.parquet": parquet({"image": images, "text": ["caption"] * 4})})
@@ -138,6 +171,48 @@ def test_captions_that_are_no_text_are_rejects(tmp_path: Path) -> None:
     assert rejects(opened) == [("bad_metadata", "a.parquet:1"), ("no_caption", "a.parquet:3")]
     put(tmp_path, {"a.parquet": parquet({"image": [png()], "text": [3.5]})})
     assert rejects(source("parquet", tmp_path)) == [("bad_caption", "a.parquet:0")]
+
+
+@pytest.mark.parametrize(
+    "cells",
+    [
+        pa.array([1, 10**7, 2], pa.int32()).cast(pa.date32()),  # the year 29349
+        pa.array([1, 10**15, 2], pa.int64()).cast(pa.timestamp("s")),
+        pa.array([1, 10**18, 2], pa.int64()).cast(pa.duration("s")),
+    ],
+)
+def test_a_cell_that_python_cannot_hold_is_a_reject(tmp_path: Path, cells: pa.Array) -> None:
+    columns = {"image": [png(n) for n in range(3)], "text": ["text"] * 3, "when": cells}
+    put(tmp_path, {"a.parquet": parquet(columns)})
+    opened = source("parquet", tmp_path, meta=["when"])
+    assert rejects(opened) == [("bad_metadata", "a.parquet:1")] and len(samples(opened)) == 2
+
+
+def test_no_row_is_lost_where_none_can_be_read(tmp_path: Path) -> None:
+    twice = pa.StructArray.from_arrays([pa.array([1, 2])] * 2, names=["name", "name"])
+    put(tmp_path, {"a.parquet": parquet({"image": [png(0), png(1)], "text": ["a", "b"], "facts": twice})})
+    opened = source("parquet", tmp_path, meta=["facts"])
+    assert rejects(opened) == [("bad_metadata", "a.parquet:0"), ("bad_metadata", "a.parquet:1")]
+
+
+FOUR_GROUPS = numbered(40, row_group_size=10)
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.dictionaries(st.integers(1, len(FOUR_GROUPS) // 2) | st.integers(1, 1500), st.integers(0, 255), max_size=5))
+def test_damaged_bytes_are_named_or_cost_rows(tmp_path_factory: pytest.TempPathFactory, damage: dict[int, int]) -> None:
+    """Most of it is in the footer, which is the end."""
+    content = bytearray(FOUR_GROUPS)
+    for place, value in damage.items():
+        content[-place] = value
+    folder = tmp_path_factory.mktemp("damaged")
+    put(folder, {"a.parquet": bytes(content)})
+    try:
+        opened = source("parquet", folder)
+    except ValueError as error:
+        assert str(error).startswith("source.")
+    else:
+        assert [item.key for item in read_all(opened)] == [f"a-{number:08d}" for number in range(40)]
 
 
 def test_a_damaged_row_group_costs_its_rows_only(tmp_path: Path) -> None:

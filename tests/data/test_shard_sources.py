@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from shard_files import jpeg, make, stored
+from PIL import Image
+from shard_files import jpeg, ledger, make, stored
 from source_files import put
 from test_parquet_source import parquet
+from test_webdataset_source import tar_of
 
 from genpipe.stages import shard
 
@@ -91,3 +93,48 @@ def test_every_kind_of_source_makes_the_same_shards(brought: dict[str, dict[str,
     assert sorted(made["folder"]) == sorted(CAPTIONS)
     for kind, rows in made.items():
         assert rows == made["folder"], kind
+
+
+def test_a_key_that_a_table_has_twice_is_stored_once(tmp_path: Path) -> None:
+    columns = {"image": [jpeg(n) for n in range(6)], "text": CAPTIONS[:6], "id": ["a", "b", "a", "c", "d", ""]}
+    put(tmp_path / "in", {"t.parquet": parquet(columns)})
+    source = {"kind": "parquet", "path": str(tmp_path / "in"), "key": "id"}
+    make(shard.Config.model_validate({"source": source, "image_size": 32, "heldout_fraction": 0.4}), tmp_path / "out")
+    assert sorted(stored(tmp_path / "out")) == ["a", "b", "c", "d", "t-00000005"]
+    assert stored(tmp_path / "out")["a"]["captions"] == [CAPTIONS[0]]
+    assert [(row["key"], row["reason"], row["source"]) for row in ledger(tmp_path / "out")] == [
+        ("a", "duplicate_key", "t.parquet:2")
+    ]
+
+
+def test_no_kind_of_image_is_overlooked(tmp_path: Path) -> None:
+    """Browsers save JPEG as .jfif; what no library here reads is a reject."""
+    picture = Image.open(io.BytesIO(jpeg(0)))
+    formats = {
+        "jfif": "JPEG",
+        "tif": "TIFF",
+        "TIFF": "TIFF",
+        "avif": "AVIF",
+        "jp2": "JPEG2000",
+        "ppm": "PPM",
+        "bmp": "BMP",
+    }
+    files: Files = {"0.heic": b"\0\0\0\x18ftypheic", "0.txt": "not to be read"}
+    for number, (suffix, format) in enumerate(formats.items(), start=1):
+        buffer = io.BytesIO()
+        picture.save(buffer, format)
+        files |= {f"{number}.{suffix}": buffer.getvalue(), f"{number}.txt": f"a picture in {suffix}"}
+    put(tmp_path / "folder", files)
+    put(tmp_path / "webdataset", {"0.tar": tar_of(*((name, as_bytes(content)) for name, content in files.items()))})
+    for kind in ("folder", "webdataset"):
+        source = {"kind": kind, "path": str(tmp_path / kind)}
+        out = tmp_path / f"shards-{kind}"
+        make(shard.Config.model_validate({"source": source, "image_size": 32, "heldout_fraction": 0.6}), out)
+        assert sorted(row["captions"][0] for row in stored(out).values()) == sorted(
+            f"a picture in {s}" for s in formats
+        )
+        assert [row["reason"] for row in ledger(out)] == ["not_an_image"]
+
+
+def as_bytes(content: bytes | str) -> bytes:
+    return content.encode() if isinstance(content, str) else content

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import socket
 import threading
@@ -12,6 +13,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -19,8 +21,26 @@ from source_files import png, put, read_all, source
 from test_parquet_source import parquet
 
 from genpipe.data.samples import Reject, Sample
+from genpipe.data.shards import write_rejects
 from genpipe.data.sources.fetch import _public_socket, robots_directives
 from genpipe.storage import open_storage
+
+
+def answered(*headers: bytes, body: bytes = b"") -> bytes:
+    return b"\r\n".join((b"HTTP/1.1 200 OK", *headers, b"Connection: close", b"", body))
+
+
+RAW = {
+    "garbage": b"hello\r\n\r\n",
+    "negative": answered(b"Content-Length: -5", body=png()),
+    "long_header": answered(b"X-Long: " + b"x" * 100_000, body=png()),
+    "many_headers": answered(*(b"X-%d: x" % number for number in range(50_000)), body=png()),
+    "cookies": answered(b"Set-Cookie: =;;; a=b; domain=\xff", body=png()),
+    "chunks": answered(b"Transfer-Encoding: chunked", body=b"zz\r\n"),
+    "packed": answered(b"Content-Encoding: gzip", body=gzip.compress(png())),  # though nobody asked for it
+    "not_packed": answered(b"Content-Encoding: gzip", body=png()),
+    "bomb": answered(b"Content-Encoding: gzip", body=gzip.compress(bytes(10**8))),
+}
 
 
 class Web(ThreadingHTTPServer):
@@ -28,8 +48,9 @@ class Web(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
+    def __init__(self, address: tuple[str, int] = ("127.0.0.1", 0), family: int = socket.AF_INET) -> None:
+        self.address_family = family
+        super().__init__(address, Handler)
         self.asked: Counter[str] = Counter()
         self.agents: set[str] = set()
         self.under_way = self.most_under_way = 0
@@ -66,6 +87,14 @@ class Handler(BaseHTTPRequestHandler):
             self.answer(200, png(int(rest)))
         elif name == "status":
             self.answer(int(rest), b"no image")
+        elif name == "raw":
+            self.wfile.write(RAW[rest])
+            self.close_connection = True
+        elif name == "foreign":  # in Latin-1, as the reason of the status and as where to go
+            self.send_response(int(rest), "caf\xe9")
+            self.send_header("Location", "file:///caf\xe9")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
         elif name == "moody":  # the given status twice, then an image
             first = self.server.asked[self.path] <= 2
             self.answer(int(rest), b"", **{"Retry-After": "0"}) if first else self.answer(200, png())
@@ -166,6 +195,15 @@ def test_every_failure_is_a_reject_with_its_reason(web: Web, tmp_path: Path) -> 
         "/hangup": "connection",
         "/announced": "too_large",
         "/endless": "too_large",
+        "/raw/garbage": "connection",
+        "/raw/negative": "connection",
+        "/raw/long_header": "connection",
+        "/raw/many_headers": "connection",
+        "/raw/cookies": "fine",
+        "/raw/chunks": "connection",
+        "/raw/packed": "fine",
+        "/raw/not_packed": "connection",
+        "/raw/bomb": "too_large",
     }
     found = fetch(tmp_path, [web.url + path for path in cases], max_bytes=10**6)
     assert dict(zip(cases, reasons(found), strict=True)) == cases
@@ -178,6 +216,35 @@ def test_every_failure_is_a_reject_with_its_reason(web: Web, tmp_path: Path) -> 
     assert html.detail == "starts with b'<html>Not found<'"
 
 
+def test_what_servers_say_in_other_encodings_stands_in_the_ledger(web: Web, tmp_path: Path) -> None:
+    found = fetch(tmp_path / "table", [f"{web.url}/foreign/404", f"{web.url}/foreign/302"])
+    write_rejects(tmp_path, [item for item in found if isinstance(item, Reject)], name="00000")
+    rows = pq.read_table(tmp_path / "rejects-00000.parquet").to_pylist()
+    assert [(row["reason"], row["detail"]) for row in rows] == [
+        ("http_404", r"404 caf\udce9"),
+        ("bad_url", r"not a valid http(s) URL: file:///caf\udce9"),
+    ]
+
+
+def test_urls_of_every_script_and_host(web: Web, tmp_path: Path) -> None:
+    """As tables have them: not encoded, encoded, with space around, with a user, by an address of IPv6."""
+    urls = [
+        f"{web.url}/header/caf\u00e9",
+        f"{web.url}/header/caf%C3%A9",
+        f"{web.url}/header/a b",
+        f" {web.url}/ok/1 \n",
+    ]
+    urls += [f"http://me:secret@127.0.0.1:{web.server_port}/ok/1", f"HTTP://LOCALHOST:{web.server_port}/ok/1#fragment"]
+    with Web(("::1", 0), family=socket.AF_INET6) as other:
+        threading.Thread(target=other.serve_forever, args=(0.01,), daemon=True).start()
+        urls.append(f"http://[::1]:{other.server_port}/ok/1")
+        found = fetch(tmp_path, urls)
+        other.shutdown()
+    assert reasons(found) == ["fine"] * 7
+    assert [item.meta["url"] for item in found if isinstance(item, Sample)] == urls
+    assert web.asked["/header/caf%C3%A9"] == 2 and web.asked["/header/a%20b"] == 1 and web.asked["/ok/1"] == 3
+
+
 def test_urls_that_are_none(tmp_path: Path) -> None:
     urls = ["ftp://host/a.png", "file:///etc/hostname", "no url", "http://", "http://[half", "", None, 5]
     urls += ["http://" + "x" * 70 + ".example/", "data:image/png;base64,AAAA", "ws://127.0.0.1/"]
@@ -188,6 +255,24 @@ def test_urls_that_are_none(tmp_path: Path) -> None:
 def test_slow_servers_run_out_of_time(web: Web, tmp_path: Path) -> None:
     items = fetch(tmp_path, [f"{web.url}/silent", f"{web.url}/dripping", f"{web.url}/ok/1"], timeout=1.0)
     assert reasons(items) == ["timeout", "timeout", "fine"]
+
+
+def test_names_that_are_slow_to_resolve_hold_nobody_up(
+    web: Web, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Old tables are full of them. No server of names here takes its time, so the call that asks one does."""
+    resolve = socket.getaddrinfo
+
+    def slowly(host: str, *args: Any, **options: Any) -> Any:
+        if not host.endswith(".invalid"):
+            return resolve(host, *args, **options)
+        time.sleep(0.5)
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", slowly)
+    dead = [f"http://{number}.invalid/a.png" for number in range(60)]
+    items = fetch(tmp_path, [*dead, f"http://localhost:{web.server_port}/ok/1"], timeout=3.0)
+    assert reasons(items) == ["connection"] * 60 + ["fine"]
 
 
 def test_what_may_pass_is_tried_again(web: Web, tmp_path: Path) -> None:
@@ -259,6 +344,10 @@ def test_private_addresses_are_refused(web: Web, tmp_path: Path) -> None:
         ("::ffff:10.0.0.1", False),
         ("2002:7f00:0001::", False),
         ("64:ff9b::7f00:1", False),
+        ("64:ff9b::5db8:d822", True),
+        ("64:ff9b:1::7f00:1", False),
+        ("fec0::1", False),
+        ("::7f00:1", False),
     ],
 )
 def test_which_addresses_are_public(address: str, is_public: bool) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import os
@@ -109,6 +110,18 @@ def test_a_folder_may_be_named_like_a_pattern(tmp_path: Path) -> None:
     assert list(samples(source("webdataset", tmp_path / "[old] {1}/a.tar"))) == ["a-0"]
 
 
+@pytest.mark.parametrize("name", ["b.tar.gz", "b.TGZ", "b.tar.zst"])
+def test_compressed_tars_are_named(tmp_path: Path, name: str) -> None:
+    put(tmp_path, {"a.tar": tar_of(*described("0")), name: gzip.compress(tar_of(*described("1"))), "notes.gz": b"x"})
+    for path in (tmp_path, tmp_path / name):
+        with pytest.raises(ValueError) as error:
+            source("webdataset", path)
+        assert (
+            str(error.value) == f"source.path: {name} in {path} is compressed (1 such); unpack it, or narrow the path"
+        )
+    assert list(samples(source("webdataset", tmp_path / "*.tar"))) == ["a-0"]
+
+
 def test_numbered_shards_must_all_be_there(tmp_path: Path) -> None:
     put(tmp_path, {f"{number:03d}.tar": tar_of(*described(str(number))) for number in (0, 1, 3)})
     assert len(source("webdataset", tmp_path / "{000..001}.tar").parts()) == 2
@@ -204,6 +217,29 @@ def test_duplicate_keys(tmp_path: Path) -> None:
     assert rejects(opened) == [("duplicate_key", "a.tar/0"), ("duplicate_key", "a.tar/0")]
 
 
+def test_members_that_do_not_stand_together(tmp_path: Path) -> None:
+    put(
+        tmp_path,
+        {"a.tar": tar_of(*described("0"), ("1.jpg", png()), ("2.jpg", png()), ("1.txt", b"a"), ("2.txt", b"b"))},
+    )
+    opened = source("webdataset", tmp_path)
+    assert list(samples(opened)) == ["a-0"]
+    found = {item.key: item for item in read_all(opened) if isinstance(item, Reject)}
+    assert found["a-2"].reason == "duplicate_key" and "its members (txt) do not stand together" in found["a-2"].detail
+    assert [reason for reason, _ in rejects(opened)] == ["no_caption"] * 2 + ["duplicate_key"] * 2
+
+
+def test_nothing_is_no_group(tmp_path: Path) -> None:
+    """Neither the field whose name is empty nor an empty one: all who have it would be one subject."""
+    put(
+        tmp_path,
+        {"a.tar": tar_of(*described("0", **{"": "5"}), *described("1", subject=""), *described("2", subject=0))},
+    )
+    assert samples(source("webdataset", tmp_path))["a-0"].group == "a-0"
+    groups = [sample.group for sample in samples(source("webdataset", tmp_path, group="subject")).values()]
+    assert groups == ["a-0", "a-1", "0"]
+
+
 def test_damaged_contents_are_rejects(tmp_path: Path) -> None:
     members = [
         *described("0"),
@@ -265,7 +301,7 @@ def test_what_cannot_be_read_of_a_tar_is_said(tmp_path: Path) -> None:
         "2-empty.tar": b"",
         "3-text.tar": b"<html>not found</html>" * 100,
         "4-nothing.tar": tar_of(),
-        "5-gzip.tar": b"\x1f\x8b" + bytes(2000),
+        "5-gzip.tar": gzip.compress(WHOLE),
     }
     put(tmp_path, files)
     opened = source("webdataset", tmp_path)
@@ -279,6 +315,7 @@ def test_what_cannot_be_read_of_a_tar_is_said(tmp_path: Path) -> None:
     ]
     assert f"the header at byte {middle} is damaged" in found[0].detail
     assert "were tars joined with cat?" in found[1].detail
+    assert found[-1].detail.startswith("it is compressed and must be unpacked; ")
     assert list(samples(opened)) == [*(f"0_header-{key}" for key in (0,)), *(f"1_joined-{key}" for key in range(5))]
 
 
@@ -304,7 +341,7 @@ def test_slices_of_a_tar_give_each_sample_once_and_in_order(
 
 
 def test_a_member_too_large_for_an_image_is_a_reject(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("genpipe.data.sources.webdataset.MAX_MEMBER_BYTES", 1000)
+    monkeypatch.setattr("genpipe.data.sources.webdataset.MAX_FILE_BYTES", 1000)
     put(tmp_path, {"a.tar": tar_of(("0.jpg", bytes(1001)), ("0.txt", b"large"), *described("1"))})
     opened = source("webdataset", tmp_path)
     assert rejects(opened) == [("too_large", "a.tar/0")] and list(samples(opened)) == ["a-1"]
@@ -316,6 +353,26 @@ def test_a_tar_deleted_after_listing_is_a_reject(store_uri: str) -> None:
     open_storage(store_uri).delete("b.tar")
     assert list(samples(opened)) == ["a-0"]
     assert rejects(opened) == [("unreadable", "b.tar")]
+
+
+def test_a_tar_that_shrank_after_listing_gives_what_is_left(tmp_path: Path) -> None:
+    content = tar_of(*(member for key in range(200) for member in described(str(key))))
+    put(tmp_path, {"a.tar": content})
+    opened = source("webdataset", tmp_path)
+    put(tmp_path, {"a.tar": content[: len(content) - 20_000]})
+    *found, last = read_all(opened)
+    assert [item.key for item in found if isinstance(item, Sample)] == [f"a-{key}" for key in range(len(found))]
+    assert isinstance(last, Reject) and (last.reason, last.source) == ("unreadable", "a.tar")
+    assert last.key == f"a-{len(found)}" and "has it changed?" in last.detail
+
+
+def test_a_link_that_leads_nowhere_is_a_reject(tmp_path: Path) -> None:
+    put(tmp_path, {"a.tar": tar_of(*described("0"))})
+    (tmp_path / "b.tar").symlink_to(tmp_path / "away.tar")
+    os.mkfifo(tmp_path / "c.tar")
+    opened = source("webdataset", tmp_path)
+    assert list(samples(opened)) == ["a-0"]
+    assert rejects(opened) == [("unreadable", "b.tar"), ("unreadable", "c.tar")]
 
 
 def test_s3_that_is_lost_while_reading_is_no_reject(s3_server: str, tmp_path: Path) -> None:

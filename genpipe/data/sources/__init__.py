@@ -44,7 +44,9 @@ def open_source(cfg: AnyConfig, *, part_size: int, setting: str = "source") -> S
     """
     try:
         return _open(cfg, part_size=part_size, setting=setting)
-    except (FileNotFoundError, PermissionError) as error:
+    except ConnectionError:
+        raise
+    except OSError as error:
         raise ValueError(f"{setting}.path: {error}") from None
 
 

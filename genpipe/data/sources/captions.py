@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Annotated, Any
 
@@ -25,7 +24,9 @@ def _likeliest_first(weights: dict[str, float]) -> dict[str, float]:
     return dict(sorted(weights.items(), key=lambda item: (-item[1], item[0])))
 
 
-Weight = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+# Shards keep weights in single precision, in which none may become 0 or infinite, nor their sum.
+LEAST_WEIGHT, LARGEST_WEIGHT = 1e-30, 1e30
+Weight = Annotated[float, Field(ge=LEAST_WEIGHT, le=LARGEST_WEIGHT)]
 # The names of caption fields with the weight of each: a name, a list of names, or a mapping.
 CaptionFields = Annotated[dict[str, Weight], BeforeValidator(_name_weights), AfterValidator(_likeliest_first)]
 
@@ -47,7 +48,8 @@ def captions_of(record: Mapping[str, Any], *, wanted: Mapping[str, float]) -> tu
         return clean_captions(captions), ()
     if not isinstance(weights, list) or len(weights) != len(captions) or not all(map(_is_weight, weights)):
         raise ValueError(
-            f"{WEIGHTS_FIELD} must be a list with a number above 0 for each of the {len(captions)} captions"
+            f"{WEIGHTS_FIELD} must be a list with a number from {LEAST_WEIGHT} to {LARGEST_WEIGHT} for each of the "
+            f"{len(captions)} captions"
         )
     return weigh_captions(zip(captions, weights, strict=True))
 
@@ -61,4 +63,4 @@ def _strings(record: Mapping[str, Any], name: str) -> list[str]:
 
 
 def _is_weight(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
+    return isinstance(value, int | float) and not isinstance(value, bool) and LEAST_WEIGHT <= value <= LARGEST_WEIGHT

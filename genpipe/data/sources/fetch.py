@@ -11,7 +11,7 @@ import re
 import socket
 import threading
 from collections.abc import Iterable
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
@@ -26,6 +26,7 @@ AddrInfo = tuple[Any, Any, int, str, tuple[Any, ...]]  # as socket.getaddrinfo g
 RETRIED = frozenset({408, 425, 429, 500, 502, 503, 504})
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0  # seconds
 NAT64 = ipaddress.ip_network("64:ff9b::/96")
+INTERNET_V6 = ipaddress.ip_network("2000::/3")
 PRIVATE = "leads to a private address"
 # Directives of X-Robots-Tag that have a value after a colon, as a crawler's name has its directives.
 VALUED_DIRECTIVES = frozenset({"unavailable_after", "max-snippet", "max-image-preview", "max-video-preview"})
@@ -73,6 +74,8 @@ class Fetcher:
     def __init__(self, cfg: FetchConfig) -> None:
         self.cfg = cfg
         self._loop = asyncio.new_event_loop()
+        # Names are resolved by its threads: a name that takes its time must cost no other fetch its own.
+        self._loop.set_default_executor(ThreadPoolExecutor(cfg.concurrency, "resolve"))
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._slots = asyncio.Semaphore(cfg.concurrency)
         self._hosts: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()
@@ -89,8 +92,8 @@ class Fetcher:
         self._loop.close()
 
     def submit(self, url: str) -> Future[bytes | Failure]:
-        """Start a fetch; its content, or why there is none after all attempts."""
-        return asyncio.run_coroutine_threadsafe(self._fetch(url), self._loop)
+        """Start a fetch; its content, or why there is none after all attempts. Space around a URL is no part of it."""
+        return asyncio.run_coroutine_threadsafe(self._fetch(url.strip()), self._loop)
 
     async def _open_session(self) -> aiohttp.ClientSession:
         connector = aiohttp.TCPConnector(
@@ -195,9 +198,14 @@ def _public_socket(address: AddrInfo) -> socket.socket:
     """A socket for an address of the public internet; made for each connection, whatever led to it."""
     family, kind, protocol, _, where = address
     ip = ipaddress.ip_address(str(where[0]).partition("%")[0])
-    if not all(one.is_global and not one.is_multicast for one in (ip, *_embedded(ip))):
+    if not all(map(_is_public, (ip, *_embedded(ip)))):
         raise OSError(errno.EACCES, f"{PRIVATE}, {ip}")
     return socket.socket(family, kind, protocol)
+
+
+def _is_public(ip: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
+    """Whether an address is one of the internet's: of IPv6 `is_global` has all that nobody reserved by name."""
+    return ip.is_global and not ip.is_multicast and (ip.version == 4 or ip in INTERNET_V6 or ip in NAT64)
 
 
 def _embedded(ip: ipaddress.IPv4Address | ipaddress.IPv6Address) -> list[ipaddress.IPv4Address]:

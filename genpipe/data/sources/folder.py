@@ -1,4 +1,4 @@
-"""A folder of images with captions: `.txt` sidecars, `metadata.jsonl` or `.csv` (Hugging Face ImageFolder)."""
+"""A folder of images with captions: `.txt` sidecars, or metadata as Hugging Face's ImageFolder has it."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from genpipe.config import Config
 from genpipe.data.samples import Reject, Sample, clean_captions
 from genpipe.data.sources.captions import CAPTION_FIELDS, WEIGHTS_FIELD, CaptionFields, captions_of
 from genpipe.data.sources.listing import (
+    IMAGE_SUFFIXES,
+    MAX_FILE_BYTES,
     blames_storage,
     digest_entries,
     is_hidden,
@@ -24,11 +26,11 @@ from genpipe.data.sources.listing import (
     suffix_of,
     unique_keys,
 )
-from genpipe.data.sources.records import Record, read_records
+from genpipe.data.sources.records import Record, jsonable, read_records
+from genpipe.data.sources.rowgroups import read_parquet
 from genpipe.storage import check_key, local_path, open_storage
 
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp"})
-METADATA_NAMES = frozenset({"metadata.jsonl", "metadata.csv"})
+METADATA_NAMES = frozenset({"metadata.csv", "metadata.jsonl", "metadata.parquet"})
 
 
 class FolderConfig(Config):
@@ -103,11 +105,11 @@ class FolderSource:
         if not has_row and not any(_sidecar(name) in self._files for name in images):
             raise ValueError(
                 f"{self.setting}.path: no captions for the {len(images)} images in {self.storage.uri}: looked for a "
-                f".txt beside each image (as {_sidecar(images[0])}) and for {' or '.join(sorted(METADATA_NAMES))} "
+                f".txt beside each image (as {_sidecar(images[0])}) and for {', '.join(sorted(METADATA_NAMES))} "
                 f'with lines such as {{"file_name": "{images[0]}", "text": "a caption"}}; add one of them'
             )
         faults = {name: fault for name in images if (fault := _fault(name))}
-        rejects += [Reject("", ascii(name), "bad_name", fault) for name, fault in faults.items()]
+        rejects += [Reject("", name, "bad_name", fault) for name, fault in faults.items()]
         keys = unique_keys([name for name in images if name not in faults])
         return [*(_Image(name, key, rows.get(name, _Row())) for name, key in keys.items()), *rejects]
 
@@ -115,8 +117,11 @@ class FolderSource:
         rows: dict[str, _Row] = {}
         rejects: list[Reject] = []
         for file in (name for name in self._files if _is_metadata(name)):
-            lines = io.BytesIO(self.storage.read(file))
-            for number, record in read_records(lines, suffix=suffix_of(file)):
+            try:
+                records = self._records(file)
+            except ValueError as error:
+                raise ValueError(f"{self.setting}.path: {self.storage.uri}/{file} {error}") from None
+            for number, record in records:
                 where = f"{file}:{number}"
                 try:
                     name, row = _describe(record, folder=os.path.dirname(file), captions=self.cfg.captions)
@@ -131,15 +136,23 @@ class FolderSource:
                     rows[name] = row
         return rows, rejects
 
+    def _records(self, file: str) -> Iterator[tuple[int, Record | ValueError | OSError]]:
+        if suffix_of(file) == ".parquet":
+            return read_parquet(self.storage, self._files[file])
+        return read_records(io.BytesIO(self.storage.read(file)), suffix=suffix_of(file))
+
     def _read(self, entry: _Image | Reject) -> Sample | Reject:
         if isinstance(entry, Reject):
             return entry
         name, row, sidecar = entry.name, entry.row, _sidecar(entry.name)
+        for file in (name, sidecar):
+            if file in self._files and self._files[file].size > MAX_FILE_BYTES:
+                return Reject(entry.key, name, "too_large", f"{file} is larger than {MAX_FILE_BYTES} bytes")
         try:
             captions = row.captions or self._read_sidecar(sidecar)
             image = self.storage.read(name)
-        except UnicodeDecodeError as error:
-            return Reject(entry.key, name, "bad_caption", f"{sidecar} is not UTF-8: {error}")
+        except ValueError as error:
+            return Reject(entry.key, name, "bad_caption", f"{sidecar}: {error}")
         except OSError as error:
             if blames_storage(error, storage=self.storage):
                 raise
@@ -182,10 +195,10 @@ def _fault(name: str) -> str:
     return ""
 
 
-def _describe(fields: Record | ValueError, *, folder: str, captions: Mapping[str, float]) -> tuple[str, _Row]:
+def _describe(fields: Record | ValueError | OSError, *, folder: str, captions: Mapping[str, float]) -> tuple[str, _Row]:
     """The image's name relative to the source and what its line says. ValueError tells what is wrong."""
-    if isinstance(fields, ValueError):
-        raise fields
+    if not isinstance(fields, dict):
+        raise ValueError(str(fields))
     if not isinstance(fields.get("file_name"), str):
         raise ValueError('expected a "file_name" string')
     name = os.path.normpath(os.path.join(folder, fields["file_name"])).replace(os.sep, "/")
@@ -196,5 +209,5 @@ def _describe(fields: Record | ValueError, *, folder: str, captions: Mapping[str
     if group is not None and not isinstance(group, str | int):
         raise ValueError('"group" must be a string or an integer')
     used = {"file_name", "group", WEIGHTS_FIELD, *(captions or CAPTION_FIELDS)}
-    meta = {name: value for name, value in fields.items() if name not in used}
+    meta = {name: jsonable(value) for name, value in fields.items() if name not in used}
     return name, _Row(texts, weights, None if group is None else str(group), meta)

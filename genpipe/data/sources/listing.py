@@ -17,7 +17,15 @@ from genpipe.storage import Entry, Storage, local_path, open_storage
 
 T = TypeVar("T")
 R = TypeVar("R")
+# What is taken for an image by its name. Whether it can be read, also of kinds that shards may not hold, is for the
+# stage to say: so a file of a rare kind is a reject at worst, and never overlooked.
+IMAGE_SUFFIXES = frozenset(
+    {".avif", ".bmp", ".gif", ".heic", ".heif", ".j2k", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".jxl"}
+    | {".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp"}
+)
+COMPRESSED = frozenset({".gz", ".bz2", ".xz", ".zst"})
 MAX_KEY_LENGTH = 150
+MAX_FILE_BYTES = 2**28  # a larger image is no photograph, and a part must fit into memory
 READ_THREADS = 16  # reads under way at once from a remote storage
 
 
@@ -26,7 +34,8 @@ def list_files(path: str, *, suffixes: Collection[str], setting: str, what: str)
 
     `path` is a file, a folder with its subfolders, or a pattern with `*`, `?`, `[...]` (within one folder) and
     braces (`{00000..00123}.tar`, each of which must be there); local, where `~` is expanded, or `s3://`. Hidden
-    files and folders are left out. Raises ValueError, naming `setting` and the remedy, if there are none.
+    files and folders are left out. Raises ValueError, naming `setting` and the remedy, if there are none, and for
+    one that is compressed: it has no places that a part could start at.
     """
     path = path if "://" in path else os.path.expanduser(path)
     kinds = ", ".join(sorted(suffixes))
@@ -34,7 +43,11 @@ def list_files(path: str, *, suffixes: Collection[str], setting: str, what: str)
         storage, entries = _list_matching(path, setting=setting, what=what)
     else:
         storage, entries = _list_under(path, setting=setting, what=what)
-    entries = [entry for entry in entries if suffix_of(entry.key) in suffixes and not is_hidden(entry.key)]
+    entries = [entry for entry in entries if not is_hidden(entry.key)]
+    if packed := sorted(entry.key for entry in entries if suffix_of(_unpacked(entry.key)) in suffixes):
+        raise ValueError(f"{setting}: {packed[0]} in {path} is compressed ({len(packed)} such); unpack it, or narrow "
+                         "the path")  # fmt: skip
+    entries = [entry for entry in entries if suffix_of(entry.key) in suffixes]
     if not entries:
         raise ValueError(
             f"{setting}: no {what} in {path} (looked for {kinds}); give the folder, file or pattern of them"
@@ -100,6 +113,12 @@ def is_text(name: str) -> bool:
 def suffix_of(name: str) -> str:
     """The lower-case suffix of a file name, with its dot."""
     return os.path.splitext(name)[1].lower()
+
+
+def _unpacked(name: str) -> str:
+    """What a compressed file is called when it is unpacked, "" for any other."""
+    stem, suffix = os.path.splitext(name.lower())
+    return stem if suffix in COMPRESSED else f"{stem}.tar" if suffix == ".tgz" else ""
 
 
 def _plain(name: str) -> str:

@@ -60,13 +60,14 @@ class ParquetSource:
         meta = {**row.meta, "file_name": row.place}
         image, path = _bytes_and_path(row.image)
         group = row.key
-        if image is None and path is None:
-            return Reject(row.key, row.place, "no_image", f"the column {self.cfg.image} has neither bytes nor a path")
         if path is not None:
             meta["path"] = path
         if image is None:
+            if path is None:
+                detail = f"the column {self.cfg.image} has neither bytes nor a path"
+                return Reject(row.key, row.place, "no_image", detail)
             try:
-                storage, key = self._locate(str(path), table=row.table)
+                storage, key = self._locate(path, table=row.table)
                 image = storage.read(key)
             except ValueError as error:
                 return Reject(row.key, row.place, "unsafe_path", str(error))
@@ -74,7 +75,7 @@ class ParquetSource:
                 if blames_storage(error, storage=storage):
                     raise
                 return Reject(row.key, row.place, "unreadable", str(error))
-            group = str(path) if "://" in str(path) else key
+            group = path if "://" in path else key
         return Sample(row.key, row.group or group, image, row.captions, meta, caption_weights=row.weights)
 
     def _locate(self, path: str, *, table: str) -> tuple[Storage, str]:
@@ -88,13 +89,15 @@ class ParquetSource:
 
 
 def _is_image(kind: pa.DataType) -> bool:
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
     if pa.types.is_struct(kind):
         return bool({"bytes", "path"} & {field.name for field in kind})
-    texts = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_string, pa.types.is_large_string)
-    return any(is_kind(kind) for is_kind in texts)
+    texts = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
+    binaries = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view)
+    return any(is_kind(kind) for is_kind in (*texts, *binaries))
 
 
 def _bytes_and_path(cell: Any) -> tuple[bytes | None, str | None]:
-    if isinstance(cell, dict):
-        return cell.get("bytes"), cell.get("path")
-    return (cell, None) if isinstance(cell, bytes) else (None, cell)
+    image, path = (cell.get("bytes"), cell.get("path")) if isinstance(cell, dict) else (cell, cell)
+    return image if isinstance(image, bytes) else None, path if isinstance(path, str) else None

@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
+import math
+from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from genpipe.data.sources.captions import WEIGHTS_FIELD
+from genpipe.data.sources.listing import blames_storage, is_text
 from genpipe.storage import Entry, Storage, open_object
 
 Record = dict[str, Any]
 LIST_FIELDS = ("captions", WEIGHTS_FIELD)  # hold JSON lists in CSV
 BLOCK = 2**20
 FIRST_ROWS = 100
+NO_CSV = (
+    "not CSV: in the row that starts here a quote is neither closed nor doubled, a carriage return stands alone, or a "
+    f"cell has more than {csv.field_size_limit()} characters"
+)
 
 
 @dataclass(frozen=True)
@@ -39,32 +47,41 @@ class Row(NamedTuple):
     content: bytes | list[str] | ValueError
 
 
-def split_rows(lines: Iterable[bytes], *, suffix: str) -> Iterator[Row]:
-    """The rows of a `.jsonl` (their bytes) or `.csv` (their cells, the header's first); blank ones are left out."""
-    yield from _split_csv(lines) if suffix == ".csv" else _split_lines(lines)
+def split_rows(lines: Iterable[bytes], *, suffix: str, start: int = 0) -> Iterator[Row]:
+    """The rows of a `.jsonl` (their bytes) or `.csv` (their cells, the header's first); blank ones are left out.
+
+    The lines are those of a file from the byte `start` on.
+    """
+    return _split_csv(lines, start=start) if suffix == ".csv" else _split_lines(lines)
 
 
 def read_records(lines: Iterable[bytes], *, suffix: str) -> Iterator[tuple[int, Record | ValueError]]:
-    """The number of the line and the record of each row of a whole file, or what is wrong with it."""
+    """The number of the line and the record of each row of a whole file, or what is wrong with it.
+
+    Raises ValueError for a CSV without a header.
+    """
     rows = split_rows(lines, suffix=suffix)
     header = _header(rows)[0] if suffix == ".csv" else ()
-    for row in rows:
-        yield row.line, _parse(row.content, header=header)
+    return ((row.line, _parse(row.content, header=header)) for row in rows)
 
 
 def cut_lines(storage: Storage, table: Entry, *, suffix: str, part_size: int) -> tuple[list[str], list[Part]]:
-    """The columns of a table (of JSON lines those of its first rows) and its rows in parts; reads it through once."""
+    """The columns of a table (of JSON lines those of its first rows) and its rows in parts; reads it through once.
+
+    Raises ValueError for a CSV without a header.
+    """
     rows = split_rows(open_object(storage, table, block=BLOCK), suffix=suffix)
     header, start = _header(rows) if suffix == ".csv" else ((), 0)
-    columns, starts, end, count = dict.fromkeys(header), [start], start, 0
+    fields: dict[str, None] = {}
+    starts, end, count = [start], start, 0
     for count, row in enumerate(rows, start=1):
         if count <= FIRST_ROWS and suffix == ".jsonl" and isinstance(record := _parse(row.content, header=()), dict):
-            columns |= dict.fromkeys(record)
+            fields |= dict.fromkeys(record)
         if count > 1 and (count - 1) % part_size == 0:
             starts.append(end)
         end = row.end
     stops = [*starts[1:], end]
-    return list(columns), [
+    return [*header, *fields], [
         Part(
             table,
             start=number * part_size,
@@ -78,10 +95,16 @@ def cut_lines(storage: Storage, table: Entry, *, suffix: str, part_size: int) ->
     ]
 
 
-def read_lines(storage: Storage, part: Part, *, suffix: str) -> Iterator[Record | ValueError]:
-    """The records of a part."""
-    data = storage.read_range(part.table.key, offset=part.offset, length=part.length)
-    for row in split_rows(io.BytesIO(data), suffix=suffix):
+def read_lines(storage: Storage, part: Part, *, suffix: str) -> Iterator[Record | ValueError | OSError]:
+    """The records of a part; of a table that is gone or was cut short, as many errors."""
+    try:
+        data = storage.read_range(part.table.key, offset=part.offset, length=part.length)
+    except OSError as error:
+        if blames_storage(error, storage=storage):
+            raise
+        yield from itertools.repeat(error, part.stop - part.start)
+        return
+    for row in split_rows(io.BytesIO(data), suffix=suffix, start=part.offset):
         yield _parse(row.content, header=part.header)
 
 
@@ -101,6 +124,17 @@ def parse_json(text: bytes, *, nan_as_null: bool = False) -> Record:
     return record
 
 
+def jsonable(value: Any) -> Any:
+    """A cell as JSON holds it: NaN as null, lists and structs by their members, the rest (times, ...) as text."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, list):
+        return [jsonable(item) for item in value]
+    if isinstance(value, dict):
+        return {name: jsonable(item) for name, item in value.items()}
+    return value if value is None or isinstance(value, str | int | float) else str(value)
+
+
 def _split_lines(lines: Iterable[bytes]) -> Iterator[Row]:
     end = 0
     for number, line in enumerate(lines, start=1):
@@ -109,33 +143,43 @@ def _split_lines(lines: Iterable[bytes]) -> Iterator[Row]:
             yield Row(number, end, line)
 
 
-def _split_csv(lines: Iterable[bytes]) -> Iterator[Row]:
-    end = 0
+def _split_csv(lines: Iterable[bytes], *, start: int) -> Iterator[Row]:
+    """A row that is none is a fault of its first line alone: an open quote must not swallow what follows."""
+    rest, again, taken = iter(lines), deque[bytes](), list[bytes]()
+    number, end = 0, start
 
     def decoded() -> Iterator[str]:
-        nonlocal end
-        for line in lines:
+        while line := again.popleft() if again else next(rest, b""):
+            taken.append(line)
             text = line.decode("utf-8", "surrogateescape")
-            end, text = end + len(line), text if end else text.removeprefix("\ufeff")
-            yield text
+            yield text if end or len(taken) > 1 else text.removeprefix("\ufeff")
 
-    reader = csv.reader(decoded())
+    reader = csv.reader(decoded(), strict=True)
     while True:
+        cells: list[str] | ValueError | None
         try:
             cells = next(reader, None)
-        except csv.Error as error:
-            yield Row(reader.line_num, end, ValueError(f"not CSV: {error}"))
-            continue
+        except csv.Error:
+            cells = ValueError(NO_CSV)
+            again.extendleft(reversed(taken[1:]))
+            del taken[1:]
+            reader = csv.reader(decoded(), strict=True)
+        number, end = number + len(taken), end + sum(map(len, taken))
+        taken.clear()
         if cells is None:
             return
         if cells:
-            yield Row(reader.line_num, end, cells)
+            yield Row(number, end, cells)
 
 
 def _header(rows: Iterator[Row]) -> tuple[tuple[str, ...], int]:
-    """The columns of a CSV, whose first row this takes, and the bytes up to there."""
+    """The columns of a CSV, whose first row this takes, and the bytes up to there. ValueError for what is no header."""
     first = next(rows, None)
-    return (tuple(first.content), first.end) if first and isinstance(first.content, list) else ((), 0)
+    if first is None:
+        return (), 0
+    if not isinstance(first.content, list) or not is_text("".join(first.content)):
+        raise ValueError("does not begin with the names of its columns in UTF-8; save it anew as CSV in UTF-8")
+    return tuple(first.content), first.end
 
 
 def _parse(content: bytes | list[str] | ValueError, *, header: tuple[str, ...]) -> Record | ValueError:

@@ -18,9 +18,19 @@ BATCH_ROWS = 32  # rows decoded at once: with images in them, they must fit into
 def open_parquet(storage: Storage, table: Entry) -> pq.ParquetFile:
     """A table of which only the footer is read. Raises ValueError if that cannot be understood."""
     try:
-        return pq.ParquetFile(open_object(storage, table, block=BLOCK), buffer_size=BLOCK, pre_buffer=False)
-    except pa.ArrowInvalid as error:
-        raise ValueError(f"{storage.uri}/{table.key} is not whole parquet: {error}") from None
+        file = pq.ParquetFile(open_object(storage, table, block=BLOCK), buffer_size=BLOCK, pre_buffer=False)
+        if sum(group_sizes(file)) != file.metadata.num_rows:
+            raise pa.ArrowInvalid("its row groups have not as many rows as it says")
+        return file
+    except (FileNotFoundError, PermissionError, ConnectionError):
+        raise
+    except (OSError, pa.ArrowException) as error:  # Arrow says either of damage
+        raise ValueError(f"is not whole parquet: {error}; bring a whole copy") from None
+
+
+def group_sizes(file: pq.ParquetFile) -> list[int]:
+    """How many rows each row group has."""
+    return [file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups)]
 
 
 def cut_row_groups(table: Entry, sizes: list[int], *, part_size: int) -> list[Part]:
@@ -48,13 +58,20 @@ def read_row_groups(storage: Storage, part: Part, *, columns: list[str]) -> Iter
             raise
         yield from itertools.repeat(error, part.stop - part.start)
         return
-    sizes = [file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups)]
+    sizes = group_sizes(file)
     begin = sum(sizes[: part.row_groups.start])
     for group in part.row_groups:
         low, high = max(begin, part.start), min(begin + sizes[group], part.stop)
         if low < high:
             yield from _read_rows(storage, file, group, columns=columns, skip=low - begin, count=high - low)
         begin += sizes[group]
+
+
+def read_parquet(storage: Storage, table: Entry) -> Iterator[tuple[int, Record | ValueError | OSError]]:
+    """The number and the record of each row of a whole table. Raises ValueError as `open_parquet` does."""
+    file = open_parquet(storage, table)
+    whole = Part(table, 0, file.metadata.num_rows, row_groups=range(file.metadata.num_row_groups))
+    return enumerate(read_row_groups(storage, whole, columns=file.schema_arrow.names))
 
 
 def _read_rows(
@@ -69,19 +86,22 @@ def _read_rows(
             yield from _records(rows)
             if not count:
                 return
-    except (OSError, ValueError) as error:
-        if isinstance(error, OSError) and blames_storage(error, storage=storage):
+    except OSError as error:
+        if blames_storage(error, storage=storage):
             raise
         damage = error
+    except (ValueError, pa.ArrowException) as error:
+        damage = ValueError(str(error))
     yield from itertools.repeat(damage, count)
 
 
 def _records(rows: pa.RecordBatch) -> Iterator[Record | ValueError]:
+    """Each row, or why Python has nothing like it: bytes that are not UTF-8, a year beyond 9999, ..."""
     try:
         yield from rows.to_pylist()
-    except UnicodeDecodeError:
+    except (ValueError, OverflowError, pa.ArrowException) as error:
+        if len(rows) == 1:
+            yield ValueError(str(error))
+            return
         for number in range(len(rows)):
-            try:
-                yield from rows.slice(number, 1).to_pylist()
-            except UnicodeDecodeError as error:
-                yield ValueError(f"not UTF-8: {error}")
+            yield from _records(rows.slice(number, 1))

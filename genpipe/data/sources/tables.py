@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import math
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,8 +14,8 @@ from genpipe.config import Config
 from genpipe.data.samples import Reject
 from genpipe.data.sources.captions import CAPTION_FIELDS, WEIGHTS_FIELD, CaptionFields, captions_of
 from genpipe.data.sources.listing import list_files, member_key, part_names, read_ahead, suffix_of, unique_keys
-from genpipe.data.sources.records import Part, Record, cut_lines, read_lines
-from genpipe.data.sources.rowgroups import cut_row_groups, open_parquet, read_row_groups
+from genpipe.data.sources.records import Part, Record, cut_lines, jsonable, read_lines
+from genpipe.data.sources.rowgroups import cut_row_groups, group_sizes, open_parquet, read_row_groups
 from genpipe.storage import Entry
 
 
@@ -40,7 +39,7 @@ class Row:
     image: Any  # of the column that `Tables` was told
     captions: tuple[str, ...]
     weights: tuple[float, ...]
-    group: str | None
+    group: str  # "" where the row has none
     meta: dict[str, Any]
 
 
@@ -100,30 +99,31 @@ class Tables:
             return Reject(key, place, "unreadable", str(record))
         if isinstance(record, ValueError):
             return Reject(key, place, "bad_metadata", str(record))
-        if _jsonable(record.get(self.cfg.key)) is not None:
-            key = member_key(str(record[self.cfg.key]))
+        if own := _text(record, self.cfg.key):
+            key = member_key(own)
         try:
             captions, weights = captions_of(record, wanted=self.cfg.captions)
         except ValueError as error:
             return Reject(key, place, "bad_caption", str(error))
         if not captions:
             return Reject(key, place, "no_caption", f"none in {', '.join(self.cfg.captions or CAPTION_FIELDS)}")
-        group = _jsonable(record.get(self.cfg.group))
-        meta = {name: _jsonable(record.get(name)) for name in self.cfg.meta}
-        image = record.get(self.image)
-        return Row(key, place, table, image, captions, weights, None if group is None else str(group), meta)
+        meta = {name: jsonable(record.get(name)) for name in self.cfg.meta}
+        group = _text(record, self.cfg.group)
+        return Row(key, place, table, record.get(self.image), captions, weights, group, meta)
 
     def _cut(self, table: Entry) -> list[Part]:
         suffix = suffix_of(table.key)
-        if suffix == ".parquet":
-            try:
+        try:
+            if suffix == ".parquet":
                 file = open_parquet(self.storage, table)
-            except ValueError as error:
-                raise ValueError(f"{self.setting}.path: {error}; bring a whole copy or narrow the path") from None
-            sizes = [file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups)]
-            columns, parts = file.schema_arrow.names, cut_row_groups(table, sizes, part_size=self.part_size)
-        else:
-            columns, parts = cut_lines(self.storage, table, suffix=suffix, part_size=self.part_size)
+                columns = file.schema_arrow.names
+                parts = cut_row_groups(table, group_sizes(file), part_size=self.part_size)
+            else:
+                columns, parts = cut_lines(self.storage, table, suffix=suffix, part_size=self.part_size)
+        except ValueError as error:
+            raise ValueError(
+                f"{self.setting}.path: {self.storage.uri}/{table.key} {error}, or narrow the path"
+            ) from None
         if parts:
             self._check_columns(columns, table=table)
         return parts
@@ -136,6 +136,11 @@ class Tables:
                 near = difflib.get_close_matches(name.lower(), plain, n=1)
                 remedy = f"did you mean {plain[near[0]]!r}?" if near else "name another"
                 raise ValueError(f"{self.setting}.{setting}: {where} has no column {name!r}; {has}; {remedy}")
+        for name in (*self._named, *CAPTION_FIELDS, WEIGHTS_FIELD):
+            if columns.count(name) > 1:
+                raise ValueError(
+                    f"{self.setting}.path: {where} has several columns {name!r}; {has}; rename all but one"
+                )
         if not self.cfg.captions and not set(CAPTION_FIELDS) & set(columns):
             looked = ", ".join(CAPTION_FIELDS)
             raise ValueError(
@@ -143,12 +148,7 @@ class Tables:
             )
 
 
-def _jsonable(value: Any) -> Any:
-    """A cell as JSON holds it: NaN as null, lists and structs by their members, the rest (times, ...) as text."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, list):
-        return [_jsonable(item) for item in value]
-    if isinstance(value, dict):
-        return {name: _jsonable(item) for name, item in value.items()}
-    return value if value is None or isinstance(value, str | int | float) else str(value)
+def _text(record: Record, column: str) -> str:
+    """What a column says, "" for nothing; a column may have the empty name, which as a setting means none."""
+    value = jsonable(record.get(column)) if column else None
+    return "" if value is None else str(value)

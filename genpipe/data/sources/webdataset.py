@@ -20,14 +20,22 @@ from pydantic import Field
 from genpipe.config import Config
 from genpipe.data.samples import Reject, Sample, clean_captions
 from genpipe.data.sources.captions import CAPTION_FIELDS, WEIGHTS_FIELD, CaptionFields, captions_of
-from genpipe.data.sources.listing import blames_storage, digest_entries, list_files, member_key, part_names, unique_keys
+from genpipe.data.sources.listing import (
+    IMAGE_SUFFIXES,
+    MAX_FILE_BYTES,
+    blames_storage,
+    digest_entries,
+    list_files,
+    member_key,
+    part_names,
+    unique_keys,
+)
 from genpipe.data.sources.records import Record, parse_json
 from genpipe.storage import Entry, check_key, local_path, open_object
 
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp")
-MAX_MEMBER_BYTES = 2**28  # a larger image is no photograph, and a part must fit into memory
 LOCAL_BLOCK, REMOTE_BLOCK = 2**18, 2**23  # bytes a read
 PEEKED = 20
+COMPRESSED_STARTS = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd")  # gzip, bzip2, xz, zstd
 
 
 class WebDatasetConfig(Config):
@@ -117,7 +125,7 @@ class WebDatasetSource:
             for info, data in _members(file):
                 if fault := _fault(info):
                     if slice.start <= info.offset < slice.stop:
-                        yield Reject("", f"{tar}/{_shown(info.name)}", "unsafe_member", fault)
+                        yield Reject("", f"{tar}/{info.name}", "unsafe_member", fault)
                     continue
                 key, suffix = _split(info.name)
                 if info.isdir() or not key:
@@ -129,13 +137,12 @@ class WebDatasetSource:
                         return
                     group = _Group(key, info.offset)
                 _add(group, suffix, size=info.size, data=data if group.offset >= slice.start else bytes)
-        except _DamagedTar as error:
-            key = self._key(tar, group.name) if group else ""
-            yield Reject(key, tar, "truncated", f"{error}; the sample there and what follows cannot be read")
-        except (FileNotFoundError, PermissionError) as error:
-            if blames_storage(error, storage=self.storage):
+        except (_DamagedTar, OSError) as error:
+            if isinstance(error, OSError) and blames_storage(error, storage=self.storage):
                 raise
-            yield Reject("", tar, "unreadable", str(error))
+            key = self._key(tar, group.name) if group else ""
+            reason = "truncated" if isinstance(error, _DamagedTar) else "unreadable"
+            yield Reject(key, tar, reason, f"{error}; the sample there and what follows cannot be read")
         else:
             if group is not None:
                 yield group
@@ -146,9 +153,10 @@ class WebDatasetSource:
         key, where = self._key(tar, group.name), f"{tar}/{group.name}"
         members = ", ".join([*group.files, *group.ignored])
         if not is_new:
-            return Reject(key, where, "duplicate_key", "an earlier sample of the tar has the key")
+            detail = f"an earlier sample of the tar has the key, or its members ({members}) do not stand together"
+            return Reject(key, where, "duplicate_key", detail)
         if group.too_large:
-            return Reject(key, where, "too_large", f"{group.too_large} is larger than {MAX_MEMBER_BYTES} bytes")
+            return Reject(key, where, "too_large", f"{group.too_large} is larger than {MAX_FILE_BYTES} bytes")
         if not group.image:
             return Reject(key, where, "no_image", f"its members are {members}; pickles are never read")
         try:
@@ -165,10 +173,10 @@ class WebDatasetSource:
         used = {*(self.cfg.captions or CAPTION_FIELDS), WEIGHTS_FIELD, self.cfg.group}
         meta = {name: value for name, value in record.items() if name not in used}
         meta |= {"file_name": f"{where}.{group.image}"} | ({"ignored": group.ignored} if group.ignored else {})
-        subject = record.get(self.cfg.group)
+        subject = record.get(self.cfg.group) if self.cfg.group else None
         return Sample(
             key,
-            key if subject is None else str(subject),
+            key if subject in (None, "") else str(subject),
             group.files[group.image],
             captions,
             meta,
@@ -219,7 +227,11 @@ def _members(file: io.BufferedReader) -> Iterator[tuple[tarfile.TarInfo, Callabl
     except (OSError, _DamagedTar):
         raise
     except Exception as error:  # of damaged headers tarfile raises anything: ReadError, ValueError, RecursionError, ...
-        raise _DamagedTar(f"{error} (at byte {file.tell()})") from None
+        place = file.tell()
+        file.seek(0)
+        if file.read(6).startswith(COMPRESSED_STARTS):
+            raise _DamagedTar("it is compressed and must be unpacked") from None
+        raise _DamagedTar(f"{error} (at byte {place})") from None
     file.seek(end)
     mark = file.read(tarfile.BLOCKSIZE)
     if len(mark) < tarfile.BLOCKSIZE:
@@ -232,7 +244,7 @@ def _content(file: io.BufferedReader, info: tarfile.TarInfo) -> bytes:
     file.seek(info.offset_data)
     content = file.read(info.size)
     if len(content) < info.size:
-        raise _DamagedTar(f"it ends within {_shown(info.name)}")
+        raise _DamagedTar(f"it ends within {info.name}")
     return content
 
 
@@ -255,7 +267,7 @@ def _fault(info: tarfile.TarInfo) -> str:
     except ValueError:
         return "the name leads out of the tar's folder"
     if info.issym() or info.islnk():
-        return f"a link to {_shown(info.linkname)}"
+        return f"a link to {info.linkname}"
     return "" if info.isdir() or (info.isreg() and not info.issparse()) else "a device, pipe or sparse file"
 
 
@@ -267,15 +279,11 @@ def _split(name: str) -> tuple[str, str]:
 
 
 def _add(group: _Group, suffix: str, *, size: int, data: Callable[[], bytes]) -> None:
-    is_image = suffix in IMAGE_SUFFIXES
+    is_image = f".{suffix}" in IMAGE_SUFFIXES
     if (is_image and group.image) or (not is_image and suffix not in ("txt", "json")):
         group.ignored.append(suffix)
-    elif size > MAX_MEMBER_BYTES:
+    elif size > MAX_FILE_BYTES:
         group.too_large = group.too_large or suffix
     else:
         group.files[suffix] = data()
         group.image = suffix if is_image else group.image
-
-
-def _shown(name: str) -> str:
-    return name.encode("utf-8", "backslashreplace").decode()
