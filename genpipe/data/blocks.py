@@ -9,14 +9,17 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+from genpipe.data.ahead import in_order
 from genpipe.storage import Storage, open_storage
 
 OPEN_FILES = 512
+REQUESTS = 32
 READ_AHEAD_BYTES = 256 * 2**10
 BLOCK_BYTES = 256 * 2**10
 DIGEST_BYTES = 16
@@ -97,10 +100,11 @@ class _Descriptor:
 
 
 class RemoteFiles:
-    """Files of the storage at `uri`, read block by block through a cache."""
+    """Files of the storage at `uri`, read block by block through a cache, `REQUESTS` pieces at a time."""
 
     def __init__(self, uri: str, stored: Mapping[str, Stored], cache: BlockCache) -> None:
         self.storage, self.stored, self.cache = open_storage(uri), stored, cache
+        self._requests = ThreadPoolExecutor(REQUESTS, "blocks")
 
     def __reduce__(self) -> Any:
         return RemoteFiles, (self.storage.uri, self.stored, self.cache)
@@ -111,8 +115,20 @@ class RemoteFiles:
         return self.stored[name].size
 
     def read(self, pieces: Iterable[Piece]) -> Iterator[bytes]:
-        for name, offset, length in pieces:
-            yield self.cache.read(self.storage, name, self.stored[name], offset=offset, length=length)
+        yield from (data for _, data in in_order(self._begin, pieces, ahead=REQUESTS))
+
+    def _begin(self, piece: Piece) -> Future[bytes]:
+        name, offset, length = piece
+        here = self.cache.cached(self.stored[name], offset=offset, length=length)
+        if here is None:
+            return self._requests.submit(self._fetch, piece)
+        done: Future[bytes] = Future()  # a thread would take longer to hear of it
+        done.set_result(here)
+        return done
+
+    def _fetch(self, piece: Piece) -> bytes:
+        name, offset, length = piece
+        return self.cache.read(self.storage, name, self.stored[name], offset=offset, length=length)
 
     def close(self) -> None:
         pass
@@ -137,14 +153,20 @@ class BlockCache:
     def __reduce__(self) -> Any:
         return partial(BlockCache, max_bytes=self.max_bytes, block_bytes=self.block_bytes), (self.folder,)
 
+    def cached(self, stored: Stored, *, offset: int, length: int) -> bytes | None:
+        """Bytes of a file of which all blocks are here; None if they are not."""
+        pieces = [self._cached(stored, number, offset, length) for number in self._numbers(offset, length)]
+        return None if None in pieces else b"".join(piece for piece in pieces if piece is not None)
+
     def read(self, storage: Storage, name: str, stored: Stored, *, offset: int, length: int) -> bytes:
         """Bytes of a file of `storage`; blocks that are not here come with one ranged GET."""
         assert offset >= 0 and length >= 0
         if offset + length > stored.size:
             raise OSError(f"{storage.uri}/{name} ends {offset + length - stored.size} bytes short of {offset + length}")
-        first, last = offset // self.block_bytes, (offset + max(length, 1) - 1) // self.block_bytes
+        numbers = self._numbers(offset, length)
+        first = numbers.start
         with self._locks[hash((name, first)) % len(self._locks)]:  # neighbours ask for the same blocks at once
-            pieces = [self._cached(stored, number, offset, length) for number in range(first, last + 1)]
+            pieces = [self._cached(stored, number, offset, length) for number in numbers]
             missing = [first + at for at, piece in enumerate(pieces) if piece is None]
             if missing:
                 start = missing[0] * self.block_bytes
@@ -156,6 +178,10 @@ class BlockCache:
                     self._keep(stored, number, block)
                     pieces[number - first] = block[self._within(number, offset, length)]
         return b"".join(piece for piece in pieces if piece is not None)
+
+    def _numbers(self, offset: int, length: int) -> range:
+        """The blocks that a range lies in."""
+        return range(offset // self.block_bytes, (offset + max(length, 1) - 1) // self.block_bytes + 1)
 
     def _within(self, number: int, offset: int, length: int) -> slice:
         """The part of a block that a range covers."""

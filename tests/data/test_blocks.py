@@ -229,3 +229,30 @@ def test_pieces_come_one_by_one_in_their_order_though_some_are_read_ahead(tmp_pa
         ahead.append(sum(sizes[number : asked[-1] + 1]))
     assert len(ahead) == 40
     assert max(ahead) < 2 * READ_AHEAD_BYTES, "what is held does not grow with the batch"
+
+
+class PatientStorage(LocalStorage):
+    """A folder that answers eight requests together, and none before there are eight."""
+
+    def __init__(self, uri: str) -> None:
+        super().__init__(uri)
+        self.together = threading.Barrier(8, timeout=60)
+
+    def read_range(self, key: str, *, offset: int, length: int) -> bytes:
+        self.together.wait()
+        return super().read_range(key, offset=offset, length=length)
+
+
+def test_pieces_are_fetched_at_the_same_time_and_come_in_order(storage: CountingStorage, tmp_path: Path) -> None:
+    remote = files(PatientStorage(storage.uri), BlockCache(tmp_path / "cache", max_bytes=10**6, block_bytes=BLOCK))
+    pieces = [("a.tar", number * BLOCK + 7, 100) for number in (3, 0, 7, 1, 5, 2, 6, 4)]
+    for _ in range(2):  # the second time from the cache: nobody asks
+        assert list(remote.read(pieces)) == [content()[offset : offset + 100] for _, offset, _ in pieces]
+
+
+def test_a_failed_fetch_is_raised_at_its_place(storage: CountingStorage, tmp_path: Path) -> None:
+    remote = files(storage, BlockCache(tmp_path / "cache", max_bytes=10**6, block_bytes=BLOCK))
+    pieces = remote.read([("a.tar", 0, 10), ("a.tar", SIZE - 10, 20), ("a.tar", 50, 10)])
+    assert next(pieces) == content()[:10]
+    with pytest.raises(OSError, match=r"a.tar ends 10 bytes short of 10510"):
+        next(pieces)
