@@ -238,7 +238,9 @@ def _jpeg_header(data: bytes) -> tuple[int, int, str, int] | None:
 def _any_header(data: bytes) -> tuple[int, int, str, int]:
     image = _open(data)
     format = {"MPO": "JPEG"}.get(str(image.format), str(image.format)).lower()
-    orientation = _exif_orientation(data) if format == "jpeg" else _valid(_orientation_of(image))
+    if format == "tiff":  # whose size Pillow gives upright, and whose pixels it turns
+        return image.height, image.width, format, 1
+    orientation = _exif_orientation(data) if format == "jpeg" else _orientation_of(image, data)
     return image.height, image.width, format, orientation
 
 
@@ -332,12 +334,22 @@ def _exif_orientation(data: bytes) -> int:
     return 1
 
 
-def _orientation_of(image: Image.Image) -> object:
+def _orientation_of(image: Image.Image, data: bytes) -> int:
+    """The orientation of an image that is no JPEG; 1 where there is none or its EXIF block is damaged."""
+    if image.format == "PNG" and "exif" not in image.info and (late := _png_exif(data)):
+        image.info["exif"] = late
     try:
-        return image.getexif().get(_ORIENTATION)
+        return _valid(Image.Image.getexif(image).get(_ORIENTATION))  # PNG's own method decodes the image first
     except Exception:
-        # A damaged EXIF block says nothing about the pixels: take them as they lie.
         return 1
+
+
+def _png_exif(data: bytes) -> bytes:
+    """The EXIF block of a PNG, which may stand behind the pixels; empty if it has none."""
+    at = 8
+    while (kind := data[at + 4 : at + 8]) not in (b"", b"eXIf"):
+        at += 12 + int.from_bytes(data[at : at + 4], "big")
+    return data[at + 8 : at + 8 + int.from_bytes(data[at : at + 4], "big")] if kind else b""
 
 
 def _valid(orientation: object) -> int:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image, ImageOps
+from PIL import Image, ImageFile, ImageOps
 
 from genpipe.data import images
 from genpipe.data.images import (
@@ -92,11 +92,12 @@ def turned(format: str, orientation: int, size: tuple[int, int] = (48, 32)) -> b
     exif = Image.Exif()
     exif[0x0112] = orientation
     exif[0x010F] = "a maker, so that the tag is not the first"
-    options = {"quality": 95, "subsampling": 0} if format == "JPEG" else {"lossless": True}
-    return saved(image, format, exif=exif.tobytes(), **options)
+    options = {"quality": 95, "subsampling": 0 if format == "JPEG" else "4:4:4"}
+    options = {"JPEG": options, "AVIF": options, "WEBP": {"lossless": True}}.get(format, {})
+    return saved(image, format, exif=exif if format == "TIFF" else exif.tobytes(), **options)
 
 
-@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "TIFF", "AVIF"])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_orientation(format: str, orientation: int) -> None:
     data = turned(format, orientation)
@@ -111,6 +112,26 @@ def test_exif_orientation(format: str, orientation: int) -> None:
         box = (left, top, left + span[1], top + span[0])
         reference = np.asarray(upright.resize(shape[::-1], Image.Resampling.BICUBIC, box=box)).astype(int)
         assert np.abs(out - reference).mean() < 3, orientation
+
+
+def chunks(png: bytes) -> list[bytes]:
+    """Those of a PNG, each as it lies: length, name, content, checksum."""
+    found, at = [], 8
+    while at < len(png):
+        end = at + 12 + int.from_bytes(png[at : at + 4], "big")
+        found.append(png[at:end])
+        at = end
+    return found
+
+
+def chunk(name: bytes, content: bytes) -> bytes:
+    return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+
+def test_the_exif_block_of_a_png_may_stand_behind_its_pixels() -> None:
+    plain, marked = saved(photo()), chunks(turned("PNG", 6))
+    (exif,) = [piece for piece in marked if piece[4:8] == b"eXIf"]
+    assert read_header(plain[:-12] + exif + plain[-12:]).orientation == 6
 
 
 def test_an_orientation_that_is_none_is_ignored() -> None:
@@ -381,9 +402,14 @@ def test_damaged_bytes_give_an_image_or_a_reason(data: bytes, cuts: list[tuple[f
             assert error.reason in reasons
 
 
-def test_a_header_is_read_without_decoding() -> None:
-    data = saved(photo(), "JPEG")[:700]
-    assert read_header(data) == Picture(data, "jpeg", 64, 64, 1)
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "GIF", "BMP", "TIFF", "JPEG2000"])
+def test_a_header_is_read_without_decoding(format: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a bomb is refused, and a file kept, for the price of its first bytes."""
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda image: pytest.fail("decoded"))
+    data = saved(photo(), format)
+    assert read_header(data) == Picture(data, format.lower(), 64, 64, 1)
+    with pytest.raises(ImageError, match="too_large"):
+        read_header(data, max_pixels=1000)
 
 
 def test_contact_sheet() -> None:
