@@ -292,7 +292,7 @@ def _open(data: bytes) -> Image.Image:
         raise ImageError("not_an_image", f"starts with {data[:16]!r}") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ImageError("too_large", str(error)) from None
-    except (OSError, SyntaxError, ValueError) as error:
+    except Exception as error:  # readers of damaged headers raise anything: OSError, RuntimeError, struct.error, ...
         raise _damaged(error) from None
 
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import struct
 import zlib
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -377,9 +378,22 @@ def test_formats_that_run_other_programs_are_not_opened() -> None:
     assert reason(eps) == "not_an_image"
 
 
+@pytest.mark.parametrize("format", ["TIFF", "AVIF", "GIF", "JPEG2000"])
+def test_a_damaged_header_has_a_reason(format: str) -> None:
+    """Whatever Pillow raises there is of this image, and not the end of the run."""
+    data = turned(format, 6, (6, 4)) if format in ("TIFF", "AVIF") else saved(photo(8), format)
+    for at in range(len(data)):
+        for byte in (0, data[at] ^ 0xFF):
+            with suppress(ImageError):
+                read_header(data[:at] + bytes([byte]) + data[at + 1 :])
+
+
 @settings(deadline=None, max_examples=300)
 @given(
-    data=st.sampled_from([turned("JPEG", 6), turned("PNG", 3), turned("WEBP", 8), saved(photo(), "TIFF")]),
+    data=st.sampled_from(
+        [turned("JPEG", 6), turned("PNG", 3), turned("WEBP", 8), turned("TIFF", 5), turned("AVIF", 7)]
+        + [saved(photo(), format) for format in ("GIF", "BMP", "PPM", "JPEG2000")]
+    ),
     cuts=st.lists(st.tuples(st.floats(0, 1), st.binary(max_size=4)), max_size=4),
     end=st.floats(0, 1),
 )  # fmt: skip
