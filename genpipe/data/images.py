@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 import math
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Annotated, Literal
@@ -121,7 +121,8 @@ def check_kept(picture: Picture) -> None:
     if picture.format not in SUFFIX:
         raise ImageError("unsupported", f"{picture.format} files are not kept (but {', '.join(SUFFIX)} are)")
     mark = _ENDS.get(picture.format)
-    if mark is not None and picture.data.rfind(mark) < 0:
+    start = max((end for _, end in _ahead(picture.data)), default=0)  # the thumbnail in a JPEG has a mark of its own
+    if mark is not None and picture.data.rfind(mark, start) < 0:
         raise ImageError("truncated", f"{len(picture.data)} bytes without the end mark of {picture.format}")
 
 
@@ -317,21 +318,27 @@ def _exif_orientation(data: bytes) -> int:
     It stands before all tables (EXIF 2.32, section 4.5.4): what looks like one behind them is not looked for, so that
     most files tell by their first bytes that they have none (`pixels.py`).
     """
+    for start, end in _ahead(data):
+        if data[start : start + 2] == b"\xff\xe1" and data[start + 4 : start + 10] == b"Exif\0\0":
+            exif = Image.Exif()
+            try:
+                exif.load(data[start + 4 : end])
+                return _valid(exif.get(_ORIENTATION))
+            except Exception:  # Pillow's reader of damaged EXIF raises anything
+                return 1
+    return 1
+
+
+def _ahead(data: bytes) -> Iterator[tuple[int, int]]:
+    """Where the segments of a JPEG that stand before its tables begin and end."""
     at = 2
     while data[at : at + 1] == b"\xff" and (marker := data[at + 1 : at + 2]) in _JPEG_AHEAD:
         if marker == b"\xff":  # a fill byte
             at += 1
             continue
-        length = int.from_bytes(data[at + 2 : at + 4], "big")
-        if marker == b"\xe1" and data[at + 4 : at + 10] == b"Exif\0\0":
-            exif = Image.Exif()
-            try:
-                exif.load(data[at + 4 : at + 2 + length])
-                return _valid(exif.get(_ORIENTATION))
-            except Exception:  # Pillow's reader of damaged EXIF raises anything
-                return 1
-        at += 2 + length
-    return 1
+        end = at + 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+        yield at, end
+        at = end
 
 
 def _orientation_of(image: Image.Image, data: bytes) -> int:

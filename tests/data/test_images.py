@@ -368,6 +368,11 @@ def test_what_may_be_kept() -> None:
         with pytest.raises(ImageError, match="truncated"):
             check_kept(read_header(saved(photo(), format)[:-20]))
     check_kept(read_header(saved(photo(), "JPEG") + b"bytes behind the end"))
+    thumbnail = saved(photo(16), "JPEG")
+    camera = saved(photo(), "JPEG", exif=b"Exif\0\0II*\0\x08\0\0\0\0\0\0\0\0\0" + thumbnail)
+    check_kept(read_header(camera))
+    with pytest.raises(ImageError, match="truncated"):
+        check_kept(read_header(camera[:-20]))
     with pytest.raises(ImageError, match="unsupported: ppm files are not kept"):
         check_kept(read_header(saved(photo(), "PPM")))
 
