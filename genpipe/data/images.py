@@ -302,6 +302,10 @@ def _load(data: bytes, *, background: RGB) -> Image.Image:
     image = _open(data)
     try:
         image.load()
+        key = image.info.get("transparency")
+        if image.format == "PNG" and image.mode == "L" and key is not None:
+            depth = data[24]  # Pillow brings 1, 2 and 4 bits of gray to 8, but not the level that is transparent
+            image.info["transparency"] = key * 255 // (2**depth - 1)
         return _to_rgb(image, background)
     except Exception as error:  # decoders of damaged data raise anything: OSError, SyntaxError, struct.error, ...
         raise _damaged(error) from None
@@ -376,8 +380,10 @@ def _turned(image_HWC: np.ndarray, orientation: int) -> np.ndarray:
 
 def _to_rgb(image: Image.Image, background: RGB) -> Image.Image:
     if image.mode.startswith("I"):  # 16 bits of gray, which convert() would clip at 255 rather than scale
-        gray = np.asarray(image).astype(np.int64)
-        return Image.fromarray((gray.clip(0, 65535) // 257).astype(np.uint8)).convert("RGB")
+        deep, key = np.asarray(image).astype(np.int64), image.info.get("transparency")
+        image = Image.fromarray((deep.clip(0, 65535) // 257).astype(np.uint8))
+        if key is not None:
+            image.putalpha(Image.fromarray(deep != key).convert("L"))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         below = Image.new("RGBA", image.size, (*background, 255))

@@ -163,6 +163,20 @@ def test_alpha_lies_on_white() -> None:
     assert np.abs(prepare(saved(half), size=8, background=BLUE).astype(int) - (128, 0, 127)).max() <= 1
 
 
+@pytest.mark.parametrize("depth", [1, 2, 4, 8, 16])
+def test_a_level_of_gray_may_be_transparent(depth: int) -> None:
+    """A PNG of two levels, the brighter one in its tRNS chunk."""
+    top = 2**depth - 1
+    rows = np.repeat([[top - 1], [top]], 8, axis=1).repeat(4, axis=0)
+    bits = (rows[..., None] >> np.arange(depth)[::-1] & 1).astype(np.uint8).reshape(8, -1)
+    packed = b"".join(b"\0" + bytes(row) for row in np.packbits(bits, axis=1))
+    pieces = [chunk(b"IHDR", struct.pack(">IIBBBBB", 8, 8, depth, 0, 0, 0, 0)), chunk(b"tRNS", struct.pack(">H", top))]
+    data = b"\x89PNG\r\n\x1a\n" + b"".join([*pieces, chunk(b"IDAT", zlib.compress(packed)), chunk(b"IEND", b"")])
+    out = prepare(data, size=8, background=BLUE)
+    assert (out[4:] == BLUE).all()
+    assert (out[:4] == (top - 1) * 255 // top).all()
+
+
 def test_gray_cmyk_and_16_bit() -> None:
     assert (prepare(saved(Image.new("L", (8, 8), 100)), size=8) == 100).all()
     assert (prepare(saved(Image.new("1", (8, 8), 1)), size=8) == 255).all()
