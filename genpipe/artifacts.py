@@ -164,6 +164,14 @@ def damaged_files(uri: str) -> Iterator[str]:
             yield f"{where}: its content differs from the manifest's sha256"
 
 
+def added_files(manifest: Manifest, uri: str) -> Iterator[str]:
+    """A sentence for each file at `uri` that the manifest there does not have; leftovers of parts do not count."""
+    known = {MANIFEST, *(file.path for file in manifest.files)}
+    for entry in open_storage(uri).list():
+        if entry.key not in known and not entry.key.startswith(PARTS):
+            yield f"{join(uri, entry.key)}: was not committed, but readers may take it for a part of the artifact"
+
+
 def add_part(uri: str, part: str, folder: Path, stats: Mapping[str, Any]) -> None:
     """Put one part's finished files into the artifact at `uri`, its marker last.
 

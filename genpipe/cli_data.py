@@ -93,23 +93,25 @@ def show(
 def verify(
     source: Annotated[str, typer.Argument(metavar="SOURCE", help="as above; of any artifact its own files")],
 ) -> None:
-    """Hash every file of an artifact again; of shards, hold every row of an index against its tar.
+    """Hash every file of an artifact again and look for added ones; hold every index of shards against its tar.
 
     Prints what is wrong and exits 1, or says that all is as it was committed.
     """
-    from genpipe.artifacts import damaged_files, read_manifest
+    from genpipe.artifacts import added_files, damaged_files, read_manifest
     from genpipe.data.takedown import check_shards
 
     uri = _shards(source).uri if _is_config(source) else source
     faults = list(damaged_files(uri))
     manifest = read_manifest(uri, check_files=False)
     assert manifest is not None, "damaged_files found it"
+    faults += added_files(manifest, uri)
     if manifest.artifact.kind == "shard":
         faults += check_shards(uri)
     for fault in faults:
         console.problem(fault)
     if faults:
-        _say(f"{len(faults)} faults; restore those files from a copy, or delete {uri} and run the pipeline again")
+        remedy = "restore those files from a copy and delete what was added, or delete"
+        _say(f"{len(faults)} faults; {remedy} {uri} and run the pipeline again")
         raise typer.Exit(1)
     _say(f"{uri}: {len(manifest.files)} files are as they were committed")
 

@@ -159,23 +159,28 @@ def test_verify_finds_nothing_wrong_with_whole_shards(genpipe: Command, pictures
     assert genpipe("data", "verify", features.uri)[:2] == (0, f"{features.uri}: 0 files are as they were committed\n")
 
 
-def test_verify_says_everything_that_is_wrong(genpipe: Command, pictures: Path, tmp_path: Path) -> None:
-    shards = sharded(pictures, str(tmp_path / "store"))
-    folder = Path(shards.uri)
-    first, second, third, *_ = sorted(folder.glob("train-*.tar"))
-    row = pq.read_table(first.with_suffix("").with_suffix(INDEX_SUFFIX)).to_pylist()[0]
-    content = bytearray(first.read_bytes())
+def test_verify_says_everything_that_is_wrong(genpipe: Command, pictures: Path, store_uri: str) -> None:
+    """A flipped byte, a file cut short, one that is gone, and a shard that somebody has put beside the others."""
+    shards = sharded(pictures, store_uri)
+    storage = open_storage(shards.uri)
+    first, second, third, *_ = shards.meta["shards"]["train"]
+    index = storage.read(f"{first}{INDEX_SUFFIX}")
+    row = pq.read_table(io.BytesIO(index)).to_pylist()[0]
+    content = bytearray(storage.read(f"{first}.tar"))
     content[row["offset"] + 10] ^= 1
-    first.write_bytes(content)
-    second.write_bytes(second.read_bytes()[:-100])
-    third.unlink()
+    storage.write(f"{first}.tar", bytes(content))
+    short = storage.read(f"{second}.tar")[:-100]
+    storage.write(f"{second}.tar", short)
+    storage.delete(f"{third}.tar")
+    storage.write(f"train-00099-00{INDEX_SUFFIX}", index)
     code, out, err = genpipe("data", "verify", shards.uri)
     assert code == 1
-    assert f"{first}: its content differs from the manifest's sha256" in err
-    assert f"{first.stem}: {row['key']}: the bytes of {row['key']}.jpg differ from the sha256 in the index" in err
-    assert f"{second}: has {second.stat().st_size} bytes, its manifest says {second.stat().st_size + 100} bytes" in err
-    assert f"{third}: is missing" in err and f"{third.stem}: cannot be read" in err
-    assert f"restore those files from a copy, or delete {shards.uri} and run the pipeline again" in out
+    assert f"{shards.uri}/{first}.tar: its content differs from the manifest's sha256" in err
+    assert f"{first}: {row['key']}: the bytes of {row['key']}.jpg differ from the sha256 in the index" in err
+    assert f"{shards.uri}/{second}.tar: has {len(short)} bytes, its manifest says {len(short) + 100} bytes" in err
+    assert f"{shards.uri}/{third}.tar: is missing" in err and f"{third}: cannot be read" in err
+    assert f"{shards.uri}/train-00099-00{INDEX_SUFFIX}: was not committed" in err
+    assert f"6 faults; restore those files from a copy and delete what was added, or delete {shards.uri}" in out
     assert "Traceback" not in out + err
 
 

@@ -225,8 +225,12 @@ def check_shards(uri: str) -> Iterator[str]:
             yield from check_shard(name, here)
             continue
         with tempfile.TemporaryDirectory() as folder:
-            for file in (f"{name}.tar", f"{name}{INDEX_SUFFIX}"):
-                storage.download(file, Path(folder, file))
+            try:
+                for file in (f"{name}.tar", f"{name}{INDEX_SUFFIX}"):
+                    storage.download(file, Path(folder, file))
+            except FileNotFoundError as error:
+                yield f"{name}: cannot be read: {error}"
+                continue
             yield from check_shard(name, Path(folder))
 
 
