@@ -204,7 +204,8 @@ def commit(
 ) -> Artifact:
     """Make `artifact` real: gather the finished `parts`, upload `folder`, and write the manifest last.
 
-    A file of `folder` takes the place of one of the same path that a part brought.
+    A file of `folder` takes the place of one of the same path that a part brought. What attempts that were cut off
+    left beside them is deleted.
     """
     storage = open_storage(artifact.uri)
     done = finished_parts(artifact.uri)
@@ -223,6 +224,9 @@ def commit(
     )
     record = manifest.model_dump(mode="json")
     text = json.dumps({**record, "digest": _digest(record)}, indent=1, sort_keys=True)
+    for entry in list(storage.list()):
+        if entry.key not in files and entry.key != MANIFEST and not entry.key.startswith(PARTS):
+            storage.delete(entry.key)
     storage.write(MANIFEST, text.encode())
     storage.delete_all(PARTS)
     return artifact

@@ -20,7 +20,7 @@ from genpipe import artifacts
 from genpipe.artifacts import Artifact
 from genpipe.data.images import SUFFIX, decode
 from genpipe.data.shards import check_shard
-from genpipe.data.stream import ShardDataset
+from genpipe.data.stream import ShardDataset, open_shards
 from genpipe.spec import StageSpec
 from genpipe.stages import shard
 
@@ -104,6 +104,23 @@ def test_the_same_source_gives_the_same_bytes(photos: Path, tmp_path: Path) -> N
     for name in ("a", "b"):
         make(configured(photos, filters={"exact_duplicates": True, "near_duplicates": 4}), tmp_path / name)
     assert hashes(tmp_path / "a") == hashes(tmp_path / "b")
+
+
+def test_what_an_attempt_that_was_cut_off_left_is_not_read(photos: Path, tmp_path: Path, store_uri: str) -> None:
+    """It had more samples (of URLs that have failed since), and so more shards; the next attempt replaces it."""
+    cfg = configured(photos, part_size=100, max_shard_bytes=10_000, heldout_fraction=0.4)
+    first = tmp_path / "first"
+    first.mkdir()
+    stats = shard.Worker(cfg, {})("00000", first)
+    artifacts.add_part(store_uri, "00000", first, stats)
+    for number in range(10, 30):
+        (photos / f"photo{number}.jpg").write_bytes(b"")
+    manifest = make(cfg, store_uri)
+    assert len(manifest.artifact.meta["shards"]["train"]) < len(list(first.glob("train-*.tar")))
+    assert list(artifacts.added_files(manifest, store_uri)) == []
+    dataset = open_shards(manifest.artifact, split="train")
+    assert len(dataset) == manifest.artifact.meta["samples"]["train"]
+    assert dataset.shards() == manifest.artifact.meta["shards"]["train"]
 
 
 def test_parts_and_digest_follow_the_source(photos: Path) -> None:
