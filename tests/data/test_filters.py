@@ -145,6 +145,23 @@ def test_blocklist(store_uri: str) -> None:
         assert fault(check_blocked, read_blocklist(cfg), key=key, sha256=sha256) == reason
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_a_blocklist_as_editors_write_it(tmp_path: Path, encoding: str, end: str) -> None:
+    path = tmp_path / "blocked.txt"
+    path.write_bytes(end.join(["key-1", "", "key-2 "]).encode(encoding))
+    assert read_blocklist(FilterConfig(blocklist=str(path))) == {"key-1", "key-2"}
+
+
+def test_a_blocklist_that_is_no_text_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "blocked.txt"
+    path.write_bytes("key-1".encode("utf-16"))
+    with pytest.raises(
+        ValueError, match=r"^filters\.blocklist: .*blocked\.txt is no UTF-8 text \(.*\); save it as such"
+    ):
+        read_blocklist(FilterConfig(blocklist=str(path)))
+
+
 def test_a_missing_blocklist_is_named(tmp_path: Path) -> None:
     cfg = FilterConfig(blocklist=str(tmp_path / "blocked.txt"))
     with pytest.raises(
