@@ -211,11 +211,17 @@ def _shards(source: str) -> Artifact:
         if planned.status != "cached":
             raise ConfigError(f"{source}: its shards are not made yet; `genpipe stage shard {source}` makes them")
         return planned.artifact
-    manifest = read_manifest(source)
-    if manifest is None:
+    behind, gone = [source], []
+    for uri in behind:
+        manifest = read_manifest(uri)
+        if manifest is None:
+            gone.append(uri)
+            continue
+        if manifest.artifact.kind == "shard":
+            return manifest.artifact.model_copy(update={"uri": uri})
+        behind += [made_from.uri for made_from in manifest.inputs.values() if made_from.uri not in behind]
+    if source in gone:
         raise ConfigError(f"{source}: nothing is committed there (no manifest.json)")
-    if manifest.artifact.kind == "shard":
-        return manifest.artifact.model_copy(update={"uri": source})
-    if "shard" not in manifest.inputs:
-        raise ConfigError(f"{source}: a {manifest.artifact.kind} artifact that was made from no shards")
-    return manifest.inputs["shard"]
+    if gone:
+        raise ConfigError(f"{source}: what it was made from is not there any more: {', '.join(gone)}")
+    raise ConfigError(f"{source}: an artifact that was made from no shards")

@@ -129,8 +129,14 @@ def test_shards_are_found_by_pipeline_and_by_what_was_made_from_them(
     assert genpipe("data", "rejects", str(config))[0] == 0
     features = made(str(tmp_path / "store"), "features", {"shard": shards})
     assert genpipe("data", "rejects", features.uri)[:2] == genpipe("data", "rejects", shards.uri)[:2]
+    prior = made(str(tmp_path / "store"), "prior", {"features": features})
+    assert genpipe("data", "rejects", prior.uri)[:2] == genpipe("data", "rejects", shards.uri)[:2]
     code, _, err = genpipe("data", "rejects", made(str(tmp_path / "store"), "clip", {}).uri)
-    assert code == 2 and "a clip artifact that was made from no shards" in err
+    assert code == 2 and "an artifact that was made from no shards" in err
+    open_storage(shards.uri).delete_all()
+    for command in ("rejects", "show"):
+        code, _, err = genpipe("data", command, prior.uri)
+        assert code == 2 and f"what it was made from is not there any more: {shards.uri}" in err
     code, _, err = genpipe("data", "show", str(tmp_path / "nowhere"))
     assert code == 2 and "nothing is committed there (no manifest.json)" in err
 
