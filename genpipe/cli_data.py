@@ -75,15 +75,22 @@ def show(
     """Draw a contact sheet of samples as they are stored, taken at random, with their first captions."""
     import numpy as np
 
-    from genpipe.data.images import contact_sheet, decode
+    from genpipe.data.images import ImageError, contact_sheet, decode
     from genpipe.data.order import order
     from genpipe.data.stream import open_shards
 
     cell = 160
     dataset = open_shards(_shards(source), split=split)
     chosen = order(np.arange(min(count, len(dataset))), n=len(dataset), seed=seed).tolist()
-    pictures = [decode(dataset.image_bytes(i), least=cell) for i in chosen]
-    captions = [dataset.captions(i)[0] for i in chosen]
+    pictures, captions = [], []
+    for i in chosen:
+        try:
+            pictures.append(decode(dataset.image_bytes(i), least=cell))
+            captions.append(dataset.captions(i)[0])
+        except ImageError as error:
+            console.problem(f"{dataset.key(i)} cannot be shown: {error}")
+    if not pictures:
+        raise ConfigError(f"{source}: all samples that were to be shown are damaged; --n or --seed shows others")
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_bytes(contact_sheet(pictures, columns=min(8, len(pictures)), cell=cell, captions=captions))
     _say(f"wrote {out}: {len(pictures)} of {len(dataset)} {split} samples")

@@ -156,6 +156,21 @@ def test_show_draws_samples_with_captions(genpipe: Command, pictures: Path, stor
     assert (pixels[164:200, 2:160] < 100).any(), "and words below it"
 
 
+def test_show_passes_damaged_samples_over(genpipe: Command, pictures: Path, tmp_path: Path) -> None:
+    """Kept bytes, of which only the header was looked at."""
+    damaged = [f"p{n:02d}" for n in range(5)]
+    for key in damaged:
+        whole = (pictures / f"{key}.jpg").read_bytes()
+        (pictures / f"{key}.jpg").write_bytes(whole[:700] + b"\xff\xc0" * 40 + whole[780:])
+    shards = sharded(pictures, str(tmp_path / "store"), resize={"kind": "keep"}, filters={})
+    code, out, err = genpipe("data", "show", shards.uri, "--out", str(tmp_path / "sheet.png"))
+    train = open_shards(shards, split="train")
+    bad = [train.key(i) for i in range(len(train)) if train.key(i) in damaged]
+    assert code == 0 and f"{len(train) - len(bad)} of {len(train)} train samples" in out
+    assert bad and all(f"{key} cannot be shown: corrupt" in err for key in bad)
+    assert Image.open(tmp_path / "sheet.png").width == 8 * 162 + 2
+
+
 def test_verify_finds_nothing_wrong_with_whole_shards(genpipe: Command, pictures: Path, store_uri: str) -> None:
     shards = sharded(pictures, store_uri)
     code, out, err = genpipe("data", "verify", shards.uri)
