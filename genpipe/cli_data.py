@@ -28,6 +28,9 @@ SOURCE is a pipeline's YAML file, or the URI of an artifact: its shards are mean
 """,
 )
 
+TOLD = 20
+"""Keys of a list that are named where they are not in the shards: one list may be for many datasets."""
+
 Source = Annotated[str, typer.Argument(metavar="SOURCE", help="a pipeline's YAML file, or an artifact's URI")]
 
 
@@ -167,8 +170,10 @@ def _tell_plan(removal: Removal) -> None:
     from genpipe.data.takedown import affected
 
     _say(f"{removal.uri}: {len(removal.samples)} samples leave, {len(removal.rewritten)} shards are written anew")
-    for value in removal.unknown:
+    for value in removal.unknown[:TOLD]:
         _say(f"not there: {value}")
+    if len(removal.unknown) > TOLD:
+        _say(f"... and {len(removal.unknown) - TOLD} more of the list are not there")
     try:
         found = affected(removal)
     except ValueError as error:

@@ -21,7 +21,7 @@ from genpipe import artifacts
 from genpipe.artifacts import Artifact
 from genpipe.data.shards import INDEX_SCHEMA, INDEX_SUFFIX
 from genpipe.data.stream import open_shards
-from genpipe.data.takedown import plan_removal, remove
+from genpipe.data.takedown import affected, plan_removal, remove
 from genpipe.stages import shard
 from genpipe.storage import join, open_storage
 
@@ -215,10 +215,11 @@ def test_samples_taken_out_are_gone(genpipe: Command, pictures: Path, store_uri:
     """By key and by hash; the copies that an index stopped naming go with them, and what is left is untouched."""
     old = sharded(pictures, store_uri, resize={"kind": "keep"})
     before = keys_of(old)
-    keys = listed(tmp_path, "p01", f"{before['p07']}  # by its hash", "p19", "absent")
+    keys = listed(tmp_path, "p01", f"{before['p07']}  # by its hash", "p19", "absent", *(f"z{n}" for n in range(30)))
     code, out, err = genpipe("data", "remove", old.uri, "--keys", keys, "--yes")
     assert code == 0, err
     assert "3 samples leave" in out and "not there: absent" in out
+    assert out.count("not there: ") == 20 and "... and 11 more of the list are not there" in out
     plan = plan_removal(old.uri, {"p01", "p07", "p19"})
     assert plan.rewritten >= {reject.source.removesuffix(".tar") for reject in plan.samples}
     new = artifacts.find(plan.target.uri)
@@ -238,7 +239,7 @@ def test_samples_taken_out_are_gone(genpipe: Command, pictures: Path, store_uri:
     assert manifest.metrics["samples_train"] + manifest.metrics["samples_heldout"] == len(before) - 3
     assert manifest.metrics["captions"] == was.metrics["captions"] - 6
     assert manifest.artifact.meta["rejected"] == was.artifact.meta["rejected"] | {"removed": 3}
-    assert manifest.artifact.meta["removed_from"] == old.fingerprint and "preview.png" not in str(manifest.files)
+    assert manifest.artifact.meta["removed_from"] == [old.fingerprint] and "preview.png" not in str(manifest.files)
     table = pq.read_table(io.BytesIO(open_storage(new.uri).read("statistics.parquet"))).to_pylist()
     assert sum(row["samples"] for row in table) == len(before) - 3
     assert sum(row["captions"] for row in table) == manifest.metrics["captions"]
@@ -258,6 +259,33 @@ def test_taking_out_again_from_what_is_left(pictures: Path, tmp_path: Path) -> N
     at_once = remove(plan_removal(old.uri, {"p01", "p02", "p03"}))
     for name in twice.meta["shards"]["train"]:
         assert Path(twice.uri, f"{name}.tar").read_bytes() == Path(at_once.uri, f"{name}.tar").read_bytes()
+
+
+def test_what_was_trained_before_an_earlier_removal_is_listed(pictures: Path, tmp_path: Path) -> None:
+    """The first shards are deleted; a model that was trained on them has seen what leaves their successors."""
+    store = str(tmp_path / "store")
+    old = sharded(pictures, store)
+    clip = made(store, "clip", {"shard": old})
+    once = remove(plan_removal(old.uri, {"p01"}))
+    twice = remove(plan_removal(once.uri, {"p02"}))
+    for gone in (old, once):
+        open_storage(gone.uri).delete_all()
+    on_twice = made(store, "clip", {"shard": twice})
+    found = affected(plan_removal(twice.uri, {"p03"}))
+    assert sorted(artifact.uri for artifact in found.made_from) == sorted([clip.uri, on_twice.uri])
+    assert found.also_holding == [] and found.unreadable == []
+
+
+def test_shards_may_be_named_from_where_one_stands(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = str(tmp_path / "store")
+    old = sharded(pictures, store)
+    clip = made(store, "clip", {"shard": old})
+    monkeypatch.chdir(Path(old.uri).parent)
+    plan = plan_removal(Path(old.uri).name, {"p01"})
+    assert Path(remove(plan).uri).parent == Path(old.uri).parent
+    assert [artifact.uri for artifact in affected(plan).made_from] == [clip.uri]
 
 
 def test_a_whole_shard_may_go(pictures: Path, tmp_path: Path) -> None:
@@ -303,6 +331,8 @@ def test_what_was_trained_on_them_is_listed(genpipe: Command, pictures: Path, tm
     of_other = made(store_uri, "clip", {"shard": other})
     broken = join(store_uri, "artifacts", "prior", "0" * 16)
     open_storage(broken).write("manifest.json", b"{")
+    bare = sharded(pictures, store_uri, image_size=24)
+    open_storage(bare.uri).delete(f"{bare.meta['shards']['train'][0]}{INDEX_SUFFIX}")
     code, out, err = genpipe("data", "remove", old.uri, "--keys", listed(tmp_path, "p01"), "--yes")
     assert code == 0, err
     lines = out.splitlines()
@@ -311,6 +341,7 @@ def test_what_was_trained_on_them_is_listed(genpipe: Command, pictures: Path, tm
     assert strange.uri not in out and of_other.uri not in out
     assert f"1 {other.uri}" in [" ".join(line.split()) for line in lines], "the same sample, in other shards"
     assert f"could not be looked at: {broken}/manifest.json: not a readable manifest" in out
+    assert f"could not be looked at: {bare.uri}: " in out
     new = plan_removal(old.uri, {"p01"}).target.uri
     assert f"--input shard={new}" in out and "stages.shard.filters.blocklist=" in out
     assert f"delete the old shards, which still hold the samples: {old.uri}" in out
