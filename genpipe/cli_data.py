@@ -74,6 +74,7 @@ def show(
     split: Annotated[Literal["train", "heldout"], typer.Option(help="which samples")] = "train",
     count: Annotated[int, typer.Option("--n", min=1, max=1000, help="pictures")] = 64,
     seed: Annotated[int, typer.Option(help="other seeds show other samples")] = 0,
+    font: Annotated[str, typer.Option(help="a font file (.ttf, .otf, .ttc) that has the captions' letters")] = "",
 ) -> None:
     """Draw a contact sheet of samples as they are stored, taken at random, with their first captions."""
     import numpy as np
@@ -95,7 +96,8 @@ def show(
     if not pictures:
         raise ConfigError(f"{source}: all samples that were to be shown are damaged; --n or --seed shows others")
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_bytes(contact_sheet(pictures, columns=min(8, len(pictures)), cell=cell, captions=captions))
+    columns = min(8, len(pictures))
+    out.write_bytes(contact_sheet(pictures, columns=columns, cell=cell, captions=captions, font=font))
     _say(f"wrote {out}: {len(pictures)} of {len(dataset)} {split} samples")
 
 
