@@ -15,6 +15,8 @@ import webdataset
 from PIL import Image
 from pydantic import ValidationError
 from shard_files import commit, configured, encoded, folder_of, jpeg, ledger, make, smooth, stored
+from source_files import put
+from test_parquet_source import parquet
 
 from genpipe import artifacts
 from genpipe.artifacts import Artifact
@@ -308,6 +310,22 @@ def test_the_background_below_transparent_images(tmp_path: Path) -> None:
 def test_settings_that_do_not_fit(photos: Path, options: dict[str, Any], says: str) -> None:
     with pytest.raises(ValidationError, match=says.replace(".", r"\.")):
         configured(photos, **options)
+
+
+def test_a_key_that_repeats_in_a_part_is_taken_once(tmp_path: Path) -> None:
+    """A table's own keys: the first of a part stays, others go to the ledger; another part may have it again."""
+    keys = ["a", "b", "a", "c", "d", "b", "a", "e"]
+    table = {"image": [jpeg(n) for n in range(8)], "text": [f"caption {n}" for n in range(8)], "id": keys}
+    put(tmp_path / "tables", {"0.parquet": parquet(table)})
+    source = {"kind": "parquet", "path": str(tmp_path / "tables"), "key": "id"}
+    cfg = shard.Config.model_validate({"source": source, "image_size": 32, "part_size": 6, "heldout_fraction": 0.4})
+    manifest = make(cfg, tmp_path / "out")
+    found = [(row["key"], row["reason"]) for row in ledger(tmp_path / "out")]
+    assert found == [("a", "duplicate_key"), ("b", "duplicate_key")]
+    datasets = [ShardDataset(tmp_path / "out", split=split) for split in ("train", "heldout")]  # type: ignore[arg-type]
+    captions = sorted(dataset.captions(i)[0] for dataset in datasets for i in range(len(dataset)))
+    assert captions == [f"caption {n}" for n in (0, 1, 3, 4, 6, 7)]
+    assert manifest.metrics["samples_in"] == 8 and manifest.metrics["rejected_duplicate_key"] == 2
 
 
 def test_filters_count_by_reason(tmp_path: Path) -> None:
