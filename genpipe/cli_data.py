@@ -203,6 +203,8 @@ def _tell_what_next(removal: Removal, artifact: Artifact, keys: str, *, deleted:
         "delete what was made from the old shards, above all feature caches, and make it again",
         f"delete copies of the old shards on machines that read them from S3: {copies}*",
     ]
+    if removal.manifest.run_id:
+        steps.append(f"delete preview.png, which may show them, from MLflow run {removal.manifest.run_id}")
     if not deleted:
         steps.insert(0, f"delete the old shards, which still hold the samples: {removal.uri}")
     _say("what is left to do:")
