@@ -61,7 +61,7 @@ def rejects(
     console.table(("reason", "samples"), counts.most_common())
     if rows[:limit]:
         _say("")
-        told = [(r.reason, r.key, escape(r.source), escape(r.detail)) for r in rows[:limit]]
+        told = [(r.reason, *map(escape, (r.key, r.source, r.detail))) for r in rows[:limit]]
         console.table(("reason", "key", "source", "detail"), told)
     if len(rows) > limit:
         _say(f"... and {len(rows) - limit} more; --limit shows more, --csv all")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
+import json
 import tarfile
 import tempfile
 from pathlib import Path
@@ -112,6 +113,15 @@ def test_rejects_are_counted_and_listed(genpipe: Command, pictures: Path, tmp_pa
     assert rows[0] == {"key": "x-empty", "source": "x-empty.jpg", "reason": "empty", "detail": "the file has no bytes"}
     code, _, err = genpipe("data", "rejects", shards.uri, "--reason", "trunkated")
     assert code == 2 and "no sample was rejected for it; there are duplicate_image, empty, not_an_image" in err
+
+
+def test_names_are_printed_as_they_are(genpipe: Command, pictures: Path, tmp_path: Path) -> None:
+    """Also the key of a file that is missing, which is its name, and looks like markup."""
+    rows = [{"file_name": "lost [bw].jpg", "text": "a caption"}, {"file_name": "lost [/b].jpg", "text": "a caption"}]
+    (pictures / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    code, out, err = genpipe("data", "rejects", sharded(pictures, str(tmp_path / "store")).uri)
+    assert code == 0, err
+    assert out.count("lost [bw].jpg") == out.count("lost [/b].jpg") == 2, "as the key and in the detail"
 
 
 def test_shards_are_found_by_pipeline_and_by_what_was_made_from_them(
