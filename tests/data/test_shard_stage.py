@@ -193,6 +193,8 @@ def bad_pictures() -> dict[str, tuple[bytes, str]]:
     broken_exif = encoded(smooth(1), "JPEG", exif=exif.tobytes()).replace(b"Exif\0\0MM\0*", b"Exif\0\0MM\0\xff")
     frames = [smooth(2).convert("P"), smooth(3).convert("P")]
     png = encoded(smooth(4), "PNG")
+    text = b"zTXt" + b"Comment\0\0" + zlib.compress(bytes(10**8))
+    text = (len(text) - 4).to_bytes(4, "big") + text + zlib.crc32(text).to_bytes(4, "big")
     huge = png[:16] + (30_000).to_bytes(4, "big") * 2 + png[24:]
     huge = huge[:29] + zlib.crc32(huge[12:29]).to_bytes(4, "big") + huge[33:]
     return {
@@ -203,6 +205,7 @@ def bad_pictures() -> dict[str, tuple[bytes, str]]:
         "animated.gif": (encoded(frames[0], "GIF", save_all=True, append_images=frames[1:]), ""),
         "thin.png": (encoded(smooth(6, (1, 20_000)), "PNG"), ""),
         "bomb.png": (huge, "too_large"),
+        "text-bomb.png": (png[:33] + text + png[33:], "corrupt"),
         "exif.jpg": (broken_exif, ""),
         "cmyk.jpg": (encoded(smooth(7).convert("CMYK"), "JPEG"), ""),
     }
