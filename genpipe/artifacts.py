@@ -164,6 +164,14 @@ def damaged_files(uri: str) -> Iterator[str]:
             yield f"{where}: its content differs from the manifest's sha256"
 
 
+def added_files(manifest: Manifest, uri: str) -> Iterator[str]:
+    """A sentence for each file at `uri` that the manifest there does not have; leftovers of parts do not count."""
+    known = {MANIFEST, *(file.path for file in manifest.files)}
+    for entry in open_storage(uri).list():
+        if entry.key not in known and not entry.key.startswith(PARTS):
+            yield f"{join(uri, entry.key)}: was not committed, but readers may take it for a part of the artifact"
+
+
 def add_part(uri: str, part: str, folder: Path, stats: Mapping[str, Any]) -> None:
     """Put one part's finished files into the artifact at `uri`, its marker last.
 
@@ -196,7 +204,8 @@ def commit(
 ) -> Artifact:
     """Make `artifact` real: gather the finished `parts`, upload `folder`, and write the manifest last.
 
-    A file of `folder` takes the place of one of the same path that a part brought.
+    A file of `folder` takes the place of one of the same path that a part brought. What attempts that were cut off
+    left beside them is deleted.
     """
     storage = open_storage(artifact.uri)
     done = finished_parts(artifact.uri)
@@ -215,6 +224,9 @@ def commit(
     )
     record = manifest.model_dump(mode="json")
     text = json.dumps({**record, "digest": _digest(record)}, indent=1, sort_keys=True)
+    for entry in list(storage.list()):
+        if entry.key not in files and entry.key != MANIFEST and not entry.key.startswith(PARTS):
+            storage.delete(entry.key)
     storage.write(MANIFEST, text.encode())
     storage.delete_all(PARTS)
     return artifact

@@ -28,6 +28,9 @@ SOURCE is a pipeline's YAML file, or the URI of an artifact: its shards are mean
 """,
 )
 
+TOLD = 20
+"""Keys of a list that are named where they are not in the shards: one list may be for many datasets."""
+
 Source = Annotated[str, typer.Argument(metavar="SOURCE", help="a pipeline's YAML file, or an artifact's URI")]
 
 
@@ -58,7 +61,7 @@ def rejects(
     console.table(("reason", "samples"), counts.most_common())
     if rows[:limit]:
         _say("")
-        told = [(r.reason, r.key, escape(r.source), escape(r.detail)) for r in rows[:limit]]
+        told = [(r.reason, *map(escape, (r.key, r.source, r.detail))) for r in rows[:limit]]
         console.table(("reason", "key", "source", "detail"), told)
     if len(rows) > limit:
         _say(f"... and {len(rows) - limit} more; --limit shows more, --csv all")
@@ -71,21 +74,30 @@ def show(
     split: Annotated[Literal["train", "heldout"], typer.Option(help="which samples")] = "train",
     count: Annotated[int, typer.Option("--n", min=1, max=1000, help="pictures")] = 64,
     seed: Annotated[int, typer.Option(help="other seeds show other samples")] = 0,
+    font: Annotated[str, typer.Option(help="a font file (.ttf, .otf, .ttc) that has the captions' letters")] = "",
 ) -> None:
     """Draw a contact sheet of samples as they are stored, taken at random, with their first captions."""
     import numpy as np
 
-    from genpipe.data.images import contact_sheet, decode
+    from genpipe.data.images import ImageError, contact_sheet, decode
     from genpipe.data.order import order
     from genpipe.data.stream import open_shards
 
     cell = 160
     dataset = open_shards(_shards(source), split=split)
     chosen = order(np.arange(min(count, len(dataset))), n=len(dataset), seed=seed).tolist()
-    pictures = [decode(dataset.image_bytes(i), least=cell) for i in chosen]
-    captions = [dataset.captions(i)[0] for i in chosen]
+    pictures, captions = [], []
+    for i in chosen:
+        try:
+            pictures.append(decode(dataset.image_bytes(i), least=cell))
+            captions.append(dataset.captions(i)[0])
+        except ImageError as error:
+            console.problem(f"{dataset.key(i)} cannot be shown: {error}")
+    if not pictures:
+        raise ConfigError(f"{source}: all samples that were to be shown are damaged; --n or --seed shows others")
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_bytes(contact_sheet(pictures, columns=min(8, len(pictures)), cell=cell, captions=captions))
+    columns = min(8, len(pictures))
+    out.write_bytes(contact_sheet(pictures, columns=columns, cell=cell, captions=captions, font=font))
     _say(f"wrote {out}: {len(pictures)} of {len(dataset)} {split} samples")
 
 
@@ -93,23 +105,25 @@ def show(
 def verify(
     source: Annotated[str, typer.Argument(metavar="SOURCE", help="as above; of any artifact its own files")],
 ) -> None:
-    """Hash every file of an artifact again; of shards, hold every row of an index against its tar.
+    """Hash every file of an artifact again and look for added ones; hold every index of shards against its tar.
 
     Prints what is wrong and exits 1, or says that all is as it was committed.
     """
-    from genpipe.artifacts import damaged_files, read_manifest
+    from genpipe.artifacts import added_files, damaged_files, read_manifest
     from genpipe.data.takedown import check_shards
 
     uri = _shards(source).uri if _is_config(source) else source
     faults = list(damaged_files(uri))
     manifest = read_manifest(uri, check_files=False)
     assert manifest is not None, "damaged_files found it"
+    faults += added_files(manifest, uri)
     if manifest.artifact.kind == "shard":
         faults += check_shards(uri)
     for fault in faults:
         console.problem(fault)
     if faults:
-        _say(f"{len(faults)} faults; restore those files from a copy, or delete {uri} and run the pipeline again")
+        remedy = "restore those files from a copy and delete what was added, or delete"
+        _say(f"{len(faults)} faults; {remedy} {uri} and run the pipeline again")
         raise typer.Exit(1)
     _say(f"{uri}: {len(manifest.files)} files are as they were committed")
 
@@ -158,8 +172,10 @@ def _tell_plan(removal: Removal) -> None:
     from genpipe.data.takedown import affected
 
     _say(f"{removal.uri}: {len(removal.samples)} samples leave, {len(removal.rewritten)} shards are written anew")
-    for value in removal.unknown:
+    for value in removal.unknown[:TOLD]:
         _say(f"not there: {value}")
+    if len(removal.unknown) > TOLD:
+        _say(f"... and {len(removal.unknown) - TOLD} more of the list are not there")
     try:
         found = affected(removal)
     except ValueError as error:
@@ -187,6 +203,8 @@ def _tell_what_next(removal: Removal, artifact: Artifact, keys: str, *, deleted:
         "delete what was made from the old shards, above all feature caches, and make it again",
         f"delete copies of the old shards on machines that read them from S3: {copies}*",
     ]
+    if removal.manifest.run_id:
+        steps.append(f"delete preview.png, which may show them, from MLflow run {removal.manifest.run_id}")
     if not deleted:
         steps.insert(0, f"delete the old shards, which still hold the samples: {removal.uri}")
     _say("what is left to do:")
@@ -209,11 +227,17 @@ def _shards(source: str) -> Artifact:
         if planned.status != "cached":
             raise ConfigError(f"{source}: its shards are not made yet; `genpipe stage shard {source}` makes them")
         return planned.artifact
-    manifest = read_manifest(source)
-    if manifest is None:
+    behind, gone = [source], []
+    for uri in behind:
+        manifest = read_manifest(uri)
+        if manifest is None:
+            gone.append(uri)
+            continue
+        if manifest.artifact.kind == "shard":
+            return manifest.artifact.model_copy(update={"uri": uri})
+        behind += [made_from.uri for made_from in manifest.inputs.values() if made_from.uri not in behind]
+    if source in gone:
         raise ConfigError(f"{source}: nothing is committed there (no manifest.json)")
-    if manifest.artifact.kind == "shard":
-        return manifest.artifact.model_copy(update={"uri": source})
-    if "shard" not in manifest.inputs:
-        raise ConfigError(f"{source}: a {manifest.artifact.kind} artifact that was made from no shards")
-    return manifest.inputs["shard"]
+    if gone:
+        raise ConfigError(f"{source}: what it was made from is not there any more: {', '.join(gone)}")
+    raise ConfigError(f"{source}: an artifact that was made from no shards")

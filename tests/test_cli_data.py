@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
+import json
 import tarfile
 import tempfile
 from pathlib import Path
@@ -21,7 +22,7 @@ from genpipe import artifacts
 from genpipe.artifacts import Artifact
 from genpipe.data.shards import INDEX_SCHEMA, INDEX_SUFFIX
 from genpipe.data.stream import open_shards
-from genpipe.data.takedown import plan_removal, remove
+from genpipe.data.takedown import affected, plan_removal, remove
 from genpipe.stages import shard
 from genpipe.storage import join, open_storage
 
@@ -80,7 +81,7 @@ def sharded(pictures: Path, store: str, **options: Any) -> Artifact:
         meta, metrics = shard.finish(cfg, {}, results, Path(out))
         target = Artifact(kind="shard", uri=uri, fingerprint=fingerprint, meta=meta)
         needs: dict[str, Any] = {"version": shard.VERSION, "config": config, "inputs": {}, "metrics": metrics}
-        return artifacts.commit(target, folder=Path(out), parts=parts, **needs)
+        return artifacts.commit(target, folder=Path(out), parts=parts, run_id="7c1e", **needs)
 
 
 def keys_of(artifact: Artifact) -> dict[str, str]:
@@ -114,6 +115,15 @@ def test_rejects_are_counted_and_listed(genpipe: Command, pictures: Path, tmp_pa
     assert code == 2 and "no sample was rejected for it; there are duplicate_image, empty, not_an_image" in err
 
 
+def test_names_are_printed_as_they_are(genpipe: Command, pictures: Path, tmp_path: Path) -> None:
+    """Also the key of a file that is missing, which is its name, and looks like markup."""
+    rows = [{"file_name": "lost [bw].jpg", "text": "a caption"}, {"file_name": "lost [/b].jpg", "text": "a caption"}]
+    (pictures / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    code, out, err = genpipe("data", "rejects", sharded(pictures, str(tmp_path / "store")).uri)
+    assert code == 0, err
+    assert out.count("lost [bw].jpg") == out.count("lost [/b].jpg") == 2, "as the key and in the detail"
+
+
 def test_shards_are_found_by_pipeline_and_by_what_was_made_from_them(
     genpipe: Command, pictures: Path, tmp_path: Path
 ) -> None:
@@ -129,8 +139,14 @@ def test_shards_are_found_by_pipeline_and_by_what_was_made_from_them(
     assert genpipe("data", "rejects", str(config))[0] == 0
     features = made(str(tmp_path / "store"), "features", {"shard": shards})
     assert genpipe("data", "rejects", features.uri)[:2] == genpipe("data", "rejects", shards.uri)[:2]
+    prior = made(str(tmp_path / "store"), "prior", {"features": features})
+    assert genpipe("data", "rejects", prior.uri)[:2] == genpipe("data", "rejects", shards.uri)[:2]
     code, _, err = genpipe("data", "rejects", made(str(tmp_path / "store"), "clip", {}).uri)
-    assert code == 2 and "a clip artifact that was made from no shards" in err
+    assert code == 2 and "an artifact that was made from no shards" in err
+    open_storage(shards.uri).delete_all()
+    for command in ("rejects", "show"):
+        code, _, err = genpipe("data", command, prior.uri)
+        assert code == 2 and f"what it was made from is not there any more: {shards.uri}" in err
     code, _, err = genpipe("data", "show", str(tmp_path / "nowhere"))
     assert code == 2 and "nothing is committed there (no manifest.json)" in err
 
@@ -150,6 +166,21 @@ def test_show_draws_samples_with_captions(genpipe: Command, pictures: Path, stor
     assert (pixels[164:200, 2:160] < 100).any(), "and words below it"
 
 
+def test_show_passes_damaged_samples_over(genpipe: Command, pictures: Path, tmp_path: Path) -> None:
+    """Kept bytes, of which only the header was looked at."""
+    damaged = [f"p{n:02d}" for n in range(5)]
+    for key in damaged:
+        whole = (pictures / f"{key}.jpg").read_bytes()
+        (pictures / f"{key}.jpg").write_bytes(whole[:700] + b"\xff\xc0" * 40 + whole[780:])
+    shards = sharded(pictures, str(tmp_path / "store"), resize={"kind": "keep"}, filters={})
+    code, out, err = genpipe("data", "show", shards.uri, "--out", str(tmp_path / "sheet.png"))
+    train = open_shards(shards, split="train")
+    bad = [train.key(i) for i in range(len(train)) if train.key(i) in damaged]
+    assert code == 0 and f"{len(train) - len(bad)} of {len(train)} train samples" in out
+    assert bad and all(f"{key} cannot be shown: corrupt" in err for key in bad)
+    assert Image.open(tmp_path / "sheet.png").width == 8 * 162 + 2
+
+
 def test_verify_finds_nothing_wrong_with_whole_shards(genpipe: Command, pictures: Path, store_uri: str) -> None:
     shards = sharded(pictures, store_uri)
     code, out, err = genpipe("data", "verify", shards.uri)
@@ -159,23 +190,28 @@ def test_verify_finds_nothing_wrong_with_whole_shards(genpipe: Command, pictures
     assert genpipe("data", "verify", features.uri)[:2] == (0, f"{features.uri}: 0 files are as they were committed\n")
 
 
-def test_verify_says_everything_that_is_wrong(genpipe: Command, pictures: Path, tmp_path: Path) -> None:
-    shards = sharded(pictures, str(tmp_path / "store"))
-    folder = Path(shards.uri)
-    first, second, third, *_ = sorted(folder.glob("train-*.tar"))
-    row = pq.read_table(first.with_suffix("").with_suffix(INDEX_SUFFIX)).to_pylist()[0]
-    content = bytearray(first.read_bytes())
+def test_verify_says_everything_that_is_wrong(genpipe: Command, pictures: Path, store_uri: str) -> None:
+    """A flipped byte, a file cut short, one that is gone, and a shard that somebody has put beside the others."""
+    shards = sharded(pictures, store_uri)
+    storage = open_storage(shards.uri)
+    first, second, third, *_ = shards.meta["shards"]["train"]
+    index = storage.read(f"{first}{INDEX_SUFFIX}")
+    row = pq.read_table(io.BytesIO(index)).to_pylist()[0]
+    content = bytearray(storage.read(f"{first}.tar"))
     content[row["offset"] + 10] ^= 1
-    first.write_bytes(content)
-    second.write_bytes(second.read_bytes()[:-100])
-    third.unlink()
+    storage.write(f"{first}.tar", bytes(content))
+    short = storage.read(f"{second}.tar")[:-100]
+    storage.write(f"{second}.tar", short)
+    storage.delete(f"{third}.tar")
+    storage.write(f"train-00099-00{INDEX_SUFFIX}", index)
     code, out, err = genpipe("data", "verify", shards.uri)
     assert code == 1
-    assert f"{first}: its content differs from the manifest's sha256" in err
-    assert f"{first.stem}: {row['key']}: the bytes of {row['key']}.jpg differ from the sha256 in the index" in err
-    assert f"{second}: has {second.stat().st_size} bytes, its manifest says {second.stat().st_size + 100} bytes" in err
-    assert f"{third}: is missing" in err and f"{third.stem}: cannot be read" in err
-    assert f"restore those files from a copy, or delete {shards.uri} and run the pipeline again" in out
+    assert f"{shards.uri}/{first}.tar: its content differs from the manifest's sha256" in err
+    assert f"{first}: {row['key']}: the bytes of {row['key']}.jpg differ from the sha256 in the index" in err
+    assert f"{shards.uri}/{second}.tar: has {len(short)} bytes, its manifest says {len(short) + 100} bytes" in err
+    assert f"{shards.uri}/{third}.tar: is missing" in err and f"{third}: cannot be read" in err
+    assert f"{shards.uri}/train-00099-00{INDEX_SUFFIX}: was not committed" in err
+    assert f"6 faults; restore those files from a copy and delete what was added, or delete {shards.uri}" in out
     assert "Traceback" not in out + err
 
 
@@ -189,10 +225,11 @@ def test_samples_taken_out_are_gone(genpipe: Command, pictures: Path, store_uri:
     """By key and by hash; the copies that an index stopped naming go with them, and what is left is untouched."""
     old = sharded(pictures, store_uri, resize={"kind": "keep"})
     before = keys_of(old)
-    keys = listed(tmp_path, "p01", f"{before['p07']}  # by its hash", "p19", "absent")
+    keys = listed(tmp_path, "p01", f"{before['p07']}  # by its hash", "p19", "absent", *(f"z{n}" for n in range(30)))
     code, out, err = genpipe("data", "remove", old.uri, "--keys", keys, "--yes")
     assert code == 0, err
     assert "3 samples leave" in out and "not there: absent" in out
+    assert out.count("not there: ") == 20 and "... and 11 more of the list are not there" in out
     plan = plan_removal(old.uri, {"p01", "p07", "p19"})
     assert plan.rewritten >= {reject.source.removesuffix(".tar") for reject in plan.samples}
     new = artifacts.find(plan.target.uri)
@@ -212,7 +249,7 @@ def test_samples_taken_out_are_gone(genpipe: Command, pictures: Path, store_uri:
     assert manifest.metrics["samples_train"] + manifest.metrics["samples_heldout"] == len(before) - 3
     assert manifest.metrics["captions"] == was.metrics["captions"] - 6
     assert manifest.artifact.meta["rejected"] == was.artifact.meta["rejected"] | {"removed": 3}
-    assert manifest.artifact.meta["removed_from"] == old.fingerprint and "preview.png" not in str(manifest.files)
+    assert manifest.artifact.meta["removed_from"] == [old.fingerprint] and "preview.png" not in str(manifest.files)
     table = pq.read_table(io.BytesIO(open_storage(new.uri).read("statistics.parquet"))).to_pylist()
     assert sum(row["samples"] for row in table) == len(before) - 3
     assert sum(row["captions"] for row in table) == manifest.metrics["captions"]
@@ -232,6 +269,33 @@ def test_taking_out_again_from_what_is_left(pictures: Path, tmp_path: Path) -> N
     at_once = remove(plan_removal(old.uri, {"p01", "p02", "p03"}))
     for name in twice.meta["shards"]["train"]:
         assert Path(twice.uri, f"{name}.tar").read_bytes() == Path(at_once.uri, f"{name}.tar").read_bytes()
+
+
+def test_what_was_trained_before_an_earlier_removal_is_listed(pictures: Path, tmp_path: Path) -> None:
+    """The first shards are deleted; a model that was trained on them has seen what leaves their successors."""
+    store = str(tmp_path / "store")
+    old = sharded(pictures, store)
+    clip = made(store, "clip", {"shard": old})
+    once = remove(plan_removal(old.uri, {"p01"}))
+    twice = remove(plan_removal(once.uri, {"p02"}))
+    for gone in (old, once):
+        open_storage(gone.uri).delete_all()
+    on_twice = made(store, "clip", {"shard": twice})
+    found = affected(plan_removal(twice.uri, {"p03"}))
+    assert sorted(artifact.uri for artifact in found.made_from) == sorted([clip.uri, on_twice.uri])
+    assert found.also_holding == [] and found.unreadable == []
+
+
+def test_shards_may_be_named_from_where_one_stands(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = str(tmp_path / "store")
+    old = sharded(pictures, store)
+    clip = made(store, "clip", {"shard": old})
+    monkeypatch.chdir(Path(old.uri).parent)
+    plan = plan_removal(Path(old.uri).name, {"p01"})
+    assert Path(remove(plan).uri).parent == Path(old.uri).parent
+    assert [artifact.uri for artifact in affected(plan).made_from] == [clip.uri]
 
 
 def test_a_whole_shard_may_go(pictures: Path, tmp_path: Path) -> None:
@@ -277,6 +341,8 @@ def test_what_was_trained_on_them_is_listed(genpipe: Command, pictures: Path, tm
     of_other = made(store_uri, "clip", {"shard": other})
     broken = join(store_uri, "artifacts", "prior", "0" * 16)
     open_storage(broken).write("manifest.json", b"{")
+    bare = sharded(pictures, store_uri, image_size=24)
+    open_storage(bare.uri).delete(f"{bare.meta['shards']['train'][0]}{INDEX_SUFFIX}")
     code, out, err = genpipe("data", "remove", old.uri, "--keys", listed(tmp_path, "p01"), "--yes")
     assert code == 0, err
     lines = out.splitlines()
@@ -285,9 +351,11 @@ def test_what_was_trained_on_them_is_listed(genpipe: Command, pictures: Path, tm
     assert strange.uri not in out and of_other.uri not in out
     assert f"1 {other.uri}" in [" ".join(line.split()) for line in lines], "the same sample, in other shards"
     assert f"could not be looked at: {broken}/manifest.json: not a readable manifest" in out
+    assert f"could not be looked at: {bare.uri}: " in out
     new = plan_removal(old.uri, {"p01"}).target.uri
     assert f"--input shard={new}" in out and "stages.shard.filters.blocklist=" in out
     assert f"delete the old shards, which still hold the samples: {old.uri}" in out
+    assert "delete preview.png, which may show them, from MLflow run 7c1e" in out
     assert artifacts.find(old.uri) == old
 
 

@@ -124,8 +124,12 @@ def junk(caption: str) -> str:
 
 
 def read_list(uri: str, *, setting: str) -> frozenset[str]:
-    """The keys and hashes (in lower case) of a file, one a line. Raises ValueError if it is not there."""
-    lines = (line.partition("#")[0].strip() for line in _read(uri, setting=setting).decode().splitlines())
+    """The keys and hashes (in lower case) of a file, one a line. Raises ValueError if it is not there or no UTF-8."""
+    try:
+        text = _read(uri, setting=setting).decode("utf-8-sig")  # some editors begin a file with a byte order mark
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{setting}: {uri} is no UTF-8 text ({error}); save it as such, a key a line") from None
+    lines = (line.partition("#")[0].strip() for line in text.splitlines())
     return frozenset(line.lower() if _SHA256.fullmatch(line) else line for line in lines if line)
 
 
@@ -149,8 +153,8 @@ def check_blocked(blocked: Collection[str], *, key: str, sha256: str) -> None:
 def _read(uri: str, *, setting: str) -> bytes:
     try:
         return read_file(uri)
-    except FileNotFoundError:
-        raise ValueError(f"{setting}: there is no file {uri}; give one that there is, or leave it out") from None
+    except (FileNotFoundError, IsADirectoryError):
+        raise ValueError(f"{setting}: there is no file {uri}; give one that there is") from None
 
 
 def _is_letter(char: str) -> bool:

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import io
 import math
-import textwrap
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Annotated, Literal
@@ -41,6 +41,7 @@ _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVI
 _ORIENTATION = 0x0112
 # Markers that may stand before a JPEG's tables: fill bytes, application segments and comments.
 _JPEG_AHEAD = frozenset(bytes([marker]) for marker in (0xFF, *range(0xE0, 0xF0), 0xFE))
+_Letters = ImageFont.FreeTypeFont | ImageFont.ImageFont
 _ENDS = {"jpeg": b"\xff\xd9", "png": b"IEND"}
 
 
@@ -121,7 +122,8 @@ def check_kept(picture: Picture) -> None:
     if picture.format not in SUFFIX:
         raise ImageError("unsupported", f"{picture.format} files are not kept (but {', '.join(SUFFIX)} are)")
     mark = _ENDS.get(picture.format)
-    if mark is not None and picture.data.rfind(mark) < 0:
+    start = max((end for _, end in _ahead(picture.data)), default=0)  # the thumbnail in a JPEG has a mark of its own
+    if mark is not None and picture.data.rfind(mark, start) < 0:
         raise ImageError("truncated", f"{len(picture.data)} bytes without the end mark of {picture.format}")
 
 
@@ -203,15 +205,18 @@ def decode(data: bytes, *, least: int = 0) -> np.ndarray:
     return _turned(_decode(data, size=picture.stored, least=share, background=WHITE)[0], picture.orientation)
 
 
-def contact_sheet(images: Sequence[np.ndarray], *, columns: int, cell: int, captions: Sequence[str] = ()) -> bytes:
+def contact_sheet(
+    images: Sequence[np.ndarray], *, columns: int, cell: int, captions: Sequence[str] = (), font: str = ""
+) -> bytes:
     """PNG of uint8 [H, W, 3] images in rows of `columns`, two white pixels apart, each fitted into `cell` pixels.
 
-    `captions`, one an image, are drawn below them, as much as fits three lines.
+    `captions`, one an image, are drawn below them, as much as fits three lines. `font` is a file with their letters;
+    without one that of Debian and Ubuntu is looked for, as Pillow's own has little more than ASCII.
     """
     line = 12
     high = cell + (3 * line + 4 if captions else 0) + 2
     sheet = Image.new("RGB", (columns * (cell + 2) + 2, -(-len(images) // columns) * high + 2), "white")
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(line - 2)
+    draw, letters = ImageDraw.Draw(sheet), _letters(font, size=line - 2)
     for number, image in enumerate(images):
         left, top = 2 + number % columns * (cell + 2), 2 + number // columns * high
         small = Image.fromarray(image)
@@ -219,9 +224,33 @@ def contact_sheet(images: Sequence[np.ndarray], *, columns: int, cell: int, capt
             small.thumbnail((cell, cell))
         sheet.paste(small, (left + (cell - small.width) // 2, top + (cell - small.height) // 2))
         if captions:
-            lines = textwrap.wrap(captions[number], max(8, cell // 5), max_lines=3, placeholder=" ...")
-            draw.multiline_text((left, top + cell + 1), "\n".join(lines), fill="black", font=font, spacing=1)
+            for row, text in enumerate(_wrapped(captions[number], letters=letters, width=cell, lines=3)):
+                draw.text((left, top + cell + 1 + row * line), text, fill="black", font=letters)
     return encode(np.asarray(sheet), format="png")
+
+
+def _letters(font: str, *, size: int) -> _Letters:
+    try:
+        return ImageFont.truetype(font or "DejaVuSans.ttf", size)
+    except OSError as error:
+        if font:
+            raise ValueError(f"{font}: not a font that can be read ({error}); give a .ttf, .otf or .ttc file") from None
+        return ImageFont.load_default(size)
+
+
+def _wrapped(text: str, *, letters: _Letters, width: int, lines: int) -> list[str]:
+    """The first `lines` lines of a text, each at most `width` pixels wide; broken at spaces where there are some."""
+    found: list[str] = []
+    while text and len(found) < lines:
+        lengths = [math.ceil(letters.getlength(text[:n])) for n in range(1, min(len(text), width) + 1)]
+        fits = bisect_right(lengths, width)
+        space = text.rfind(" ", 0, fits + 1) if fits < len(text) else -1
+        end = space if space > 0 else max(1, fits)
+        found.append(text[:end])
+        text = text[end:].lstrip()
+    while text and letters.getlength(f"{found[-1]} ...") > width and found[-1]:
+        found[-1] = found[-1][:-1]
+    return [*found[:-1], f"{found[-1]} ..."] if text else found
 
 
 def _jpeg_header(data: bytes) -> tuple[int, int, str, int] | None:
@@ -238,7 +267,9 @@ def _jpeg_header(data: bytes) -> tuple[int, int, str, int] | None:
 def _any_header(data: bytes) -> tuple[int, int, str, int]:
     image = _open(data)
     format = {"MPO": "JPEG"}.get(str(image.format), str(image.format)).lower()
-    orientation = _exif_orientation(data) if format == "jpeg" else _valid(_orientation_of(image))
+    if format == "tiff":  # whose size Pillow gives upright, and whose pixels it turns
+        return image.height, image.width, format, 1
+    orientation = _exif_orientation(data) if format == "jpeg" else _orientation_of(image, data)
     return image.height, image.width, format, orientation
 
 
@@ -290,7 +321,7 @@ def _open(data: bytes) -> Image.Image:
         raise ImageError("not_an_image", f"starts with {data[:16]!r}") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ImageError("too_large", str(error)) from None
-    except (OSError, SyntaxError, ValueError) as error:
+    except Exception as error:  # readers of damaged headers raise anything: OSError, RuntimeError, struct.error, ...
         raise _damaged(error) from None
 
 
@@ -299,6 +330,10 @@ def _load(data: bytes, *, background: RGB) -> Image.Image:
     image = _open(data)
     try:
         image.load()
+        key = image.info.get("transparency")
+        if image.format == "PNG" and image.mode == "L" and key is not None:
+            depth = data[24]  # Pillow brings 1, 2 and 4 bits of gray to 8, but not the level that is transparent
+            image.info["transparency"] = key * 255 // (2**depth - 1)
         return _to_rgb(image, background)
     except Exception as error:  # decoders of damaged data raise anything: OSError, SyntaxError, struct.error, ...
         raise _damaged(error) from None
@@ -315,29 +350,45 @@ def _exif_orientation(data: bytes) -> int:
     It stands before all tables (EXIF 2.32, section 4.5.4): what looks like one behind them is not looked for, so that
     most files tell by their first bytes that they have none (`pixels.py`).
     """
+    for start, end in _ahead(data):
+        if data[start : start + 2] == b"\xff\xe1" and data[start + 4 : start + 10] == b"Exif\0\0":
+            exif = Image.Exif()
+            try:
+                exif.load(data[start + 4 : end])
+                return _valid(exif.get(_ORIENTATION))
+            except Exception:  # Pillow's reader of damaged EXIF raises anything
+                return 1
+    return 1
+
+
+def _ahead(data: bytes) -> Iterator[tuple[int, int]]:
+    """Where the segments of a JPEG that stand before its tables begin and end."""
     at = 2
     while data[at : at + 1] == b"\xff" and (marker := data[at + 1 : at + 2]) in _JPEG_AHEAD:
         if marker == b"\xff":  # a fill byte
             at += 1
             continue
-        length = int.from_bytes(data[at + 2 : at + 4], "big")
-        if marker == b"\xe1" and data[at + 4 : at + 10] == b"Exif\0\0":
-            exif = Image.Exif()
-            try:
-                exif.load(data[at + 4 : at + 2 + length])
-                return _valid(exif.get(_ORIENTATION))
-            except Exception:  # Pillow's reader of damaged EXIF raises anything
-                return 1
-        at += 2 + length
-    return 1
+        end = at + 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+        yield at, end
+        at = end
 
 
-def _orientation_of(image: Image.Image) -> object:
+def _orientation_of(image: Image.Image, data: bytes) -> int:
+    """The orientation of an image that is no JPEG; 1 where there is none or its EXIF block is damaged."""
+    if image.format == "PNG" and "exif" not in image.info and (late := _png_exif(data)):
+        image.info["exif"] = late
     try:
-        return image.getexif().get(_ORIENTATION)
+        return _valid(Image.Image.getexif(image).get(_ORIENTATION))  # PNG's own method decodes the image first
     except Exception:
-        # A damaged EXIF block says nothing about the pixels: take them as they lie.
         return 1
+
+
+def _png_exif(data: bytes) -> bytes:
+    """The EXIF block of a PNG, which may stand behind the pixels; empty if it has none."""
+    at = 8
+    while (kind := data[at + 4 : at + 8]) not in (b"", b"eXIf"):
+        at += 12 + int.from_bytes(data[at : at + 4], "big")
+    return data[at + 8 : at + 8 + int.from_bytes(data[at : at + 4], "big")] if kind else b""
 
 
 def _valid(orientation: object) -> int:
@@ -357,8 +408,10 @@ def _turned(image_HWC: np.ndarray, orientation: int) -> np.ndarray:
 
 def _to_rgb(image: Image.Image, background: RGB) -> Image.Image:
     if image.mode.startswith("I"):  # 16 bits of gray, which convert() would clip at 255 rather than scale
-        gray = np.asarray(image).astype(np.int64)
-        return Image.fromarray((gray.clip(0, 65535) // 257).astype(np.uint8)).convert("RGB")
+        deep, key = np.asarray(image).astype(np.int64), image.info.get("transparency")
+        image = Image.fromarray((deep.clip(0, 65535) // 257).astype(np.uint8))
+        if key is not None:
+            image.putalpha(Image.fromarray(deep != key).convert("L"))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         below = Image.new("RGBA", image.size, (*background, 255))

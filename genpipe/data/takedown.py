@@ -42,7 +42,7 @@ REMOVED = "rejects-removed.parquet"
 class Removal:
     """What taking samples out of shards will do; nothing is done yet."""
 
-    uri: str
+    uri: str  # as its storage says it: a path is absolute
     manifest: Manifest
     samples: tuple[Reject, ...]  # what is taken out, as the ledger will have it; `source` is the tar
     captions: int  # of those samples
@@ -60,9 +60,14 @@ class Removal:
             config={"removed": sorted(reject.key for reject in self.samples)},
             inputs={"shard": old},
         )
-        parent = self.uri.rstrip("/").rpartition("/")[0]
-        uri = join(parent, fingerprint[:16])
+        uri = join(self.uri.rpartition("/")[0], fingerprint[:16])
         return Artifact(kind="shard", uri=uri, fingerprint=fingerprint, meta=self._meta())
+
+    @property
+    def before(self) -> list[str]:
+        """The fingerprints of all shards that held these samples: also of those that others were taken out of."""
+        old = self.manifest.artifact
+        return [*old.meta.get("removed_from", ()), old.fingerprint]
 
     @property
     def shards(self) -> list[str]:
@@ -78,7 +83,7 @@ class Removal:
             "samples": {split: sum(len(self.staying[name]) for name in names) for split, names in left.items()},
             "shards": left,
             "rejected": dict(sorted(rejected.items())),
-            "removed_from": self.manifest.artifact.fingerprint,
+            "removed_from": self.before,
         }
 
 
@@ -91,13 +96,14 @@ def plan_removal(uri: str, wanted: Collection[str]) -> Removal:
     if manifest is None or manifest.artifact.kind != "shard":
         raise ValueError(f"{uri}: not a committed shard artifact; give the folder that holds its {MANIFEST}")
     storage = open_storage(uri)
+    values = pa.array(sorted(wanted), pa.string())
     samples: list[Reject] = []
     captions = 0
     matched: set[str] = set()
     staying: dict[str, frozenset[str]] = {}
     for name in shard_names(manifest):
         index = pq.read_table(io.BytesIO(storage.read(f"{name}{INDEX_SUFFIX}")))
-        listed = _listed(index, wanted)
+        listed = _listed(index, values)
         rows = index.filter(listed)
         found = rows["key"].to_pylist()
         samples += [Reject(key, f"{name}.tar", "removed", "taken out by `genpipe data remove`") for key in found]
@@ -112,7 +118,7 @@ def plan_removal(uri: str, wanted: Collection[str]) -> Removal:
     inert = {shard for shard, key in _hashed(manifest, storage) if key not in staying[shard]}
     rewritten = inert | {reject.source.removesuffix(".tar") for reject in samples}
     unknown = tuple(sorted(set(wanted) - matched))
-    return Removal(uri, manifest, tuple(samples), captions, unknown, frozenset(rewritten), staying)
+    return Removal(storage.uri, manifest, tuple(samples), captions, unknown, frozenset(rewritten), staying)
 
 
 def remove(removal: Removal) -> Artifact:
@@ -163,25 +169,28 @@ class Affected:
 
 def affected(removal: Removal) -> Affected:
     """Search the store of the shards for what was trained on them. Raises ValueError if they lie in no store."""
-    root, kind, _ = ("", "", *removal.uri.rstrip("/").rsplit("/", 2))[-3:]
+    root, kind, _ = ("", "", *removal.uri.rsplit("/", 2))[-3:]
     if kind != "shard" or not root.endswith("artifacts"):
         raise ValueError(
             f"{removal.uri}: lies in no store (STORE/artifacts/shard/...); what was made from it is unknown"
         )
     manifests, unreadable = _manifests(root)
-    own = removal.manifest.artifact.fingerprint
+    before = set(removal.before)
     made: set[str] = set()
-    grown = {own}
+    grown = before
     while made != grown:
         made = grown
         grown = made | {m.artifact.fingerprint for m in manifests if made & {i.fingerprint for i in m.inputs.values()}}
-    keys = {reject.key for reject in removal.samples}
+    keys = pa.array(sorted({reject.key for reject in removal.samples}), pa.string())
     holding = []
     for manifest in manifests:
-        if manifest.artifact.kind == "shard" and manifest.artifact.fingerprint != own:
-            holding.append((manifest.artifact, _holds(manifest, keys)))
+        if manifest.artifact.kind == "shard" and manifest.artifact.fingerprint != removal.manifest.artifact.fingerprint:
+            try:
+                holding.append((manifest.artifact, _holds(manifest, keys)))
+            except (OSError, pa.ArrowException) as error:
+                unreadable.append(f"{manifest.artifact.uri}: {error}")
     return Affected(
-        [m.artifact for m in manifests if m.artifact.fingerprint in made - {own}],
+        [m.artifact for m in manifests if m.artifact.fingerprint in made - before],
         [(artifact, count) for artifact, count in holding if count],
         unreadable,
     )
@@ -205,13 +214,13 @@ def _manifests(root: str) -> tuple[list[Manifest], list[str]]:
     return found, unreadable
 
 
-def _holds(manifest: Manifest, keys: Collection[str]) -> int:
+def _holds(manifest: Manifest, keys: pa.Array) -> int:
     """How many of these keys the indexes of other shards name."""
-    storage, values = open_storage(manifest.artifact.uri), pa.array(sorted(keys), pa.string())
+    storage = open_storage(manifest.artifact.uri)
     count = 0
     for name in shard_names(manifest):
         index = pq.read_table(io.BytesIO(storage.read(f"{name}{INDEX_SUFFIX}")), columns=["key"])
-        count += pc.sum(pc.is_in(index["key"], values)).as_py() or 0
+        count += pc.sum(pc.is_in(index["key"], keys)).as_py() or 0
     return count
 
 
@@ -225,8 +234,12 @@ def check_shards(uri: str) -> Iterator[str]:
             yield from check_shard(name, here)
             continue
         with tempfile.TemporaryDirectory() as folder:
-            for file in (f"{name}.tar", f"{name}{INDEX_SUFFIX}"):
-                storage.download(file, Path(folder, file))
+            try:
+                for file in (f"{name}.tar", f"{name}{INDEX_SUFFIX}"):
+                    storage.download(file, Path(folder, file))
+            except FileNotFoundError as error:
+                yield f"{name}: cannot be read: {error}"
+                continue
             yield from check_shard(name, Path(folder))
 
 
@@ -243,8 +256,7 @@ def shard_names(manifest: Manifest) -> list[str]:
     return [path.removesuffix(INDEX_SUFFIX) for path in paths if path.endswith(INDEX_SUFFIX)]
 
 
-def _listed(index: pa.Table, wanted: Collection[str]) -> pa.ChunkedArray:
-    values = pa.array(sorted(wanted), pa.string())
+def _listed(index: pa.Table, values: pa.Array) -> pa.ChunkedArray:
     listed = pc.is_in(index["key"], values)
     return pc.or_(listed, pc.is_in(index["sha256"], values)) if "sha256" in index.column_names else listed
 

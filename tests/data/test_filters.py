@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import itertools
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +146,23 @@ def test_blocklist(store_uri: str) -> None:
         assert fault(check_blocked, read_blocklist(cfg), key=key, sha256=sha256) == reason
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_a_blocklist_as_editors_write_it(tmp_path: Path, encoding: str, end: str) -> None:
+    path = tmp_path / "blocked.txt"
+    path.write_bytes(end.join(["key-1", "", "key-2 "]).encode(encoding))
+    assert read_blocklist(FilterConfig(blocklist=str(path))) == {"key-1", "key-2"}
+
+
+def test_a_blocklist_that_is_no_text_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "blocked.txt"
+    path.write_bytes("key-1".encode("utf-16"))
+    with pytest.raises(
+        ValueError, match=r"^filters\.blocklist: .*blocked\.txt is no UTF-8 text \(.*\); save it as such"
+    ):
+        read_blocklist(FilterConfig(blocklist=str(path)))
+
+
 def test_a_missing_blocklist_is_named(tmp_path: Path) -> None:
     cfg = FilterConfig(blocklist=str(tmp_path / "blocked.txt"))
     with pytest.raises(
@@ -211,14 +229,15 @@ clusters = st.lists(
 
 
 @settings(deadline=None)
-@given(clusters=clusters, distance=st.integers(0, 12), bands=st.integers(1, 4))
+@given(clusters=clusters, distance=st.integers(0, 12), bands=st.integers(1, 4), few=st.sampled_from([0, 10, 10**6]))
 def test_near_hashes_are_found_as_by_comparing_all(
-    clusters: list[tuple[int, list[int]]], distance: int, bands: int
+    clusters: list[tuple[int, list[int]]], distance: int, bands: int, few: int
 ) -> None:
     centres = np.random.default_rng(0).integers(0, 2**63, 4).tolist()
     values = [centres[centre] ^ sum(1 << bit for bit in set(bits)) for centre, bits in clusters]
     with pytest.MonkeyPatch.context() as patch:  # whatever is cheapest for so few
         patch.setattr(hashes, "_best_bands", lambda n, distance: (distance + bands, bands))
+        patch.setattr(hashes, "_FEW_PAIRS", few)  # crowds of more are divided
         assert nearest_kept(np.array(values, np.uint64), distance=distance).tolist() == by_definition(values, distance)
 
 
@@ -232,6 +251,18 @@ def test_many_hashes() -> None:
     found = nearest_kept(values, distance=6)
     assert (found[np.maximum(copies, of)] == np.minimum(copies, of)).all()
     assert (found != np.arange(len(values))).sum() == 2000  # another pair by chance has a probability of 1e-4
+
+
+def test_a_crowd_of_near_hashes_takes_no_memory_by_the_square() -> None:
+    """As of pages of text, that differ in a few bits each: all pairs would be some 200 MB."""
+    rng = np.random.default_rng(0)
+    flips = np.uint64(1) << rng.integers(0, 64, (6000, 3), dtype=np.uint64)
+    crowd = np.uint64(0x0123456789ABCDEF) ^ np.bitwise_or.reduce(flips, axis=1)
+    tracemalloc.start()
+    found = nearest_kept(crowd, distance=6)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert (found == 0).all() and peak < 20e6
 
 
 def table(rows: list[tuple[bytes, int | None]]) -> pa.Table:

@@ -3,13 +3,16 @@ from __future__ import annotations
 import io
 import struct
 import zlib
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image, ImageOps
+from PIL import Image, ImageFile, ImageOps
 
 from genpipe.data import images
 from genpipe.data.images import (
@@ -27,6 +30,7 @@ from genpipe.data.images import (
     read_header,
 )
 
+FONT = str(Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf"))
 RED, BLUE, WHITE = (255, 0, 0), (0, 0, 255), (255, 255, 255)
 
 
@@ -92,11 +96,12 @@ def turned(format: str, orientation: int, size: tuple[int, int] = (48, 32)) -> b
     exif = Image.Exif()
     exif[0x0112] = orientation
     exif[0x010F] = "a maker, so that the tag is not the first"
-    options = {"quality": 95, "subsampling": 0} if format == "JPEG" else {"lossless": True}
-    return saved(image, format, exif=exif.tobytes(), **options)
+    options = {"quality": 95, "subsampling": 0 if format == "JPEG" else "4:4:4"}
+    options = {"JPEG": options, "AVIF": options, "WEBP": {"lossless": True}}.get(format, {})
+    return saved(image, format, exif=exif if format == "TIFF" else exif.tobytes(), **options)
 
 
-@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "TIFF", "AVIF"])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_orientation(format: str, orientation: int) -> None:
     data = turned(format, orientation)
@@ -111,6 +116,26 @@ def test_exif_orientation(format: str, orientation: int) -> None:
         box = (left, top, left + span[1], top + span[0])
         reference = np.asarray(upright.resize(shape[::-1], Image.Resampling.BICUBIC, box=box)).astype(int)
         assert np.abs(out - reference).mean() < 3, orientation
+
+
+def chunks(png: bytes) -> list[bytes]:
+    """Those of a PNG, each as it lies: length, name, content, checksum."""
+    found, at = [], 8
+    while at < len(png):
+        end = at + 12 + int.from_bytes(png[at : at + 4], "big")
+        found.append(png[at:end])
+        at = end
+    return found
+
+
+def chunk(name: bytes, content: bytes) -> bytes:
+    return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+
+def test_the_exif_block_of_a_png_may_stand_behind_its_pixels() -> None:
+    plain, marked = saved(photo()), chunks(turned("PNG", 6))
+    (exif,) = [piece for piece in marked if piece[4:8] == b"eXIf"]
+    assert read_header(plain[:-12] + exif + plain[-12:]).orientation == 6
 
 
 def test_an_orientation_that_is_none_is_ignored() -> None:
@@ -139,6 +164,20 @@ def test_alpha_lies_on_white() -> None:
     assert (prepare(saved(palette, transparency=0), size=8) == WHITE).all()
     assert (prepare(saved(clear), size=8, background=(1, 2, 3)) == (1, 2, 3)).all()
     assert np.abs(prepare(saved(half), size=8, background=BLUE).astype(int) - (128, 0, 127)).max() <= 1
+
+
+@pytest.mark.parametrize("depth", [1, 2, 4, 8, 16])
+def test_a_level_of_gray_may_be_transparent(depth: int) -> None:
+    """A PNG of two levels, the brighter one in its tRNS chunk."""
+    top = 2**depth - 1
+    rows = np.repeat([[top - 1], [top]], 8, axis=1).repeat(4, axis=0)
+    bits = (rows[..., None] >> np.arange(depth)[::-1] & 1).astype(np.uint8).reshape(8, -1)
+    packed = b"".join(b"\0" + bytes(row) for row in np.packbits(bits, axis=1))
+    pieces = [chunk(b"IHDR", struct.pack(">IIBBBBB", 8, 8, depth, 0, 0, 0, 0)), chunk(b"tRNS", struct.pack(">H", top))]
+    data = b"\x89PNG\r\n\x1a\n" + b"".join([*pieces, chunk(b"IDAT", zlib.compress(packed)), chunk(b"IEND", b"")])
+    out = prepare(data, size=8, background=BLUE)
+    assert (out[4:] == BLUE).all()
+    assert (out[:4] == (top - 1) * 255 // top).all()
 
 
 def test_gray_cmyk_and_16_bit() -> None:
@@ -346,6 +385,11 @@ def test_what_may_be_kept() -> None:
         with pytest.raises(ImageError, match="truncated"):
             check_kept(read_header(saved(photo(), format)[:-20]))
     check_kept(read_header(saved(photo(), "JPEG") + b"bytes behind the end"))
+    thumbnail = saved(photo(16), "JPEG")
+    camera = saved(photo(), "JPEG", exif=b"Exif\0\0II*\0\x08\0\0\0\0\0\0\0\0\0" + thumbnail)
+    check_kept(read_header(camera))
+    with pytest.raises(ImageError, match="truncated"):
+        check_kept(read_header(camera[:-20]))
     with pytest.raises(ImageError, match="unsupported: ppm files are not kept"):
         check_kept(read_header(saved(photo(), "PPM")))
 
@@ -356,9 +400,22 @@ def test_formats_that_run_other_programs_are_not_opened() -> None:
     assert reason(eps) == "not_an_image"
 
 
+@pytest.mark.parametrize("format", ["TIFF", "AVIF", "GIF", "JPEG2000"])
+def test_a_damaged_header_has_a_reason(format: str) -> None:
+    """Whatever Pillow raises there is of this image, and not the end of the run."""
+    data = turned(format, 6, (6, 4)) if format in ("TIFF", "AVIF") else saved(photo(8), format)
+    for at in range(len(data)):
+        for byte in (0, data[at] ^ 0xFF):
+            with suppress(ImageError):
+                read_header(data[:at] + bytes([byte]) + data[at + 1 :])
+
+
 @settings(deadline=None, max_examples=300)
 @given(
-    data=st.sampled_from([turned("JPEG", 6), turned("PNG", 3), turned("WEBP", 8), saved(photo(), "TIFF")]),
+    data=st.sampled_from(
+        [turned("JPEG", 6), turned("PNG", 3), turned("WEBP", 8), turned("TIFF", 5), turned("AVIF", 7)]
+        + [saved(photo(), format) for format in ("GIF", "BMP", "PPM", "JPEG2000")]
+    ),
     cuts=st.lists(st.tuples(st.floats(0, 1), st.binary(max_size=4)), max_size=4),
     end=st.floats(0, 1),
 )  # fmt: skip
@@ -381,9 +438,14 @@ def test_damaged_bytes_give_an_image_or_a_reason(data: bytes, cuts: list[tuple[f
             assert error.reason in reasons
 
 
-def test_a_header_is_read_without_decoding() -> None:
-    data = saved(photo(), "JPEG")[:700]
-    assert read_header(data) == Picture(data, "jpeg", 64, 64, 1)
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "GIF", "BMP", "TIFF", "JPEG2000"])
+def test_a_header_is_read_without_decoding(format: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a bomb is refused, and a file kept, for the price of its first bytes."""
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda image: pytest.fail("decoded"))
+    data = saved(photo(), format)
+    assert read_header(data) == Picture(data, format.lower(), 64, 64, 1)
+    with pytest.raises(ImageError, match="too_large"):
+        read_header(data, max_pixels=1000)
 
 
 def test_contact_sheet() -> None:
@@ -400,3 +462,33 @@ def test_a_contact_sheet_fits_any_shape_and_draws_captions() -> None:
     drawn = decode(contact_sheet([red, red], columns=2, cell=20, captions=["two words", "more"]))
     assert plain.shape == drawn.shape
     assert (plain[:22] == drawn[:22]).all() and (plain[22:] != drawn[22:]).any()
+
+
+@pytest.mark.parametrize(
+    "caption",
+    [
+        "W" * 400,
+        "MMMM WWWW " * 40,
+        "a caption of many short words that goes on and on " * 5,
+        "\u4e00\u53ea\u732b\u5750\u5728\u7a97\u53f0\u4e0a" * 20,
+        "\u0645\u0631\u062d\u0628\u0627 \u0628\u0627\u0644\u0639\u0627\u0644\u0645 " * 20,
+        "\U0001f431\u200d\U0001f464\u0301\u0301 " * 50,
+    ],
+)
+@pytest.mark.parametrize("font", ["", FONT])
+def test_a_caption_stays_below_its_image(caption: str, font: str) -> None:
+    black = np.zeros((60, 60, 3), np.uint8)
+    captions = ["", caption, "", ""]
+    sheet = decode(contact_sheet([black] * 4, columns=3, cell=60, captions=captions, font=font))
+    drawn = np.argwhere(sheet[62:102].min(axis=2) < 255)
+    assert len(drawn) and drawn[:, 1].min() >= 64 and drawn[:, 1].max() <= 64 + 60 + 1
+
+
+def test_a_font_that_is_none_is_named(tmp_path: Path) -> None:
+    (tmp_path / "font.ttf").write_bytes(b"no font")
+    with pytest.raises(
+        ValueError, match=r"font\.ttf: not a font that can be read .*; give a \.ttf, \.otf or \.ttc file"
+    ):
+        contact_sheet(
+            [np.zeros((4, 4, 3), np.uint8)], columns=1, cell=4, captions=["a"], font=str(tmp_path / "font.ttf")
+        )

@@ -15,12 +15,14 @@ import webdataset
 from PIL import Image
 from pydantic import ValidationError
 from shard_files import commit, configured, encoded, folder_of, jpeg, ledger, make, smooth, stored
+from source_files import put
+from test_parquet_source import parquet
 
 from genpipe import artifacts
 from genpipe.artifacts import Artifact
 from genpipe.data.images import SUFFIX, decode
 from genpipe.data.shards import check_shard
-from genpipe.data.stream import ShardDataset
+from genpipe.data.stream import ShardDataset, open_shards
 from genpipe.spec import StageSpec
 from genpipe.stages import shard
 
@@ -106,6 +108,23 @@ def test_the_same_source_gives_the_same_bytes(photos: Path, tmp_path: Path) -> N
     assert hashes(tmp_path / "a") == hashes(tmp_path / "b")
 
 
+def test_what_an_attempt_that_was_cut_off_left_is_not_read(photos: Path, tmp_path: Path, store_uri: str) -> None:
+    """It had more samples (of URLs that have failed since), and so more shards; the next attempt replaces it."""
+    cfg = configured(photos, part_size=100, max_shard_bytes=10_000, heldout_fraction=0.4)
+    first = tmp_path / "first"
+    first.mkdir()
+    stats = shard.Worker(cfg, {})("00000", first)
+    artifacts.add_part(store_uri, "00000", first, stats)
+    for number in range(10, 30):
+        (photos / f"photo{number}.jpg").write_bytes(b"")
+    manifest = make(cfg, store_uri)
+    assert len(manifest.artifact.meta["shards"]["train"]) < len(list(first.glob("train-*.tar")))
+    assert list(artifacts.added_files(manifest, store_uri)) == []
+    dataset = open_shards(manifest.artifact, split="train")
+    assert len(dataset) == manifest.artifact.meta["samples"]["train"]
+    assert dataset.shards() == manifest.artifact.meta["shards"]["train"]
+
+
 def test_parts_and_digest_follow_the_source(photos: Path) -> None:
     cfg = configured(photos)
     assert shard.parts(cfg, {}) == ["00000", "00001", "00002"]
@@ -174,6 +193,8 @@ def bad_pictures() -> dict[str, tuple[bytes, str]]:
     broken_exif = encoded(smooth(1), "JPEG", exif=exif.tobytes()).replace(b"Exif\0\0MM\0*", b"Exif\0\0MM\0\xff")
     frames = [smooth(2).convert("P"), smooth(3).convert("P")]
     png = encoded(smooth(4), "PNG")
+    text = b"zTXt" + b"Comment\0\0" + zlib.compress(bytes(10**8))
+    text = (len(text) - 4).to_bytes(4, "big") + text + zlib.crc32(text).to_bytes(4, "big")
     huge = png[:16] + (30_000).to_bytes(4, "big") * 2 + png[24:]
     huge = huge[:29] + zlib.crc32(huge[12:29]).to_bytes(4, "big") + huge[33:]
     return {
@@ -184,6 +205,7 @@ def bad_pictures() -> dict[str, tuple[bytes, str]]:
         "animated.gif": (encoded(frames[0], "GIF", save_all=True, append_images=frames[1:]), ""),
         "thin.png": (encoded(smooth(6, (1, 20_000)), "PNG"), ""),
         "bomb.png": (huge, "too_large"),
+        "text-bomb.png": (png[:33] + text + png[33:], "corrupt"),
         "exif.jpg": (broken_exif, ""),
         "cmyk.jpg": (encoded(smooth(7).convert("CMYK"), "JPEG"), ""),
     }
@@ -291,6 +313,22 @@ def test_the_background_below_transparent_images(tmp_path: Path) -> None:
 def test_settings_that_do_not_fit(photos: Path, options: dict[str, Any], says: str) -> None:
     with pytest.raises(ValidationError, match=says.replace(".", r"\.")):
         configured(photos, **options)
+
+
+def test_a_key_that_repeats_in_a_part_is_taken_once(tmp_path: Path) -> None:
+    """A table's own keys: the first of a part stays, others go to the ledger; another part may have it again."""
+    keys = ["a", "b", "a", "c", "d", "b", "a", "e"]
+    table = {"image": [jpeg(n) for n in range(8)], "text": [f"caption {n}" for n in range(8)], "id": keys}
+    put(tmp_path / "tables", {"0.parquet": parquet(table)})
+    source = {"kind": "parquet", "path": str(tmp_path / "tables"), "key": "id"}
+    cfg = shard.Config.model_validate({"source": source, "image_size": 32, "part_size": 6, "heldout_fraction": 0.4})
+    manifest = make(cfg, tmp_path / "out")
+    found = [(row["key"], row["reason"]) for row in ledger(tmp_path / "out")]
+    assert found == [("a", "duplicate_key"), ("b", "duplicate_key")]
+    datasets = [ShardDataset(tmp_path / "out", split=split) for split in ("train", "heldout")]  # type: ignore[arg-type]
+    captions = sorted(dataset.captions(i)[0] for dataset in datasets for i in range(len(dataset)))
+    assert captions == [f"caption {n}" for n in (0, 1, 3, 4, 6, 7)]
+    assert manifest.metrics["samples_in"] == 8 and manifest.metrics["rejected_duplicate_key"] == 2
 
 
 def test_filters_count_by_reason(tmp_path: Path) -> None:

@@ -291,6 +291,18 @@ def renamed(row: dict[str, Any]) -> dict[str, Any]:
     return row | {"key": "key-9"}
 
 
+def elsewhere(row: dict[str, Any]) -> dict[str, Any]:
+    return row | {"offset": -512, "length": 2**62}
+
+
+def nowhere(row: dict[str, Any]) -> dict[str, Any]:
+    return row | {"offset": None}
+
+
+def of_no_format(row: dict[str, Any]) -> dict[str, Any]:
+    return row | {"format": "jpog"}
+
+
 def other_bytes(row: dict[str, Any]) -> dict[str, Any]:
     return row | {"sha256": "0" * 64}
 
@@ -301,6 +313,9 @@ def other_bytes(row: dict[str, Any]) -> dict[str, Any]:
         (moved, "key-1: no member of the tar begins at byte 4096, where the index has key-1.jpg"),
         (longer, "key-1: key-1.jpg has 20 bytes, the index says 21"),
         (renamed, "key-9: the tar has key-1.jpg where the index has key-9.jpg"),
+        (elsewhere, "key-1: no member of the tar begins at byte -512, where the index has key-1.jpg"),
+        (nowhere, "key-1: no member of the tar begins at byte None, where the index has key-1.jpg"),
+        (of_no_format, "key-1: the tar has key-1.jpg where the index has key-1.jpog"),
         (other_bytes, "key-1: the bytes of key-1.jpg differ from the sha256 in the index"),
     ],
 )
@@ -311,6 +326,16 @@ def test_an_index_that_disagrees_with_its_tar(tmp_path: Path, damage: Any, says:
     table[1] = damage(table[1])
     write_table(pa.Table.from_pylist(table, INDEX_SCHEMA), tmp_path / f"{name}{INDEX_SUFFIX}")
     assert list(check_shard(name, tmp_path)) == [f"{name}: {says}"]
+
+
+def test_whatever_is_wrong_with_an_index_is_a_sentence(tmp_path: Path) -> None:
+    name = "train-00003-00"
+    write(tmp_path, [10, 20, 30])
+    path = tmp_path / f"{name}{INDEX_SUFFIX}"
+    whole = path.read_bytes()
+    for at in range(len(whole)):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 0x81]) + whole[at + 1 :])
+        assert all(fault.startswith(f"{name}: ") for fault in check_shard(name, tmp_path))
 
 
 def test_a_tar_that_ends_early_or_is_gone(tmp_path: Path) -> None:
