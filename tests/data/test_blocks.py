@@ -91,12 +91,12 @@ def test_threads_fetch_a_block_once(storage: CountingStorage, tmp_path: Path) ->
     remote = files(storage, BlockCache(tmp_path / "cache", max_bytes=10**6, block_bytes=BLOCK))
     wrong: list[int] = []
 
-    def read(seed: int) -> None:
+    def read_some(seed: int) -> None:
         for offset in np.random.default_rng(seed).integers(0, SIZE - 50, 100).tolist():
             if read(remote, "a.tar", offset=offset, length=50) != content()[offset : offset + 50]:
                 wrong.append(offset)
 
-    threads = [threading.Thread(target=read, args=(seed,)) for seed in range(6)]
+    threads = [threading.Thread(target=read_some, args=(seed,)) for seed in range(6)]
     for thread in threads:
         thread.start()
     for thread in threads:
