@@ -62,7 +62,7 @@ from genpipe.storage import Storage
 from genpipe.training.objective import Data
 from genpipe.training.objective import Split as DataSplit
 
-VERSION = 2
+VERSION = 3
 CONSUMES: tuple[str, ...] = ()
 PREVIEW_IMAGES = 64
 PREVIEW_CELL = 128
