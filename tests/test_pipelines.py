@@ -77,20 +77,21 @@ def test_unclip_is_that_of_the_paper() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "schedule", "batch", "iterations", "lr", "beta2", "decay"),
+    ("name", "schedule", "batch", "iterations", "lr", "beta2", "eps", "decay"),
     [
-        ("prior", "cosine_iddpm", 4096, 600_000, 1.1e-4, 0.96, 6.0e-2),
-        ("decoder", "cosine_iddpm", 2048, 800_000, 1.2e-4, 0.999, 0.0),
-        ("upsampler", "cosine_iddpm", 1024, 1_000_000, 1.2e-4, 0.999, 0.0),
-        ("upsampler2", "linear", 512, 1_000_000, 1.0e-4, 0.999, 0.0),
+        ("prior", "cosine_iddpm", 4096, 600_000, 1.1e-4, 0.96, 1e-6, 6.0e-2),
+        ("decoder", "cosine_iddpm", 2048, 800_000, 1.2e-4, 0.999, 1e-8, 0.0),
+        ("upsampler", "cosine_iddpm", 1024, 1_000_000, 1.2e-4, 0.999, 1e-8, 0.0),
+        ("upsampler2", "linear", 512, 1_000_000, 1.0e-4, 0.999, 1e-8, 0.0),
     ],
 )
 def test_unclip_is_trained_as_its_table_3_says(
-    name: str, schedule: str, batch: int, iterations: int, lr: float, beta2: float, decay: float
+    name: str, schedule: str, batch: int, iterations: int, lr: float, beta2: float, eps: float, decay: float
 ) -> None:
     cfg = next(planned.cfg for planned, _ in training("unclip") if planned.name == name)
     train = cfg.train
     assert (cfg.diffusion.schedule, cfg.diffusion.time_sampling) == (schedule, "discrete")
     assert (train.global_batch_size, train.steps) == (batch, iterations)
-    assert (train.optim.lr, train.optim.betas[1], train.optim.weight_decay) == (lr, beta2, decay)
+    optim = train.optim
+    assert (optim.lr, optim.betas[1], optim.eps, optim.weight_decay) == (lr, beta2, eps, decay)
     assert train.ema_decay == 0.9999

@@ -23,6 +23,7 @@ class AdamW(Config):
     kind: Literal["adamw"] = "adamw"
     lr: float = Field(3e-4, gt=0)
     betas: tuple[float, float] = (0.9, 0.99)
+    eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.01, ge=0)
 
 
@@ -114,7 +115,8 @@ def build_optimizers(module: nn.Module, cfg: AdamW | Muon) -> list[torch.optim.O
     optimizers: list[torch.optim.Optimizer] = []
     lr = cfg.adamw_lr if cfg.kind == "muon" else cfg.lr
     if groups:
-        optimizers.append(torch.optim.AdamW(groups, lr=lr, betas=cfg.betas, fused=True))
+        eps = AdamW().eps if cfg.kind == "muon" else cfg.eps
+        optimizers.append(torch.optim.AdamW(groups, lr=lr, betas=cfg.betas, eps=eps, fused=True))
     if cfg.kind == "muon" and hidden:
         optimizers.append(muon.Muon(hidden, lr=cfg.lr, momentum=cfg.momentum, weight_decay=cfg.weight_decay))
     for optimizer in optimizers:

@@ -162,6 +162,16 @@ def test_muon_is_torchs(shape: tuple[int, int]) -> None:
     torch.testing.assert_close(weights[1], reference, atol=2e-3, rtol=0)
 
 
+def test_epsilon_holds_small_gradients_back() -> None:
+    """The first step of Adam by hand: lr g / (|g| + eps), at g = eps half of lr."""
+    module = nn.Linear(1, 1, bias=False)
+    before = module.weight.detach().clone()
+    (adamw,) = build_optimizers(module, AdamW(lr=0.1, eps=1e-3, weight_decay=0.0))
+    module.weight.grad = torch.full_like(module.weight, 1e-3)
+    adamw.step()
+    torch.testing.assert_close(before - module.weight.detach(), torch.full_like(before, 0.05))
+
+
 def test_muon_steps_have_the_rms_of_adamw() -> None:
     """The update of a matrix is orthogonal, scaled to an RMS of 0.2 lr (Liu et al. 2025, eq. 4)."""
     torch.manual_seed(0)
