@@ -79,8 +79,9 @@ def show(
     """Draw a contact sheet of samples as they are stored, taken at random, with their first captions."""
     import numpy as np
 
-    from genpipe.data.images import ImageError, contact_sheet, decode
+    from genpipe.data.images import ImageError, decode
     from genpipe.data.order import order
+    from genpipe.data.sheets import contact_sheet
     from genpipe.data.stream import open_shards
 
     cell = 160

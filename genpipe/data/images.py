@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import io
 import math
-from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Annotated, Literal
@@ -16,7 +15,7 @@ from typing import Annotated, Literal
 import numpy as np
 import simplejpeg
 import torch
-from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 from pydantic import Field
 from torch.nn import functional as F
 
@@ -41,7 +40,6 @@ _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVI
 _ORIENTATION = 0x0112
 # Markers that may stand before a JPEG's tables: fill bytes, application segments and comments.
 _JPEG_AHEAD = frozenset(bytes([marker]) for marker in (0xFF, *range(0xE0, 0xF0), 0xFE))
-_Letters = ImageFont.FreeTypeFont | ImageFont.ImageFont
 _ENDS = {"jpeg": b"\xff\xd9", "png": b"IEND"}
 
 
@@ -203,54 +201,6 @@ def decode(data: bytes, *, least: int = 0) -> np.ndarray:
     picture = read_header(data)
     share = least / min(picture.stored) if least else 1.0
     return _turned(_decode(data, size=picture.stored, least=share, background=WHITE)[0], picture.orientation)
-
-
-def contact_sheet(
-    images: Sequence[np.ndarray], *, columns: int, cell: int, captions: Sequence[str] = (), font: str = ""
-) -> bytes:
-    """PNG of uint8 [H, W, 3] images in rows of `columns`, two white pixels apart, each fitted into `cell` pixels.
-
-    `captions`, one an image, are drawn below them, as much as fits three lines. `font` is a file with their letters;
-    without one that of Debian and Ubuntu is looked for, as Pillow's own has little more than ASCII.
-    """
-    line = 12
-    high = cell + (3 * line + 4 if captions else 0) + 2
-    sheet = Image.new("RGB", (columns * (cell + 2) + 2, -(-len(images) // columns) * high + 2), "white")
-    draw, letters = ImageDraw.Draw(sheet), _letters(font, size=line - 2)
-    for number, image in enumerate(images):
-        left, top = 2 + number % columns * (cell + 2), 2 + number // columns * high
-        small = Image.fromarray(image)
-        if small.size != (cell, cell):
-            small.thumbnail((cell, cell))
-        sheet.paste(small, (left + (cell - small.width) // 2, top + (cell - small.height) // 2))
-        if captions:
-            for row, text in enumerate(_wrapped(captions[number], letters=letters, width=cell, lines=3)):
-                draw.text((left, top + cell + 1 + row * line), text, fill="black", font=letters)
-    return encode(np.asarray(sheet), format="png")
-
-
-def _letters(font: str, *, size: int) -> _Letters:
-    try:
-        return ImageFont.truetype(font or "DejaVuSans.ttf", size)
-    except OSError as error:
-        if font:
-            raise ValueError(f"{font}: not a font that can be read ({error}); give a .ttf, .otf or .ttc file") from None
-        return ImageFont.load_default(size)
-
-
-def _wrapped(text: str, *, letters: _Letters, width: int, lines: int) -> list[str]:
-    """The first `lines` lines of a text, each at most `width` pixels wide; broken at spaces where there are some."""
-    found: list[str] = []
-    while text and len(found) < lines:
-        lengths = [math.ceil(letters.getlength(text[:n])) for n in range(1, min(len(text), width) + 1)]
-        fits = bisect_right(lengths, width)
-        space = text.rfind(" ", 0, fits + 1) if fits < len(text) else -1
-        end = space if space > 0 else max(1, fits)
-        found.append(text[:end])
-        text = text[end:].lstrip()
-    while text and letters.getlength(f"{found[-1]} ...") > width and found[-1]:
-        found[-1] = found[-1][:-1]
-    return [*found[:-1], f"{found[-1]} ..."] if text else found
 
 
 def _jpeg_header(data: bytes) -> tuple[int, int, str, int] | None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Sequence
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
+
+from genpipe.data.sheets import letters_of, wrapped
 
 MARGIN = 6
 TEXT = 14
+TITLE_LINES = 2
 LABEL_WIDTH = 190
 
 
@@ -26,19 +28,21 @@ def labelled_grid(
     rows: Sequence[Sequence[np.ndarray]], *, captions: Sequence[str], columns: Sequence[str], cell: int = 128
 ) -> np.ndarray:
     """One row of images for each caption, captions at the left, column titles above."""
-    font = ImageFont.load_default(TEXT)
-    head = MARGIN + (2 * (TEXT + 4) if any(columns) else 0)
+    letters, line = letters_of("", size=TEXT), TEXT + 4
+    head = MARGIN + (TITLE_LINES * line if any(columns) else 0)
     width = LABEL_WIDTH + len(columns) * (cell + MARGIN) + MARGIN
     canvas = Image.new("RGB", (width, head + len(rows) * (cell + MARGIN)), "white")
     draw = ImageDraw.Draw(canvas)
-    per_line = max(8, cell // 8)
+
+    def write(text: str, *, left: int, top: int, width: int, lines: int) -> None:
+        for number, words in enumerate(wrapped(text, letters=letters, width=width, lines=lines)):
+            draw.text((left, top + number * line), words, fill="black", font=letters)
+
     for x, title in enumerate(columns):
-        text = textwrap.fill(title, per_line)
-        draw.multiline_text((LABEL_WIDTH + x * (cell + MARGIN), MARGIN), text, fill="black", font=font)
+        write(title, left=LABEL_WIDTH + x * (cell + MARGIN), top=MARGIN, width=cell, lines=TITLE_LINES)
     for y, (caption, row) in enumerate(zip(captions, rows, strict=True)):
         top = head + y * (cell + MARGIN)
-        lines = textwrap.wrap(caption, 24, max_lines=max(1, cell // (TEXT + 4)), placeholder=" ...")
-        draw.multiline_text((MARGIN, top), "\n".join(lines), fill="black", font=font)
+        write(caption, left=MARGIN, top=top, width=LABEL_WIDTH - 2 * MARGIN, lines=max(1, cell // line))
         for x, image in enumerate(row):
             canvas.paste(_scaled(image, cell), (LABEL_WIDTH + x * (cell + MARGIN), top))
     return np.asarray(canvas)

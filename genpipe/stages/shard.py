@@ -47,7 +47,6 @@ from genpipe.data.images import (
     ResizeConfig,
     buckets,
     check_kept,
-    contact_sheet,
     decode,
     encode,
     prepare,
@@ -56,6 +55,7 @@ from genpipe.data.images import (
 from genpipe.data.pixels import Crop, Images
 from genpipe.data.samples import Reject, Sample
 from genpipe.data.shards import SPLITS, ShardWriter, Split, split_of, statistics, write_rejects, write_statistics
+from genpipe.data.sheets import contact_sheet
 from genpipe.data.sources import SourceConfig, open_source
 from genpipe.data.stream import open_shards
 from genpipe.storage import Storage
