@@ -146,11 +146,11 @@ class Worker:
     def _encode(self, images: Tensor, for_clip: Tensor) -> dict[str, np.ndarray]:
         mean, logvar = self.autoencoder.encode(images)
         encoded = {
-            "latents": self._packed(self.statistics.standardise(mean)),
-            "image_embeds": self._packed(self.clip.encode_image(for_clip)),
+            "latents": self._packed("latents", self.statistics.standardise(mean)),
+            "image_embeds": self._packed("image_embeds", self.clip.encode_image(for_clip)),
         }
         if self.cfg.latent_samples:
-            encoded["latent_logvars"] = self._packed(logvar - 2 * self.statistics.std.log())
+            encoded["latent_logvars"] = self._packed("latent_logvars", logvar - 2 * self.statistics.std.log())
         return encoded
 
     def _captions(self, dataset: ShardDataset) -> dict[str, np.ndarray]:
@@ -172,8 +172,8 @@ class Worker:
             tokens = self.tokenizer.encode_batch(captions, context_length=self.context_length)
             embed, states = self.clip.encode_text(torch.from_numpy(tokens).to(self.device))
             count = self.tokenizer.lengths(tokens)
-            embeds.append(self._packed(embed))
-            encodings.append(self._packed(states)[np.arange(tokens.shape[1]) < count[:, None]])
+            embeds.append(self._packed("text_embeds", embed))
+            encodings.append(self._packed("text_encodings", states)[np.arange(tokens.shape[1]) < count[:, None]])
             lengths.append(count)
         return {
             "text_embeds": np.concatenate(embeds),
@@ -181,8 +181,16 @@ class Worker:
             "token_offsets": np.cumsum([0, *np.concatenate(lengths)]),
         }
 
-    def _packed(self, tensor: Tensor) -> np.ndarray:
-        return tensor.float().cpu().numpy().astype(self.cfg.dtype)
+    def _packed(self, name: str, tensor: Tensor) -> np.ndarray:
+        """In the cache's dtype. Raises ValueError for what is not finite there."""
+        with np.errstate(over="ignore"):
+            packed = tensor.float().cpu().numpy().astype(self.cfg.dtype)
+        if not np.isfinite(packed).all():
+            raise ValueError(
+                f"{name}: not all are finite in {self.cfg.dtype} (the largest of a batch is {tensor.abs().max():.3g}); "
+                "set dtype to float32, or train anew an encoder that gives nan or inf itself"
+            )
+        return packed
 
 
 def _chunks(count: int, size: int) -> list[range]:

@@ -19,6 +19,7 @@ from genpipe.data.order import caption_draws
 from genpipe.data.pixels import image_batch, to_float
 from genpipe.data.stream import ShardDataset
 from genpipe.data.tokenizer import CaptionTokenizer
+from genpipe.generation.conditions import Statistics
 from genpipe.generation.system import check_lineage
 from genpipe.launch.local import run_local
 from genpipe.spec import StageSpec
@@ -59,6 +60,16 @@ def test_mirror_images_and_variances_are_the_encoders(made: dict[str, Artifact])
         sampled = dataset.latent_samples(rows, noise=noise, variants=variants)
         expected = (latents + (logvar / 2).exp() * torch.from_numpy(noise) - mean) / std
         torch.testing.assert_close(sampled, expected, **close)
+
+
+def test_numbers_that_the_cache_cannot_hold_are_refused(tiny: TinyPipeline, tmp_path: Path) -> None:
+    spec = tiny.spec("features")
+    worker = features.Worker(features.Config.model_validate(spec.config), spec.inputs)
+    part = features.parts(worker.cfg, spec.inputs)[0]
+    worker(part, tmp_path)
+    worker.statistics = Statistics(worker.statistics.mean, 1e-6 * worker.statistics.std)
+    with pytest.raises(ValueError, match=r"^latents: not all are finite in float16 \(.* is [\d.]+e\+06\); set dtype"):
+        worker(part, tmp_path)
 
 
 def test_the_empty_caption_is_cached(made: dict[str, Artifact]) -> None:
