@@ -27,6 +27,8 @@ HEADLINES = {
 
 COLOURS = {"cached": "cyan", "ran": "green", "lost": "yellow", "failed": "red", "skipped": "yellow"}
 
+WIDEST = 100_000  # characters of a line on a pipe
+
 out = Console()
 err = Console(stderr=True)
 
@@ -95,7 +97,7 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     if out.is_terminal:
         out.print(drawn)
     else:
-        Console(width=400).print(drawn)
+        Console(width=WIDEST).print(drawn)
 
 
 def problem(message: str) -> None:

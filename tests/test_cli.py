@@ -10,7 +10,7 @@ import yaml
 from conftest import Command, TinyPipeline
 from PIL import Image
 
-from genpipe import cli
+from genpipe import cli, console
 
 TINY = "configs/pipeline/tiny.yaml"
 
@@ -118,3 +118,9 @@ def test_doctor_tries_the_addresses_of_a_configuration(genpipe: Command) -> None
     code, out, err = genpipe("doctor", TINY)
     assert code == 0, err
     assert "torch" in out and "CPU cores" in out and "MLflow" in out
+
+
+def test_a_table_on_a_pipe_is_never_cut(capsys: pytest.CaptureFixture[str]) -> None:
+    console.table(("reason", "detail"), [("corrupt", "x" * 3000), ("short", "y")])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].split() == ["corrupt", "x" * 3000] and len(lines) == 3
