@@ -10,7 +10,7 @@ import os
 import sys
 import tarfile
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -143,9 +143,8 @@ class ShardDataset:
     def images_bytes(self, indices: np.ndarray) -> Iterator[bytes]:
         """The encoded images of int64 [B], one after the other; `image_bytes` says what it raises."""
         shards = np.searchsorted(self._starts, indices, side="right") - 1
-        for shard in set(shards.tolist()) - self._described:
-            self._check_header(shard, int(indices[shards == shard][0]))
-            self._described.add(shard)
+        if new := set(shards.tolist()) - self._described:
+            self._check_headers({shard: int(indices[shards == shard][0]) for shard in new})
         tars = [self._tars[shard] for shard in shards.tolist()]
         offsets = self._offsets[indices] * np.int64(tarfile.BLOCKSIZE)
         return self._read(zip(tars, offsets.tolist(), self._lengths[indices].tolist(), strict=True))
@@ -161,7 +160,7 @@ class ShardDataset:
         Raises ValueError if the tar holds something else at its place than the index says.
         """
         shard = self._shard_of(i)
-        self._check_header(shard, i)
+        self._check_headers({shard: i})
         written, found = self._row("sha256", i), hashlib.sha256(self.image_bytes(i)).hexdigest()
         changed = "; its bytes have changed since the index was written" if written not in (None, found) else ""
         reject = Reject(self._row("key", i), self._tars[shard], error.reason, error.detail + changed)
@@ -232,16 +231,18 @@ class ShardDataset:
         if short:
             raise ValueError(f"{self.folder}: {', '.join(short)} ends before its index does; restore it or shard again")
 
-    def _check_header(self, shard: int, i: int) -> None:
-        """Raise ValueError unless the tar's header before the sample's image names its key."""
-        key, before = self._row("key", i), (int(self._offsets[i]) - 1) * tarfile.BLOCKSIZE
-        (header,) = self._read([(self._tars[shard], before, tarfile.BLOCKSIZE)])
-        name = header[:100].split(b"\0", 1)[0].decode(errors="replace")
-        if not name.startswith(f"{key}."[:100]):
-            raise ValueError(
-                f"{self._index(shard)} does not describe {self._names[shard]}.tar: where it has {key!r} stands "
-                f"{name!r}; restore the two from one copy, or shard again"
-            )
+    def _check_headers(self, samples: Mapping[int, int]) -> None:
+        """Raise ValueError unless the tar's header before the image of a sample of each shard names its key."""
+        befores = ((int(self._offsets[i]) - 1) * tarfile.BLOCKSIZE for i in samples.values())
+        pieces = [(self._tars[shard], at, tarfile.BLOCKSIZE) for shard, at in zip(samples, befores, strict=True)]
+        for (shard, i), header in zip(samples.items(), self._read(pieces), strict=True):
+            key, name = self._row("key", i), header[:100].split(b"\0", 1)[0].decode(errors="replace")
+            if not name.startswith(f"{key}."[:100]):
+                raise ValueError(
+                    f"{self._index(shard)} does not describe {self._names[shard]}.tar: where it has {key!r} stands "
+                    f"{name!r}; restore the two from one copy, or shard again"
+                )
+            self._described.add(shard)
 
 
 @dataclass(frozen=True)
