@@ -9,6 +9,8 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ from test_parquet_source import parquet
 
 from genpipe.data.samples import Reject, Sample
 from genpipe.data.shards import write_rejects
-from genpipe.data.sources.fetch import _public_socket, robots_directives
+from genpipe.data.sources.fetch import _public_socket, pause_asked, robots_directives
 from genpipe.storage import open_storage
 
 
@@ -413,3 +415,11 @@ def test_digest_is_of_the_tables_bytes(store_uri: str) -> None:
     assert source("urls", store_uri).digest() == before
     put(store_uri, {"t.csv": content.replace(b"one", b"two")})
     assert source("urls", store_uri).digest() != before
+
+
+def test_a_pause_may_be_asked_for_in_seconds_or_until_a_time() -> None:
+    assert pause_asked("120") == 120.0
+    soon = format_datetime(datetime.now(UTC) + timedelta(hours=2), usegmt=True)
+    assert 3600 < pause_asked(soon) <= 7200
+    for header in ("", "soon", "-5", "Fri, 31 Dec 1999 23:59:59 GMT", "31 Dec 9999 23:59:59"):
+        assert pause_asked(header) == 0.0

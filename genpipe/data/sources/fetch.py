@@ -13,6 +13,8 @@ import threading
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from typing import Any
 from urllib.parse import urlsplit
 from weakref import WeakValueDictionary
@@ -157,8 +159,7 @@ class Fetcher:
         if response.status != 200:
             failure = Failure(f"http_{response.status}", f"{response.status} {response.reason}")
             if response.status in RETRIED:
-                after = response.headers.get("Retry-After", "")
-                raise _Passing(failure, after=float(after) if after.isdecimal() else 0.0)
+                raise _Passing(failure, after=pause_asked(response.headers.get("Retry-After", "")))
             return failure
         for answer in (*response.history, response):
             directives = robots_directives(answer.headers.getall("X-Robots-Tag", []), agent=self.cfg.user_agent)
@@ -173,6 +174,16 @@ class Fetcher:
             if len(content) > self.cfg.max_bytes:
                 return too_large
         return bytes(content)
+
+
+def pause_asked(retry_after: str) -> float:
+    """The seconds that a Retry-After header asks for, a number or a date (RFC 9110, section 10.2.3); 0 for neither."""
+    if retry_after.isdecimal():
+        return float(retry_after)
+    try:
+        return max(0.0, (parsedate_to_datetime(retry_after) - datetime.now(UTC)).total_seconds())
+    except (ValueError, TypeError, OverflowError):  # no date, or one without a time zone
+        return 0.0
 
 
 def robots_directives(values: Iterable[str], *, agent: str) -> set[str]:
