@@ -54,21 +54,28 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     options = parser.parse_args()
     everything = ("latents", "image_embeds", "text_embeds", "text_encodings")
-    for names, samples in ((("latents",), 8 * options.samples), (everything, options.samples)):
+    for names, samples, full in (
+        (("latents",), 8 * options.samples, False),
+        (everything, options.samples, False),
+        (everything, options.samples, True),
+    ):
         with tempfile.TemporaryDirectory() as folder:
-            reading(Path(folder), names, samples=samples // BATCH * BATCH, rounds=options.rounds)
+            reading(Path(folder), names, samples=samples // BATCH * BATCH, full=full, rounds=options.rounds)
     with tempfile.TemporaryDirectory() as folder:
         caching(Path(folder), samples=options.samples, rounds=options.rounds)
 
 
-def reading(folder: Path, names: tuple[str, ...], *, samples: int, rounds: int) -> None:
+def reading(folder: Path, names: tuple[str, ...], *, samples: int, full: bool, rounds: int) -> None:
     """The same arrays, float16, shuffled in batches from the cache and one after the other from a tar.
 
-    Text encodings in the tar are padded to 77 tokens, as they leave an encoder, and in another tar cut to the caption.
+    Text encodings in the tar are padded to 77 tokens, as they leave an encoder, and in another tar cut to the caption;
+    or all captions are `full`: of 77 tokens.
     """
     random = np.random.default_rng(0)
     spread = np.log(1 + (16 / 20) ** 2)  # tokens of a caption: 20 on average with a deviation of 16
     lengths = np.clip(random.lognormal(np.log(20) - spread / 2, spread**0.5, samples), 4, CONTEXT).astype(np.int64)
+    if full:
+        lengths[:] = CONTEXT
     offsets = np.cumsum([0, *lengths])
     arrays = {
         "latents": random.normal(size=(samples, 1, 4, 32, 32)).astype(np.float16),
@@ -91,7 +98,7 @@ def reading(folder: Path, names: tuple[str, ...], *, samples: int, rounds: int) 
         )
 
     contenders = {"genpipe cache": cached(folder, names, samples=samples)}
-    kinds = {"padded": True, "cut": False} if "text_encodings" in names else {"": True}
+    kinds = {"padded": True, "cut": False} if "text_encodings" in names and not full else {"": True}
     for kind, padded in kinds.items():
         tar = folder / f"members{kind}.tar"
         write_members(tar, (sample(number, padded=padded) for number in range(samples)))
