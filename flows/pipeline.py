@@ -28,13 +28,13 @@ from prefect.runtime import flow_run
 from prefect.task_runners import ThreadPoolTaskRunner
 from prefect.tasks import Task
 
-from flows.graph import Pipeline, Planned, load_pipeline, plan, spec_of
 from genpipe import artifacts
 from genpipe.artifacts import Artifact
 from genpipe.config import ConfigError
 from genpipe.launch import jobs
 from genpipe.launch.failure import JobLost
-from genpipe.spec import Progress, StageSpec
+from genpipe.pipeline.graph import Pipeline, Planned, load_pipeline, plan, spec_of
+from genpipe.pipeline.spec import Progress, StageSpec
 from genpipe.stages import load_stage
 from genpipe.storage import local_path
 from genpipe.tracking.runs import claim_stage_run, fail_stage_run, pipeline_run
@@ -361,7 +361,7 @@ def _run_stages(run: _Run) -> list[StageResult]:
                     parent.end_stages(error)
             raise
         rows = [_row(result) for result in results]
-        parent.summarise(rows, images=_images(results))
+        parent.summarize(rows, images=_images(results))
         create_table_artifact(rows, key="genpipe-stages", description=f"MLflow run {parent.run_id}")
     if any(result.status == "failed" for result in results):
         raise StagesFailed(results)

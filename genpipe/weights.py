@@ -20,12 +20,12 @@ from torch import Tensor, nn
 from genpipe.config import Config
 from genpipe.models.autoencoder import AutoencoderConfig, build_autoencoder
 from genpipe.models.clip import CLIP, CLIPConfig
-from genpipe.models.foreign import autoencoder, clip, prior, unet
+from genpipe.models.decoder import Decoder, DecoderConfig
+from genpipe.models.interop import autoencoder, clip, prior, unet
 from genpipe.models.prior import DiffusionPriorConfig, PriorConfig, build_prior
-from genpipe.models.unclip import Decoder, DecoderConfig
 from genpipe.models.unet import UNetConfig
 from genpipe.models.upsampler import UpsamplerConfig, build_upsampler
-from genpipe.pinned import PinnedFile, read_pinned
+from genpipe.pinned_files import PinnedFile, read_pinned
 
 MODELS: dict[str, tuple[Callable[..., nn.Module], Any]] = {
     "autoencoder": (build_autoencoder, AutoencoderConfig),
@@ -92,7 +92,7 @@ FOREIGN: dict[tuple[str, str], tuple[Any, Callable[[Mapping[str, Tensor], Any], 
 """By kind and format, which networks are read and how; those of a decoder are its denoiser's alone."""
 
 
-def begin_with(module: nn.Module, initial: InitialWeights | None, *, kind: str) -> None:
+def load_initial_weights(module: nn.Module, initial: InitialWeights | None, *, kind: str) -> None:
     """Fill a model of `kind` with the weights of a file, if there is one, and on the meta device with nothing.
 
     Raises ValueError where they are not those of its config.

@@ -20,11 +20,11 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from flows import graph
-from genpipe import cli
 from genpipe.artifacts import Artifact
+from genpipe.cli import main as cli
 from genpipe.launch.local import run_local
-from genpipe.spec import StageSpec
+from genpipe.pipeline import graph
+from genpipe.pipeline.spec import StageSpec
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -35,7 +35,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 torch.set_num_threads(1)
 
 TINY = Path(__file__).parent.parent / "configs/pipeline/tiny.yaml"
-COLOURS = {
+COLORS = {
     "red": (220, 30, 30),
     "green": (30, 160, 60),
     "blue": (40, 60, 220),
@@ -66,12 +66,12 @@ def genpipe(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
 def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of 60 pictures of 40 pixels, each with its caption in a `.txt` beside it."""
     folder = tmp_path_factory.mktemp("shapes")
-    for colour, rgb in COLOURS.items():
+    for color, rgb in COLORS.items():
         for shape in ("circle", "square", "triangle", "bar", "cross"):
             for size, radius in SIZES.items():
-                name = folder / f"{size}-{colour}-{shape}"
+                name = folder / f"{size}-{color}-{shape}"
                 draw_shape(shape, rgb=rgb, radius=radius).save(name.with_suffix(".png"))
-                name.with_suffix(".txt").write_text(f"a {size} {colour} {shape}\n")
+                name.with_suffix(".txt").write_text(f"a {size} {color} {shape}\n")
     return folder
 
 

@@ -68,7 +68,7 @@ def message(path: Path, *overrides: str) -> str:
 GOLDEN = {
     "samples: 4\nlayers: {widht: 8}": "FILE: layers.widht: unknown key; did you mean 'width'?",
     "samples: 4\nlayer: {width: 8}": "FILE: layer: unknown key; did you mean 'layers'?",
-    "samples: 4\nlayers: {colour: red}": "FILE: layers.colour: unknown key; known keys: depth, width",
+    "samples: 4\nlayers: {color: red}": "FILE: layers.color: unknown key; known keys: depth, width",
     "samples: 4\nsource: {kind: table, url: x, colums: 3}": (
         "FILE: source.colums: unknown key; did you mean 'columns'?"
     ),
@@ -114,7 +114,7 @@ def test_broken_yaml_says_where(tmp_path: Path) -> None:
     assert "line 2" in told
 
 
-def test_a_missing_file_names_its_neighbour(tmp_path: Path) -> None:
+def test_a_missing_file_names_its_neighbor(tmp_path: Path) -> None:
     write(tmp_path, "pipeline.yaml", "samples: 4")
     assert message(tmp_path / "pipelin.yaml") == ("FILE: no such configuration file; did you mean DIR/pipeline.yaml?")
     assert message(tmp_path / "other" / "x.yaml") == "FILE: no such configuration file"

@@ -12,8 +12,8 @@ from torch.nn import functional as F
 
 from genpipe.artifacts import Artifact, fetch
 from genpipe.data.features import FeatureDataset
-from genpipe.data.pixels import image_batch, to_float
-from genpipe.data.stream import ShardDataset
+from genpipe.data.image_batches import image_batch, to_float
+from genpipe.data.shard_dataset import ShardDataset
 from genpipe.diffusion.process import SamplerConfig, with_guidance
 from genpipe.generation.conditions import Statistics, Text
 from genpipe.generation.system import GenerationConfig, Generator, check_lineage
@@ -138,8 +138,8 @@ def test_guidance_extrapolates() -> None:
 def test_statistics_are_undone() -> None:
     statistics = Statistics.of([1.0, -2.0], [0.5, 4.0], axes=2, device=CPU)
     x = torch.randn(3, 2, 4, 4, generator=seed(0))
-    torch.testing.assert_close(statistics.restore(statistics.standardise(x)), x)
-    torch.testing.assert_close(statistics.standardise(x)[:, 1], (x[:, 1] + 2) / 4)
+    torch.testing.assert_close(statistics.restore(statistics.standardize(x)), x)
+    torch.testing.assert_close(statistics.standardize(x)[:, 1], (x[:, 1] + 2) / 4)
 
 
 def test_noise_augmentation_preserves_variance() -> None:

@@ -22,7 +22,7 @@ class Blocker(importlib.abc.MetaPathFinder):
 sys.meta_path.insert(0, Blocker())
 
 import genpipe
-ABOVE = ("genpipe.launch", "genpipe.tracking", "genpipe.cli", "genpipe.console", "genpipe.doctor")
+ABOVE = ("genpipe.launch", "genpipe.tracking", "genpipe.cli", "genpipe.cli.console", "genpipe.cli.doctor")
 names = [m.name for m in pkgutil.walk_packages(genpipe.__path__, "genpipe.") if not m.name.startswith(ABOVE)]
 for name in names:
     importlib.import_module(name)

@@ -13,7 +13,7 @@ import psutil
 import genpipe.stages
 from genpipe import artifacts, config
 from genpipe.artifacts import Artifact
-from genpipe.spec import StageSpec
+from genpipe.pipeline.spec import StageSpec
 from genpipe.stages import load_stage
 
 TOYS = Path(__file__).parent / "toys"

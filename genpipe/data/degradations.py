@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from genpipe.config import Config, by_kind
-from genpipe.data.jpeg import jpeg
-from genpipe.data.pixels import to_float, to_uint8
+from genpipe.data.differentiable_jpeg import jpeg
+from genpipe.data.image_batches import to_float, to_uint8
 
 Range = tuple[PositiveFloat, PositiveFloat]
 
@@ -121,7 +121,7 @@ def blur(images: Tensor, kernels_BKK: Tensor) -> Tensor:
 def gaussian_kernels(
     sigma_B: Tensor, *, radius: int, other_B: Tensor | None = None, angle_B: Tensor | None = None
 ) -> Tensor:
-    """Normalised Gaussians [B, K, K], K = 2 radius + 1: `sigma` along an axis at `angle`, `other` across it."""
+    """Normalized Gaussians [B, K, K], K = 2 radius + 1: `sigma` along an axis at `angle`, `other` across it."""
     other = sigma_B if other_B is None else other_B
     angle = torch.zeros_like(sigma_B) if angle_B is None else angle_B
     span = torch.arange(-radius, radius + 1, device=sigma_B.device, dtype=torch.float32)
@@ -133,7 +133,7 @@ def gaussian_kernels(
 
 
 def add_noise(images: Tensor, level_B: Tensor, *, generator: torch.Generator | None) -> Tensor:
-    """Gaussian noise of standard deviation `level`, of each image as grey, as coloured, or in between.
+    """Gaussian noise of standard deviation `level`, of each image as gray, as colored, or in between.
 
     Two in five images have the same noise in all channels, two in five independent noise, the others a random mix.
     """

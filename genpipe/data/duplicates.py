@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from genpipe.data.hashes import nearest_kept
+from genpipe.data.perceptual_hash import nearest_kept
 from genpipe.data.samples import Reject
 from genpipe.data.shards import INDEX_SUFFIX, write_table
 from genpipe.storage import Storage

@@ -19,8 +19,8 @@ import numpy as np
 import torch
 
 from genpipe.data.order import pick
+from genpipe.data.shard_dataset import ShardDataset
 from genpipe.data.shards import Split
-from genpipe.data.stream import ShardDataset
 
 TEXT_ARRAYS = ("text_embeds", "text_encodings", "token_offsets")
 VARIANT_ARRAYS = ("latents", "latent_logvars", "image_embeds")  # [N, V, ...]
@@ -109,13 +109,13 @@ class FeatureDataset:
         return list(self._names)
 
     def latents(self, indices: np.ndarray, *, variants: np.ndarray | None = None) -> torch.Tensor:
-        """[B, C, H, W]: the autoencoder's mean, standardised. `variants` int [B]: which version of each image."""
+        """[B, C, H, W]: the autoencoder's mean, standardized. `variants` int [B]: which version of each image."""
         return self._gather("latents", *self._versions(indices, variants))
 
     def latent_samples(
         self, indices: np.ndarray, *, noise: np.ndarray, variants: np.ndarray | None = None
     ) -> torch.Tensor:
-        """[B, C, H, W]: mean + exp(logvar / 2) noise, standardised; `noise` float32 [B, C, H, W]."""
+        """[B, C, H, W]: mean + exp(logvar / 2) noise, standardized; `noise` float32 [B, C, H, W]."""
         versions = self._versions(indices, variants)
         mean, logvar = self._gather("latents", *versions), self._gather("latent_logvars", *versions)
         return torch.addcmul(mean.float(), (0.5 * logvar.float()).exp(), torch.from_numpy(noise)).to(mean.dtype)

@@ -33,7 +33,7 @@ class FilterConfig(Config):
         ge=0,
         le=MAX_DISTANCE,
         description="keep the first of the images whose 64-bit perceptual hashes differ in at most this many bits; "
-        "4 finds copies that were resized or compressed again, beyond 8 different images meet; colours do not count",
+        "4 finds copies that were resized or compressed again, beyond 8 different images meet; colors do not count",
     )
     blocklist: str | None = Field(
         None, description="a file, local or s3://, with a key or a sha256 (of an image file) a line; # begins a comment"

@@ -178,7 +178,7 @@ def buckets(resize: Buckets, *, size: int) -> tuple[tuple[int, int], ...]:
 
 
 def encode(image_HWC: np.ndarray, *, format: ImageFormat, quality: int = 95) -> bytes:
-    """uint8 [H, W, 3] to bytes. `quality` 1-100 is for jpeg and webp; jpeg keeps full colour (4:4:4)."""
+    """uint8 [H, W, 3] to bytes. `quality` 1-100 is for jpeg and webp; jpeg keeps full color (4:4:4)."""
     image_HWC = np.ascontiguousarray(image_HWC)
     if format == "jpeg":
         return bytes(simplejpeg.encode_jpeg(image_HWC, quality=quality, colorspace="RGB", colorsubsampling="444"))
@@ -204,7 +204,7 @@ def decode(data: bytes, *, least: int = 0) -> np.ndarray:
 
 
 def _jpeg_header(data: bytes) -> tuple[int, int, str, int] | None:
-    """Height, width, format, orientation as the bytes lie; None unless it is a sound JPEG in a usual colour space."""
+    """Height, width, format, orientation as the bytes lie; None unless it is a sound JPEG in a usual color space."""
     if not simplejpeg.is_jpeg(data):
         return None
     try:

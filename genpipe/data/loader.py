@@ -20,9 +20,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from genpipe.data.ahead import prefetched
+from genpipe.data.prefetch import prefetched
 from genpipe.data.samples import Reject
-from genpipe.data.stream import noticing
+from genpipe.data.shard_dataset import collect_damaged
 
 Batch = dict[str, torch.Tensor]
 _Place = tuple[int, np.ndarray]
@@ -154,7 +154,7 @@ class _Load:
 
     def __call__(self, place: _Place) -> _Loaded:
         position, samples = place
-        with noticing() as damaged:
+        with collect_damaged() as damaged:
             batch = self.collate(samples, np.arange(position, position + self.size, dtype=np.int64))
         return _Loaded(batch, damaged)
 

@@ -57,7 +57,7 @@ def thresholded(x0: Tensor, *, kind: Threshold, bound: float, percentile: float)
     """Keep x0 [B, ...] within [-bound, bound], where guidance pushes it out; Saharia et al. 2022 (Imagen), sec. 2.3.
 
     static: clip. dynamic: clip each sample to [-s, s], s the `percentile` of its magnitudes but at least
-    `bound`, and divide by s / bound. `bound` is 1 for pixels; standardised latents reach some 4.
+    `bound`, and divide by s / bound. `bound` is 1 for pixels; standardized latents reach some 4.
     """
     if kind == "none":
         return x0

@@ -59,7 +59,7 @@ def bits_per_dimension(log_p: Tensor, *, dimensions: int, bin_width: float = 2.0
     """A density's ln p [B] as bits per dimension of the discrete data, [B].
 
     `bin_width` is the step of the discrete data in the units of x: 2/255 for 8-bit pixels in [-1, 1]. It is a
-    bound for them if x had uniform noise of one bin's width added (dequantisation; Theis et al. 2016, sec. 3.1).
+    bound for them if x had uniform noise of one bin's width added (dequantization; Theis et al. 2016, sec. 3.1).
     """
     return -log_p / (dimensions * math.log(2.0)) - math.log2(bin_width)
 

@@ -17,7 +17,7 @@ from genpipe.diffusion.schedules import PURE_NOISE, Schedule, expand_like
 Predict = Literal["eps", "x0", "v", "flow", "edm"]
 
 SIGMA_DATA = 1.0
-"""Standard deviation of the data in edm's preconditioning: 1 for what is standardised; the paper's pixels have 0.5."""
+"""Standard deviation of the data in edm's preconditioning: 1 for what is standardized; the paper's pixels have 0.5."""
 
 MIN_SIGMA = 1e-6
 """Floor under sigma when an x0 prediction becomes noise = (x_t - alpha x0) / sigma, left open at t = 0."""

@@ -41,7 +41,7 @@ class DiffusionConfig(Config):
     schedule: Schedule = "flow"
     predict: Predict = "flow"
     sigma_data: PositiveFloat = Field(
-        SIGMA_DATA, description="of schedule edm: the data's standard deviation; 1 if standardised, 0.5 for pixels"
+        SIGMA_DATA, description="of schedule edm: the data's standard deviation; 1 if standardized, 0.5 for pixels"
     )
     variance: Literal["fixed", "learned"] = Field("fixed", description="learned: by as many channels more")
     time_sampling: TimeSampling = "logit_normal"
@@ -88,7 +88,7 @@ class SamplerConfig(Config):
     guidance_interval: tuple[float, float] = Field((0.0, 1.0), description="times at which there is guidance")
     guidance_rescale: float = Field(0.0, ge=0, le=1, description="share of the guided prediction's excess size undone")
     threshold: Threshold = Field("none", description="keeps x0 in bounds: clipped, or scaled down by its largest")
-    threshold_bound: PositiveFloat = Field(1.0, description="1 for pixels; standardised latents reach some 4")
+    threshold_bound: PositiveFloat = Field(1.0, description="1 for pixels; standardized latents reach some 4")
     threshold_percentile: float = Field(0.995, gt=0, le=1, description="of dynamic: the share kept within the bound")
 
     @model_validator(mode="after")

@@ -39,9 +39,9 @@ def sample_t(
     elif kind == "discrete":
         t = torch.randint(1, NODES + 1, (n,), generator=generator, device=device) / NODES
     elif kind in NORMAL:
-        centre, spread = NORMAL[kind]
+        center, spread = NORMAL[kind]
         normal = torch.randn(n, generator=generator, device=device)
-        normal = normal * (spread if std is None else std) + (centre if mean is None else mean)
+        normal = normal * (spread if std is None else std) + (center if mean is None else mean)
         t = normal.sigmoid() if kind == "logit_normal" else time_at(torch.ones_like(normal), normal.exp(), schedule)
     else:
         raise ValueError(f"unknown kind of time sampling {kind!r}: use 'uniform', 'discrete' or {', '.join(NORMAL)}")

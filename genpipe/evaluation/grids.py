@@ -24,7 +24,7 @@ def tile(rows: Sequence[Sequence[np.ndarray]], *, cell: int) -> np.ndarray:
     return np.asarray(canvas)
 
 
-def labelled_grid(
+def labeled_grid(
     rows: Sequence[Sequence[np.ndarray]], *, captions: Sequence[str], columns: Sequence[str], cell: int = 128
 ) -> np.ndarray:
     """One row of images for each caption, captions at the left, column titles above."""

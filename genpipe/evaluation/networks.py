@@ -11,11 +11,11 @@ from safetensors.torch import load as load_safetensors
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from genpipe.data.pixels import to_uint8
-from genpipe.models.foreign.lpips import from_lpips
+from genpipe.data.image_batches import to_uint8
+from genpipe.models.interop.lpips import from_lpips
 from genpipe.models.lpips import Lpips
 from genpipe.models.precision import fp32
-from genpipe.pinned import PinnedFile, read_pinned
+from genpipe.pinned_files import PinnedFile, read_pinned
 
 INCEPTION_SIZE = 299
 

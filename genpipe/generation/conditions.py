@@ -1,7 +1,7 @@
 """What the samplers are conditioned on, and in which units.
 
 Shape legend: B prompts, L tokens, W text width, D embedding width. Image embeddings are unit vectors wherever they
-leave a function; inside the diffusion they are standardised with CLIP's statistics.
+leave a function; inside the diffusion they are standardized with CLIP's statistics.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Text(NamedTuple):
 
 @dataclass(frozen=True)
 class Statistics:
-    """Mean and standard deviation by channel or dimension: how latents and embeddings are standardised."""
+    """Mean and standard deviation by channel or dimension: how latents and embeddings are standardized."""
 
     mean: Tensor
     std: Tensor
@@ -48,7 +48,7 @@ class Statistics:
         shape = (-1, *[1] * axes)
         return cls(torch.tensor(mean, device=device).view(shape), torch.tensor(std, device=device).view(shape))
 
-    def standardise(self, x: Tensor) -> Tensor:
+    def standardize(self, x: Tensor) -> Tensor:
         return (x.float() - self.mean) / self.std
 
     def restore(self, x: Tensor) -> Tensor:

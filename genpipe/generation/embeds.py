@@ -95,14 +95,14 @@ def unconditional_image_embeds(
 def _draw(
     model: Model, text: Text, *, diffusion: DiffusionConfig, sampler: SamplerConfig, generator: torch.Generator
 ) -> Tensor:
-    """Standardised embeddings [B, D] from a diffusion prior that has its captions bound."""
+    """Standardized embeddings [B, D] from a diffusion prior that has its captions bound."""
     noise = torch.randn(text.embed.shape, generator=generator, device=text.embed.device)
     return sample(denoiser(model, diffusion), noise, sampler, schedule=diffusion.schedule, generator=generator)
 
 
 @torch.no_grad()
 def draw_codes(prior: AutoregressivePrior, text: Text, *, guidance_scale: float, generator: torch.Generator) -> Tensor:
-    """Image embeddings [B, D], drawn code by code; not normalised.
+    """Image embeddings [B, D], drawn code by code; not normalized.
 
     Asked for a dot product with the text above the quantile `dot_above` (Ramesh et al. 2022, section 2.2: the top
     half). Guidance (Ho & Salimans 2022) is on the logits; `guidance_scale` 1 is the conditional model, 0 the

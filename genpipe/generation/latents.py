@@ -7,11 +7,11 @@ from torch import Tensor
 
 from genpipe.diffusion.process import DiffusionConfig, Model, SamplerConfig, denoiser, sample, with_guidance
 from genpipe.generation.conditions import Statistics, Text
-from genpipe.models.unclip import Decoder
+from genpipe.models.decoder import Decoder
 
 
 def decoder_model(decoder: Decoder, image_embed: Tensor, text: Text, *, drop_image: Tensor, drop_text: Tensor) -> Model:
-    """The decoder with its conditions bound; `image_embed` [B, D] is standardised."""
+    """The decoder with its conditions bound; `image_embed` [B, D] is standardized."""
     return lambda x, t: decoder(
         x,
         t,
@@ -34,8 +34,8 @@ def sample_latents(
     sampler: SamplerConfig,
     generator: torch.Generator,
 ) -> Tensor:
-    """Standardised latents [B, *shape] for unit image embeddings [B, D] and their captions."""
-    embed = statistics.standardise(image_embed)
+    """Standardized latents [B, *shape] for unit image embeddings [B, D] and their captions."""
+    embed = statistics.standardize(image_embed)
     keep = torch.zeros(len(embed), dtype=torch.bool, device=embed.device)
     drop = torch.cat([keep, ~keep])
     model = with_guidance(

@@ -21,8 +21,8 @@ from genpipe.generation.latents import sample_latents
 from genpipe.generation.upsampling import Space, space_of, upsample
 from genpipe.models.autoencoder import Autoencoder
 from genpipe.models.clip import CLIP
+from genpipe.models.decoder import Decoder
 from genpipe.models.prior import Prior
-from genpipe.models.unclip import Decoder
 from genpipe.models.upsampler import Upsampler
 from genpipe.weights import load_weights
 

@@ -19,7 +19,7 @@ from genpipe.models.tiling import tiled
 from genpipe.models.upsampler import Upsampler
 
 TILE, OVERLAP = 1024, 128
-"""Cells of a side above which the network sees a grid in tiles, of that side, and what neighbours share."""
+"""Cells of a side above which the network sees a grid in tiles, of that side, and what neighbors share."""
 
 CELLS_AT_ONCE = 4 * TILE**2
 """Of all the grids of a batch that the network is given at a time, outside of training."""
@@ -52,7 +52,7 @@ class PixelSpace:
 
 @dataclass(frozen=True)
 class LatentSpace:
-    """Diffusion on an autoencoder's standardised latents of the large image (Rombach et al. 2022, section 4.4).
+    """Diffusion on an autoencoder's standardized latents of the large image (Rombach et al. 2022, section 4.4).
 
     The network sees the small image beside them, on their grid. On the meta device there is no autoencoder.
     """
@@ -71,7 +71,7 @@ class LatentSpace:
     def encode(self, images: Tensor, *, low_res: Tensor) -> Tensor:
         if self.autoencoder is None:
             return low_res.new_empty(len(images), self.channels(images.shape[1]), *low_res.shape[2:])
-        return self.statistics.standardise(self.autoencoder.encode(images)[0])
+        return self.statistics.standardize(self.autoencoder.encode(images)[0])
 
     @torch.no_grad()
     def decode(self, x0: Tensor, *, low_res: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pydantic import Field
 
 from genpipe.config import Config
-from genpipe.spec import StageSpec
+from genpipe.pipeline.spec import StageSpec
 from genpipe.storage import open_storage
 
 FAILURE = "error.json"
@@ -46,7 +46,7 @@ def read_failure(work: str, job: str) -> Failure | None:
 
 
 @contextmanager
-def telling(spec: StageSpec, job: str) -> Iterator[None]:
+def report_failure(spec: StageSpec, job: str) -> Iterator[None]:
     """Leave an exception of the block where the job's submitter finds it, unless one is told already."""
     try:
         yield

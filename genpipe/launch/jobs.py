@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Any
 from genpipe import artifacts
 from genpipe.config import Resources
 from genpipe.launch.failure import JobLost, StageError, first_line, read_failure
-from genpipe.launch.head import TUNING, authorization, get, local_head
-from genpipe.launch.turns import Turns
-from genpipe.spec import Progress, StageSpec, read_progress
+from genpipe.launch.local_ray import TUNING, authorization, get, local_head
+from genpipe.launch.resource_queue import Turns
+from genpipe.pipeline.spec import Progress, StageSpec, read_progress
 from genpipe.storage import join, open_storage
 
 if TYPE_CHECKING:

@@ -18,9 +18,9 @@ from types import FrameType
 from typing import Any
 
 from genpipe.config import Resources
-from genpipe.launch.failure import JobLost, StageError, first_line, read_failure, telling
-from genpipe.launch.head import TUNING
-from genpipe.spec import Progress, StageSpec, write_progress
+from genpipe.launch.failure import JobLost, StageError, first_line, read_failure, report_failure
+from genpipe.launch.local_ray import TUNING
+from genpipe.pipeline.spec import Progress, StageSpec, write_progress
 from genpipe.storage import join, open_storage
 
 INSIST_SECONDS = 3.0
@@ -98,7 +98,7 @@ def _train_rank(config: dict[str, Any]) -> None:
     """One rank of a training stage, in a Ray Train worker."""
     import ray.train.torch
 
-    from genpipe.launch.execute import train_rank
+    from genpipe.launch.run_stage import train_rank
 
     spec, job = StageSpec.model_validate(config["spec"]), config["job"]
     told = read_failure(spec.work, job)
@@ -106,7 +106,7 @@ def _train_rank(config: dict[str, Any]) -> None:
         return  # the fault is the stage's own, so a restarted group has nothing to try
     context = ray.train.get_context()
     try:
-        with telling(spec, job):
+        with report_failure(spec, job):
             train_rank(
                 spec,
                 config["run_id"],
@@ -124,16 +124,16 @@ class _MapPart:
     """A data stage's worker in a Ray Data actor."""
 
     def __init__(self, spec: dict[str, Any], job: str) -> None:
-        from genpipe.launch.execute import PartWorker
+        from genpipe.launch.run_stage import PartWorker
 
         self.spec = StageSpec.model_validate(spec)
         self.job = job
         self.resources = Resources.model_validate(self.spec.config["resources"])
-        with telling(self.spec, job):
+        with report_failure(self.spec, job):
             self.worker = PartWorker(self.spec)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        with telling(self.spec, self.job):
+        with report_failure(self.spec, self.job):
             for part in map(str, batch["item"]):
                 self._begin(part)
                 self.worker(part)
@@ -157,10 +157,10 @@ def drive(spec_uri: str, job: str) -> int:
     spec = StageSpec.read(spec_uri)
     spec = spec.model_copy(update={"links": {**spec.links, "ray_job": job}})
     try:
-        with telling(spec, job):
+        with report_failure(spec, job):
             import ray
 
-            from genpipe.launch.execute import execute
+            from genpipe.launch.run_stage import execute
 
             ray.init(address="auto", logging_level=logging.WARNING)
             signal.signal(signal.SIGTERM, _stop_driver)  # Ray's own handler would leave the MLflow run running

@@ -13,26 +13,26 @@ from pydantic import PositiveInt, Tag
 from torch import Tensor, nn
 
 from genpipe.config import Config, by_kind
-from genpipe.models.deep_compression import (
+from genpipe.models.dc_autoencoder import (
     DeepCompressionConfig,
     deep_compression_decoder,
     deep_compression_encoder,
 )
-from genpipe.models.folded import FoldedConfig, folded_decoder, folded_encoder
-from genpipe.models.hierarchical import (
+from genpipe.models.ldm_autoencoder import LdmConfig, ldm_decoder, ldm_encoder
+from genpipe.models.precision import fp32 as full_precision
+from genpipe.models.quantizer import Kl, Plain, Quantizer, Vq
+from genpipe.models.space_to_depth_autoencoder import FoldedConfig, folded_decoder, folded_encoder
+from genpipe.models.tiling import tiled
+from genpipe.models.vqvae2 import (
     HierarchicalConfig,
     HierarchicalDecoder,
     HierarchicalEncoder,
     LevelQuantizer,
     pack,
 )
-from genpipe.models.ldm_autoencoder import LdmConfig, ldm_decoder, ldm_encoder
-from genpipe.models.precision import fp32 as full_precision
-from genpipe.models.quantizer import Kl, Plain, Quantizer, Vq
-from genpipe.models.tiling import tiled
 
 TILE, OVERLAP = 512, 128
-"""Pixels of a side of the tiles that large images are cut into, and of what neighbours share."""
+"""Pixels of a side of the tiles that large images are cut into, and of what neighbors share."""
 
 TILED_ABOVE = 1024
 """Pixels of the longer side above which images are encoded and decoded in tiles, outside of training."""
@@ -76,7 +76,7 @@ class Autoencoder(nn.Module):
     """An encoder and a decoder with a bottleneck between them; `quantizer` is there where that is a codebook.
 
     Latents are what is before the codebook (LDM's VQ-reg), so that diffusion runs on a continuous grid; `decode`
-    quantises first. Nothing here standardises latents: the statistics are measured over the data after training, and
+    quantizes first. Nothing here standardizes latents: the statistics are measured over the data after training, and
     applied once, by whoever writes the features.
     """
 
@@ -131,14 +131,14 @@ class Autoencoder(nn.Module):
         if self._in_tiles(max(latents.shape[-2:]) * self.cfg.factor):
             sizes = {"tile": _cells(TILE, self.cfg.factor), "overlap": _cells(OVERLAP, self.cfg.factor)}
             return decode_tiled(self, latents, fp32=fp32, **sizes)
-        return self.render(self.quantised(latents), fp32=fp32)
+        return self.render(self.quantized(latents), fp32=fp32)
 
-    def quantised(self, latents: Tensor) -> Tensor:
+    def quantized(self, latents: Tensor) -> Tensor:
         """Latents as the decoder takes them: the nearest codes, or the latents themselves without a codebook."""
         return latents if self.quantizer is None else self.quantizer(latents).vectors
 
     def render(self, vectors: Tensor, *, fp32: bool = False) -> Tensor:
-        """The decoder alone, on what `quantised` gives, in one piece."""
+        """The decoder alone, on what `quantized` gives, in one piece."""
         if fp32:
             with full_precision(vectors.device):
                 return self.decoder(vectors.float()).float()
@@ -195,7 +195,7 @@ def build_autoencoder(cfg: AnyConfig) -> Autoencoder:
 def decode_tiled(model: Autoencoder, latents: Tensor, *, tile: int, overlap: int, fp32: bool = False) -> Tensor:
     """`model.decode` in tiles of `tile` latent cells that share at least `overlap`, blended where they do."""
     scale = Fraction(model.cfg.factor)
-    vectors = model.quantised(latents)
+    vectors = model.quantized(latents)
     return tiled(lambda part: model.render(part, fp32=fp32), vectors, tile=tile, overlap=overlap, scale=scale)
 
 

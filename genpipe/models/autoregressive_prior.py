@@ -14,8 +14,8 @@ from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
 from genpipe.models.layers import KeyValueCache, TransformerBlock, TransformerConfig
-from genpipe.models.prefix import Caption, NullText, causal_mask, drop_captions, null_caption
-from genpipe.models.principal_codes import PrincipalCodes
+from genpipe.models.pca_quantizer import PrincipalCodes
+from genpipe.models.prior_conditioning import Caption, NullText, causal_mask, drop_captions, null_caption
 
 
 class AutoregressivePriorConfig(TransformerConfig):

@@ -19,7 +19,7 @@ from genpipe.models.layers import Activation, TransformerBlock, TransformerConfi
 
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
-"""By channel, of images in [0, 1]: OpenAI's models and most others of their kind see standardised images."""
+"""By channel, of images in [0, 1]: OpenAI's models and most others of their kind see standardized images."""
 
 
 class TowerConfig(TransformerConfig):
@@ -40,7 +40,7 @@ class CLIPConfig(Config):
     patch_size: PositiveInt = 16
     image: TowerConfig = TowerConfig()
     text: TowerConfig = TowerConfig(width=128, depth=2)
-    pixels: Literal["signed", "openai"] = "signed"  # as given, in [-1, 1], or standardised as OpenAI's
+    pixels: Literal["signed", "openai"] = "signed"  # as given, in [-1, 1], or standardized as OpenAI's
     patch_bias: bool = True
     image_pre_norm: bool = False
     image_pooling: Literal["mean", "class_token"] = "mean"

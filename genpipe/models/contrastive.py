@@ -69,7 +69,7 @@ def softmax_loss(image_embed: Tensor, text_embed: Tensor, *, logit_scale: Tensor
     """Symmetric InfoNCE over the global batch (Radford et al. 2021, fig. 3), a scalar in fp32.
 
     image_embed, text_embed: unit vectors [b, D], row i of one belongs to row i of the other; logit_scale in
-    log space. With `gather` and torch.distributed initialised, this rank's rows are scored against all ranks'
+    log space. With `gather` and torch.distributed initialized, this rank's rows are scored against all ranks'
     rows (equal b), and gradients flow to the other ranks' rows: the mean over ranks of loss and of gradients
     (what DDP does) equals the loss and gradients of one process holding the global batch. Logits are [b, B].
     """

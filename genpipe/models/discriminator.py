@@ -19,7 +19,7 @@ class DiscriminatorConfig(Config):
     width: int = Field(32, gt=0, multiple_of=8)
     layers: PositiveInt = 3
     norm: Literal["group", "batch"] = Field(
-        "group", description="batch: as published, with its initialisation; statistics are each rank's own"
+        "group", description="batch: as published, with its initialization; statistics are each rank's own"
     )
 
 
@@ -49,13 +49,13 @@ class Discriminator(nn.Module):
         layers.append(nn.Conv2d(width, 1, 4, padding=1))
         self.net = nn.Sequential(*layers)
         if cfg.norm == "batch":
-            self.apply(_initialise)
+            self.apply(_initialize)
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
         return self.net(images_BCHW).float()
 
 
-def _initialise(module: nn.Module) -> None:
+def _initialize(module: nn.Module) -> None:
     """Convolutions from N(0, 0.02), gains from N(1, 0.02): pix2pix's (Isola et al. 2017, sec. 6.2)."""
     if isinstance(module, nn.Conv2d):
         nn.init.normal_(module.weight, 0.0, 0.02)

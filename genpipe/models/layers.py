@@ -76,7 +76,7 @@ class KeyValueCache:
 class Attention(nn.Module):
     """Self-attention, whose keys may be extended by a context, as in GLIDE (Nichol et al. 2021, sec. 2.2).
 
-    With `qk_norm` queries and keys are layer-normalised before the split into heads, over the whole width (cheaper
+    With `qk_norm` queries and keys are layer-normalized before the split into heads, over the whole width (cheaper
     than per head): it bounds the logits, the usual source of divergence in bf16 (Dehghani et al. 2023, sec. 3.1).
     """
 

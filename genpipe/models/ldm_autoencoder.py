@@ -89,7 +89,7 @@ class Downsample(nn.Conv2d):
 
 
 class Upsample(nn.Conv2d):
-    """Nearest-neighbour doubling and a 3x3 convolution."""
+    """Nearest-neighbor doubling and a 3x3 convolution."""
 
     def __init__(self, channels: int) -> None:
         super().__init__(channels, channels, 3, padding=1)

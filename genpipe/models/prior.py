@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from genpipe.config import by_kind
 from genpipe.models.autoregressive_prior import AutoregressivePrior, AutoregressivePriorConfig
 from genpipe.models.layers import LevelEmbedding, TransformerBlock, TransformerConfig
-from genpipe.models.prefix import Caption, NullText, causal_mask, drop_captions, null_caption
+from genpipe.models.prior_conditioning import Caption, NullText, causal_mask, drop_captions, null_caption
 
 
 class DiffusionPriorConfig(TransformerConfig):

@@ -44,7 +44,7 @@ class Vq(Config):
     )
     decay: float = Field(0.99, gt=0, lt=1, description="of the moving averages of update: ema, by optimizer step")
     commitment: float = Field(0.25, ge=0, description="beta: weight of pulling the encoder's outputs to their codes")
-    normalise: bool = Field(False, description="compare and return unit vectors (ViT-VQGAN; Yu et al. 2021, sec. 3.2)")
+    normalize: bool = Field(False, description="compare and return unit vectors (ViT-VQGAN; Yu et al. 2021, sec. 3.2)")
     revive_after: int = Field(
         100, ge=0, description="steps without use after which a code becomes an output of the encoder; 0: never"
     )
@@ -108,7 +108,7 @@ class Quantizer(nn.Module):
         return F.embedding(codes, self._vectors()).permute(0, 3, 1, 2)
 
     def forward(self, latents: Tensor, *, generator: torch.Generator | None = None) -> Quantized:
-        """Quantise [B, C, H, W]; `generator` is given in training, when the codebook is to learn from them.
+        """Quantize [B, C, H, W]; `generator` is given in training, when the codebook is to learn from them.
 
         The loss is beta |z - sg(e)|^2, plus |sg(z) - e|^2 where codes follow its gradient, as means over elements.
         """
@@ -168,11 +168,11 @@ class Quantizer(nn.Module):
         self._observed = now
 
     def _vectors(self) -> Tensor:
-        return F.normalize(self.codebook, dim=-1) if self.cfg.normalise else self.codebook
+        return F.normalize(self.codebook, dim=-1) if self.cfg.normalize else self.codebook
 
     def _rows(self, latents: Tensor) -> Tensor:
         rows_NC = latents.float().permute(0, 2, 3, 1).flatten(0, 2)
-        return F.normalize(rows_NC, dim=-1) if self.cfg.normalise else rows_NC
+        return F.normalize(rows_NC, dim=-1) if self.cfg.normalize else rows_NC
 
     @torch.no_grad()
     def _nearest(self, rows_NC: Tensor) -> Tensor:

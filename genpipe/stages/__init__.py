@@ -11,7 +11,7 @@ Every stage module has
 and, if what it takes depends on its configuration, `consumes(cfg) -> tuple[str, ...]`. A *training* stage adds
 
     data(cfg, inputs) -> Data                            what to train on and what to hold out
-    objective(cfg, inputs, device) -> Objective          what one optimizer step optimises
+    objective(cfg, inputs, device) -> Objective          what one optimizer step optimizes
     export(objective, cfg, inputs, folder) -> meta       writes the weights; called with the EMA in place
     example(cfg, inputs, *, batch_size) -> Batch         zeros in the shapes of a batch, from the inputs' `meta` alone
 

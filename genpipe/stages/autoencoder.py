@@ -1,4 +1,4 @@
-"""Train the autoencoder: images to standardisable latents and back (Rombach et al. 2022, section 3.1)."""
+"""Train the autoencoder: images to standardizable latents and back (Rombach et al. 2022, section 3.1)."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from torch.nn import functional as F
 from genpipe.artifacts import Artifact
 from genpipe.config import Config as Block
 from genpipe.config import StageConfig
+from genpipe.data.image_batches import Crop, to_float, to_uint8
 from genpipe.data.loader import sequential
-from genpipe.data.pixels import Crop, to_float, to_uint8
 from genpipe.evaluation.grids import tile
 from genpipe.evaluation.networks import load_inception, load_lpips
 from genpipe.evaluation.reconstruction import ReconstructionScores
@@ -39,11 +39,11 @@ from genpipe.models.discriminator import (
 )
 from genpipe.models.lpips import SMALLEST as SMALLEST_FOR_LPIPS
 from genpipe.models.quantizer import codebook_use
-from genpipe.pinned import PinnedFile
+from genpipe.pinned_files import PinnedFile
 from genpipe.stages.shard import check_image_size, image_data
 from genpipe.training.objective import Batch, Data, Metrics, Split, Step, Validation
 from genpipe.training.optim import TrainConfig
-from genpipe.weights import InitialWeights, begin_with, save_weights
+from genpipe.weights import InitialWeights, load_initial_weights, save_weights
 
 VERSION = 1
 CONSUMES: tuple[str, ...] = ("shard",)
@@ -134,7 +134,7 @@ class Objective:
     def __init__(self, cfg: Config, device: torch.device) -> None:
         self.cfg = cfg
         self.model = build_autoencoder(cfg.model).to(device)
-        begin_with(self.model, cfg.initial, kind="autoencoder")
+        load_initial_weights(self.model, cfg.initial, kind="autoencoder")
         self.trainable: dict[str, nn.Module] = {"autoencoder": self.model}
         self.settling: Settling | None = None
         if cfg.adversarial:

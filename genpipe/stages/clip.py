@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from genpipe.artifacts import Artifact
 from genpipe.config import Config as Block
 from genpipe.config import StageConfig
+from genpipe.data.image_batches import Crop, crop_draws, read_images, to_float
 from genpipe.data.loader import sequential
 from genpipe.data.order import caption_draws
-from genpipe.data.pixels import Crop, crop_draws, read_images, to_float
+from genpipe.data.shard_dataset import ShardDataset, open_shards
 from genpipe.data.shards import Split as SplitName
-from genpipe.data.stream import ShardDataset, open_shards
 from genpipe.data.tokenizer import (
     CLIP_EOT_ID,
     CLIP_VOCAB_SIZE,
@@ -38,7 +38,7 @@ from genpipe.models.contrastive import encode_in_chunks
 from genpipe.stages.shard import check_image_size
 from genpipe.training.objective import Batch, Data, Metrics, Split, Step, Validation
 from genpipe.training.optim import TrainConfig
-from genpipe.weights import InitialWeights, begin_with, save_weights
+from genpipe.weights import InitialWeights, load_initial_weights, save_weights
 
 VERSION = 1
 CONSUMES: tuple[str, ...] = ("shard",)
@@ -183,7 +183,7 @@ class Objective:
         self.cfg = cfg
         self.sizes = text_sizes(cfg, tokenizer)
         self.model = CLIP(cfg.model, **self.sizes).to(device)
-        begin_with(self.model, cfg.initial, kind="clip")
+        load_initial_weights(self.model, cfg.initial, kind="clip")
         self.trainable: dict[str, nn.Module] = {"clip": self.model}
         self.prompts: Tensor | None = None
         if cfg.zero_shot is not None and tokenizer is not None:

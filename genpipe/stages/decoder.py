@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from genpipe.artifacts import Artifact, fetch
 from genpipe.config import StageConfig
 from genpipe.data.features import FeatureDataset
-from genpipe.data.pixels import to_uint8
+from genpipe.data.image_batches import to_uint8
 from genpipe.diffusion.process import (
     DiffusionConfig,
     SamplerConfig,
@@ -30,12 +30,12 @@ from genpipe.evaluation.metrics import mean_losses
 from genpipe.generation.conditions import Text, embed_statistics, latent_statistics
 from genpipe.generation.latents import decoder_model, sample_latents
 from genpipe.models.autoencoder import Autoencoder
-from genpipe.models.unclip import Decoder, DecoderConfig
+from genpipe.models.decoder import Decoder, DecoderConfig
 from genpipe.stages.autoencoder import hwc
 from genpipe.stages.features import cached_data, example_features
 from genpipe.training.objective import Batch, Data, Metrics, Step, Validation
 from genpipe.training.optim import TrainConfig
-from genpipe.weights import InitialWeights, begin_with, load_weights, save_weights
+from genpipe.weights import InitialWeights, load_initial_weights, load_weights, save_weights
 
 VERSION = 1
 CONSUMES: tuple[str, ...] = ("autoencoder", "features")
@@ -92,7 +92,7 @@ def objective(cfg: Config, inputs: Mapping[str, Artifact], device: torch.device)
     if null_encodings is not None:
         with torch.no_grad():
             model.null_encoding_W.copy_(null_encodings)
-    begin_with(model, cfg.initial, kind="decoder")
+    load_initial_weights(model, cfg.initial, kind="decoder")
     autoencoder = load_weights(fetch(inputs["autoencoder"]), kind="autoencoder", device=device).module
     return Objective(cfg, meta, model.to(device), sizes, cast(Autoencoder, autoencoder))
 
@@ -123,7 +123,7 @@ class Objective:
         draws = torch.rand(2, len(latents), generator=step.generator, device=latents.device)
         model = decoder_model(
             self.model,
-            self.embed_statistics.standardise(batch["image_embeds"]),
+            self.embed_statistics.standardize(batch["image_embeds"]),
             Text.from_cache(batch),
             drop_image=draws[0] < self.cfg.drop_image,
             drop_text=draws[1] < self.cfg.drop_text,
@@ -138,7 +138,7 @@ class Objective:
         pictures: dict[str, np.ndarray] = {}
         for batch in batches:
             latents, text = batch["latents"].float(), Text.from_cache(batch)
-            embed = self.embed_statistics.standardise(batch["image_embeds"])
+            embed = self.embed_statistics.standardize(batch["image_embeds"])
             keep = torch.zeros(len(latents), dtype=torch.bool, device=latents.device)
             model = decoder_model(self.model, embed, text, drop_image=keep, drop_text=keep)
             losses.append(fixed_time_losses(model, latents, self.cfg.diffusion, generator=generator))

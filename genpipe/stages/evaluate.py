@@ -24,18 +24,18 @@ from torch import Tensor
 from genpipe.artifacts import Artifact, fetch, read_manifest
 from genpipe.config import StageConfig
 from genpipe.data.features import FeatureDataset
+from genpipe.data.image_batches import image_batch, to_float, to_uint8
 from genpipe.data.loader import sequential
 from genpipe.data.order import order
-from genpipe.data.pixels import image_batch, to_float, to_uint8
+from genpipe.data.shard_dataset import ShardDataset, open_shards
 from genpipe.data.shards import SPLITS, Split
-from genpipe.data.stream import ShardDataset, open_shards
 from genpipe.evaluation.fidelity import FeatureMoments, frechet_distance
-from genpipe.evaluation.grids import labelled_grid
+from genpipe.evaluation.grids import labeled_grid
 from genpipe.evaluation.metrics import cosine
 from genpipe.evaluation.networks import inception_features, load_inception
 from genpipe.evaluation.retrieval import recall_at, retrieval_ranks
 from genpipe.generation.system import NEEDED, UPSAMPLERS, GenerationConfig, Generator, check_lineage
-from genpipe.pinned import PinnedFile
+from genpipe.pinned_files import PinnedFile
 from genpipe.stages import load_stage
 from genpipe.stages.autoencoder import hwc
 from genpipe.stages.features import check_made_from
@@ -224,7 +224,7 @@ class Worker:
         for enlarged in system.enlarge(images, cfg, generator=generator):
             columns[f"upsampled to {enlarged.shape[-1]} px"] = to_uint8(enlarged)
         rows = list(zip(*(hwc(column) for column in columns.values()), strict=True))
-        return labelled_grid(rows, captions=prompts, columns=list(columns), cell=max(CELL, system.size))
+        return labeled_grid(rows, captions=prompts, columns=list(columns), cell=max(CELL, system.size))
 
 
 def find_captions(dataset: ShardDataset, captions: Sequence[str]) -> np.ndarray:

@@ -20,14 +20,14 @@ from torch import Tensor
 
 from genpipe.artifacts import Artifact, fetch, read_manifest
 from genpipe.config import StageConfig, canonical_json
-from genpipe.data.ahead import prefetched
 from genpipe.data.features import NULL_TEXT, FeatureDataset, write_features, write_null_text
+from genpipe.data.image_batches import read_images, to_float
 from genpipe.data.loader import Batch
 from genpipe.data.order import caption_draws, normal, uniform
-from genpipe.data.pixels import read_images, to_float
+from genpipe.data.prefetch import prefetched
 from genpipe.data.samples import Reject
+from genpipe.data.shard_dataset import ShardDataset, collect_damaged, open_shards
 from genpipe.data.shards import REJECT_SCHEMA, SPLITS, Split, write_table
-from genpipe.data.stream import ShardDataset, noticing, open_shards
 from genpipe.data.tokenizer import CaptionTokenizer
 from genpipe.generation.conditions import TOKENIZER_FILE, latent_statistics
 from genpipe.generation.system import check_lineage
@@ -133,7 +133,7 @@ class Worker:
         return arrays, damaged
 
     def _decoded(self, dataset: ShardDataset, rows: range) -> Chunk:
-        with noticing() as damaged:
+        with collect_damaged() as damaged:
             images, stand_ins = read_images(dataset, np.asarray(rows), sizes=self.sizes)
         return Chunk(images, stand_ins, damaged)
 
@@ -146,7 +146,7 @@ class Worker:
     def _encode(self, images: Tensor, for_clip: Tensor) -> dict[str, np.ndarray]:
         mean, logvar = self.autoencoder.encode(images)
         encoded = {
-            "latents": self._packed("latents", self.statistics.standardise(mean)),
+            "latents": self._packed("latents", self.statistics.standardize(mean)),
             "image_embeds": self._packed("image_embeds", self.clip.encode_image(for_clip)),
         }
         if self.cfg.latent_samples:

@@ -25,12 +25,12 @@ from genpipe.generation.embeds import (
     unconditional_image_embeds,
 )
 from genpipe.models.autoregressive_prior import AutoregressivePrior, AutoregressivePriorConfig
-from genpipe.models.principal_codes import principal_components
+from genpipe.models.pca_quantizer import principal_components
 from genpipe.models.prior import DiffusionPriorConfig, Prior, PriorConfig, build_prior
 from genpipe.stages.features import cached_data, example_features
 from genpipe.training.objective import Batch, Data, Metrics, Step, Validation
 from genpipe.training.optim import TrainConfig
-from genpipe.weights import InitialWeights, begin_with, save_weights
+from genpipe.weights import InitialWeights, load_initial_weights, save_weights
 
 VERSION = 1
 CONSUMES: tuple[str, ...] = ("features",)
@@ -100,7 +100,7 @@ def objective(cfg: Config, inputs: Mapping[str, Artifact], device: torch.device)
         prior = build_prior(cfg.model, **sizes)
     if empty is not None:
         fill_null_text(prior, empty)
-    begin_with(prior, cfg.initial, kind="prior")
+    load_initial_weights(prior, cfg.initial, kind="prior")
     return Objective(cfg, meta, prior.to(device), sizes)
 
 
@@ -141,7 +141,7 @@ def fill_null_text(prior: Prior, empty: Text) -> None:
 
 
 class Objective:
-    """Diffusion: mean squared error of the predicted embedding, in standardised units. Autoregressive: nats a code."""
+    """Diffusion: mean squared error of the predicted embedding, in standardized units. Autoregressive: nats a code."""
 
     def __init__(self, cfg: Config, meta: Mapping[str, Any], model: Prior, sizes: Mapping[str, int]) -> None:
         self.cfg = cfg
@@ -157,7 +157,7 @@ class Objective:
         drop = torch.rand(len(embeds), generator=step.generator, device=embeds.device) < self.cfg.drop_text
         if isinstance(self.model, AutoregressivePrior):
             return code_losses(self.model, embeds, text, drop_text=drop).mean(), {}
-        model, x0 = prior_model(self.model, text, drop_text=drop), self.statistics.standardise(embeds)
+        model, x0 = prior_model(self.model, text, drop_text=drop), self.statistics.standardize(embeds)
         return training_loss(model, x0, self.cfg.diffusion, generator=step.generator).mean(), {}
 
     def after_step(self) -> None:
@@ -195,7 +195,7 @@ class Objective:
                 "loss": code_losses(self.model, truth, text, drop_text=keep),
                 "cosine_codes": cosine(codes.decode(codes.encode(truth)), truth),
             }
-        model, x0 = prior_model(self.model, text, drop_text=keep), self.statistics.standardise(truth)
+        model, x0 = prior_model(self.model, text, drop_text=keep), self.statistics.standardize(truth)
         return fixed_time_losses(model, x0, self.cfg.diffusion, generator=generator)
 
 

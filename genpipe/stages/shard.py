@@ -34,7 +34,7 @@ from genpipe.data.filters import (
     keep_captions,
     read_blocklist,
 )
-from genpipe.data.hashes import perceptual_hash
+from genpipe.data.image_batches import Crop, Images
 from genpipe.data.images import (
     MAX_PIXELS,
     RGB,
@@ -52,12 +52,12 @@ from genpipe.data.images import (
     prepare,
     read_header,
 )
-from genpipe.data.pixels import Crop, Images
+from genpipe.data.perceptual_hash import perceptual_hash
 from genpipe.data.samples import Reject, Sample
+from genpipe.data.shard_dataset import open_shards
 from genpipe.data.shards import SPLITS, ShardWriter, Split, split_of, statistics, write_rejects, write_statistics
 from genpipe.data.sheets import contact_sheet
 from genpipe.data.sources import SourceConfig, open_source
-from genpipe.data.stream import open_shards
 from genpipe.storage import Storage
 from genpipe.training.objective import Data
 from genpipe.training.objective import Split as DataSplit
@@ -75,7 +75,7 @@ class Config(StageConfig):
     source: SourceConfig
     image_size: int = Field(64, ge=8, description="pixels, as resize says; of kept images, what training may ask for")
     resize: ResizeConfig = CenterCrop()
-    background: RGB = Field(WHITE, description="colour below what is transparent")
+    background: RGB = Field(WHITE, description="color below what is transparent")
     format: ImageFormat = Field("jpeg", description="of the stored images, unless they are kept")
     quality: int = Field(95, ge=1, le=100, description="of jpeg and webp; png is lossless")
     max_image_pixels: int = Field(2**26, gt=0, le=MAX_PIXELS, description="larger images are rejected undecoded")

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from genpipe.artifacts import Artifact, fetch
 from genpipe.config import StageConfig
 from genpipe.data.degradations import Clean, DegradationConfig, degrade, shrink
+from genpipe.data.image_batches import to_float, to_uint8
 from genpipe.data.loader import sequential
-from genpipe.data.pixels import to_float, to_uint8
 from genpipe.diffusion.process import (
     DiffusionConfig,
     SamplerConfig,
@@ -44,7 +44,7 @@ from genpipe.stages.autoencoder import hwc
 from genpipe.stages.shard import check_image_size, image_data
 from genpipe.training.objective import Batch, Data, Metrics, Split, Step, Validation
 from genpipe.training.optim import TrainConfig
-from genpipe.weights import InitialWeights, begin_with, load_weights, save_weights
+from genpipe.weights import InitialWeights, load_initial_weights, load_weights, save_weights
 
 VERSION = 1
 CONSUMES: tuple[str, ...] = ("shard",)
@@ -144,7 +144,7 @@ class Objective:
         channels = space.channels(cfg.model.image_channels)
         self.sizes = {"channels": channels, "out_channels": cfg.diffusion.channels(channels)}
         self.model = build_upsampler(cfg.model, **self.sizes).to(device)
-        begin_with(self.model, cfg.initial, kind="upsampler")
+        load_initial_weights(self.model, cfg.initial, kind="upsampler")
         self.trainable: dict[str, nn.Module] = {"upsampler": self.model}
 
     def parts(self, samples_seen: int) -> Sequence[str]:

@@ -28,7 +28,7 @@ from genpipe.tracking.store import check, client_of, experiment_id_of, first_lin
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-    from genpipe.spec import StageSpec
+    from genpipe.pipeline.spec import StageSpec
 
 FINGERPRINT = "genpipe.fingerprint"
 MAX_TAG = 5000
@@ -70,7 +70,7 @@ class PipelineRun:
         self.experiment_id = experiment_id
         self.status = "FINISHED"
 
-    def summarise(self, rows: Sequence[Mapping[str, Any]], *, images: Sequence[Path] = ()) -> None:
+    def summarize(self, rows: Sequence[Mapping[str, Any]], *, images: Sequence[Path] = ()) -> None:
         """Log the table of stages (each row names its `stage`, `status` and `run_id`) and sample images."""
         self.client.log_dict(self.run_id, {"stages": [dict(row) for row in rows]}, "summary.json")
         for row in rows:

@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from genpipe.config import Resources
 from genpipe.data.loader import Batches, sequential
 from genpipe.data.order import order_of
-from genpipe.training.damage import Damage
+from genpipe.training.bad_samples import Damage
 from genpipe.training.objective import Batch, Data, Metrics, Objective, Step, Validation
 from genpipe.training.optim import TrainConfig, lr_scale
 from genpipe.training.runtime import Runtime

@@ -55,7 +55,7 @@ class Validation:
 
 
 class Objective(Protocol):
-    """What one optimizer step optimises, and nothing else.
+    """What one optimizer step optimizes, and nothing else.
 
     `trainable` maps part names to modules; each part has its own optimizer. `parts(samples_seen)` names those
     that are updated at that point, in order.
@@ -66,7 +66,7 @@ class Objective(Protocol):
     def parts(self, samples_seen: int) -> Sequence[str]: ...
 
     def loss(self, part: str, batch: Batch, step: Step) -> tuple[Tensor, Metrics]:
-        """The scalar to minimise for `part`, and detached scalars to report."""
+        """The scalar to minimize for `part`, and detached scalars to report."""
         ...
 
     def after_step(self) -> None:

@@ -132,5 +132,5 @@ def optimizer_bytes(module: nn.Module, cfg: AdamW | Muon) -> int:
 
 
 def _by_muon(module: nn.Module, cfg: AdamW | Muon) -> set[int]:
-    """The ids of the parameters that Muon optimises."""
+    """The ids of the parameters that Muon optimizes."""
     return {id(m.weight) for m in module.modules() if isinstance(m, MATRICES)} if cfg.kind == "muon" else set()

@@ -19,14 +19,14 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 import torch
 
-from flows import graph
 from genpipe.artifacts import Artifact, fetch
-from genpipe.costs import cost_of
 from genpipe.diffusion.process import DiffusionConfig, denoiser
 from genpipe.diffusion.schedules import alpha_sigma, expand_like, time_at
 from genpipe.generation.conditions import Text, embed_statistics
 from genpipe.generation.latents import decoder_model
 from genpipe.launch.local import run_local
+from genpipe.pipeline import graph
+from genpipe.pipeline.costs import cost_of
 from genpipe.stages import load_stage
 from genpipe.weights import load_weights
 
@@ -108,7 +108,7 @@ def held_out_error(artifact: Artifact, planned: graph.Planned) -> float:
     indices = torch.arange(min(HELD_OUT, split.length)).numpy()
     batch = split.collate(indices, indices)
     x0, text = batch["latents"].float(), Text.from_cache(batch)
-    embeds = embed_statistics(planned.inputs["features"].meta, device).standardise(batch["image_embeds"])
+    embeds = embed_statistics(planned.inputs["features"].meta, device).standardize(batch["image_embeds"])
     keep = torch.zeros(len(x0), dtype=torch.bool)
     denoise = denoiser(decoder_model(module, embeds, text, drop_image=keep, drop_text=keep), cfg)  # type: ignore[arg-type]
     errors = []

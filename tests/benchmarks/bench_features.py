@@ -31,16 +31,16 @@ from bench_stream import BATCH, write  # noqa: E402
 from genpipe import artifacts  # noqa: E402
 from genpipe.artifacts import Artifact  # noqa: E402
 from genpipe.data.features import FeatureDataset, write_features  # noqa: E402
+from genpipe.data.image_batches import image_batch  # noqa: E402
 from genpipe.data.loader import Batches  # noqa: E402
 from genpipe.data.order import order_of  # noqa: E402
-from genpipe.data.pixels import image_batch  # noqa: E402
-from genpipe.data.stream import ShardDataset  # noqa: E402
+from genpipe.data.shard_dataset import ShardDataset  # noqa: E402
 from genpipe.data.tokenizer import train_tokenizer  # noqa: E402
 from genpipe.generation.conditions import TOKENIZER_FILE  # noqa: E402
 from genpipe.models.autoencoder import build_autoencoder  # noqa: E402
 from genpipe.models.clip import CLIP, CLIPConfig  # noqa: E402
-from genpipe.models.folded import FoldedConfig  # noqa: E402
-from genpipe.spec import StageSpec  # noqa: E402
+from genpipe.models.space_to_depth_autoencoder import FoldedConfig  # noqa: E402
+from genpipe.pipeline.spec import StageSpec  # noqa: E402
 from genpipe.stages import features as stage  # noqa: E402
 from genpipe.weights import save_weights  # noqa: E402
 
@@ -194,7 +194,7 @@ def steady_seconds(spec: StageSpec, parts: list[str]) -> float:
     """Between the ends of the first and the last part that Ray Data maps, as their markers in the store tell."""
     import ray
 
-    from genpipe.launch.head import TUNING
+    from genpipe.launch.local_ray import TUNING
     from genpipe.launch.ray import RayLauncher
 
     os.environ.update(TUNING)

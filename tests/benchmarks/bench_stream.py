@@ -28,11 +28,11 @@ import pyarrow.parquet as pq  # noqa: E402
 import simplejpeg  # noqa: E402
 import webdataset as wds  # noqa: E402
 
+from genpipe.data.image_batches import Images, empty_images  # noqa: E402
 from genpipe.data.loader import Batches  # noqa: E402
 from genpipe.data.order import order_of  # noqa: E402
-from genpipe.data.pixels import Images, empty_images  # noqa: E402
+from genpipe.data.shard_dataset import ShardDataset  # noqa: E402
 from genpipe.data.shards import ShardWriter  # noqa: E402
-from genpipe.data.stream import ShardDataset  # noqa: E402
 
 BATCH = 64
 

@@ -14,7 +14,7 @@ from genpipe.storage import open_storage
 
 
 def png(color: str | int = "red") -> bytes:
-    """A picture of 8 pixels: of a named colour, or one of many by number."""
+    """A picture of 8 pixels: of a named color, or one of many by number."""
     rgb = (color % 256, color // 256 % 256, 77) if isinstance(color, int) else color
     buffer = io.BytesIO()
     Image.new("RGB", (8, 8), rgb).save(buffer, "PNG")

@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from genpipe.data.degradations import BSR, Blur, Clean, add_noise, blur, degrade, gaussian_kernels, shrink
-from genpipe.data.jpeg import jpeg
-from genpipe.data.pixels import to_float, to_uint8
+from genpipe.data.differentiable_jpeg import jpeg
+from genpipe.data.image_batches import to_float, to_uint8
 
 KINDS: list[Clean | Blur | BSR] = [Clean(), Blur(kind="blur"), BSR(kind="bsr")]
 
@@ -92,14 +92,14 @@ def test_every_image_is_compressed_with_its_own_quality() -> None:
     assert errors[0] > errors[1] > errors[2] > 0
 
 
-def test_noise_has_its_level_and_is_grey_or_coloured() -> None:
+def test_noise_has_its_level_and_is_grey_or_colored() -> None:
     images = torch.zeros(400, 3, 16, 16)
     noisy = add_noise(images, torch.linspace(0.05, 0.4, 400), generator=seeded(0))
     torch.testing.assert_close(noisy.std((1, 2, 3)), torch.linspace(0.05, 0.4, 400), rtol=0.3, atol=0)
     red, green = noisy[:, 0].flatten(1), noisy[:, 1].flatten(1)
     alike = F.cosine_similarity(red, green)
-    grey, coloured = (alike > 0.999).float().mean().item(), (alike.abs() < 0.25).float().mean().item()
-    assert grey == pytest.approx(0.4, abs=0.08) and coloured == pytest.approx(0.45, abs=0.08)
+    gray, colored = (alike > 0.999).float().mean().item(), (alike.abs() < 0.25).float().mean().item()
+    assert gray == pytest.approx(0.4, abs=0.08) and colored == pytest.approx(0.45, abs=0.08)
 
 
 @pytest.mark.parametrize("cfg", KINDS)

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from shard_files import commit, configured, encoded, folder_of, ledger, make, smooth, stored
 
 from genpipe import artifacts
+from genpipe.data.shard_dataset import ShardDataset
 from genpipe.data.shards import check_shard
-from genpipe.data.stream import ShardDataset
 from genpipe.stages import shard
 from genpipe.storage import open_storage
 

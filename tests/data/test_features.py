@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from genpipe.data.features import FeatureDataset, write_features, write_null_text
+from genpipe.data.shard_dataset import ShardDataset
 from genpipe.data.shards import ShardWriter
-from genpipe.data.stream import ShardDataset
 
 CAPTIONS = (1, 3, 2, 1, 4)  # of samples 0 to 4; samples 0-2 in the first shard, 3-4 in the second
 SHARDS = {"train-00000-00": range(3), "train-00001-00": range(3, 5)}

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageFilter
 from pydantic import ValidationError
 
-from genpipe.data import hashes
+from genpipe.data import perceptual_hash as hashes
 from genpipe.data.duplicates import HASH_SCHEMA, find_duplicates
 from genpipe.data.filters import (
     FilterConfig,
@@ -31,7 +31,7 @@ from genpipe.data.filters import (
     keep_captions,
     read_blocklist,
 )
-from genpipe.data.hashes import nearest_kept, perceptual_hash
+from genpipe.data.perceptual_hash import nearest_kept, perceptual_hash
 from genpipe.storage import open_storage
 
 
@@ -225,7 +225,7 @@ def by_definition(values: list[int], distance: int) -> list[int]:
 
 clusters = st.lists(
     st.tuples(st.integers(0, 3), st.lists(st.integers(0, 63), max_size=8)), min_size=1, max_size=40
-)  # few centres, and the bits in which a hash differs from its centre
+)  # few centers, and the bits in which a hash differs from its center
 
 
 @settings(deadline=None)
@@ -233,8 +233,8 @@ clusters = st.lists(
 def test_near_hashes_are_found_as_by_comparing_all(
     clusters: list[tuple[int, list[int]]], distance: int, bands: int, few: int
 ) -> None:
-    centres = np.random.default_rng(0).integers(0, 2**63, 4).tolist()
-    values = [centres[centre] ^ sum(1 << bit for bit in set(bits)) for centre, bits in clusters]
+    centers = np.random.default_rng(0).integers(0, 2**63, 4).tolist()
+    values = [centers[center] ^ sum(1 << bit for bit in set(bits)) for center, bits in clusters]
     with pytest.MonkeyPatch.context() as patch:  # whatever is cheapest for so few
         patch.setattr(hashes, "_best_bands", lambda n, distance: (distance + bands, bands))
         patch.setattr(hashes, "_FEW_PAIRS", few)  # crowds of more are divided

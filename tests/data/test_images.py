@@ -37,7 +37,7 @@ def saved(image: Image.Image, format: str = "PNG", **options: Any) -> bytes:
 
 
 def prepare(data: bytes, *, size: int, max_pixels: int = 2**26, **options: Any) -> np.ndarray:
-    """The stage's way: header first, then pixels; a centre crop unless told otherwise."""
+    """The stage's way: header first, then pixels; a center crop unless told otherwise."""
     picture = read_header(data, max_pixels=max_pixels)
     return images.prepare(picture, size=size, **{"resize": CenterCrop(), **options})
 
@@ -50,7 +50,7 @@ def halves(size: tuple[int, int] = (16, 16)) -> Image.Image:
 
 
 def photo(side: int = 64) -> Image.Image:
-    """Smooth colour, so that JPEG stays close to it."""
+    """Smooth color, so that JPEG stays close to it."""
     y, x = np.mgrid[0:side, 0:side] * 255 // (side - 1)
     return Image.fromarray(np.stack([x, y, 255 - x], -1).astype(np.uint8))
 
@@ -238,7 +238,7 @@ def test_decoding_what_only_looks_like_jpeg() -> None:
 
 
 def natural(height: int, width: int, seed: int = 0) -> Image.Image:
-    """Colour noise whose amplitude falls as 1 / frequency, as in photographs (Field 1987), with sharp edges on it."""
+    """Color noise whose amplitude falls as 1 / frequency, as in photographs (Field 1987), with sharp edges on it."""
     rng = np.random.default_rng(seed)
     rows, columns = np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None]
     decay = 1 / np.maximum(np.hypot(rows, columns), 1 / max(height, width))
@@ -299,8 +299,8 @@ def test_a_reduced_jpeg_is_not_shifted_or_stretched() -> None:
     """Sides that no factor divides: the last, partial pixel of what libjpeg gives must not count as a whole one."""
     ramp = np.linspace(0, 255, 501)
     image = Image.fromarray(np.repeat(np.broadcast_to(ramp, (501, 501))[..., None], 3, axis=2).round().astype(np.uint8))
-    centres = (np.arange(64) + 0.5) * 501 / 64 - 0.5
-    expected = np.interp(centres, np.arange(501), ramp)
+    centers = (np.arange(64) + 0.5) * 501 / 64 - 0.5
+    expected = np.interp(centers, np.arange(501), ramp)
     row = prepare(saved(image, "JPEG", quality=98), size=64)[32, :, 0].astype(float)
     assert np.abs(row - expected)[2:-2].max() < 1.0  # one source pixel is half a level
 

@@ -19,14 +19,14 @@ import torch.multiprocessing as mp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from genpipe.data.ahead import prefetched
+from genpipe.data.image_batches import Images
 from genpipe.data.images import encode
 from genpipe.data.loader import Batch, Batches, sequential
 from genpipe.data.order import Order, order, order_of
-from genpipe.data.pixels import Images
+from genpipe.data.prefetch import prefetched
 from genpipe.data.samples import Reject
+from genpipe.data.shard_dataset import ShardDataset, collect_damaged
 from genpipe.data.shards import ShardWriter
-from genpipe.data.stream import ShardDataset, noticing
 
 SIDE = 16
 
@@ -179,7 +179,7 @@ def test_sequential(limit: int | None, expected: list[int]) -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Shards of 1, 7 and 3 samples, whose pictures are of one colour each; the last of the middle shard is damaged."""
+    """Shards of 1, 7 and 3 samples, whose pictures are of one color each; the last of the middle shard is damaged."""
     path = tmp_path_factory.mktemp("uneven")
     numbers = iter(range(11))
     for part, count in enumerate((1, 7, 3)):
@@ -193,7 +193,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
                     format="png",
                     height=SIDE,
                     width=SIDE,
-                    captions=["a plain colour"],
+                    captions=["a plain color"],
                     meta={},
                 )
     return path
@@ -293,9 +293,9 @@ def test_uneven_shards_never_hang_a_collective(folder: Path) -> None:
 def test_only_the_blocks_own_damage_is_noticed(folder: Path) -> None:
     dataset = ShardDataset(folder, split="train")
     collate = Images(dataset, SIDE)
-    with noticing() as outer:
+    with collect_damaged() as outer:
         collate(np.array([7]), np.array([0]))
-        with noticing() as inner:
+        with collect_damaged() as inner:
             collate(np.array([7, 6]), np.array([0, 1]))
     collate(np.array([7]), np.array([0]))
     assert [reject.key for reject in outer] == [reject.key for reject in inner] == ["key-7"]

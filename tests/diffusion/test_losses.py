@@ -148,9 +148,9 @@ def exact_bin(x: Tensor, *, mean: Tensor, std: Tensor) -> Tensor:
 @given(x=st.integers(0, 255), mean=st.floats(-1.5, 1.5), log_std=st.floats(-4.5, 1.0))
 def test_likelihood_of_a_bin_is_the_gaussians_mass_in_it(x: int, mean: float, log_std: float) -> None:
     """From the middle of the Gaussian to 200 deviations out."""
-    value, centre, width = (torch.tensor([v], dtype=torch.float64) for v in (x / 127.5 - 1, mean, log_std))
-    expected = exact_bin(value, mean=centre, std=width.exp())
-    found = discretized_log_likelihood(value.float(), mean=centre.float(), log_std=width.float())
+    value, center, width = (torch.tensor([v], dtype=torch.float64) for v in (x / 127.5 - 1, mean, log_std))
+    expected = exact_bin(value, mean=center, std=width.exp())
+    found = discretized_log_likelihood(value.float(), mean=center.float(), log_std=width.float())
     torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=2e-3)
 
 

@@ -26,7 +26,7 @@ from genpipe.evaluation.networks import (
 )
 from genpipe.evaluation.reconstruction import ReconstructionScores
 from genpipe.models.lpips import Lpips
-from genpipe.pinned import PinnedFile, read_pinned
+from genpipe.pinned_files import PinnedFile, read_pinned
 
 CPU = torch.device("cpu")
 INCEPTION = PinnedFile(

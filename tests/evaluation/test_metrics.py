@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from genpipe.evaluation.fidelity import psnr
-from genpipe.evaluation.grids import LABEL_WIDTH, MARGIN, labelled_grid, tile
+from genpipe.evaluation.grids import LABEL_WIDTH, MARGIN, labeled_grid, tile
 from genpipe.evaluation.metrics import cosine, mean_losses, unrelated
 
 
@@ -45,14 +45,14 @@ def test_tiles_stand_where_their_images_do() -> None:
         assert (picture[8 * row : 8 * row + 8, 8 * column : 8 * column + 8] == value).all()
 
 
-def test_a_labelled_grid_shows_every_image_whole() -> None:
-    colours = {value: (value, 0, 200) for value in (10, 20, 30, 40, 50, 60)}  # no grey, which text is drawn in
-    images = {value: np.broadcast_to(np.uint8(colour), (4, 4, 3)) for value, colour in colours.items()}
+def test_a_labeled_grid_shows_every_image_whole() -> None:
+    colors = {value: (value, 0, 200) for value in (10, 20, 30, 40, 50, 60)}  # no gray, which text is drawn in
+    images = {value: np.broadcast_to(np.uint8(color), (4, 4, 3)) for value, color in colors.items()}
     rows = [[images[10], images[20]], [images[30], images[40]], [images[50], images[60]]]
     captions = ["a red apple", "e\u0301 日本 🍎", "a caption so long that it takes several lines to write " * 3]
-    picture = labelled_grid(rows, captions=captions, columns=["first", "second"], cell=40)
-    for value, colour in colours.items():
-        where = np.argwhere((picture == colour).all(-1))
+    picture = labeled_grid(rows, captions=captions, columns=["first", "second"], cell=40)
+    for value, color in colors.items():
+        where = np.argwhere((picture == color).all(-1))
         (top, left), (bottom, right) = where.min(0), where.max(0)
         assert (bottom - top, right - left) == (39, 39)
         assert left == LABEL_WIDTH + (40 + MARGIN) * ((value // 10 - 1) % 2)

@@ -31,7 +31,7 @@ def test_settings_that_mean_nothing_are_refused(fields: dict, fault: str) -> Non
         ZeroShotConfig(**fields)
 
 
-def test_templates_are_averaged_as_unit_vectors_and_renormalised() -> None:
+def test_templates_are_averaged_as_unit_vectors_and_renormalized() -> None:
     """Of (1, 0) and (0, 1) the mean points to 45 degrees, however long the second was."""
     prompts = torch.tensor([[1.0, 0.0], [0.0, 5.0], [-1.0, 0.0], [-2.0, 0.0]])
     half = 0.5**0.5
@@ -56,7 +56,7 @@ def test_accuracy_is_sklearns() -> None:
         ("A Cat on a mat", 0),
         ("a hot dog", 1),
         ("a dog", 2),
-        ("dogs and catalogues", -1),
+        ("dogs and catalogs", -1),
         ("a cat and a dog", -1),
         ("a cat and another cat", 0),
         ("hot dog, dog", -1),

@@ -15,8 +15,8 @@ import pytest
 from toy_project import Project
 from toybox import TOYS, survivors, wait_for
 
-from genpipe.launch.head import TUNING, Head, local_head
 from genpipe.launch.jobs import connect
+from genpipe.launch.local_ray import TUNING, Head, local_head
 
 pytestmark = pytest.mark.slow
 

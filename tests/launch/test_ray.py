@@ -29,7 +29,7 @@ from genpipe.launch import ray as driver
 from genpipe.launch.failure import JobLost, StageError
 from genpipe.launch.jobs import Cluster, cluster, connect
 from genpipe.launch.local import run_local
-from genpipe.spec import Progress, StageSpec, read_progress
+from genpipe.pipeline.spec import Progress, StageSpec, read_progress
 
 pytestmark = pytest.mark.slow
 
@@ -226,7 +226,7 @@ def test_interrupt_stops_the_job_and_the_run_is_killed(toys: Toys, ray: Cluster,
 SUBMITTER = """
 import sys
 from genpipe.launch.jobs import cluster
-from genpipe.spec import StageSpec
+from genpipe.pipeline.spec import StageSpec
 with cluster() as local:
     local.run(StageSpec.read(sys.argv[1]), report=lambda progress: None)
 """

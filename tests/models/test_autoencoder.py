@@ -31,9 +31,9 @@ from genpipe.models.discriminator import (
     generator_loss,
     logits_right,
 )
-from genpipe.models.folded import FoldedConfig
-from genpipe.models.hierarchical import HierarchicalConfig, pack, unpack
+from genpipe.models.space_to_depth_autoencoder import FoldedConfig
 from genpipe.models.tiling import tiled
+from genpipe.models.vqvae2 import HierarchicalConfig, pack, unpack
 
 TINY = FoldedConfig(width=16, multipliers=(1, 2), blocks=1, latent_channels=4, patch_size=2, mid_attention=True)
 KINDS: dict[str, dict[str, Any]] = {
@@ -51,7 +51,7 @@ KINDS: dict[str, dict[str, Any]] = {
 BOTTLENECKS: dict[str, dict[str, Any]] = {
     "kl": {"kind": "kl"},
     "vq": {"kind": "vq", "codes": 64},
-    "vq-gradient": {"kind": "vq", "codes": 64, "update": "gradient", "normalise": True},
+    "vq-gradient": {"kind": "vq", "codes": 64, "update": "gradient", "normalize": True},
     "plain": {"kind": "plain"},
 }
 EVERY = [(kind, bottleneck) for kind in KINDS for bottleneck in BOTTLENECKS]
@@ -69,7 +69,7 @@ def build(kind: str, bottleneck: str = "") -> Autoencoder:
     return build_autoencoder(config(kind, bottleneck))
 
 
-def blocks_of_colour(batch: int, cell: int = 8) -> Tensor:
+def blocks_of_color(batch: int, cell: int = 8) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     return torch.rand(batch, 3, 2, 2, generator=generator).repeat_interleave(cell, 2).repeat_interleave(cell, 3) * 2 - 1
 
@@ -113,7 +113,7 @@ def test_every_kind_has_the_same_calls(kind: str, bottleneck: str) -> None:
 @pytest.mark.parametrize(("kind", "bottleneck"), EVERY)
 def test_every_parameter_has_a_gradient_in_every_step(kind: str, bottleneck: str) -> None:
     model = build(kind, bottleneck)
-    trained_on(model, blocks_of_colour(2), torch.Generator().manual_seed(0)).backward()
+    trained_on(model, blocks_of_color(2), torch.Generator().manual_seed(0)).backward()
     missing = [name for name, parameter in model.named_parameters() if parameter.grad is None]
     assert not missing
     assert model.last_layer.grad is not None
@@ -121,7 +121,7 @@ def test_every_parameter_has_a_gradient_in_every_step(kind: str, bottleneck: str
 
 @pytest.mark.parametrize(("kind", "bottleneck"), [(kind, name) for kind, name in EVERY if name in ("kl", "vq")])
 def test_every_kind_overfits_eight_images(kind: str, bottleneck: str) -> None:
-    model, images = build(kind, bottleneck), blocks_of_colour(8)
+    model, images = build(kind, bottleneck), blocks_of_color(8)
     generator = torch.Generator().manual_seed(0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for _ in range(120):
@@ -140,7 +140,7 @@ def test_every_kind_overfits_eight_images(kind: str, bottleneck: str) -> None:
 def test_every_kind_runs_on_the_meta_device_and_under_autocast(kind: str) -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         model = build(kind, "vq")
-        trained_on(model, blocks_of_colour(2), torch.Generator().manual_seed(0)).backward()
+        trained_on(model, blocks_of_color(2), torch.Generator().manual_seed(0)).backward()
     with torch.device("meta"):
         model = build(kind, "vq")
         images = torch.zeros(2, 3, 16, 16)
@@ -177,7 +177,7 @@ def test_sizes_of_deep_compression_that_do_not_fit(change: dict[str, Any], messa
 
 
 @pytest.mark.parametrize("resampling", ["fold", "stride"])
-def test_residual_autoencoding_keeps_the_average_colour(resampling: str) -> None:
+def test_residual_autoencoding_keeps_the_average_color(resampling: str) -> None:
     """With its convolutions at zero the shortcuts alone average space on the way down and spread it on the way up."""
     cfg = config("deep_compression", widths=[32, 32, 32], attention_from=3, resampling=resampling)
     model = build_autoencoder(cfg)
@@ -185,9 +185,9 @@ def test_residual_autoencoding_keeps_the_average_colour(resampling: str) -> None
         for name, parameter in model.named_parameters():
             if name not in ("encoder.0.weight", "encoder.0.bias"):
                 parameter.zero_()
-        features = model.encoder[0](blocks_of_colour(1))
-        latents = model.encode(blocks_of_colour(1))[0]
-    # Each level folds 2x2 pixels of every channel and averages the four, the end averages neighbouring channels.
+        features = model.encoder[0](blocks_of_color(1))
+        latents = model.encode(blocks_of_color(1))[0]
+    # Each level folds 2x2 pixels of every channel and averages the four, the end averages neighboring channels.
     pooled = F.avg_pool2d(features, 4).unflatten(1, (8, 4)).mean(2)
     torch.testing.assert_close(latents, pooled)
 
@@ -204,7 +204,7 @@ def test_the_two_levels_are_one_grid_and_back() -> None:
 def test_the_bottom_level_is_told_the_tops_codes() -> None:
     """Moved top codes change what the bottom says; a top nudged within one code's reach does not."""
     model = build("hierarchical", "vq").eval()
-    images = blocks_of_colour(2)
+    images = blocks_of_color(2)
     with torch.no_grad():
         before = unpack(model.encode(images)[0], top_channels=6)
         model.encoder.to_top.bias += 1e-6
@@ -235,7 +235,7 @@ def test_published_size_of_vq_vae_2() -> None:
 
 def test_the_identity_is_the_image() -> None:
     model = build_autoencoder(IdentityConfig(kind="identity"))
-    images = blocks_of_colour(2)
+    images = blocks_of_color(2)
     mean, logvar = model.encode(images)
     assert torch.equal(mean, images) and (logvar == -30).all()
     assert torch.equal(model.decode(mean), images)
@@ -246,7 +246,7 @@ def test_the_identity_is_the_image() -> None:
 def test_codes_are_looked_up_before_decoding() -> None:
     """Latents within one code's reach decode alike, to the very last bit."""
     model = build("folded", "vq").eval()
-    latents, _ = model.encode(blocks_of_colour(2))
+    latents, _ = model.encode(blocks_of_color(2))
     codes = model.quantizer.codes(latents)
     vectors = model.quantizer.embed(codes)
     with torch.no_grad():
@@ -299,7 +299,7 @@ def test_tiles_of_a_pointwise_function_are_the_whole_everywhere() -> None:
         tiled(lambda t: t, x, tile=6, overlap=4, scale=Fraction(1))
 
 
-def test_neighbouring_tiles_fade_into_one_another() -> None:
+def test_neighboring_tiles_fade_into_one_another() -> None:
     """Two tiles that are constants, 0 and 4, the place they start at: over the overlap a straight line from one to the
     other, along either axis."""
     line = torch.cat([torch.zeros(4), torch.tensor([0.5, 1.5, 2.5, 3.5]), torch.full((4,), 4.0)])
@@ -337,7 +337,7 @@ def test_kl_equals_torch_distributions() -> None:
 
 
 def test_forward_goes_through_a_posterior_sample() -> None:
-    model, images = build("folded", "kl"), blocks_of_colour(2)
+    model, images = build("folded", "kl"), blocks_of_color(2)
     noise = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(0))
     recon, mean, logvar = model(images, noise=noise)
     torch.testing.assert_close(recon, model.decode(Normal(mean, (0.5 * logvar).exp()).icdf(Normal(0, 1).cdf(noise))))

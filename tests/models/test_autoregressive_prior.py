@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from genpipe.generation.conditions import Text
 from genpipe.generation.embeds import code_losses, draw_codes, in_unit_variance
 from genpipe.models.autoregressive_prior import AutoregressivePrior, AutoregressivePriorConfig
-from genpipe.models.principal_codes import principal_components
+from genpipe.models.pca_quantizer import principal_components
 
 B, L, D, W, K, N, DOTS = 4, 5, 8, 12, 6, 16, 4
 TEXT_MASK = torch.arange(L) < torch.tensor([2, 5, 3, 4])[:, None]

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from genpipe.models.dit import DiT, DiTConfig
-from genpipe.models.foreign.dit import config_from_diffusers, from_diffusers, to_diffusers
+from genpipe.models.interop.dit import config_from_diffusers, from_diffusers, to_diffusers
 
 B, M, W, E = 2, 5, 12, 10
 SMALL = DiTConfig(patch_size=2, width=32, depth=2, heads=2)
@@ -28,7 +28,7 @@ def randn(*shape: int, seed: int = 0) -> Tensor:
 
 
 def awake(model: nn.Module) -> nn.Module:
-    """With values in zero-initialised layers, so that outputs depend on everything that they can depend on."""
+    """With values in zero-initialized layers, so that outputs depend on everything that they can depend on."""
     gen = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for p in model.parameters():

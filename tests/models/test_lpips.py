@@ -11,7 +11,7 @@ import torch
 from published_lpips import ArraysOnly, converted, published
 from torch import Tensor
 
-from genpipe.models.foreign.lpips import SLICES, from_lpips
+from genpipe.models.interop.lpips import SLICES, from_lpips
 from genpipe.models.lpips import Lpips
 
 

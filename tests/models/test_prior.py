@@ -13,9 +13,9 @@ from torch import Tensor
 
 from genpipe.config import load
 from genpipe.models.autoregressive_prior import AutoregressivePriorConfig
-from genpipe.models.foreign.prior import config_from_diffusers, embed_statistics, from_diffusers, to_diffusers
-from genpipe.models.prefix import Caption, causal_mask, drop_captions
+from genpipe.models.interop.prior import config_from_diffusers, embed_statistics, from_diffusers, to_diffusers
 from genpipe.models.prior import DiffusionPrior, DiffusionPriorConfig, PriorConfig, build_prior
+from genpipe.models.prior_conditioning import Caption, causal_mask, drop_captions
 
 os.environ |= {"HF_HUB_OFFLINE": "1"}
 

@@ -38,10 +38,10 @@ def rows_of(latents: Tensor) -> np.ndarray:
 
 
 @given(st.integers(0, 2**31), st.booleans())
-def test_codes_are_the_nearest_by_brute_force(seed: int, normalise: bool) -> None:
-    model, latents = make(normalise=normalise), grid(seed)
+def test_codes_are_the_nearest_by_brute_force(seed: int, normalize: bool) -> None:
+    model, latents = make(normalize=normalize), grid(seed)
     rows, codebook = rows_of(latents).astype(np.float64), model.codebook.detach().numpy().astype(np.float64)
-    if normalise:
+    if normalize:
         rows, codebook = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (rows, codebook))
     distances = ((rows[:, None] - codebook[None]) ** 2).sum(-1)
     codes = model.codes(latents).numpy().reshape(-1)

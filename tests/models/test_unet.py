@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from genpipe.models.foreign.unet import config_from_diffusers, from_diffusers, to_diffusers
+from genpipe.models.interop.unet import config_from_diffusers, from_diffusers, to_diffusers
 from genpipe.models.unet import UNet, UNetConfig
 
 SMALL = UNetConfig(width=16, multipliers=(1, 2), blocks=1, attention_at=(2,), head_width=8, groups=8)
@@ -67,7 +67,7 @@ def randn(*shape: int, seed: int = 0) -> Tensor:
 
 
 def awake(model: nn.Module) -> nn.Module:
-    """With values in zero-initialised layers, so that outputs depend on everything that they can depend on."""
+    """With values in zero-initialized layers, so that outputs depend on everything that they can depend on."""
     gen = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for p in model.parameters():

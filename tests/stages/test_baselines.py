@@ -10,8 +10,8 @@ import torch
 
 from genpipe.artifacts import fetch, read_manifest
 from genpipe.data.features import FeatureDataset
-from genpipe.data.pixels import image_batch, to_float
-from genpipe.data.stream import ShardDataset
+from genpipe.data.image_batches import image_batch, to_float
+from genpipe.data.shard_dataset import ShardDataset
 from genpipe.diffusion.process import FIXED_TIMES
 from genpipe.evaluation.fidelity import psnr
 

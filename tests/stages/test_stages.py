@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from genpipe import artifacts
 from genpipe.artifacts import Artifact
 from genpipe.data.features import FeatureDataset
-from genpipe.data.pixels import image_batch, to_float
-from genpipe.data.stream import ShardDataset
+from genpipe.data.image_batches import image_batch, to_float
+from genpipe.data.shard_dataset import ShardDataset
 from genpipe.data.tokenizer import CaptionTokenizer
 from genpipe.generation.conditions import Text
 from genpipe.generation.system import GenerationConfig, Generator
@@ -128,7 +128,7 @@ def test_exported_weights_are_the_average_and_not_the_last(tiny: TinyPipeline, m
     assert any(not torch.equal(one[key], other[key]) for key in one)
 
 
-def test_latents_are_standardised_over_the_training_images(made: dict[str, Artifact]) -> None:
+def test_latents_are_standardized_over_the_training_images(made: dict[str, Artifact]) -> None:
     latents = FeatureDataset(folder(made["features"]), split="train")
     values = latents.latents(np.arange(len(latents))).double()
     assert values.shape[1:] == (4, 8, 8)
@@ -136,7 +136,7 @@ def test_latents_are_standardised_over_the_training_images(made: dict[str, Artif
     torch.testing.assert_close(values.std((0, 2, 3), correction=0), torch.ones(4).double(), atol=2e-3, rtol=0)
 
 
-def test_embeddings_standardise_with_the_statistics_in_the_manifest(made: dict[str, Artifact]) -> None:
+def test_embeddings_standardize_with_the_statistics_in_the_manifest(made: dict[str, Artifact]) -> None:
     features = FeatureDataset(folder(made["features"]), split="train")
     embeds = features.image_embeds(np.arange(len(features))).double()
     torch.testing.assert_close(embeds.norm(dim=1), torch.ones(len(embeds)).double(), atol=2e-3, rtol=0)

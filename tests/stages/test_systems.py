@@ -98,7 +98,7 @@ def test_fid_is_that_of_the_pictures_and_their_originals(tiny: TinyPipeline) -> 
     assert drawn.shape == (8, 2048)
     means = np.square(drawn.mean(0) - real.mean(0)).sum()
     one, other = (np.cov(x, rowvar=False) for x in (drawn, real))
-    # Of 8 samples: the trace of sqrt(S1 S2) is the sum of the singular values of the centred samples' product.
+    # Of 8 samples: the trace of sqrt(S1 S2) is the sum of the singular values of the centerd samples' product.
     cross = np.linalg.svd((drawn - drawn.mean(0)) @ (real - real.mean(0)).T / 7, compute_uv=False).sum()
     reference = means + np.trace(one) + np.trace(other) - 2 * cross
     assert manifest.metrics["train/fid_8"] == pytest.approx(reference, rel=1e-4)

@@ -13,8 +13,8 @@ def main(stage: str, path: str, *overrides: str) -> int:
     import toybox
 
     toybox.install()
-    from flows import graph
     from flows.pipeline import StageResult, run_one, run_pipeline
+    from genpipe.pipeline import graph
 
     graph.STAGES = toybox.STAGES
     results: list[StageResult]

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from genpipe.config import Resources
-from genpipe.launch.execute import latest_checkpoint, save_checkpoint
-from genpipe.spec import StageSpec
+from genpipe.launch.run_stage import latest_checkpoint, save_checkpoint
+from genpipe.pipeline.spec import StageSpec
 from genpipe.stages import load_stage
 from genpipe.training.loop import train
 from genpipe.training.objective import Objective, Validation

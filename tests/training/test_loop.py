@@ -16,7 +16,7 @@ from folder_runtime import CPU, SGD_RATE, FolderRuntime, build, sgd, train_stage
 
 from genpipe.config import Resources
 from genpipe.data.order import order
-from genpipe.spec import StageSpec
+from genpipe.pipeline.spec import StageSpec
 from genpipe.stages import load_stage
 from genpipe.training import state
 from genpipe.training.loop import Interrupted, seeded
@@ -258,7 +258,7 @@ def damaged_copy(spec: StageSpec, folder: Path, *, every: int) -> StageSpec:
 
 
 def test_damaged_samples_are_counted_and_written_down(tiny: TinyPipeline, tmp_path: Path) -> None:
-    """One in ten images: training goes on with their neighbours, and says which they were."""
+    """One in ten images: training goes on with their neighbors, and says which they were."""
     whole = short(tiny, "upsampler", "stages.upsampler.train.max_bad_share=0.5")
     spec = damaged_copy(whole, tmp_path / "shards", every=10)
     first = FolderRuntime(tmp_path / "run", stop_at=64)

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from genpipe.models.clip import CLIP, CLIPConfig, TowerConfig
+from genpipe.models.decoder import Decoder, DecoderConfig
 from genpipe.models.dit import DiTConfig
 from genpipe.models.prior import DiffusionPrior, DiffusionPriorConfig
-from genpipe.models.unclip import Decoder, DecoderConfig
 from genpipe.training.optim import AdamW, Muon, TrainConfig, build_optimizers, lr_scale
 
 

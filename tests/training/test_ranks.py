@@ -16,7 +16,7 @@ from torch import Tensor
 from genpipe import artifacts
 from genpipe.artifacts import Artifact
 from genpipe.launch.local import run_local
-from genpipe.spec import StageSpec
+from genpipe.pipeline.spec import StageSpec
 from genpipe.training import loop, state
 
 if TYPE_CHECKING:

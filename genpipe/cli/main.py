@@ -1,0 +1,324 @@
+"""The command line: `genpipe --help` says what there is."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from genpipe.cli import console
+from genpipe.cli import data as data_commands
+from genpipe.config import ConfigError
+
+if TYPE_CHECKING:
+    from flows.pipeline import Reporter, StageResult
+    from genpipe.artifacts import Artifact
+    from genpipe.pipeline.graph import Pipeline, Planned
+
+app = typer.Typer(
+    name="genpipe",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    help="""Trains text-to-image systems in stages.
+
+A pipeline is one YAML file; its stages are shard, autoencoder, clip, features, prior, decoder, upsampler and evaluate.
+What a stage made is kept under a fingerprint of its settings and inputs, so a run does only what is not done yet.
+
+Begin with `genpipe doctor`, then `genpipe plan CONFIG`, then `genpipe run CONFIG`.
+Any setting can be overridden: `genpipe run configs/pipeline/demo.yaml stages.decoder.train.samples=200000`.
+""",
+)
+
+app.add_typer(data_commands.app)
+
+ConfigFile = Annotated[str, typer.Argument(metavar="CONFIG", help="a pipeline's YAML file")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[PATH=VALUE]...", help="settings that replace the file's")
+]
+
+
+@app.callback()
+def _options(debug: Annotated[bool, typer.Option("--debug", help="show stack traces")] = False) -> None:
+    if debug:
+        os.environ["GENPIPE_DEBUG"] = "1"
+
+
+@app.command()
+def run(config: ConfigFile, overrides: Overrides = None) -> None:
+    """Run a pipeline: every stage that is not done yet, side by side where resources allow.
+
+    Interrupted with Ctrl-C, or after a failure, the same command goes on from what is committed and from the last
+    checkpoints. Exits 1 if a stage failed or the evaluation's gate was missed.
+    """
+    from flows.pipeline import run_pipeline
+
+    with _watched() as reporter:
+        results = run_pipeline(config, overrides or [], reporter=reporter)
+    _summary(results)
+
+
+@app.command()
+def stage(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="the stage")],
+    config: ConfigFile,
+    overrides: Overrides = None,
+    inputs: Annotated[
+        list[str] | None, typer.Option("--input", metavar="NAME=URI", help="use this artifact as an input")
+    ] = None,
+) -> None:
+    """Run one stage by hand. Its inputs are those that CONFIG's fingerprints name, or are given with --input.
+
+    Example: `genpipe stage decoder configs/pipeline/demo.yaml stages.decoder.train.optim.lr=1e-3`
+    """
+    from flows.pipeline import run_one
+
+    given = dict(_given(text) for text in inputs or [])
+    with _watched() as reporter:
+        result = run_one(name, config, overrides or [], given=given, reporter=reporter)
+    _summary([result])
+
+
+@app.command()
+def plan(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    mfu: Annotated[float, typer.Option(min=0.01, max=1, help="share of its peak that a GPU does")] = 0.4,
+    peak: Annotated[float, typer.Option("--peak", min=1, help="peak of a GPU in bf16, TFLOP/s")] = 989,
+    price: Annotated[float, typer.Option(min=0, help="of one GPU-hour")] = 2.5,
+) -> None:
+    """Say what a run would do and why, and what its training stages cost, without doing it.
+
+    The hours are those of `--mfu` and `--peak` (of an H100 by default), and arithmetic alone: what reading and
+    starting cost is not in them.
+    """
+    from genpipe.pipeline.graph import load_pipeline
+    from genpipe.pipeline.graph import plan as plan_pipeline
+
+    pipeline = load_pipeline(config, overrides or [])
+    try:
+        plans = plan_pipeline(pipeline)
+    except ConfigError as error:  # the costs are worth knowing before there are data; if it is not that, it comes again
+        plans = plan_pipeline(pipeline, sources=False)
+        console.problem(f"{error}; planned as if nothing were made yet")
+    console.table(("stage", "", "why", "artifact"), [(p.name, p.status, p.why, p.artifact.uri) for p in plans])
+    _costs(plans, mfu=mfu, peak_tflops=peak, price=price)
+
+
+@app.command()
+def check(configs: Annotated[list[str], typer.Argument(metavar="CONFIG...", help="pipelines' YAML files")]) -> None:
+    """Validate pipelines without running: every setting, that the stages agree with one another, and their data.
+
+    Data that are not here are told of and are no fault, as a pipeline may be checked elsewhere than where it runs.
+    """
+    from genpipe.pipeline.graph import load_pipeline
+    from genpipe.pipeline.graph import plan as plan_pipeline
+
+    faults = []
+    for config in configs:
+        try:
+            pipeline = load_pipeline(config)
+            plan_pipeline(pipeline, sources=False)
+            console.out.print(f"{config}: ok{_absent_data(pipeline)}", highlight=False, soft_wrap=True)
+        except ValueError as error:
+            faults.append(str(error))
+    if faults:
+        raise ConfigError("\n".join(faults))
+
+
+@app.command()
+def sample(
+    source: Annotated[str, typer.Argument(metavar="CONFIG_OR_RELEASE", help="pipeline YAML, or an evaluate artifact")],
+    prompts: Annotated[list[str], typer.Argument(metavar="PROMPT...", help="what to draw")],
+    out: Annotated[Path, typer.Option("--out", help="the PNG to write")] = Path("grid.png"),
+    seed: Annotated[int, typer.Option(help="the same seed and prompts give the same pictures")] = 0,
+    each: Annotated[int, typer.Option("--each", min=1, help="pictures of each prompt")] = 4,
+) -> None:
+    """Draw pictures of prompts with a trained pipeline and write them as one PNG.
+
+    Example: `genpipe sample configs/pipeline/demo.yaml "an emoji of a red apple, twemoji style" --out apple.png`
+    """
+    import numpy as np
+    import torch
+    from PIL import Image
+
+    from genpipe.data.image_batches import to_uint8
+    from genpipe.evaluation.grids import labeled_grid
+    from genpipe.generation.system import GenerationConfig, Generator
+    from genpipe.training.loop import seeded
+
+    inputs, settings = _trained(source)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    system = Generator(inputs, device=device)
+    wanted = [prompt for prompt in prompts for _ in range(each)]
+    made = system.generate(wanted, GenerationConfig.model_validate(settings), generator=seeded(device, seed, *prompts))
+    images = to_uint8(made.upsampled).permute(0, 2, 3, 1).cpu().numpy()
+    rows = [list(images[i : i + each]) for i in range(0, len(images), each)]
+    picture: np.ndarray = labeled_grid(rows, captions=prompts, columns=[""] * each, cell=system.size)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(picture).save(out)
+    console.out.print(f"wrote {out}", highlight=False)
+
+
+@app.command()
+def ui(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    port: Annotated[int, typer.Option(help="on this machine only (127.0.0.1)")] = 5000,
+) -> None:
+    """Open the MLflow UI on this pipeline's runs; Ctrl-C ends it."""
+    from genpipe.pipeline.graph import load_pipeline
+    from genpipe.tracking.store import serve_ui
+
+    serve_ui(load_pipeline(config, overrides or []).tracking_uri, port=port)
+
+
+@app.command()
+def doctor(
+    config: Annotated[str | None, typer.Argument(metavar="[CONFIG]", help="also try its addresses")] = None,
+) -> None:
+    """Say whether this machine has what genpipe needs, and how to get what is missing. Exits 1 if something is."""
+    from genpipe.cli.doctor import examine
+
+    findings = examine(config)
+    marks = {True: "ok", False: "MISSING"}
+    console.table(("", "what", "found"), [(marks[f.ok], f.what, f.found) for f in findings])
+    for finding in findings:
+        if finding.remedy and not finding.ok:
+            console.problem(f"{finding.what}: {finding.remedy}")
+    if not all(finding.ok for finding in findings):
+        raise typer.Exit(1)
+
+
+def main() -> None:
+    """Run the command line: a user's mistake ends with one message and exit code 2, never with a stack trace."""
+    try:
+        code = app(standalone_mode=False)
+    except KeyboardInterrupt:
+        console.problem("interrupted; what is committed stays, and the same command goes on from there")
+        code = 130
+    except typer.Abort:
+        code = 130
+    except Exception as error:
+        if "--debug" in sys.argv:
+            raise
+        code = _explain(error)
+    sys.exit(code)
+
+
+def _explain(error: Exception) -> int:
+    if hasattr(error, "show") and hasattr(error, "exit_code"):  # click's, of which typer may carry its own copy
+        error.show()
+        return int(error.exit_code)
+    console.problem(str(error) if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: {error}")
+    if not isinstance(error, ValueError):
+        console.err.print("(--debug before the command shows where)", highlight=False)
+    return 2
+
+
+def _watched() -> AbstractContextManager[Reporter]:
+    """A reporter for whoever watches: bars on a terminal, a plain line now and then elsewhere."""
+    from flows.pipeline import PlainReporter
+
+    return console.Display() if console.out.is_terminal else nullcontext(PlainReporter())
+
+
+def _given(text: str) -> tuple[str, Artifact]:
+    from genpipe.artifacts import find
+
+    name, eq, uri = text.partition("=")
+    if not eq:
+        raise ConfigError(f"--input {text!r}: write it as NAME=URI")
+    artifact = find(uri)
+    if artifact is None:
+        raise ConfigError(f"--input {text!r}: nothing is committed there (no manifest.json)")
+    if artifact.kind != name:
+        raise ConfigError(f"--input {text!r}: that is the artifact of a {artifact.kind} stage")
+    return name, artifact
+
+
+def _absent_data(pipeline: Pipeline) -> str:
+    """What is wrong with the data of a pipeline that is right for the rest."""
+    from genpipe.pipeline.graph import plan as plan_pipeline
+
+    try:
+        plan_pipeline(pipeline)
+    except ConfigError as error:
+        return f", but for its data: {error}"
+    return ""
+
+
+def _trained(source: str) -> tuple[dict[str, Artifact], object]:
+    """The artifacts that make pictures, and the evaluation's settings of how."""
+    from genpipe.artifacts import read_manifest
+    from genpipe.generation.system import NEEDED, UPSAMPLERS
+    from genpipe.pipeline.graph import load_pipeline
+    from genpipe.pipeline.graph import plan as plan_pipeline
+
+    if not source.endswith((".yaml", ".yml")):
+        manifest = read_manifest(source)
+        if manifest is None or not set(NEEDED) <= manifest.inputs.keys():
+            raise ConfigError(f"{source}: neither a pipeline's YAML file nor the folder of an evaluate artifact")
+        return dict(manifest.inputs), manifest.config["generation"]
+    pipeline = load_pipeline(source)
+    plans = {p.name: p for p in plan_pipeline(pipeline)}
+    optional = [name for name in ("prior", *UPSAMPLERS) if name in plans]
+    wanted = pipeline.needs("evaluate") if "evaluate" in plans else (*NEEDED, *optional)
+    needed = [name for name in plans if name in wanted and name != "shard"]
+    missing = [name for name in needed if plans[name].status != "cached"]
+    if missing:
+        raise ConfigError(f"{source}: {', '.join(missing)} not made yet; `genpipe run {source}` makes them")
+    generation = getattr(pipeline.stages.get("evaluate"), "generation", None)
+    return {name: plans[name].artifact for name in needed}, generation.model_dump() if generation else {}
+
+
+def _costs(plans: Sequence[Planned], *, mfu: float, peak_tflops: float, price: float) -> None:
+    """What the training stages of a plan cost, each and all, as tables."""
+    from genpipe.pipeline.costs import cost_of
+    from genpipe.stages import is_training, load_stage
+
+    costs = {p.name: cost_of(stage, p.cfg, p.inputs) for p in plans if is_training(stage := load_stage(p.name))}
+    hours = {name: cost.gpu_hours(mfu=mfu, peak_tflops=peak_tflops) for name, cost in costs.items()}
+    rows: list[tuple[object, ...]] = [
+        (name, f"{sum(cost.parameters.values()) / 1e6:,.2f} M", f"{cost.flops / 1e9:,.3g}", f"{cost.samples:,}",
+         cost.workers, f"{hours[name]:,.3g}", f"{hours[name] * price:,.2f}")
+        for name, cost in costs.items()
+    ]  # fmt: skip
+    total = sum(hours.values())
+    rows.append(("all", "", "", "", "", f"{total:,.3g}", f"{total * price:,.2f}"))
+    console.table(("stage", "parameters", "GFLOP a sample", "samples", "workers", "GPU-hours", "cost"), rows)
+    parts = ("weights", "gradients", "optimizer", "averages", "activations")
+    sizes = [(name, *(cost.memory[part] / 2**30 for part in parts), cost.peak / 2**30) for name, cost in costs.items()]
+    memory = [(name, *(f"{size:,.3f}" for size in row)) for name, *row in sizes]
+    console.table(("GiB a GPU", *parts, "all"), memory)
+
+
+def _summary(results: Sequence[StageResult]) -> None:
+    """The table at the end of a run, the pictures, and the exit code."""
+    from genpipe.pipeline.spec import duration
+
+    rows = [
+        (r.stage, r.status, duration(r.seconds), console.headline(r.stage, r.metrics), r.run_id or "-") for r in results
+    ]
+    console.table(("stage", "", "wall time", "headline", "MLflow run"), rows)
+    failed = [r for r in results if r.status == "failed"]
+    for result in failed:
+        console.problem(f"{result.stage}: {result.message}")
+    missed = {}
+    for result in results:
+        if result.stage == "evaluate" and result.artifact is not None:
+            console.out.print(f"sample grid: {result.artifact.uri}/grid.png", highlight=False, soft_wrap=True)
+            missed = result.artifact.meta.get("gate_missed", {})
+    for name, (found, least) in missed.items():
+        console.problem(f"gate missed: {name} is {found:.4g}, the configuration asks for {least:.4g}")
+    if failed or missed:
+        raise typer.Exit(1)
+
+
+if __name__ == "__main__":
+    main()

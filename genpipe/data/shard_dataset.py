@@ -1,0 +1,360 @@
+"""Read shards by index, where they are: a sample is one `pread` in a folder, one ranged GET under S3.
+
+Shape legend: B samples, N samples of a shard, C = 3 channels (RGB), H height, W width.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+import tarfile
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from genpipe.artifacts import Artifact, ManifestError, cache_folder, read_manifest, sha256_file
+from genpipe.data.block_cache import BlockCache, Files, LocalFiles, Piece, RemoteFiles, Stored
+from genpipe.data.images import ImageError, decode
+from genpipe.data.order import pick
+from genpipe.data.samples import Reject
+from genpipe.data.shards import INDEX_SUFFIX, Split
+from genpipe.storage import local_path
+
+CACHE_GB = "GENPIPE_CACHE_GB"
+DEFAULT_CACHE_GB = 20.0
+BLOCK_BITS = tarfile.BLOCKSIZE.bit_length() - 1
+TOLD = 20
+"""Skipped samples that a dataset names on stderr."""
+
+_TEXTS = ("key", "group", "captions", "caption_weights")
+_noticed: ContextVar[list[Reject] | None] = ContextVar("noticed", default=None)
+
+
+@contextmanager
+def collect_damaged() -> Iterator[list[Reject]]:
+    """The samples that turn out damaged inside the block, in this thread: key, tar, reason and detail."""
+    token = _noticed.set([])
+    try:
+        noticed = _noticed.get()
+        assert noticed is not None
+        yield noticed
+    finally:
+        _noticed.reset(token)
+
+
+class ShardDataset:
+    """The samples of one split, shard after shard in the order of their names. Thread-safe; pickled as its arguments.
+
+    In memory are 12 bytes a sample; the text of a shard (keys, groups, captions) joins at its first use, in Arrow.
+    `files` are the tars if they are not beside the indexes in `folder`; `only` names a single shard to open.
+
+    Raises ValueError if the folder holds no shard of this split, or an index that its tar does not bear out.
+    """
+
+    def __init__(self, folder: Path, *, split: Split, files: Files | None = None, only: str = "") -> None:
+        self.folder = Path(folder)
+        self.split, self.only = split, only
+        self.files = files or LocalFiles(self.folder)
+        indexes = sorted(self.folder.glob(f"{only or f'{split}-*'}{INDEX_SUFFIX}"))
+        if not indexes:
+            raise ValueError(f"{self.folder} holds no {split} shards (looked for {only or split + '-*'}{INDEX_SUFFIX})")
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+            every = zip(indexes, pool.map(_read_index, indexes), strict=True)
+        filled = {path.name.removesuffix(INDEX_SUFFIX): index for path, index in every if len(index.offsets)}
+        if not filled:
+            raise ValueError(f"{self.folder}: the {split} shards hold no samples any more; shard again")
+        self._numbers = {name: number for number, name in enumerate(filled)}
+        self._names, self._tars = list(filled), [f"{name}.tar" for name in filled]
+        self._check_sizes([index.end for index in filled.values()])
+        self._offsets = np.concatenate([index.offsets for index in filled.values()])  # in blocks of the tar
+        self._lengths = np.concatenate([index.lengths for index in filled.values()])
+        self._sizes = np.concatenate([index.sizes for index in filled.values()])
+        self._starts = np.cumsum([0, *(len(index.offsets) for index in filled.values())])
+        self._sources = self._ranges([index.source for index in filled.values()])
+        self._texts: dict[int, pa.Table] = {}
+        self._described: set[int] = set()  # shards whose tar was seen to be the one that the index describes
+        self._told = 0
+        self._lock = threading.Lock()
+
+    def __reduce__(self) -> Any:
+        return partial(ShardDataset, split=self.split, files=self.files, only=self.only), (self.folder,)
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def shards(self) -> list[str]:
+        """Names of the shards, without `.tar`, in the order of the dataset."""
+        return list(self._names)
+
+    def rows(self, shard: str) -> range:
+        """The indices of this dataset that lie in a shard, in the order of its members."""
+        number = self._numbers[shard]
+        return range(int(self._starts[number]), int(self._starts[number + 1]))
+
+    def sources(self) -> dict[str, range]:
+        """The indices of each source of a mix; one source named "" if there is no mix."""
+        return dict(self._sources)
+
+    def key(self, i: int) -> str:
+        """The sample's key."""
+        return str(self._text("key", i))
+
+    def group(self, i: int) -> str:
+        """The sample's subject."""
+        return str(self._text("group", i))
+
+    def captions(self, i: int) -> list[str]:
+        """The sample's captions, at least one; from the index, without reading the tar."""
+        return list(self._text("captions", i))
+
+    def caption_weights(self, i: int) -> list[float]:
+        """How often each caption is to be chosen, on any scale; empty if equally often."""
+        return list(self._text("caption_weights", i) or ())
+
+    def caption(self, i: int, *, draw: float) -> str:
+        """The caption on which `draw` in [0, 1) falls; 0 gives the first."""
+        options = self.captions(i)
+        return options[pick(draw, count=len(options), weights=self.caption_weights(i))]
+
+    def image(self, i: int) -> np.ndarray:
+        """uint8 [H, W, C]: one read and one decode. Raises ImageError if the bytes are damaged."""
+        return decode(self.image_bytes(i))
+
+    def image_bytes(self, i: int) -> bytes:
+        """The encoded image.
+
+        Raises FileNotFoundError if the tar is gone, OSError if it ends early, ValueError if it is another than the
+        index describes.
+        """
+        self._shard_of(i)
+        return next(self.images_bytes(np.asarray([i])))
+
+    def images_bytes(self, indices: np.ndarray) -> Iterator[bytes]:
+        """The encoded images of int64 [B], one after the other; `image_bytes` says what it raises."""
+        shards = np.searchsorted(self._starts, indices, side="right") - 1
+        if new := set(shards.tolist()) - self._described:
+            self._check_headers({shard: int(indices[shards == shard][0]) for shard in new})
+        tars = [self._tars[shard] for shard in shards.tolist()]
+        offsets = self._offsets[indices] * np.int64(tarfile.BLOCKSIZE)
+        return self._read(zip(tars, offsets.tolist(), self._lengths[indices].tolist(), strict=True))
+
+    def stored_sizes(self, indices: np.ndarray) -> np.ndarray:
+        """int [B, 2]: height and width of the stored images; 0 where the index does not say."""
+        sizes: np.ndarray = self._sizes[indices]
+        return sizes
+
+    def skip(self, i: int, error: ImageError) -> int:
+        """The sample to take for a damaged one, the next of its source; the damaged one is noticed.
+
+        Raises ValueError if the tar holds something else at its place than the index says.
+        """
+        shard = self._shard_of(i)
+        self._check_headers({shard: i})
+        written, found = self._row("sha256", i), hashlib.sha256(self.image_bytes(i)).hexdigest()
+        changed = "; its bytes have changed since the index was written" if written not in (None, found) else ""
+        reject = Reject(self._row("key", i), self._tars[shard], error.reason, error.detail + changed)
+        if (noticed := _noticed.get()) is not None:
+            noticed.append(reject)
+        with self._lock:
+            self._told += 1
+        if self._told <= TOLD:
+            more = "; more are not told here" if self._told == TOLD else ""
+            print(f"skipped {reject.key} in {reject.source}: {error}{changed}{more}", file=sys.stderr, flush=True)
+        rows = next(rows for rows in self._sources.values() if i in rows)
+        return i + 1 if i + 1 < rows.stop else rows.start
+
+    def close(self) -> None:
+        """Close the tars; reading opens them again."""
+        self.files.close()
+
+    def _ranges(self, sources: list[str]) -> dict[str, range]:
+        """The indices of each source, given that of each shard."""
+        found: dict[str, range] = {}
+        for number, source in enumerate(sources):
+            start, stop = int(self._starts[number]), int(self._starts[number + 1])
+            assert source not in found or found[source].stop == start, "the shards of a source follow one another"
+            found[source] = range(found[source].start if source in found else start, stop)
+        return found
+
+    def _shard_of(self, i: int) -> int:
+        if not 0 <= i < len(self):
+            raise IndexError(f"sample {i} of {len(self)}")
+        return int(np.searchsorted(self._starts, i, side="right")) - 1
+
+    def _text(self, column: str, i: int) -> Any:
+        shard = self._shard_of(i)
+        table = self._texts.get(shard)
+        if table is None:
+            table = _read_columns(self._index(shard), _TEXTS).combine_chunks()
+            self._texts[shard] = table
+        if column not in table.column_names:
+            return None
+        return table[column].chunk(0)[int(i - self._starts[shard])].as_py()
+
+    def _row(self, column: str, i: int) -> Any:
+        """A value of the index, None if it has no such column, without keeping the column in memory."""
+        shard = self._shard_of(i)
+        table = _read_columns(self._index(shard), (column,))
+        return table[column][int(i - self._starts[shard])].as_py() if table.num_columns else None
+
+    def _index(self, shard: int) -> Path:
+        return self.folder / f"{self._names[shard]}{INDEX_SUFFIX}"
+
+    def _read(self, pieces: Iterable[Piece]) -> Iterator[bytes]:
+        try:
+            yield from self.files.read(pieces)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{error}: gone since its index was read; restore it or shard again") from None
+
+    def _check_sizes(self, ends: list[int]) -> None:
+        """Raise ValueError if a tar is missing or shorter than its index says."""
+        missing, short = [], []
+        for name, end in zip(self._names, ends, strict=True):
+            try:
+                if self.files.size(f"{name}.tar") < end:
+                    short.append(f"{name}.tar")
+            except FileNotFoundError:
+                missing.append(name)
+        if missing:
+            raise ValueError(f"{self.folder}: no tar beside the index of {', '.join(missing)}; shard again")
+        if short:
+            raise ValueError(f"{self.folder}: {', '.join(short)} ends before its index does; restore it or shard again")
+
+    def _check_headers(self, samples: Mapping[int, int]) -> None:
+        """Raise ValueError unless the tar's header before the image of a sample of each shard names its key."""
+        befores = ((int(self._offsets[i]) - 1) * tarfile.BLOCKSIZE for i in samples.values())
+        pieces = [(self._tars[shard], at, tarfile.BLOCKSIZE) for shard, at in zip(samples, befores, strict=True)]
+        for (shard, i), header in zip(samples.items(), self._read(pieces), strict=True):
+            key, name = self._row("key", i), header[:100].split(b"\0", 1)[0].decode(errors="replace")
+            if not name.startswith(f"{key}."[:100]):
+                raise ValueError(
+                    f"{self._index(shard)} does not describe {self._names[shard]}.tar: where it has {key!r} stands "
+                    f"{name!r}; restore the two from one copy, or shard again"
+                )
+            self._described.add(shard)
+
+
+@dataclass(frozen=True)
+class _Index:
+    """The numbers of an index: 12 bytes a sample."""
+
+    source: str
+    end: int  # the least bytes of the tar
+    offsets: np.ndarray  # uint32 [N], in tar blocks of 512 bytes
+    lengths: np.ndarray  # uint32 [N]
+    sizes: np.ndarray  # uint16 [N, 2], height and width, 0 for unknown
+
+
+def _read_index(path: Path) -> _Index:
+    with _opened(path) as file:
+        table, source = _columns(file, ("offset", "length", "height", "width")), _only_source(file, path)
+    offsets, lengths = table["offset"].to_numpy(), table["length"].to_numpy()
+    blocks, rest = offsets >> BLOCK_BITS, offsets & (tarfile.BLOCKSIZE - 1)  # many times as fast as // and %
+    if len(table) and (blocks.min() < 1 or rest.any() or lengths.min() < 0):
+        raise ValueError(f"{path}: holds offsets at which no tar has a member; shard again")
+    sizes = np.zeros((len(table), 2), np.uint16)
+    for axis, name in enumerate(("height", "width")):
+        if name in table.column_names:
+            side = table[name].to_numpy()
+            sizes[:, axis] = np.where(side < 2**16, side, 0)
+    return _Index(
+        source=source,
+        end=int((offsets + lengths).max()) if len(table) else 0,
+        offsets=blocks.astype(np.uint32),
+        lengths=lengths.astype(np.uint32),
+        sizes=sizes,
+    )
+
+
+def _only_source(file: pq.ParquetFile, path: Path) -> str:
+    """The source of an index's samples, by the column's statistics: reading a million times one word takes longer."""
+    names, groups = file.metadata.schema.names, range(file.metadata.num_row_groups)
+    if "source" not in names:
+        return ""
+    columns = [file.metadata.row_group(group).column(names.index("source")).statistics for group in groups]
+    sources = {value or "" for column in columns if column for value in (column.min, column.max)}
+    assert len(sources) <= 1, f"{path}: a shard is of one source, this one of {sources}"
+    return sources.pop() if sources else ""
+
+
+def _read_columns(path: Path, columns: tuple[str, ...]) -> pa.Table:
+    with _opened(path) as file:
+        return _columns(file, columns)
+
+
+def _columns(file: pq.ParquetFile, columns: tuple[str, ...]) -> pa.Table:
+    """Those of `columns` that there are."""
+    there = file.schema_arrow.names
+    return file.read([name for name in columns if name in there], use_threads=False)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[pq.ParquetFile]:
+    """An index. Raises ValueError for what is none."""
+    try:
+        with pq.ParquetFile(path) as file:
+            yield file
+    except pa.ArrowInvalid as error:
+        raise ValueError(f"{path}: not a readable index ({error}); shard again") from None
+
+
+def open_shards(artifact: Artifact, *, split: Split, only: str = "") -> ShardDataset:
+    """The shards of an artifact, where they are: those under S3 are read piece by piece.
+
+    Their indexes are copied whole, into `GENPIPE_CACHE` (default `~/.cache/genpipe`), where blocks of the tars are
+    kept too, up to GENPIPE_CACHE_GB (default 20). Raises ManifestError if an index does not arrive as committed.
+    """
+    here = local_path(artifact.uri)
+    if here is None:
+        copy = cache_folder(artifact)  # a whole copy, if somebody fetched one
+        here = copy if copy.exists() else None
+    if here is not None:
+        return ShardDataset(here, split=split, only=only)
+    files = _remote_files(artifact.uri, cache_folder(artifact).parent.parent / "blocks", _cache_bytes())
+    folder = cache_folder(artifact).parent / f"{artifact.fingerprint}.indexes"
+    wanted = [name for name in files.stored if name.startswith(only or f"{split}-") and name.endswith(INDEX_SUFFIX)]
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(partial(_fetch_index, files, folder=folder), wanted))
+    return ShardDataset(folder, split=split, files=files, only=only)
+
+
+@lru_cache(maxsize=8)
+def _remote_files(uri: str, blocks: Path, max_bytes: int) -> RemoteFiles:
+    """The files that the manifest at `uri` lists; one client and one cache for all who read them in this process."""
+    manifest = read_manifest(uri)
+    if manifest is None:
+        raise ManifestError(f"{uri}: no manifest here, so nothing was committed")
+    stored = {file.path: Stored(file.size, file.sha256) for file in manifest.files}
+    return RemoteFiles(uri, stored, BlockCache(blocks, max_bytes=max_bytes))
+
+
+def _fetch_index(files: RemoteFiles, name: str, *, folder: Path) -> None:
+    path, digest = folder / name, files.stored[name].version
+    if path.exists() and sha256_file(path) == digest:
+        return
+    files.storage.download(name, path)
+    if sha256_file(path) != digest:
+        path.unlink()
+        raise ManifestError(f"{files.storage.uri}/{name}: arrived with another sha256 than its manifest's")
+
+
+def _cache_bytes() -> int:
+    text = os.environ.get(CACHE_GB, str(DEFAULT_CACHE_GB))
+    try:
+        limit = float(text)
+    except ValueError:
+        limit = 0.0
+    if limit <= 0:
+        raise ValueError(f"{CACHE_GB}={text!r}: give the gigabytes that blocks of remote shards may take, e.g. 20")
+    return int(limit * 1e9)

@@ -1,0 +1,196 @@
+"""The decoder over both denoisers: what is dropped, what is read, its published sizes, and that it learns."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from genpipe.models.decoder import Decoder, DecoderConfig
+from genpipe.models.dit import DiTConfig
+from genpipe.models.layers import TransformerConfig
+from genpipe.models.unet import UNetConfig
+
+B, L, N, D, W = 4, 5, 2, 8, 12
+LENGTHS = torch.tensor([2, 5, 3, 4])
+TEXT_MASK = torch.arange(L) < LENGTHS[:, None]
+KEEP, DROP = torch.zeros(B, dtype=torch.bool), torch.ones(B, dtype=torch.bool)
+
+DIT = DiTConfig(patch_size=2, width=32, depth=2, heads=2)
+UNET = UNetConfig(width=16, multipliers=(1, 2), blocks=1, attention_at=(2,), head_width=16, groups=8)
+LATENT = UNET.model_copy(update={"attention": "transformer", "modulation": "add", "resample": "conv"})
+CONFIGS = {
+    "dit": DecoderConfig(denoiser=DIT, embed_tokens=2),
+    "dit_cross": DecoderConfig(denoiser=DIT.model_copy(update={"context": "cross"}), null_text="encoder"),
+    "dit_joint": DecoderConfig(denoiser=DIT.model_copy(update={"context": "joint"})),
+    "glide": DecoderConfig(denoiser=UNET, text_transformer=TransformerConfig(width=16, depth=1, heads=2)),
+    "latent": DecoderConfig(denoiser=LATENT, image_embed=False, null_text="encoder"),
+}
+
+
+def randn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def wake(model: nn.Module) -> None:
+    """Give what is zero at the start values, so that outputs depend on everything that they can depend on."""
+    gen = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            if not tensor.any():
+                tensor.copy_(0.1 * torch.randn(tensor.shape, generator=gen))
+
+
+def build(cfg: DecoderConfig, *, channels: int = 3) -> Decoder:
+    torch.manual_seed(0)
+    return Decoder(cfg, latent_channels=channels, embed_dim=D, text_width=W, null_tokens=N)
+
+
+def awake(name: str) -> Decoder:
+    model = build(CONFIGS[name])
+    wake(model)
+    return model
+
+
+def run(model: Decoder, **changes: Tensor) -> Tensor:
+    inputs = {
+        "image_embed": randn(B, D, seed=2),
+        "text_encodings": randn(B, L, W, seed=1),
+        "text_mask": TEXT_MASK,
+        "drop_image": KEEP,
+        "drop_text": KEEP,
+    }
+    return model(randn(B, 3, 4, 4), torch.linspace(0.1, 0.9, B), **inputs | changes)
+
+
+def unchanged(one: Tensor, other: Tensor) -> Tensor:
+    """Which samples are the same: bool [B]."""
+    return torch.isclose(one, other, atol=1e-6).flatten(1).all(1)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_image_and_text_are_dropped_independently(name: str) -> None:
+    model = awake(name)
+    half = torch.tensor([True, False, True, False])
+    for drop_image in (KEEP, DROP, half):
+        for drop_text in (KEEP, DROP, half):
+            drops = {"drop_image": drop_image, "drop_text": drop_text}
+            out = run(model, **drops)
+            assert out.shape == (B, 3, 4, 4) and out.dtype == torch.float32
+            unseen = drop_image if CONFIGS[name].image_embed else DROP
+            assert torch.equal(unchanged(run(model, **drops, image_embed=randn(B, D, seed=3)), out), unseen)
+            assert torch.equal(unchanged(run(model, **drops, text_encodings=randn(B, L, W, seed=4)), out), drop_text)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_decoder_ignores_padding_and_the_length_of_a_dropped_caption(name: str) -> None:
+    model = awake(name)
+    only_padding = torch.where(TEXT_MASK[..., None], randn(B, L, W, seed=1), randn(B, L, W, seed=4))
+    torch.testing.assert_close(run(model, text_encodings=only_padding), run(model))
+    shorter = torch.arange(L) < 1
+    torch.testing.assert_close(run(model, drop_text=DROP, text_mask=shorter.expand(B, L)), run(model, drop_text=DROP))
+
+
+@pytest.mark.parametrize("name", ["dit_cross", "latent"])
+def test_a_caption_dropped_for_the_encoders_null_text_is_that_text(name: str) -> None:
+    model = awake(name)
+    empty = torch.zeros(B, L, W)
+    empty[:, :N] = model.null_encoding_W
+    spoken = run(model, text_encodings=empty, text_mask=(torch.arange(L) < N).expand(B, L))
+    torch.testing.assert_close(run(model, drop_text=DROP), spoken)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_decoder_starts_at_zero(name: str) -> None:
+    assert not run(build(CONFIGS[name])).any()
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(("drop_image", "drop_text"), [(KEEP, KEEP), (DROP, DROP), (KEEP, DROP)])
+def test_every_parameter_has_a_gradient_whatever_is_dropped(name: str, drop_image: Tensor, drop_text: Tensor) -> None:
+    model = awake(name)
+    run(model, drop_image=drop_image, drop_text=drop_text).square().mean().backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None] == []
+    if not drop_image.any() and not drop_text.any():
+        silent = {name for name, p in model.named_parameters() if p.grad is not None and not p.grad.any()}
+        assert silent <= {"null_image_D", "null_encoding_W"}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_decoder_learns_eight_samples_by_their_conditions(name: str) -> None:
+    """From noise alone, which is new in every step: only what it is told can say which of the eight it is."""
+    model, generator = build(CONFIGS[name]), torch.Generator().manual_seed(0)
+    goal = randn(8, 3, 4, 4, seed=9)
+    given = {
+        "image_embed": randn(8, D, seed=2),
+        "text_encodings": randn(8, L, W, seed=1),
+        "text_mask": torch.ones(8, L, dtype=torch.bool),
+        "drop_image": torch.zeros(8, dtype=torch.bool),
+        "drop_text": torch.zeros(8, dtype=torch.bool),
+    }
+    optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
+    for _ in range(150):
+        noise = torch.randn(goal.shape, generator=generator)
+        loss = (model(noise, torch.ones(8), **given) - goal).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss < 0.1 * goal.square().mean()
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_decoder_runs_in_bf16(name: str) -> None:
+    model = awake(name)
+    exact = run(model)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = run(model)
+    out.square().mean().backward()
+    assert out.dtype == torch.float32 and all(p.grad is not None for p in model.parameters())
+    assert (out - exact).square().mean() < 1e-3 * exact.square().mean()
+
+
+def parameters(cfg: DecoderConfig, **sizes: int) -> int:
+    with torch.device("meta"):
+        return sum(p.numel() for p in Decoder(cfg, **sizes).parameters())
+
+
+def test_latent_diffusion_is_stable_diffusions_unet_and_nothing_more() -> None:
+    unet = UNetConfig(
+        width=320,
+        multipliers=(1, 2, 4, 4),
+        attention_at=(1, 2, 4),
+        attention="transformer",
+        heads=8,
+        modulation="add",
+        resample="conv",
+    )
+    cfg = DecoderConfig(denoiser=unet, image_embed=False, null_text="encoder")
+    assert parameters(cfg, latent_channels=4, embed_dim=768, text_width=768) == 859_520_964
+
+
+def test_unclips_decoder_has_its_published_size() -> None:
+    """Ramesh et al. 2022, table 3: 3.5 B with the text encoder of width 2048 and depth 24."""
+    unet = UNetConfig(width=512, multipliers=(1, 2, 3, 4), blocks=3, attention_at=(2, 4, 8))
+    cfg = DecoderConfig(denoiser=unet, text_transformer=TransformerConfig(width=2048, depth=24, heads=32))
+    count = parameters(cfg, latent_channels=3, embed_dim=768, text_width=768, out_channels=6)
+    assert count == pytest.approx(3.5e9, rel=0.1)
+
+
+def test_a_learned_variance_takes_as_many_channels_more() -> None:
+    with torch.device("meta"):
+        model = Decoder(CONFIGS["glide"], latent_channels=3, embed_dim=D, text_width=W, out_channels=6)
+        wide = model(
+            torch.zeros(B, 3, 4, 4),
+            torch.zeros(B),
+            image_embed=torch.zeros(B, D),
+            text_encodings=torch.zeros(B, L, W),
+            text_mask=torch.zeros(B, L, dtype=torch.bool),
+            drop_image=torch.zeros(B, dtype=torch.bool),
+            drop_text=torch.zeros(B, dtype=torch.bool),
+        )
+    assert wide.shape == (B, 6, 4, 4)
+
+
+def test_a_denoiser_that_would_not_see_the_caption_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"denoiser\.attention_at is empty"):
+        DecoderConfig(denoiser=UNetConfig(attention_at=()))

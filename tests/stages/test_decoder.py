@@ -1,0 +1,133 @@
+"""The decoder's stage: what is dropped how often, null texts, pixels and latents, and the meta device."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from genpipe.artifacts import Artifact
+from genpipe.models.autoencoder import IdentityConfig, build_autoencoder
+from genpipe.models.decoder import Decoder
+from genpipe.stages import decoder
+from genpipe.training.objective import Batch, Step
+
+D, W, L = 8, 12, 6
+SIZES = {"latent_channels": 3, "embed_dim": D, "text_width": W}
+META: dict[str, Any] = {
+    **SIZES,
+    "latent_size": 8,
+    "context_length": L,
+    "latent_mean": [0.1] * 3,
+    "latent_std": [0.5] * 3,
+    "image_embed_mean": [0.0] * D,
+    "image_embed_std": [0.3] * D,
+    "clip": "c" * 64,
+    "autoencoder": "a" * 64,
+}
+DIT = {"denoiser": {"patch_size": 2, "width": 32, "depth": 1, "heads": 2}}
+UNET = {
+    "kind": "unet",
+    "width": 16,
+    "multipliers": [1, 2],
+    "blocks": 1,
+    "attention_at": [2],
+    "head_width": 8,
+    "groups": 8,
+}
+LEARNED = {"schedule": "linear", "predict": "eps", "time_sampling": "discrete", "variance": "learned"}
+FORMS: list[dict[str, Any]] = [
+    {"model": DIT},
+    {"model": {"denoiser": UNET, "text_transformer": {"width": 16, "depth": 1, "heads": 2}}, "diffusion": LEARNED},
+    {"model": {"denoiser": {**UNET, "attention": "transformer"}, "image_embed": False, "null_text": "encoder"}},
+]
+
+
+def seeded(number: int) -> torch.Generator:
+    return torch.Generator().manual_seed(number)
+
+
+def config(**settings: Any) -> decoder.Config:
+    train = {"samples": 8, "global_batch_size": 4, "heldout_samples": 4}
+    return decoder.Config.model_validate({"sampler": {"steps": 2}, "train": train, **settings})
+
+
+def batch(count: int, *, size: int = 8) -> Batch:
+    gen = seeded(0)
+    return {
+        "latents": torch.randn(count, 3, size, size, generator=gen).half(),
+        "image_embeds": torch.randn(count, D, generator=gen).half(),
+        "text_embeds": torch.randn(count, D, generator=gen).half(),
+        "text_encodings": torch.randn(count * L, W, generator=gen).half(),
+        "text_places": torch.arange(count * L).view(count, L),
+    }
+
+
+def objective(cfg: decoder.Config) -> decoder.Objective:
+    """In pixels: its autoencoder does nothing."""
+    torch.manual_seed(0)
+    sizes = {**SIZES, "out_channels": cfg.diffusion.channels(3), "null_tokens": 2}
+    autoencoder = build_autoencoder(IdentityConfig(kind="identity"))
+    return decoder.Objective(cfg, META, Decoder(cfg.model, **sizes), sizes, autoencoder)
+
+
+@pytest.mark.parametrize("settings", FORMS)
+def test_every_form_trains_and_is_validated(settings: dict[str, Any]) -> None:
+    made = objective(config(**settings))
+    with torch.no_grad():
+        for p in made.model.parameters():
+            p.add_(0.02)
+    losses = [made.loss("decoder", batch(4), Step(0, seeded(n)))[0] for n in (0, 0, 1)]
+    assert losses[0] == losses[1] != losses[2] and losses[0].isfinite()
+    losses[0].backward()
+    assert [name for name, p in made.model.named_parameters() if p.grad is None] == []
+    found = made.validate([batch(4)], seeded(2))
+    assert all(np.isfinite(value) for value in found.metrics.values()) and "loss" in found.metrics
+    assert found.images["samples"].std() > 0
+
+
+@pytest.mark.parametrize("settings", FORMS)
+def test_every_form_is_stepped_on_the_meta_device(settings: dict[str, Any]) -> None:
+    cfg, meta = config(**settings), torch.device("meta")
+    planned = {
+        "features": Artifact(kind="features", uri="", fingerprint="f" * 64, meta=META),
+        "autoencoder": Artifact(kind="autoencoder", uri="", fingerprint="a" * 64, meta={}),
+    }
+    with meta:
+        made = decoder.objective(cfg, planned, meta)
+        example = decoder.example(cfg, planned, batch_size=4)
+        made.loss("decoder", example, Step(0, None))[0].backward()  # type: ignore[arg-type]
+    assert all(p.grad is not None and p.device.type == "meta" for p in made.model.parameters())
+    assert {name: (t.shape, t.dtype) for name, t in example.items()} == {
+        name: (t.shape, t.dtype) for name, t in batch(4).items()
+    }
+
+
+class Recording(Decoder):
+    """A decoder that remembers what was dropped."""
+
+    def forward(self, x_BCHW: Tensor, t_B: Tensor, **given: Tensor) -> Tensor:
+        self.dropped = given["drop_image"], given["drop_text"]
+        return super().forward(x_BCHW, t_B, **given)
+
+
+def test_image_and_text_are_dropped_as_often_as_asked_and_independently() -> None:
+    cfg = config(model=DIT, drop_image=0.2, drop_text=0.5)
+    model = Recording(cfg.model, **SIZES)
+    made = decoder.Objective(cfg, META, model, SIZES, None)
+    with torch.no_grad():
+        made.loss("decoder", batch(4000, size=2), Step(0, seeded(0)))
+    image, text = model.dropped
+    assert image.float().mean().item() == pytest.approx(0.2, abs=0.03)
+    assert text.float().mean().item() == pytest.approx(0.5, abs=0.03)
+    assert (image & text).float().mean().item() == pytest.approx(0.1, abs=0.02)
+
+
+def test_a_grid_that_does_not_divide_is_refused() -> None:
+    features = Artifact(kind="features", uri="", fingerprint="f" * 64, meta={**META, "latent_size": 6})
+    cfg = config(model={"denoiser": {**UNET, "multipliers": [1, 1, 2], "attention_at": [4]}})
+    with pytest.raises(ValueError, match=r"denoiser\.multipliers makes cells of 4, which do not divide the latents' 6"):
+        decoder.agree(cfg, {"features": features})

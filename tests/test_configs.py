@@ -1,0 +1,97 @@
+"""The pipelines that come with genpipe: each is whole, says what it is for, and has the sizes that it claims."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from genpipe.pipeline import graph
+from genpipe.pipeline.costs import Cost, cost_of, on_meta
+from genpipe.stages import is_training, load_stage
+
+CONFIGS = Path("configs/pipeline")
+GIB = 2**30
+
+
+Planned = tuple[graph.Planned, ModuleType]
+
+
+def training(name: str) -> list[Planned]:
+    """The training stages of a pipeline."""
+    plans = graph.plan(graph.load_pipeline(str(CONFIGS / f"{name}.yaml")), sources=False)
+    stages = [(planned, load_stage(planned.name)) for planned in plans]
+    return [(planned, stage) for planned, stage in stages if is_training(stage)]
+
+
+def costs(name: str) -> dict[str, Cost]:
+    """Of every training stage of a pipeline, built and stepped on the meta device."""
+    return {planned.name: cost_of(stage, planned.cfg, planned.inputs) for planned, stage in training(name)}
+
+
+def parameters(name: str) -> dict[str, int]:
+    """Of the first part of every training stage of a pipeline, built on the meta device."""
+    built = {planned.name: on_meta(stage, planned.cfg, planned.inputs) for planned, stage in training(name)}
+    models = {stage: next(iter(objective.trainable.values())) for stage, objective in built.items()}
+    return {stage: sum(p.numel() for p in model.parameters()) for stage, model in models.items()}
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_each_opens_with_its_command_cost_and_what_to_expect(path: Path) -> None:
+    head = [line for line in path.read_text().splitlines() if line.startswith("#   ")]
+    assert [line.split()[1] for line in head if line[4] != " "] == ["command", "cost", "expect"]
+    assert f"configs/pipeline/{path.name}" in head[0]
+
+
+@pytest.mark.parametrize("name", ["tiny", "demo"])
+def test_the_small_ones_are_whole_and_small(name: str) -> None:
+    assert sum(cost.peak for cost in costs(name).values()) < GIB
+
+
+def test_one_gpu_of_80_gb_is_enough() -> None:
+    found = costs("single-gpu")
+    assert {"clip", "prior", "decoder", "upsampler"} <= found.keys()
+    assert all(cost.workers == 1 and cost.peak < 74 * GIB for cost in found.values())
+    # ADM's 64 px model has 296 M parameters; ours is told of an embedding and a caption besides.
+    assert 296e6 < found["decoder"].parameters["decoder"] < 1.05 * 296e6
+
+
+def test_a_node_has_eight_gpus() -> None:
+    trained = {planned.name: planned.cfg for planned, _ in training("node")}
+    assert all(cfg.resources.workers == 8 and cfg.resources.gpus == 1 for cfg in trained.values())
+    assert parameters("node")["autoencoder"] == 83_653_863, "Stable Diffusion's"
+
+
+def test_latent_diffusion_is_that_of_the_paper() -> None:
+    found = parameters("ldm")
+    assert found.keys() == {"autoencoder", "clip", "decoder"}
+    assert found["autoencoder"] == 83_653_863
+    assert found["decoder"] == pytest.approx(1.45e9, rel=0.1)
+
+
+def test_unclip_is_that_of_the_paper() -> None:
+    found = parameters("unclip")
+    published = {"prior": 1e9, "decoder": 3.5e9, "upsampler": 0.7e9, "upsampler2": 0.3e9}
+    assert {name: found[name] for name in published} == pytest.approx(published, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("name", "schedule", "batch", "iterations", "lr", "beta2", "eps", "decay"),
+    [
+        ("prior", "cosine_iddpm", 4096, 600_000, 1.1e-4, 0.96, 1e-6, 6.0e-2),
+        ("decoder", "cosine_iddpm", 2048, 800_000, 1.2e-4, 0.999, 1e-8, 0.0),
+        ("upsampler", "cosine_iddpm", 1024, 1_000_000, 1.2e-4, 0.999, 1e-8, 0.0),
+        ("upsampler2", "linear", 512, 1_000_000, 1.0e-4, 0.999, 1e-8, 0.0),
+    ],
+)
+def test_unclip_is_trained_as_its_table_3_says(
+    name: str, schedule: str, batch: int, iterations: int, lr: float, beta2: float, eps: float, decay: float
+) -> None:
+    cfg = next(planned.cfg for planned, _ in training("unclip") if planned.name == name)
+    train = cfg.train
+    assert (cfg.diffusion.schedule, cfg.diffusion.time_sampling) == (schedule, "discrete")
+    assert (train.global_batch_size, train.steps) == (batch, iterations)
+    optim = train.optim
+    assert (optim.lr, optim.betas[1], optim.eps, optim.weight_decay) == (lr, beta2, eps, decay)
+    assert train.ema_decay == 0.9999
