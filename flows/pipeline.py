@@ -6,17 +6,16 @@ stage is done is asked of the store alone, so Prefect caches nothing. A stage th
 
 from __future__ import annotations
 
-import math
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any
 
 from prefect import flow, task
 from prefect.artifacts import create_table_artifact
@@ -28,67 +27,21 @@ from prefect.runtime import flow_run
 from prefect.task_runners import ThreadPoolTaskRunner
 from prefect.tasks import Task
 
+from flows.reporting import PlainReporter, Reporter, StageResult, StagesFailed, Status
 from genpipe import artifacts
-from genpipe.artifacts import Artifact
 from genpipe.config import ConfigError
 from genpipe.launch import jobs
 from genpipe.launch.failure import JobLost
-from genpipe.pipeline.graph import Pipeline, Planned, load_pipeline, plan, spec_of
-from genpipe.pipeline.spec import Progress, StageSpec
-from genpipe.stages import load_stage
+from genpipe.pipeline.graph import Pipeline, load_pipeline
+from genpipe.pipeline.order import longest_path_first
+from genpipe.pipeline.plan import Planned, plan, spec_of
+from genpipe.pipeline.spec import StageSpec
 from genpipe.storage import local_path
+from genpipe.tracking.registry import resolve
 from genpipe.tracking.runs import claim_stage_run, fail_stage_run, pipeline_run
 from genpipe.tracking.store import check as check_mlflow
 
-Status = Literal["cached", "ran", "failed", "skipped"]
 RETRY_SECONDS = 3
-
-
-@dataclass(frozen=True)
-class StageResult:
-    """What became of one stage of a run. `message` says why; `details` is a traceback for a debugger."""
-
-    stage: str
-    status: Status
-    seconds: float = 0.0
-    artifact: Artifact | None = None
-    metrics: dict[str, float] = field(default_factory=dict)
-    run_id: str = ""
-    message: str = ""
-    details: str = ""
-
-
-class Reporter(Protocol):
-    """Told of every change, from several threads: a stage is `waiting`, `running` (its progress with it), or ended."""
-
-    def update(self, stage: str, status: str, *, progress: Progress | None = None, message: str = "") -> None: ...
-
-
-class PlainReporter:
-    """Prints a line for every change, and for progress now and then."""
-
-    EVERY_SECONDS = 15.0
-
-    def __init__(self) -> None:
-        self.said: dict[str, tuple[str, float]] = {}
-
-    def update(self, stage: str, status: str, *, progress: Progress | None = None, message: str = "") -> None:
-        before, at = self.said.get(stage, ("waiting", -math.inf))
-        if status == before and (progress is None or time.monotonic() - at < self.EVERY_SECONDS):
-            return
-        self.said[stage] = (status, time.monotonic() if progress else -math.inf)  # the first progress is said at once
-        done = f" {progress.describe()}" if progress else ""
-        told = f" ({message})" if message else ""
-        print(f"{stage}: {status}{done}{told}\n", end="", flush=True)  # one write, as threads share the line
-
-
-class StagesFailed(RuntimeError):
-    """Some stages of a run failed; `results` tells of all."""
-
-    def __init__(self, results: list[StageResult]) -> None:
-        failed = [result.stage for result in results if result.status == "failed"]
-        super().__init__(f"failed: {', '.join(failed)}")
-        self.results = results
 
 
 @dataclass(frozen=True)
@@ -99,6 +52,7 @@ class _Run:
     plans: dict[str, Planned]
     reporter: Reporter
     overrides: Sequence[str] = ()
+    places: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -120,7 +74,6 @@ def run_pipeline(
     overrides: Sequence[str] = (),
     *,
     only: Sequence[str] = (),
-    given: Mapping[str, Artifact] | None = None,
     reporter: Reporter | None = None,
 ) -> list[StageResult]:
     """Run a pipeline here, with a Prefect server and a Ray of its own unless others are configured.
@@ -128,9 +81,8 @@ def run_pipeline(
     The result has every stage, failed and skipped ones too. Raises ConfigError, ManifestError, or ValueError where
     MLflow or Ray is unreachable, before any work; KeyboardInterrupt once everything it started has stopped.
     """
-    given = dict(given or {})
-    prepared = _prepare(path, overrides, only=only, given=given, reporter=reporter)
-    parameters = {"config": str(path), "overrides": list(overrides), "only": list(only), "given": given}
+    prepared = _prepare(path, overrides, only=only, reporter=reporter)
+    parameters = {"config": str(path), "overrides": list(overrides), "only": list(only)}
     return _start(pipeline_flow, prepared, parameters)
 
 
@@ -139,13 +91,11 @@ def run_one(
     path: str,
     overrides: Sequence[str] = (),
     *,
-    given: Mapping[str, Artifact] | None = None,
     reporter: Reporter | None = None,
 ) -> StageResult:
-    """Run one stage of a pipeline on inputs that are committed already, or given. Raises as `run_pipeline` does."""
-    given = dict(given or {})
-    prepared = _prepare_one(stage, path, overrides, given=given, reporter=reporter)
-    parameters = {"stage": stage, "config": str(path), "overrides": list(overrides), "given": given}
+    """Run one instance of a pipeline on inputs that are committed already. Raises as `run_pipeline` does."""
+    prepared = _prepare_one(stage, path, overrides, reporter=reporter)
+    parameters = {"stage": stage, "config": str(path), "overrides": list(overrides)}
     [result] = _start(stage_flow, prepared, parameters)
     return result
 
@@ -175,10 +125,9 @@ def pipeline_flow(
     config: str,
     overrides: list[str] | None = None,
     only: list[str] | None = None,
-    given: dict[str, Artifact] | None = None,
 ) -> list[StageResult]:
     """Run the stages of a pipeline that are not done. Raises StagesFailed."""
-    run = _prepared.get(None) or _prepare(config, overrides or (), only=only or (), given=given or {})
+    run = _prepared.get(None) or _prepare(config, overrides or (), only=only or ())
     return _run_stages(run)
 
 
@@ -188,11 +137,9 @@ def pipeline_flow(
     task_runner=ThreadPoolTaskRunner(max_workers=1),
     on_cancellation=[stop_jobs],
 )
-def stage_flow(
-    stage: str, config: str, overrides: list[str] | None = None, given: dict[str, Artifact] | None = None
-) -> list[StageResult]:
+def stage_flow(stage: str, config: str, overrides: list[str] | None = None) -> list[StageResult]:
     """Run one stage of a pipeline on committed inputs. Raises StagesFailed."""
-    run = _prepared.get(None) or _prepare_one(stage, config, overrides or (), given=given or {})
+    run = _prepared.get(None) or _prepare_one(stage, config, overrides or ())
     return _run_stages(run)
 
 
@@ -212,12 +159,12 @@ def stage_task(stage: str) -> StageResult:
     """Bring about one stage's artifact. Raises what the stage failed of."""
     place = _place.get()
     run, planned = place.run, place.run.plans[stage]
-    if planned.status == "cached" or artifacts.find(planned.artifact.uri) is not None:
+    if planned.status == "cached" or artifacts.committed(planned.artifact) is not None:
         result = _result(planned, "cached", seconds=0.0)
         run.reporter.update(stage, "cached", message=planned.why)
         return result
     assert place.cluster is not None, "a plan with work to do has a cluster"
-    with place.cluster.turn(stage, planned.cfg.resources, order=list(run.plans).index(stage)):
+    with place.cluster.turn(stage, planned.instance.cfg.resources, order=run.places[stage]):
         started = time.monotonic()
         spec = _spec(place, planned)
         run.reporter.update(stage, "running", message=planned.why)
@@ -235,12 +182,12 @@ def stage_task(stage: str) -> StageResult:
 def _spec(place: _Place, planned: Planned) -> StageSpec:
     """What the stage's job is told: the inputs as they were committed, not as they were planned."""
     inputs = {}
-    for name, artifact in planned.inputs.items():
-        committed = artifacts.find(artifact.uri)
-        assert committed is not None, f"{name} is not committed at {artifact.uri}"
-        inputs[name] = committed
+    for role, artifact in planned.inputs.items():
+        committed = artifacts.committed(artifact)
+        assert committed is not None, f"{role} is not committed at {artifact.uri}"
+        inputs[role] = committed
     try:
-        promised = load_stage(planned.name).agree(planned.cfg, inputs)
+        promised = planned.instance.stage.check_inputs(planned.instance.cfg, inputs)
     except ValueError as error:
         raise ConfigError(f"{place.run.pipeline.source}: stages.{planned.name}: {error}") from error
     target = planned.artifact.model_copy(update={"meta": promised})
@@ -252,8 +199,17 @@ def _spec(place: _Place, planned: Planned) -> StageSpec:
 def _result(planned: Planned, status: Status, *, seconds: float) -> StageResult:
     manifest = artifacts.read_manifest(planned.artifact.uri)
     assert manifest is not None, f"{planned.name} is not committed at {planned.artifact.uri}"
-    artifact = manifest.artifact.model_copy(update={"uri": planned.artifact.uri})
-    return StageResult(planned.name, status, seconds, artifact, manifest.metrics, manifest.run_id, planned.why)
+    return StageResult(
+        planned.name,
+        status,
+        seconds,
+        manifest.artifact,
+        manifest.metrics,
+        tuple(planned.instance.stage.HEADLINES),
+        planned.instance.cfg.observe.gates,
+        manifest.run_id,
+        planned.why,
+    )
 
 
 def _prepare(
@@ -261,12 +217,12 @@ def _prepare(
     overrides: Sequence[str],
     *,
     only: Sequence[str],
-    given: Mapping[str, Artifact],
     reporter: Reporter | None = None,
 ) -> _Run:
     pipeline = load_pipeline(path, overrides)
-    plans = plan(pipeline, only=only, given=given)
-    return _Run(pipeline, {planned.name: planned for planned in plans}, reporter or PlainReporter(), overrides)
+    plans = plan(pipeline, only=only, resolve=lambda uri: resolve(uri, tracking_uri=pipeline.tracking_uri))
+    by_name = {planned.name: planned for planned in plans}
+    return _Run(pipeline, by_name, reporter or PlainReporter(), overrides, longest_path_first(plans))
 
 
 def _prepare_one(
@@ -274,15 +230,14 @@ def _prepare_one(
     path: str,
     overrides: Sequence[str],
     *,
-    given: Mapping[str, Artifact],
     reporter: Reporter | None = None,
 ) -> _Run:
-    run = _prepare(path, overrides, only=[stage], given=given, reporter=reporter)
-    absent = [name for name in run.pipeline.needs(stage) if name in run.plans and run.plans[name].status == "run"]
+    run = _prepare(path, overrides, only=[stage], reporter=reporter)
+    absent = [name for name in run.plans[stage].instance.needs if run.plans[name].status == "run"]
     if absent:
         raise ConfigError(
             f"{path}: stages.{stage}: its input {', '.join(absent)} is not committed for this configuration; run "
-            f"`genpipe stage {absent[0]} {path}` first, or give another one by its URI"
+            f"`genpipe stage {absent[0]} {path}` first, or give another one with --input ROLE=URI"
         )
     return replace(run, plans={stage: run.plans[stage]})
 
@@ -373,7 +328,7 @@ def _submit(run: _Run) -> dict[str, PrefectFuture[StageResult]]:
     retrying = stage_task.with_options(retries=run.pipeline.cfg.ray.retries)
     for name in run.plans:
         run.reporter.update(name, "waiting")
-        needs = [submitted[need] for need in run.pipeline.needs(name) if need in submitted]
+        needs = [submitted[need] for need in run.plans[name].instance.needs if need in submitted]
         submitted[name] = retrying.submit(name, wait_for=needs)
     return submitted
 
@@ -385,7 +340,7 @@ def _outcome(run: _Run, stage: str, future: PrefectFuture[StageResult]) -> Stage
     if state.is_completed():
         return future.result()
     if not state.is_final():  # Prefect leaves a task pending whose upstream did not complete
-        needs = [need for need in run.pipeline.needs(stage) if need in run.plans]
+        needs = [need for need in run.plans[stage].instance.needs if need in run.plans]
         result = StageResult(stage, "skipped", message=f"it needs {', '.join(needs)}, of which not all were made")
     else:
         error = state.result(raise_on_failure=False)
@@ -400,6 +355,8 @@ def _row(result: StageResult) -> dict[str, Any]:
         "stage": result.stage,
         "status": result.status,
         "seconds": round(result.seconds, 1),
+        "headline": result.headline,
+        "missed gates": "; ".join(result.missed),
         "metrics": " ".join(f"{name}={value:.4g}" for name, value in result.metrics.items()),
         "run_id": result.run_id,
         "artifact": result.artifact.uri if result.artifact else "",

@@ -21,7 +21,7 @@ from typing import Any
 from pydantic import Field
 
 from genpipe.config import Config, canonical_json
-from genpipe.storage import Storage, check_key, join, local_path, open_storage
+from genpipe.storage import Storage, check_key, join, local_path, open_storage, relative, resolve
 
 MANIFEST = "manifest.json"
 PARTS = "_parts/"
@@ -36,6 +36,30 @@ class Artifact(Config):
     meta: dict[str, Any] = Field(default_factory=dict)
 
 
+class Role:
+    """What may fill one role of a stage: artifacts of some kinds, perhaps none, perhaps several.
+
+    `Role("shards", "samples")` takes one artifact of either kind, which must be there.
+    """
+
+    def __init__(self, *kinds: str, optional: bool = False, several: bool = False) -> None:
+        self.kinds = kinds
+        self.optional = optional
+        self.several = several
+
+    def fits(self, kind: str) -> bool:
+        """Whether an artifact of this kind may fill the role."""
+        return kind in self.kinds
+
+
+def several(inputs: Mapping[str, Artifact], role: str) -> list[Artifact]:
+    """The artifacts of a role that takes several, in order: `role.0`, `role.1`, ... of `inputs`."""
+    found: list[Artifact] = []
+    while (key := f"{role}.{len(found)}") in inputs:
+        found.append(inputs[key])
+    return found
+
+
 class FileEntry(Config):
     """One file of an artifact: path relative to it, bytes, and sha256 in hex."""
 
@@ -45,16 +69,20 @@ class FileEntry(Config):
 
 
 class Manifest(Config):
-    """The record that makes a folder an artifact."""
+    """The record that makes a folder an artifact.
 
-    format: int = 1
+    `identity` is all that the fingerprint was made of, so that anyone can derive it again. As stored, the URIs of
+    inputs in the same store are relative to the artifact's, so that a store can be moved as a whole.
+    """
+
+    format: int = 2
     artifact: Artifact
-    version: int
-    config: dict[str, Any]
+    identity: dict[str, Any]
+    config: dict[str, Any] = Field(description="every setting, resources and observe included")
     inputs: dict[str, Artifact]
     metrics: dict[str, float]
     files: tuple[FileEntry, ...]
-    git_revision: str
+    environment: dict[str, str] = Field(default_factory=dict, description="git revision, and what was used where")
     run_id: str = Field("", description="the MLflow run that made it")
     created: str
 
@@ -63,22 +91,26 @@ class ManifestError(ValueError):
     """A manifest that does not agree with itself or with the files beside it."""
 
 
-def fingerprint(
-    stage: str, *, version: int, config: Mapping[str, Any], inputs: Mapping[str, Artifact], external: str = ""
-) -> str:
-    """The sha256 (hex) of everything that decides a stage's output.
+def identity(
+    stage: str, *, version: int, settings: Mapping[str, Any], inputs: Mapping[str, Artifact], source: str = ""
+) -> dict[str, Any]:
+    """Everything that decides a stage's output, as JSON values.
 
-    `config` is the resolved configuration without resources; `external` stands for what lies outside the
-    pipeline (the listing of a source's files).
+    `settings` are those that differ from the defaults of this `version` (`config.changed`); `source` is a digest of
+    what the stage reads from outside the pipeline. Names of instances are no part of it, roles are.
     """
-    identity = {
+    return {
         "stage": stage,
         "version": version,
-        "config": dict(config),
-        "inputs": {name: artifact.fingerprint for name, artifact in inputs.items()},
-        "external": external,
+        "settings": dict(settings),
+        "inputs": {role: artifact.fingerprint for role, artifact in inputs.items()},
+        "source": source,
     }
-    return hashlib.sha256(canonical_json(identity).encode()).hexdigest()
+
+
+def fingerprint(identity: Mapping[str, Any]) -> str:
+    """The sha256 (hex) of an identity."""
+    return hashlib.sha256(canonical_json(dict(identity)).encode()).hexdigest()
 
 
 def artifact_uri(store: str, kind: str, fingerprint: str) -> str:
@@ -104,14 +136,26 @@ def read_manifest(uri: str, *, check_files: bool = True) -> Manifest | None:
     try:
         record = json.loads(raw)
         digest = record.pop("digest")
-        manifest = Manifest.model_validate(record)
+        manifest = _resolved(Manifest.model_validate(record), uri)
     except (ValueError, KeyError, AttributeError, TypeError):
         raise ManifestError(f"{join(uri, MANIFEST)}: not a readable manifest; {_remedy(uri)}") from None
     if digest != _digest(record):
         raise ManifestError(f"{join(uri, MANIFEST)}: changed since it was written (its digest differs); {_remedy(uri)}")
+    if manifest.artifact.fingerprint != fingerprint(manifest.identity):
+        raise ManifestError(f"{join(uri, MANIFEST)}: its fingerprint is not that of its identity; {_remedy(uri)}")
     if check_files:
         _check_sizes(uri, manifest)
     return manifest
+
+
+def _resolved(manifest: Manifest, uri: str) -> Manifest:
+    """With the URIs as they are from here: where the manifest lies, and where its inputs lie from there."""
+    inputs = {
+        role: artifact.model_copy(update={"uri": resolve(uri, artifact.uri)})
+        for role, artifact in manifest.inputs.items()
+    }
+    artifact = manifest.artifact.model_copy(update={"uri": uri})
+    return manifest.model_copy(update={"artifact": artifact, "inputs": inputs})
 
 
 def _check_sizes(uri: str, manifest: Manifest) -> None:
@@ -129,7 +173,21 @@ def _remedy(uri: str) -> str:
 def find(uri: str) -> Artifact | None:
     """The committed artifact at `uri`, or None. Raises ManifestError if it is damaged."""
     manifest = read_manifest(uri)
-    return manifest.artifact.model_copy(update={"uri": uri}) if manifest else None
+    return manifest.artifact if manifest else None
+
+
+def committed(planned: Artifact) -> Artifact | None:
+    """The artifact that was planned as `planned`, if it is committed.
+
+    Raises ManifestError if what lies there is damaged, or is another artifact.
+    """
+    found = find(planned.uri)
+    if found is not None and found.fingerprint != planned.fingerprint:
+        raise ManifestError(
+            f"{planned.uri}: holds the {found.kind} {found.fingerprint[:16]}, not the {planned.kind} "
+            f"{planned.fingerprint[:16]} that belongs here; {_remedy(planned.uri)}"
+        )
+    return found
 
 
 def verify(uri: str) -> Manifest:
@@ -195,30 +253,33 @@ def commit(
     *,
     folder: Path | None = None,
     parts: Iterable[str] = (),
-    version: int,
+    identity: Mapping[str, Any],
     config: Mapping[str, Any],
     inputs: Mapping[str, Artifact],
     metrics: Mapping[str, float],
-    git_revision: str = "",
+    environment: Mapping[str, str] | None = None,
     run_id: str = "",
 ) -> Artifact:
     """Make `artifact` real: gather the finished `parts`, upload `folder`, and write the manifest last.
 
     A file of `folder` takes the place of one of the same path that a part brought. What attempts that were cut off
-    left beside them is deleted.
+    left beside them is deleted. `artifact.fingerprint` must be that of `identity`.
     """
+    assert artifact.fingerprint == fingerprint(identity), "an artifact is named by its identity"
     storage = open_storage(artifact.uri)
     done = finished_parts(artifact.uri)
     gathered = [FileEntry.model_validate(file) for part in parts for file in done[part]["files"]]
     files = {file.path: file for file in [*gathered, *(_upload(storage, folder) if folder else ())]}
     manifest = Manifest(
         artifact=artifact,
-        version=version,
+        identity=dict(identity),
         config=dict(config),
-        inputs=dict(inputs),
+        inputs={
+            role: given.model_copy(update={"uri": relative(artifact.uri, given.uri)}) for role, given in inputs.items()
+        },
         metrics=dict(metrics),
         files=tuple(file for _, file in sorted(files.items())),
-        git_revision=git_revision,
+        environment=dict(environment or {}),
         run_id=run_id,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
     )

@@ -65,10 +65,28 @@ class Resources(Config):
     max_failures: int = Field(3, ge=0, description="worker losses that training, or one part, survives")
 
 
+class Gate(Config):
+    """The range that a metric must end in; a run whose metrics miss a gate fails."""
+
+    min: float | None = None
+    max: float | None = None
+
+
+class Observe(Config):
+    """How a stage is watched, never what comes out of it: left out of the fingerprint."""
+
+    gates: dict[str, Gate] = Field(default_factory=dict, description="by metric of the stage")
+
+
 class StageConfig(Config):
     """What the Config of every stage has in common."""
 
     resources: Resources = Resources()
+    observe: Observe = Observe()
+
+
+UNFINGERPRINTED = frozenset({"resources", "observe"})
+"""The settings of a stage that decide nothing about what it makes."""
 
 
 class ConfigError(ValueError):
@@ -98,6 +116,15 @@ class Tree:
         n = len(path)
         origin = {loc[n:]: file for loc, file in self.origin.items() if loc[:n] == path}
         return Tree(dict(values), origin, self.source)
+
+    def without(self, *keys: str) -> Tree:
+        """This tree less some keys of its top level."""
+        values = {key: value for key, value in self.values.items() if key not in keys}
+        return Tree(
+            values,
+            {loc: file for loc, file in self.origin.items() if loc[:1] not in [(key,) for key in keys]},
+            self.source,
+        )
 
     def origin_of(self, loc: Loc) -> str:
         """The file that set `loc`, or the nearest enclosing block that is known."""
@@ -133,6 +160,31 @@ def parse(model: type[M], tree: Tree, *, prefix: str = "") -> M:
 def resolved(config: BaseModel, *, without: frozenset[str] = frozenset()) -> dict[str, Any]:
     """Every setting of `config`, defaults included, as JSON values; top-level keys in `without` left out."""
     return {k: v for k, v in config.model_dump(mode="json").items() if k not in without}
+
+
+def changed(config: BaseModel, *, without: frozenset[str] = frozenset()) -> dict[str, Any]:
+    """The settings of `config` that differ from their defaults, as JSON values; of such blocks also the `kind`.
+
+    Top-level keys in `without` are left out. Two configurations of one class that differ give different values, and a
+    setting that is added later, with a default, changes none.
+    """
+    dumped = config.model_dump(mode="json")
+    found = {}
+    for name, info in type(config).model_fields.items():
+        value = getattr(config, name)
+        if name not in without and (name == "kind" or value != info.get_default(call_default_factory=True)):
+            found[name] = _changed_in(value, dumped[name])
+    return found
+
+
+def _changed_in(value: Any, dumped: Any) -> Any:
+    if isinstance(value, BaseModel):
+        return changed(value)
+    if isinstance(value, list | tuple):
+        return [_changed_in(*pair) for pair in zip(value, dumped, strict=True)]
+    if isinstance(value, Mapping):
+        return {key: _changed_in(value[key], inner) for key, inner in dumped.items()}
+    return dumped
 
 
 def canonical_json(value: Any) -> str:
@@ -202,6 +254,14 @@ def _merge(below: Tree, above: Tree) -> Tree:
 
     values = merge(below.values, above.values, ())
     return Tree(values, origin | above.origin, below.source)
+
+
+def override(tree: Tree, path: Sequence[str], value: Any, *, origin: str) -> Tree:
+    """`tree` with `value` in the place of what stands at `path`; `origin` says where that came from."""
+    leaf = value
+    for key in reversed(path):
+        leaf = {key: leaf}
+    return _merge(tree, Tree(leaf, {(*path, *inner): origin for inner in _leaves(value)}))
 
 
 def _parse_override(text: str) -> Tree:

@@ -48,6 +48,7 @@ class Storage(Protocol):
     def upload(self, key: str, path: Path) -> None: ...
     def download(self, key: str, path: Path) -> None: ...
     def list(self, prefix: str = "") -> Iterator[Entry]: ...
+    def folders(self) -> Iterator[str]: ...
     def delete(self, key: str) -> None: ...
     def delete_all(self, prefix: str = "") -> None: ...
 
@@ -71,6 +72,23 @@ def read_file(uri: str) -> bytes:
 def join(uri: str, *parts: str) -> str:
     """`uri` with path components appended."""
     return "/".join([uri.rstrip("/"), *parts])
+
+
+def relative(base: str, uri: str) -> str:
+    """`uri` as seen from the folder `base`, where both lie in one store: `../../KIND/NAME`; else unchanged."""
+    above = [base.rstrip("/").rsplit("/", depth)[0] for depth in (1, 2)]
+    for depth, folder in enumerate(above, 1):
+        if uri.startswith(f"{folder}/"):
+            return "../" * depth + uri[len(folder) + 1 :]
+    return uri
+
+
+def resolve(base: str, uri: str) -> str:
+    """Inverse of `relative`."""
+    ups = 0
+    while uri.startswith("../"):
+        uri, ups = uri[3:], ups + 1
+    return join(base.rstrip("/").rsplit("/", ups)[0], uri) if ups else uri
 
 
 def local_path(uri: str) -> Path | None:
@@ -125,6 +143,11 @@ class LocalStorage:
         One that leads nowhere is listed, so that reading it can say so. Raises OSError for what cannot be looked at.
         """
         return self._list(prefix, follow=True)
+
+    def folders(self) -> Iterator[str]:
+        """The names of the folders right below, without looking into them."""
+        if self.root.is_dir():
+            yield from sorted(path.name for path in self.root.iterdir() if path.is_dir())
 
     def delete(self, key: str) -> None:
         self._path(key).unlink(missing_ok=True)
@@ -199,6 +222,14 @@ class S3Storage:
             for item in page:
                 if not item["Key"].endswith("/"):  # an empty object with which some tools mark a folder
                     yield Entry(item["Key"].removeprefix(self.prefix), item["Size"], item["ETag"].strip('"'))
+
+    def folders(self) -> Iterator[str]:
+        """The names of the folders right below, without looking into them."""
+        lister = self.client.get_paginator("list_objects_v2")
+        pages = iter(lister.paginate(Bucket=self.bucket, Prefix=self.prefix, Delimiter="/"))
+        while page := self._call("", lambda: next(pages, None)):
+            for item in page.get("CommonPrefixes", ()):
+                yield item["Prefix"].removeprefix(self.prefix).rstrip("/")
 
     def delete(self, key: str) -> None:
         self._call(key, lambda: self.client.delete_object(Bucket=self.bucket, Key=self._key(key)))

@@ -24,6 +24,7 @@ from genpipe.artifacts import Artifact
 from genpipe.cli import main as cli
 from genpipe.launch.local import run_local
 from genpipe.pipeline import graph
+from genpipe.pipeline.plan import Planned, plan, spec_of
 from genpipe.pipeline.spec import StageSpec
 
 
@@ -103,16 +104,16 @@ class TinyPipeline:
             str(TINY), [f"store={self.store}", f"stages.shard.source.path={self.shapes}", *overrides]
         )
 
-    def plan(self, *overrides: str) -> dict[str, graph.Planned]:
-        return {planned.name: planned for planned in graph.plan(self.load(*overrides))}
+    def plan(self, *overrides: str) -> dict[str, Planned]:
+        return {planned.name: planned for planned in plan(self.load(*overrides))}
 
     def spec(self, stage: str, *overrides: str) -> StageSpec:
         """What a launcher is given for `stage`, with the stages it needs run before."""
         pipeline = self.load(*overrides)
-        for planned in graph.plan(pipeline, only=[stage]):
+        for planned in plan(pipeline, only=[stage]):
             if planned.name != stage and planned.status == "run":
                 self.run(planned.name, *overrides)
-        return graph.spec_of(graph.plan(pipeline, only=[stage])[-1], pipeline)
+        return spec_of(plan(pipeline, only=[stage])[-1], pipeline)
 
     def run(self, stage: str, *overrides: str) -> Artifact:
         """The committed artifact of `stage`; it and what it needs are run unless they were."""

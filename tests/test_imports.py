@@ -32,7 +32,7 @@ from genpipe.stages import shard
 cfg = shard.Config.model_validate({"source": {"kind": "folder", "path": sys.argv[1]}, "image_size": 16})
 (part,) = shard.parts(cfg, {})
 stats = shard.Worker(cfg, {})(part, Path(sys.argv[2]))
-meta, metrics = shard.finish(cfg, {}, [stats], Path(sys.argv[2]))
+meta, metrics = shard.finalize(cfg, {}, [stats], Path(sys.argv[2]))
 assert not BLOCKED & {name.split(".")[0] for name in sys.modules}
 print(int(metrics["samples_in"]), meta["image_size"])
 """

@@ -1,8 +1,9 @@
-"""Toy stages for tests of how stages are run: `toys/stages` become stages of genpipe, here and in every child."""
+"""Toy stages for tests of how stages are run: a package outside of genpipe, here and in every child process."""
 
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -10,21 +11,19 @@ from typing import Any
 
 import psutil
 
-import genpipe.stages
 from genpipe import artifacts, config
 from genpipe.artifacts import Artifact
 from genpipe.pipeline.spec import StageSpec
 from genpipe.stages import load_stage
 
 TOYS = Path(__file__).parent / "toys"
-STAGES = ("toy_data", "toy_line", "toy_slow", "toy_end")
 
 
 def install() -> None:
-    """Make the toy stages known to this process and, through PYTHONPATH, to those that it starts."""
-    if str(TOYS / "stages") not in genpipe.stages.__path__:
-        genpipe.stages.__path__.append(str(TOYS / "stages"))
-        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(TOYS), os.environ.get("PYTHONPATH")]))
+    """Make the package `toys` known to this process and, through PYTHONPATH, to those that it starts."""
+    if str(TOYS) not in sys.path:
+        sys.path.append(str(TOYS))
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(TOYS)]))
 
 
 class Toys:
@@ -36,16 +35,21 @@ class Toys:
         self.tracking_uri = f"sqlite:///{store}/mlflow.db"
 
     def spec(self, stage: str, inputs: dict[str, Artifact] | None = None, **settings: Any) -> StageSpec:
-        module, inputs = load_stage(stage), inputs or {}
+        kind = f"toys.{stage}"
+        module, inputs = load_stage(kind), inputs or {}
         cfg = module.Config.model_validate(settings)
-        identity = config.resolved(cfg, without=frozenset({"resources"}))
-        digest = artifacts.fingerprint(stage, version=module.VERSION, config=identity, inputs=inputs)
-        uri = artifacts.artifact_uri(self.store, stage, digest)
+        settings = config.changed(cfg, without=config.UNFINGERPRINTED)
+        identity = artifacts.identity(kind, version=module.VERSION, settings=settings, inputs=inputs)
+        fingerprint = artifacts.fingerprint(identity)
+        uri = artifacts.artifact_uri(self.store, module.MAKES, fingerprint)
+        meta = module.check_inputs(cfg, inputs)
         return StageSpec(
-            stage=stage,
+            name=stage,
+            stage=kind,
             config=config.resolved(cfg),
             inputs=inputs,
-            target=Artifact(kind=stage, uri=uri, fingerprint=digest, meta=module.agree(cfg, inputs)),
+            identity=identity,
+            target=Artifact(kind=module.MAKES, uri=uri, fingerprint=fingerprint, meta=meta),
             store=self.store,
             tracking_uri=self.tracking_uri,
             experiment="toys",
@@ -53,8 +57,10 @@ class Toys:
 
     def line(self, data: Artifact, *, samples: int = 80, **settings: Any) -> StageSpec:
         optim = {"kind": "adamw", "lr": 0.05}
-        train = {"samples": samples, "global_batch_size": 4, "log_every": 5, "optim": optim, "precision": "fp32"}
-        return self.spec("toy_line", {"toy_data": data}, train=train | settings.pop("train", {}), **settings)
+        train = {"samples": samples, "global_batch_size": 4, "optim": optim, "precision": "fp32"}
+        observe = {"log_every": 5} | settings.pop("observe", {})
+        train |= settings.pop("train", {})
+        return self.spec("toy_line", {"toy_data": data}, train=train, observe=observe, **settings)
 
 
 def artifact_of(spec: StageSpec) -> Artifact:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
@@ -12,30 +12,12 @@ from rich.table import Table
 
 from genpipe.pipeline.spec import Progress as StageProgress
 
-HEADLINES = {
-    "shard": ("samples_train", "samples_heldout", "rejected"),
-    "autoencoder": ("psnr",),
-    "clip": ("text_to_image_r5",),
-    "features": ("samples",),
-    "prior": ("cosine", "cosine_unrelated"),
-    "decoder": ("loss",),
-    "upsampler": ("psnr", "psnr_bicubic"),
-    "upsampler2": ("psnr", "psnr_bicubic"),
-    "evaluate": ("train/recall_at_10", "heldout/recall_at_10"),
-}
-"""The metrics of each stage that a summary shows."""
-
 COLORS = {"cached": "cyan", "ran": "green", "lost": "yellow", "failed": "red", "skipped": "yellow"}
 
 WIDEST = 100_000  # characters of a line on a pipe
 
 out = Console()
 err = Console(stderr=True)
-
-
-def headline(stage: str, metrics: Mapping[str, float]) -> str:
-    """The few numbers that say how a stage went."""
-    return "  ".join(f"{name} {metrics[name]:.4g}" for name in HEADLINES.get(stage, ()) if name in metrics)
 
 
 class Display:

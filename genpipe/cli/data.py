@@ -118,7 +118,7 @@ def verify(
     manifest = read_manifest(uri, check_files=False)
     assert manifest is not None, "damaged_files found it"
     faults += added_files(manifest, uri)
-    if manifest.artifact.kind == "shard":
+    if manifest.artifact.kind in ("shards", "samples"):
         faults += check_shards(uri)
     for fault in faults:
         console.problem(fault)
@@ -199,7 +199,7 @@ def _tell_what_next(removal: Removal, artifact: Artifact, keys: str, *, deleted:
 
     copies = cache_folder(removal.manifest.artifact)
     steps = [
-        f"train on the new shards: genpipe stage NAME CONFIG --input shard={artifact.uri}",
+        f"train on the new shards: genpipe run CONFIG stages.NAME.inputs.shard={artifact.uri}",
         f"keep the samples out when shards are made again: stages.shard.filters.blocklist={keys}",
         "delete what was made from the old shards, above all feature caches, and make it again",
         f"delete copies of the old shards on machines that read them from S3: {copies}*",
@@ -221,12 +221,16 @@ def _shards(source: str) -> Artifact:
     """The shards that a pipeline's file or an artifact's URI stands for. Raises ConfigError if there are none."""
     from genpipe.artifacts import read_manifest
     from genpipe.pipeline.graph import load_pipeline
-    from genpipe.pipeline.graph import plan as plan_pipeline
+    from genpipe.pipeline.plan import plan as plan_pipeline
 
     if _is_config(source):
-        (planned,) = plan_pipeline(load_pipeline(source), only=["shard"])
+        pipeline = load_pipeline(source)
+        made = [name for name, instance in pipeline.instances.items() if instance.makes == "shards"]
+        if len(made) != 1:
+            raise ConfigError(f"{source}: makes {len(made)} artifacts of shards, not one; name it by its URI")
+        planned = plan_pipeline(pipeline, only=made)[-1]
         if planned.status != "cached":
-            raise ConfigError(f"{source}: its shards are not made yet; `genpipe stage shard {source}` makes them")
+            raise ConfigError(f"{source}: its shards are not made yet; `genpipe stage {made[0]} {source}` makes them")
         return planned.artifact
     behind, gone = [source], []
     for uri in behind:
@@ -234,7 +238,7 @@ def _shards(source: str) -> Artifact:
         if manifest is None:
             gone.append(uri)
             continue
-        if manifest.artifact.kind == "shard":
+        if manifest.artifact.kind in ("shards", "samples"):
             return manifest.artifact.model_copy(update={"uri": uri})
         behind += [made_from.uri for made_from in manifest.inputs.values() if made_from.uri not in behind]
     if source in gone:

@@ -16,9 +16,10 @@ from genpipe.cli import data as data_commands
 from genpipe.config import ConfigError
 
 if TYPE_CHECKING:
-    from flows.pipeline import Reporter, StageResult
+    from flows.reporting import Reporter, StageResult
     from genpipe.artifacts import Artifact
-    from genpipe.pipeline.graph import Pipeline, Planned
+    from genpipe.pipeline.graph import Pipeline
+    from genpipe.pipeline.plan import Planned
 
 app = typer.Typer(
     name="genpipe",
@@ -27,8 +28,8 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     help="""Trains text-to-image systems in stages.
 
-A pipeline is one YAML file; its stages are shard, autoencoder, clip, features, prior, decoder, upsampler and evaluate.
-What a stage made is kept under a fingerprint of its settings and inputs, so a run does only what is not done yet.
+A pipeline is one YAML file: a graph of stages, each with its settings and inputs. What a stage made is kept under a
+fingerprint of both, so a run does only what is not done yet.
 
 Begin with `genpipe doctor`, then `genpipe plan CONFIG`, then `genpipe run CONFIG`.
 Any setting can be overridden: `genpipe run configs/pipeline/demo.yaml stages.decoder.train.samples=200000`.
@@ -65,11 +66,12 @@ def run(config: ConfigFile, overrides: Overrides = None) -> None:
 
 @app.command()
 def stage(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="the stage")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="its key under `stages:`")],
     config: ConfigFile,
     overrides: Overrides = None,
     inputs: Annotated[
-        list[str] | None, typer.Option("--input", metavar="NAME=URI", help="use this artifact as an input")
+        list[str] | None,
+        typer.Option("--input", metavar="ROLE=URI", help="take this artifact: short for stages.NAME.inputs.ROLE=URI"),
     ] = None,
 ) -> None:
     """Run one stage by hand. Its inputs are those that CONFIG's fingerprints name, or are given with --input.
@@ -78,9 +80,10 @@ def stage(
     """
     from flows.pipeline import run_one
 
-    given = dict(_given(text) for text in inputs or [])
+    base = name.partition("@")[0]
+    given = [f"stages.{base}.inputs.{text}" for text in inputs or []]
     with _watched() as reporter:
-        result = run_one(name, config, overrides or [], given=given, reporter=reporter)
+        result = run_one(name, config, [*(overrides or []), *given], reporter=reporter)
     _summary([result])
 
 
@@ -98,7 +101,7 @@ def plan(
     starting cost is not in them.
     """
     from genpipe.pipeline.graph import load_pipeline
-    from genpipe.pipeline.graph import plan as plan_pipeline
+    from genpipe.pipeline.plan import plan as plan_pipeline
 
     pipeline = load_pipeline(config, overrides or [])
     try:
@@ -117,7 +120,7 @@ def check(configs: Annotated[list[str], typer.Argument(metavar="CONFIG...", help
     Data that are not here are told of and are no fault, as a pipeline may be checked elsewhere than where it runs.
     """
     from genpipe.pipeline.graph import load_pipeline
-    from genpipe.pipeline.graph import plan as plan_pipeline
+    from genpipe.pipeline.plan import plan as plan_pipeline
 
     faults = []
     for config in configs:
@@ -228,23 +231,9 @@ def _watched() -> AbstractContextManager[Reporter]:
     return console.Display() if console.out.is_terminal else nullcontext(PlainReporter())
 
 
-def _given(text: str) -> tuple[str, Artifact]:
-    from genpipe.artifacts import find
-
-    name, eq, uri = text.partition("=")
-    if not eq:
-        raise ConfigError(f"--input {text!r}: write it as NAME=URI")
-    artifact = find(uri)
-    if artifact is None:
-        raise ConfigError(f"--input {text!r}: nothing is committed there (no manifest.json)")
-    if artifact.kind != name:
-        raise ConfigError(f"--input {text!r}: that is the artifact of a {artifact.kind} stage")
-    return name, artifact
-
-
 def _absent_data(pipeline: Pipeline) -> str:
     """What is wrong with the data of a pipeline that is right for the rest."""
-    from genpipe.pipeline.graph import plan as plan_pipeline
+    from genpipe.pipeline.plan import plan as plan_pipeline
 
     try:
         plan_pipeline(pipeline)
@@ -256,33 +245,31 @@ def _absent_data(pipeline: Pipeline) -> str:
 def _trained(source: str) -> tuple[dict[str, Artifact], object]:
     """The artifacts that make pictures, and the evaluation's settings of how."""
     from genpipe.artifacts import read_manifest
-    from genpipe.generation.system import NEEDED, UPSAMPLERS
     from genpipe.pipeline.graph import load_pipeline
-    from genpipe.pipeline.graph import plan as plan_pipeline
+    from genpipe.pipeline.plan import plan as plan_pipeline
 
     if not source.endswith((".yaml", ".yml")):
         manifest = read_manifest(source)
-        if manifest is None or not set(NEEDED) <= manifest.inputs.keys():
+        if manifest is None or manifest.artifact.kind != "scores":
             raise ConfigError(f"{source}: neither a pipeline's YAML file nor the folder of an evaluate artifact")
         return dict(manifest.inputs), manifest.config["generation"]
     pipeline = load_pipeline(source)
     plans = {p.name: p for p in plan_pipeline(pipeline)}
-    optional = [name for name in ("prior", *UPSAMPLERS) if name in plans]
-    wanted = pipeline.needs("evaluate") if "evaluate" in plans else (*NEEDED, *optional)
-    needed = [name for name in plans if name in wanted and name != "shard"]
-    missing = [name for name in needed if plans[name].status != "cached"]
+    planned = next(p for p in plans.values() if p.artifact.kind == "scores")
+    missing = [name for name in planned.instance.needs if plans[name].status != "cached"]
     if missing:
         raise ConfigError(f"{source}: {', '.join(missing)} not made yet; `genpipe run {source}` makes them")
-    generation = getattr(pipeline.stages.get("evaluate"), "generation", None)
-    return {name: plans[name].artifact for name in needed}, generation.model_dump() if generation else {}
+    return planned.inputs, planned.instance.cfg.generation.model_dump()  # type: ignore[attr-defined]
 
 
 def _costs(plans: Sequence[Planned], *, mfu: float, peak_tflops: float, price: float) -> None:
     """What the training stages of a plan cost, each and all, as tables."""
     from genpipe.pipeline.costs import cost_of
-    from genpipe.stages import is_training, load_stage
+    from genpipe.stages import is_training
 
-    costs = {p.name: cost_of(stage, p.cfg, p.inputs) for p in plans if is_training(stage := load_stage(p.name))}
+    costs = {
+        p.name: cost_of(p.instance.stage, p.instance.cfg, p.inputs) for p in plans if is_training(p.instance.stage)
+    }
     hours = {name: cost.gpu_hours(mfu=mfu, peak_tflops=peak_tflops) for name, cost in costs.items()}
     rows: list[tuple[object, ...]] = [
         (name, f"{sum(cost.parameters.values()) / 1e6:,.2f} M", f"{cost.flops / 1e9:,.3g}", f"{cost.samples:,}",
@@ -301,21 +288,21 @@ def _costs(plans: Sequence[Planned], *, mfu: float, peak_tflops: float, price: f
 def _summary(results: Sequence[StageResult]) -> None:
     """The table at the end of a run, the pictures, and the exit code."""
     from genpipe.pipeline.spec import duration
+    from genpipe.storage import open_storage
 
-    rows = [
-        (r.stage, r.status, duration(r.seconds), console.headline(r.stage, r.metrics), r.run_id or "-") for r in results
-    ]
+    rows = [(r.stage, r.status, duration(r.seconds), r.headline, r.run_id or "-") for r in results]
     console.table(("stage", "", "wall time", "headline", "MLflow run"), rows)
     failed = [r for r in results if r.status == "failed"]
     for result in failed:
         console.problem(f"{result.stage}: {result.message}")
-    missed = {}
     for result in results:
-        if result.stage == "evaluate" and result.artifact is not None:
-            console.out.print(f"sample grid: {result.artifact.uri}/grid.png", highlight=False, soft_wrap=True)
-            missed = result.artifact.meta.get("gate_missed", {})
-    for name, (found, least) in missed.items():
-        console.problem(f"gate missed: {name} is {found:.4g}, the configuration asks for {least:.4g}")
+        if result.artifact is not None and result.artifact.kind == "scores":
+            for picture in sorted(open_storage(result.artifact.uri).list(), key=lambda entry: entry.key):
+                if picture.key.endswith(".png"):
+                    console.out.print(f"{result.artifact.uri}/{picture.key}", highlight=False, soft_wrap=True)
+    missed = [message for result in results for message in result.missed]
+    for message in missed:
+        console.problem(f"gate missed: {message}")
     if failed or missed:
         raise typer.Exit(1)
 

@@ -10,11 +10,12 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from itertools import islice
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -28,6 +29,26 @@ Batch = dict[str, torch.Tensor]
 _Place = tuple[int, np.ndarray]
 Collate = Callable[[np.ndarray, np.ndarray], Batch]
 ORDERED_AT_ONCE = 16384
+
+
+class SampleSet(NamedTuple):
+    """`length` samples, and how to make a batch of some of them.
+
+    `collate(indices, positions)` takes int64 arrays [B]: which samples, and at which global positions of the
+    training stream they stand, so that a choice (caption, crop) can depend on the position alone. With loader
+    processes it is pickled. `sources` are the ranges of indices that come from each source of a mix.
+    """
+
+    length: int
+    collate: Collate
+    sources: Mapping[str, range] = MappingProxyType({})
+
+
+class Data(NamedTuple):
+    """What a training stage trains on, and what it holds out."""
+
+    train: SampleSet
+    heldout: SampleSet
 
 
 class Batches(Iterator[tuple[int, Batch]]):

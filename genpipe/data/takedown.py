@@ -51,17 +51,22 @@ class Removal:
     staying: Mapping[str, frozenset[str]]  # the keys left in each shard
 
     @property
+    def identity(self) -> dict[str, Any]:
+        """What the new shards' fingerprint is made of."""
+        return artifacts.identity(
+            self.manifest.identity["stage"],
+            version=self.manifest.identity["version"],
+            settings={"removed": sorted(reject.key for reject in self.samples)},
+            inputs={"shard": self.manifest.artifact},
+        )
+
+    @property
     def target(self) -> Artifact:
         """Where the shards without the samples will be, and their fingerprint: a function of what is taken out."""
         old = self.manifest.artifact
-        fingerprint = artifacts.fingerprint(
-            "shard",
-            version=self.manifest.version,
-            config={"removed": sorted(reject.key for reject in self.samples)},
-            inputs={"shard": old},
-        )
+        fingerprint = artifacts.fingerprint(self.identity)
         uri = join(self.uri.rpartition("/")[0], fingerprint[:16])
-        return Artifact(kind="shard", uri=uri, fingerprint=fingerprint, meta=self._meta())
+        return Artifact(kind=old.kind, uri=uri, fingerprint=fingerprint, meta=self._meta())
 
     @property
     def before(self) -> list[str]:
@@ -93,7 +98,7 @@ def plan_removal(uri: str, wanted: Collection[str]) -> Removal:
     Raises ValueError if `uri` is no shard artifact, holds none of them, or nothing else in one of its splits.
     """
     manifest = artifacts.read_manifest(uri)
-    if manifest is None or manifest.artifact.kind != "shard":
+    if manifest is None or manifest.artifact.kind not in ("shards", "samples"):
         raise ValueError(f"{uri}: not a committed shard artifact; give the folder that holds its {MANIFEST}")
     storage = open_storage(uri)
     values = pa.array(sorted(wanted), pa.string())
@@ -128,7 +133,7 @@ def remove(removal: Removal) -> Artifact:
     removed, is left out. Raises ManifestError if a file is not as it was committed.
     """
     target = removal.target
-    done = artifacts.find(target.uri)
+    done = artifacts.committed(target)
     if done is not None:
         return done
     finished = artifacts.finished_parts(target.uri)
@@ -150,11 +155,11 @@ def remove(removal: Removal) -> Artifact:
             target,
             folder=Path(folder),
             parts=removal.shards,
-            version=removal.manifest.version,
+            identity=removal.identity,
             config=removal.manifest.config,
             inputs=removal.manifest.inputs,
             metrics=_metrics(removal),
-            git_revision=removal.manifest.git_revision,
+            environment=removal.manifest.environment,
         )
 
 
@@ -170,7 +175,7 @@ class Affected:
 def affected(removal: Removal) -> Affected:
     """Search the store of the shards for what was trained on them. Raises ValueError if they lie in no store."""
     root, kind, _ = ("", "", *removal.uri.rsplit("/", 2))[-3:]
-    if kind != "shard" or not root.endswith("artifacts"):
+    if kind not in ("shards", "samples") or not root.endswith("artifacts"):
         raise ValueError(
             f"{removal.uri}: lies in no store (STORE/artifacts/shard/...); what was made from it is unknown"
         )
@@ -184,7 +189,10 @@ def affected(removal: Removal) -> Affected:
     keys = pa.array(sorted({reject.key for reject in removal.samples}), pa.string())
     holding = []
     for manifest in manifests:
-        if manifest.artifact.kind == "shard" and manifest.artifact.fingerprint != removal.manifest.artifact.fingerprint:
+        if (
+            manifest.artifact.kind in ("shards", "samples")
+            and manifest.artifact.fingerprint != removal.manifest.artifact.fingerprint
+        ):
             try:
                 holding.append((manifest.artifact, _holds(manifest, keys)))
             except (OSError, pa.ArrowException) as error:

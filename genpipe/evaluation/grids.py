@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw
+from torch import Tensor
 
 from genpipe.data.sheets import letters_of, wrapped
 
@@ -51,3 +52,8 @@ def labeled_grid(
 def _scaled(image: np.ndarray, cell: int) -> Image.Image:
     picture = Image.fromarray(image)
     return picture if picture.size == (cell, cell) else picture.resize((cell, cell), Image.Resampling.NEAREST)
+
+
+def hwc(images: Tensor) -> list[np.ndarray]:
+    """uint8 [B, C, H, W] as a list of HWC arrays."""
+    return list(images.permute(0, 2, 3, 1).cpu().numpy())

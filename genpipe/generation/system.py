@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
-from pathlib import Path
 from typing import NamedTuple, cast
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from genpipe.artifacts import Artifact, fetch
+from genpipe.artifacts import Artifact, fetch, several
 from genpipe.config import Config
 from genpipe.data.tokenizer import CaptionTokenizer
 from genpipe.diffusion.process import DiffusionConfig, SamplerConfig
@@ -19,18 +17,13 @@ from genpipe.generation.conditions import TOKENIZER_FILE, Text, embed_statistics
 from genpipe.generation.embeds import sample_image_embeds
 from genpipe.generation.latents import sample_latents
 from genpipe.generation.upsampling import Space, space_of, upsample
+from genpipe.lineage import check_lineage
 from genpipe.models.autoencoder import Autoencoder
 from genpipe.models.clip import CLIP
 from genpipe.models.decoder import Decoder
 from genpipe.models.prior import Prior
 from genpipe.models.upsampler import Upsampler
 from genpipe.weights import load_weights
-
-NEEDED = ("autoencoder", "clip", "features", "decoder")
-"""The stages that every system is made of; a decoder of image embeddings needs a prior as well."""
-
-UPSAMPLERS = ("upsampler", "upsampler2")
-"""The stages of a cascade, in order; a system has the first so many of them, or none."""
 
 
 class GenerationConfig(Config):
@@ -39,8 +32,7 @@ class GenerationConfig(Config):
     prior: SamplerConfig = SamplerConfig(steps=25, guidance_scale=1.0)
     candidates: int = Field(2, ge=1, description="prior samples a prompt; the best match with the text is kept")
     decoder: SamplerConfig = SamplerConfig(steps=25, guidance_scale=2.0)
-    upsampler: SamplerConfig = SamplerConfig(steps=8)
-    upsampler2: SamplerConfig = SamplerConfig(steps=8)
+    upsamplers: tuple[SamplerConfig, ...] = Field((), description="one for each upsampler; default: 8 steps")
     noise_aug: float = Field(0.1, ge=0, lt=1, description="noise level on the upsamplers' low_res")
 
 
@@ -55,7 +47,6 @@ class Generated(NamedTuple):
 class Enlarger(NamedTuple):
     """A trained upsampler and where it draws."""
 
-    stage: str
     model: Upsampler
     diffusion: DiffusionConfig
     space: Space
@@ -68,40 +59,36 @@ class Generator:
     def __init__(self, inputs: Mapping[str, Artifact], *, device: torch.device) -> None:
         check_lineage(inputs)
         self.device = device
-        folders = {name: fetch(artifact) for name, artifact in inputs.items() if name not in ("shard", "features")}
         meta = inputs["features"].meta
         self.context_length: int = meta["context_length"]
         self.latent_shape = (meta["latent_channels"], meta["latent_size"], meta["latent_size"])
         self.latent_statistics = latent_statistics(meta, device)
         self.embed_statistics = embed_statistics(meta, device)
-        self.autoencoder = cast(Autoencoder, self._load(folders, "autoencoder")[0])
-        self.clip = cast(CLIP, self._load(folders, "clip")[0])
-        self.tokenizer = CaptionTokenizer.load(folders["clip"] / TOKENIZER_FILE)
-        decoder, decoder_diffusion = self._load(folders, "decoder")
+        self.autoencoder = cast(Autoencoder, self._load(inputs["autoencoder"])[0])
+        self.clip = cast(CLIP, self._load(inputs["clip"])[0])
+        self.tokenizer = CaptionTokenizer.load(fetch(inputs["clip"]) / TOKENIZER_FILE)
+        decoder, decoder_diffusion = self._load(inputs["decoder"])
         self.decoder, self.decoder_diffusion = cast(Decoder, decoder), decoder_diffusion
         self.prior: Prior | None = None
         if "prior" in inputs:
-            prior, self.prior_diffusion = self._load(folders, "prior")
+            prior, self.prior_diffusion = self._load(inputs["prior"])
             self.prior = cast(Prior, prior)
-        self.enlargers = [
-            self._enlarger(name, folders[name], size=inputs[name].meta["image_size"])
-            for name in UPSAMPLERS
-            if name in inputs
-        ]
+        self.enlargers = [self._enlarger(artifact) for artifact in several(inputs, "upsamplers")]
 
     @property
     def size(self) -> int:
         """Side of the pictures that come out."""
         return self.enlargers[-1].size if self.enlargers else self.latent_shape[1] * self.autoencoder.cfg.factor
 
-    def _load(self, folders: Mapping[str, Path], kind: str) -> tuple[torch.nn.Module, DiffusionConfig]:
-        module, extra = load_weights(folders[kind], kind=kind, device=self.device)
+    def _load(self, artifact: Artifact) -> tuple[torch.nn.Module, DiffusionConfig]:
+        module, extra = load_weights(fetch(artifact), kind=artifact.kind, device=self.device)
         return module, DiffusionConfig.model_validate(extra.get("diffusion", {}))
 
-    def _enlarger(self, stage: str, folder: Path, *, size: int) -> Enlarger:
-        module, extra = load_weights(folder, kind="upsampler", device=self.device)
+    def _enlarger(self, artifact: Artifact) -> Enlarger:
+        module, extra = load_weights(fetch(artifact), kind="upsampler", device=self.device)
+        size = artifact.meta["image_size"]
         space = space_of(extra, autoencoder=self.autoencoder, statistics=self.latent_statistics)
-        return Enlarger(stage, cast(Upsampler, module), DiffusionConfig.model_validate(extra["diffusion"]), space, size)
+        return Enlarger(cast(Upsampler, module), DiffusionConfig.model_validate(extra["diffusion"]), space, size)
 
     @torch.no_grad()
     def encode_text(self, prompts: Sequence[str]) -> Text:
@@ -144,7 +131,7 @@ class Generator:
     def enlarge(self, images: Tensor, cfg: GenerationConfig, *, generator: torch.Generator) -> list[Tensor]:
         """The images at the end of each step of the cascade."""
         made: list[Tensor] = []
-        for enlarger in self.enlargers:
+        for i, enlarger in enumerate(self.enlargers):
             images = upsample(
                 enlarger.model,
                 images,
@@ -152,7 +139,7 @@ class Generator:
                 space=enlarger.space,
                 noise_aug=cfg.noise_aug,
                 diffusion=enlarger.diffusion,
-                sampler=getattr(cfg, enlarger.stage),
+                sampler=cfg.upsamplers[i] if i < len(cfg.upsamplers) else SamplerConfig(steps=8),
                 generator=generator,
             )
             made.append(images)
@@ -164,27 +151,3 @@ class Generator:
         embeds = self.prior_embeds(text, cfg, generator=generator)
         images = self.decode(embeds, text, cfg, generator=generator)
         return Generated(images, [images, *self.enlarge(images, cfg, generator=generator)][-1], embeds)
-
-
-def check_lineage(inputs: Mapping[str, Artifact]) -> None:
-    """Whether parts were trained for one another. Raises ValueError that names the two that were not.
-
-    A prior and a decoder speak the language of one CLIP, a decoder draws the latents of one autoencoder: weights of
-    another training, even of equal sizes, would give noise without an error.
-    """
-    for name in ("features", "prior", "decoder", *UPSAMPLERS):
-        for source in ("clip", "autoencoder", "shard"):
-            if name not in inputs or source not in inputs or source not in inputs[name].meta:
-                continue
-            trained, here = inputs[name].meta[source], inputs[source].fingerprint
-            if trained != here:
-                raise ValueError(
-                    f"{name} was made with {source} {trained[:12]}, but {source} here is {here[:12]}; "
-                    f"use the {source} it was made with, or make {name} again"
-                )
-    for below, name in pairwise(("autoencoder", *UPSAMPLERS)):
-        if below not in inputs or name not in inputs:
-            continue
-        low, side = inputs[name].meta["low_size"], inputs[below].meta["image_size"]
-        if low != side:
-            raise ValueError(f"{name}.low_size is {low}, but the {below}'s images are {side} px; set them equal")

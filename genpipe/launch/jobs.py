@@ -145,12 +145,12 @@ class Cluster:
             if status is not None and not status.is_terminal():
                 report(read_progress(spec.work))
                 continue
-            if artifacts.find(spec.target.uri) is not None:
+            if artifacts.committed(spec.target) is not None:
                 return
             if self.interrupted.is_set():
                 break
             raise self._failure(spec, job)
-        raise Stopped(f"{spec.stage} was stopped")
+        raise Stopped(f"{spec.name} was stopped")
 
     def _failure(self, spec: StageSpec, job: str) -> StageError:
         """The error that the job left; the job's log is put beside it."""
@@ -215,7 +215,7 @@ def connect(address: str, *, token: str = "") -> JobSubmissionClient:
 
 def job_id(spec: StageSpec, attempt: int) -> str:
     """The submission id of an attempt at a stage: the same whoever submits it."""
-    return f"genpipe-{spec.stage}-{spec.target.fingerprint[:16]}-{attempt}"
+    return f"genpipe-{spec.target.kind}-{spec.target.fingerprint[:16]}-{attempt}"
 
 
 def stop(client: JobSubmissionClient, jobs: Sequence[str] | set[str]) -> None:

@@ -42,10 +42,10 @@ def run_local(spec: StageSpec) -> Artifact:
     launcher = LocalLauncher()
     if launcher.rank == 0:
         execute(spec, launcher)
-    elif is_training(load_stage(spec.stage)) and artifacts.find(spec.target.uri) is None:
+    elif is_training(load_stage(spec.stage)) and artifacts.committed(spec.target) is None:
         launcher.train(spec, run_id="")
     if launcher.world_size > 1:
         dist.barrier()
-    artifact = artifacts.find(spec.target.uri)
+    artifact = artifacts.committed(spec.target)
     assert artifact is not None, "rank 0 committed it, or raised"
     return artifact

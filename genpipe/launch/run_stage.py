@@ -45,18 +45,18 @@ def execute(spec: StageSpec, launcher: Launcher) -> Artifact:
     What an earlier attempt left (checkpoints, finished parts) is taken up. Raises whatever the stage raises;
     its MLflow run is then marked failed, and nothing is committed.
     """
-    done = artifacts.find(spec.target.uri)
+    done = artifacts.committed(spec.target)
     if done is not None:
         return done
     stage = load_stage(spec.stage)
     cfg: StageConfig = stage.Config.model_validate(spec.config)
-    stage.agree(cfg, spec.inputs)
+    stage.check_inputs(cfg, spec.inputs)
     with open_stage_run(spec) as run:
         if is_training(stage):
             launcher.train(spec, run.run_id)
         else:
             _map_parts(spec, stage, cfg, launcher, run)
-        artifact = artifacts.find(spec.target.uri)
+        artifact = artifacts.committed(spec.target)
         assert artifact is not None, "the launcher returned without a committed artifact"
         _log_pictures(artifact, run)
         run.finish(artifact)
@@ -84,16 +84,15 @@ def _map_parts(spec: StageSpec, stage: ModuleType, cfg: StageConfig, launcher: L
     finished = artifacts.finished_parts(spec.target.uri)
     results = [finished[part]["stats"] for part in parts]
     with tempfile.TemporaryDirectory() as folder:
-        if hasattr(stage, "settle"):
-            results = stage.settle(cfg, open_storage(spec.target.uri), results, Path(folder))
-        meta, metrics = stage.finish(cfg, spec.inputs, results, Path(folder))
+        if hasattr(stage, "merge_parts"):
+            results = stage.merge_parts(cfg, open_storage(spec.target.uri), results, Path(folder))
+        meta, metrics = stage.finalize(cfg, spec.inputs, results, Path(folder))
         run.log(metrics, samples_seen=0)
-        commit(spec, stage, folder=Path(folder), parts=parts, meta=meta, metrics=metrics, run_id=run.run_id)
+        commit(spec, folder=Path(folder), parts=parts, meta=meta, metrics=metrics, run_id=run.run_id)
 
 
 def commit(
     spec: StageSpec,
-    stage: ModuleType,
     *,
     folder: Path,
     parts: Sequence[str] = (),
@@ -107,11 +106,11 @@ def commit(
         target,
         folder=folder,
         parts=parts,
-        version=stage.VERSION,
+        identity=spec.identity,
         config=spec.config,
         inputs=spec.inputs,
         metrics=metrics,
-        git_revision=spec.git_revision,
+        environment={"git_revision": spec.git_revision},
         run_id=run_id,
     )
 
@@ -124,11 +123,11 @@ def train_rank(spec: StageSpec, run_id: str, *, rank: int, world_size: int, devi
     torch.manual_seed(cfg.train.seed)  # the same initial weights on every rank
     with RankRuntime(spec, run_id, rank=rank, world_size=world_size, device=device, total=cfg.train.samples) as rt:
         objective = stage.objective(cfg, spec.inputs, device)
-        result = train(objective, stage.data(cfg, spec.inputs), cfg.train, rt, cfg.resources)
+        result = train(objective, stage.data(cfg, spec.inputs), cfg.train, rt, cfg.resources, cfg.observe)
         if rank == 0:
             with tempfile.TemporaryDirectory() as folder, torch.no_grad():
                 meta = stage.export(objective, cfg, spec.inputs, Path(folder))
-                commit(spec, stage, folder=Path(folder), meta=meta, metrics=result.metrics, run_id=run_id)
+                commit(spec, folder=Path(folder), meta=meta, metrics=result.metrics, run_id=run_id)
 
 
 class PartWorker:
@@ -198,8 +197,9 @@ KEEP_CHECKPOINTS = 2
 def save_checkpoint(work: str, folder: Path, *, samples_seen: int) -> None:
     """Commit `folder` as a checkpoint under `work` and drop all but the newest two."""
     uri = join(work, "checkpoints", f"{samples_seen:015d}")
-    target = Artifact(kind="checkpoint", uri=uri, fingerprint=f"{samples_seen:015d}")
-    artifacts.commit(target, folder=folder, version=1, config={}, inputs={}, metrics={})
+    identity = {"samples_seen": samples_seen}
+    target = Artifact(kind="checkpoint", uri=uri, fingerprint=artifacts.fingerprint(identity))
+    artifacts.commit(target, folder=folder, identity=identity, config={}, inputs={}, metrics={})
     storage = open_storage(work)
     for old in _checkpoints(work)[:-KEEP_CHECKPOINTS]:
         storage.delete_all(f"checkpoints/{old}/")

@@ -64,9 +64,9 @@ def cost_of(stage: ModuleType, cfg: Any, inputs: Mapping[str, Artifact]) -> Cost
     batch_size = train.micro_batch(cfg.resources.workers)
     objective = on_meta(stage, cfg, inputs)
     with META:
-        batch: Batch = stage.example(cfg, inputs, batch_size=batch_size)
-        parts = objective.parts(train.samples) if train.samples else ()  # weights that stay as they begin
-        steps = [_step(objective, part, batch, train) for part in parts]
+        batch: Batch = stage.example_batch(cfg, inputs, batch_size=batch_size)
+        names = objective.active(train.samples) if train.samples else ()  # weights that stay as they begin
+        steps = [_step(objective, name, batch, train) for name in names]
     parameters = {part: _count(module) for part, module in objective.trainable.items()}
     trained, frozen = sum(parameters.values()), _frozen(objective)
     return Cost(

@@ -1,27 +1,29 @@
-"""The pipeline as a graph of stages, and the plan of a run: what is done, what is to do, and why."""
+"""The pipeline as a graph of stage instances, read from a YAML file.
+
+A key under `stages:` is an instance. `kind` names its stage (default: the key), `inputs` maps the stage's roles to
+instances, URIs of committed artifacts or registered models, `matrix` makes several instances of one, and all else are
+settings of the stage.
+"""
 
 from __future__ import annotations
 
 import difflib
-import subprocess
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import Field
 
-from genpipe import artifacts, config
-from genpipe.artifacts import Artifact
+from genpipe import config
+from genpipe.artifacts import Role
 from genpipe.config import Config, ConfigError, StageConfig, Tree
-from genpipe.pipeline.spec import StageSpec, TrackingConfig
-from genpipe.stages import consumed, is_training, load_stage
-from genpipe.storage import join, local_path
-
-STAGES = ("shard", "autoencoder", "clip", "features", "decoder", "prior", "upsampler", "upsampler2", "evaluate")
-"""Every stage, in an order that runs; the edges are what each stage consumes. Where several wait for cores of the local
-Ray the earliest here goes first: hence the decoder, the longest, before the prior."""
+from genpipe.pipeline.spec import TrackingConfig
+from genpipe.stages import load_stage
+from genpipe.storage import local_path
 
 
 class RayConfig(Config):
@@ -42,44 +44,78 @@ class PipelineConfig(Config):
     stages: dict[str, dict[str, Any]]
 
 
-Status = Literal["cached", "run"]
-
-
 @dataclass(frozen=True)
-class Planned:
-    """One stage of a plan. `artifact` is committed if `status` is cached, promised otherwise."""
+class Instance:
+    """One stage of a pipeline: its name there, its stage, its settings, and what fills its roles.
+
+    `inputs` maps each filled role to references: names of instances, URIs of artifacts, or `models:/NAME@ALIAS`.
+    `cells` are the settings that tell an instance of a matrix from the others.
+    """
 
     name: str
+    kind: str
+    stage: ModuleType
     cfg: StageConfig
-    inputs: dict[str, Artifact]
-    artifact: Artifact
-    status: Status
-    why: str
+    inputs: dict[str, tuple[str, ...]]
+    cells: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def makes(self) -> str:
+        """The kind of artifact that it makes."""
+        kind: str = self.stage.MAKES
+        return kind
+
+    @property
+    def roles(self) -> dict[str, Role]:
+        """What its stage takes with these settings."""
+        roles: dict[str, Role] = self.stage.roles(self.cfg)
+        return roles
+
+    @property
+    def needs(self) -> list[str]:
+        """The instances that must be done before it."""
+        return [ref for refs in self.inputs.values() for ref in refs if not is_uri(ref)]
 
 
 @dataclass(frozen=True)
 class Pipeline:
-    """A configuration that was read and checked, stage by stage."""
+    """A pipeline that was read and checked. `instances` are in an order that runs."""
 
     cfg: PipelineConfig
-    stages: dict[str, StageConfig]
+    instances: dict[str, Instance]
     source: str
 
     @property
     def tracking_uri(self) -> str:
+        """Where MLflow records: the configured server or database, or SQLite in the store."""
         return self.cfg.tracking.uri or f"sqlite:///{Path(self.cfg.store).absolute()}/mlflow.db"
 
     @property
     def experiment(self) -> str:
+        """The MLflow experiment of the runs."""
         return self.cfg.tracking.experiment or self.cfg.name
 
-    def needs(self, stage: str) -> tuple[str, ...]:
-        """The stages whose artifacts a stage of this pipeline takes."""
-        return consumed(load_stage(stage), self.stages[stage])
+    def needed(self, only: Sequence[str]) -> set[str]:
+        """The instances named in `only` (all, if none is) and what they need. Raises ConfigError for an unknown one."""
+        wanted: set[str] = set()
+        queue = list(only or self.instances)
+        while queue:
+            name = queue.pop()
+            if name not in self.instances:
+                raise ConfigError(f"{self.source}: stages: {_unknown('instance', name, self.instances)}")
+            if name not in wanted:
+                wanted.add(name)
+                queue += self.instances[name].needs
+        return wanted
+
+
+def is_uri(reference: str) -> bool:
+    """Whether a reference is an artifact's URI or a registered model rather than the name of an instance."""
+    return "/" in reference
 
 
 def load_pipeline(path: str, overrides: Sequence[str] = ()) -> Pipeline:
-    """Read and check a pipeline, every stage against its own Config.
+    """Read and check a pipeline: every instance against its stage's Config, and the graph that they make.
 
     Raises ConfigError that lists every fault, each with its file, setting and remedy.
     """
@@ -89,160 +125,169 @@ def load_pipeline(path: str, overrides: Sequence[str] = ()) -> Pipeline:
         cfg = cfg.model_copy(update={"store": str(folder.expanduser().absolute())})
     if cfg.store.startswith("s3://") and not cfg.tracking.uri:
         raise ConfigError(f"{path}: tracking.uri: required when the store is on S3; name an MLflow server")
-    faults, stages = [], {}
-    for name in cfg.stages:
-        if name not in STAGES:
-            near = difflib.get_close_matches(name, STAGES, n=1)
-            remedy = f"did you mean {near[0]!r}?" if near else f"known stages: {', '.join(STAGES)}"
-            faults.append(f"{tree.origin_of(('stages', name))}: stages.{name}: no such stage; {remedy}")
-            continue
-        try:
-            stages[name] = parse_stage(name, tree.at("stages", name), prefix=f"stages.{name}")
-        except ConfigError as error:
-            faults.append(str(error))
-    for name in (n for n in STAGES if n in stages):
-        absent = [need for need in consumed(load_stage(name), stages[name]) if need not in cfg.stages]
-        if absent:
-            faults.append(f"{path}: stages.{name}: needs the stages {', '.join(absent)}, which are not configured")
+    faults: list[str] = []
+    blocks = _blocks(cfg, tree, faults)
+    instances = {name: made for name, block in blocks.items() if (made := _instance(block, blocks, faults))}
+    if not faults:
+        for instance in instances.values():
+            faults += _misfits(instance, instances, tree)
     if faults:
         raise ConfigError("\n".join(faults))
-    return Pipeline(cfg, {name: stages[name] for name in STAGES if name in stages}, str(path))
+    return Pipeline(cfg, _in_order(instances, path), str(path))
 
 
-def parse_stage(name: str, tree: Tree, *, prefix: str = "") -> StageConfig:
-    """The Config of one stage from its tree. Raises ConfigError."""
-    cfg: StageConfig = config.parse(load_stage(name).Config, tree, prefix=prefix)
-    return cfg
+@dataclass(frozen=True)
+class _Block:
+    """An instance as it is written: its settings apart from what places it in the graph."""
+
+    name: str
+    base: str
+    kind: str
+    inputs: Mapping[str, Any]
+    cells: dict[str, Any]
+    settings: Tree
+
+    @property
+    def where(self) -> str:
+        return f"{self.settings.source}: stages.{self.base}"
 
 
-def plan(
-    pipeline: Pipeline,
-    *,
-    only: Sequence[str] = (),
-    given: Mapping[str, Artifact] | None = None,
-    sources: bool = True,
-) -> list[Planned]:
-    """What a run would do, in order; `only` limits it to some stages and what they need.
-
-    `given` puts committed artifacts in place of stages. Without `sources` nothing is asked of what lies outside of the
-    store, so that nothing counts as done that depends on it. Raises ConfigError where stages disagree and
-    ManifestError where a committed artifact is damaged.
-    """
-    wanted = _needed(pipeline, only or tuple(pipeline.stages), given or {})
-    known: dict[str, Artifact] = dict(given or {})
-    plans = []
-    for name in (n for n in pipeline.stages if n in wanted):
-        inputs = {need: known[need] for need in pipeline.needs(name)}
-        planned = plan_stage(
-            name,
-            pipeline.stages[name],
-            inputs,
-            store=pipeline.cfg.store,
-            source=pipeline.source,
-            sources=sources,
-        )
-        known[name] = planned.artifact
-        plans.append(planned)
-    return plans
-
-
-def plan_stage(
-    name: str, cfg: StageConfig, inputs: dict[str, Artifact], *, store: str, source: str, sources: bool = True
-) -> Planned:
-    """Whether one stage is done for this config and these inputs."""
-    stage = load_stage(name)
-    identity = config.resolved(cfg, without=frozenset({"resources"}))
-    try:
-        if is_training(stage):
-            cfg.train.check_ranks(cfg.resources.workers)  # type: ignore[attr-defined]
-        promised = stage.agree(cfg, inputs)
-        external = _external(stage, cfg, sources=sources)
-    except ValueError as error:
-        raise ConfigError(f"{source}: stages.{name}: {error}") from error
-    digest = artifacts.fingerprint(name, version=stage.VERSION, config=identity, inputs=inputs, external=external)
-    uri = artifacts.artifact_uri(store, name, digest)
-    done = artifacts.find(uri)
-    if done is not None:
-        return Planned(name, cfg, inputs, done, "cached", "committed with this configuration and these inputs")
-    target = Artifact(kind=name, uri=uri, fingerprint=digest, meta=promised)
-    return Planned(name, cfg, inputs, target, "run", _why(name, identity, inputs, store=store))
-
-
-def spec_of(
-    planned: Planned, pipeline: Pipeline, *, pipeline_run_id: str = "", links: Mapping[str, str] | None = None
-) -> StageSpec:
-    """What a launcher needs to run a planned stage."""
-    return StageSpec(
-        stage=planned.name,
-        config=config.resolved(planned.cfg),
-        inputs=planned.inputs,
-        target=planned.artifact,
-        store=pipeline.cfg.store,
-        git_revision=git_revision(),
-        tracking_uri=pipeline.tracking_uri,
-        experiment=pipeline.experiment,
-        pipeline=pipeline.cfg.name,
-        pipeline_run_id=pipeline_run_id,
-        links=dict(links or {}),
-    )
-
-
-def git_revision() -> str:
-    """The commit of the working tree, with `-dirty` where it was changed; empty outside a checkout."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
-    try:
-        here = Path(__file__).parent
-        return subprocess.run(command, cwd=here, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return ""
-
-
-def _external(stage: ModuleType, cfg: StageConfig, *, sources: bool) -> str:
-    """What stands in the fingerprint for what a stage reads from outside of the pipeline."""
-    if not hasattr(stage, "external"):
-        return ""
-    return str(stage.external(cfg)) if sources else "not looked at"
-
-
-def _needed(pipeline: Pipeline, only: Sequence[str], given: Mapping[str, Artifact]) -> set[str]:
-    wanted: set[str] = set()
-    queue = [name for name in only]
-    while queue:
-        name = queue.pop()
-        if name not in wanted and name not in given:
-            wanted.add(name)
-            queue += pipeline.needs(name)
-    return wanted
-
-
-def _why(name: str, identity: Mapping[str, Any], inputs: Mapping[str, Artifact], *, store: str) -> str:
-    """What differs from the most similar artifact of this stage that is committed."""
-    differences = []
-    storage = artifacts.open_storage(join(store, "artifacts", name))
-    for entry in storage.list():
-        folder, _, file = entry.key.partition("/")
-        if file != artifacts.MANIFEST:
+def _blocks(cfg: PipelineConfig, tree: Tree, faults: list[str]) -> dict[str, _Block]:
+    """Every instance by name, those of a matrix each for itself."""
+    found: dict[str, _Block] = {}
+    for base in cfg.stages:
+        if not base or set(base) & set("@/.: "):
+            faults.append(f"{tree.source}: stages.{base}: a name has none of the characters @ / . : and space")
             continue
         try:
-            manifest = artifacts.read_manifest(join(store, "artifacts", name, folder))
-        except artifacts.ManifestError:
-            continue
-        if manifest is not None:
-            differences.append(_differences(manifest, identity, inputs))
-    if not differences:
-        return "not made yet"
-    closest = min(differences, key=len)
-    shown = "; ".join(closest[:3]) + (f"; and {len(closest) - 3} more" if len(closest) > 3 else "")
-    return shown or "the source's files or the stage's code version changed"
+            for name, cells, block in _cells(base, tree.at("stages", base)):
+                found[name] = _block(name, base, cells, block)
+        except ConfigError as error:
+            faults.append(str(error))
+    return found
 
 
-def _differences(
-    manifest: artifacts.Manifest, identity: Mapping[str, Any], inputs: Mapping[str, Artifact]
-) -> list[str]:
-    before = config.flatten({k: v for k, v in manifest.config.items() if k != "resources"})
-    after = config.flatten(identity)
-    found = [f"{key}: {before.get(key, '(unset)')} -> {after.get(key, '(unset)')}"
-             for key in sorted(before.keys() | after.keys()) if before.get(key) != after.get(key)]  # fmt: skip
-    changed = [n for n, artifact in inputs.items()
-               if n not in manifest.inputs or manifest.inputs[n].fingerprint != artifact.fingerprint]  # fmt: skip
-    return found + [f"its input {n} changed" for n in changed]
+def _cells(base: str, tree: Tree) -> Iterator[tuple[str, dict[str, Any], Tree]]:
+    """(name, varied settings, block) of each instance that a block and its `matrix` stand for."""
+    matrix = tree.values.get("matrix")
+    if matrix is None:
+        yield base, {}, tree
+        return
+    where = f"{tree.origin_of(('matrix',))}: stages.{base}.matrix"
+    if not isinstance(matrix, Mapping) or not all(isinstance(v, list) and v for v in matrix.values()):
+        raise ConfigError(f"{where}: expected a mapping of settings to lists of values, such as {{train.seed: [0, 1]}}")
+    rest = tree.without("matrix")
+    axes = [[(path, i, value) for i, value in enumerate(values)] for path, values in matrix.items()]
+    for combination in itertools.product(*axes):
+        varied = rest
+        for path, _, value in combination:
+            varied = config.override(varied, path.split("."), value, origin=where)
+        name = f"{base}@{'-'.join(str(i) for _, i, _ in combination)}"
+        yield name, {path: value for path, _, value in combination}, varied
+
+
+def _block(name: str, base: str, cells: dict[str, Any], tree: Tree) -> _Block:
+    kind, inputs = tree.values.get("kind", base), tree.values.get("inputs") or {}
+    if not isinstance(kind, str):
+        raise ConfigError(f"{tree.origin_of(('kind',))}: stages.{base}.kind: expected a stage's name, got {kind!r}")
+    if not isinstance(inputs, Mapping):
+        raise ConfigError(
+            f"{tree.origin_of(('inputs',))}: stages.{base}.inputs: expected a mapping of roles to instances or URIs"
+        )
+    return _Block(name, base, kind, inputs, cells, tree.without("kind", "inputs"))
+
+
+def _instance(block: _Block, blocks: Mapping[str, _Block], faults: list[str]) -> Instance | None:
+    """The instance of a block, or None and what is wrong with it in `faults`."""
+    prefix = f"stages.{block.base}"
+    try:
+        stage = load_stage(block.kind)
+    except ValueError as error:
+        faults.append(f"{block.settings.source}: {prefix}.kind: {error}")
+        return None
+    try:
+        cfg: StageConfig = config.parse(stage.Config, block.settings, prefix=prefix)
+    except ConfigError as error:
+        faults += [line for line in str(error).splitlines() if line not in faults]
+        return None
+    instance = Instance(block.name, block.kind, stage, cfg, {}, block.cells)
+    for name in block.inputs:
+        if name not in instance.roles:
+            faults.append(f"{block.where}.inputs: {_unknown('role', str(name), instance.roles)}")
+    for name, role in instance.roles.items():
+        try:
+            if references := _references(name, role, block, blocks):
+                instance.inputs[name] = references
+        except ConfigError as error:
+            faults.append(str(error))
+    return instance
+
+
+def _references(name: str, role: Role, block: _Block, blocks: Mapping[str, _Block]) -> tuple[str, ...]:
+    """What fills a role; empty for an optional one that nothing fills. Raises ConfigError."""
+    where = f"{block.where}.inputs.{name}"
+    bases = {other.base for other in blocks.values()}
+    given = block.inputs.get(name, name if name in bases else None)
+    if given is None:
+        if role.optional:
+            return ()
+        kinds = " or ".join(role.kinds)
+        raise ConfigError(
+            f"{where}: required (an artifact of kind {kinds}), and no instance is called {name!r}; map it"
+        )
+    listed = given if isinstance(given, list) else [given]
+    references: list[str] = []
+    for reference in listed:
+        if not isinstance(reference, str):
+            raise ConfigError(f"{where}: expected an instance's name or an artifact's URI, got {reference!r}")
+        members = [other.name for other in blocks.values() if other.base == reference]
+        if is_uri(reference) or reference in blocks:
+            references.append(reference)
+        elif members and (role.several or len(members) == 1):
+            references += members
+        elif members:
+            raise ConfigError(f"{where}: {reference} is a matrix of {', '.join(members)}; name one of them")
+        else:
+            raise ConfigError(f"{where}: {_unknown('instance', reference, blocks)}")
+    if not role.several and len(references) > 1:
+        raise ConfigError(f"{where}: takes one artifact, not {len(references)} ({', '.join(references)})")
+    return tuple(references)
+
+
+def _misfits(instance: Instance, instances: Mapping[str, Instance], tree: Tree) -> Iterator[str]:
+    """A fault for each reference whose instance makes another kind of artifact than the role takes."""
+    for name, references in instance.inputs.items():
+        role = instance.roles[name]
+        for reference in references:
+            if reference in instances and not role.fits(made := instances[reference].makes):
+                yield misfit(f"{tree.source}: stages.{instance.name}.inputs.{name}", role, reference, made, instances)
+
+
+def misfit(where: str, role: Role, given: str, kind: str, instances: Mapping[str, Instance]) -> str:
+    """What to say of an artifact whose kind does not fit a role."""
+    fitting = [other.name for other in instances.values() if role.fits(other.makes)]
+    remedy = f"; {', '.join(fitting)} would fit" if fitting else ""
+    return f"{where}: takes an artifact of kind {' or '.join(role.kinds)}, but {given} is of kind {kind}{remedy}"
+
+
+def _in_order(instances: Mapping[str, Instance], path: str) -> dict[str, Instance]:
+    """The instances, each after what it needs, otherwise as written. Raises ConfigError for a cycle."""
+    sorter = TopologicalSorter({name: instance.needs for name, instance in instances.items()})
+    try:
+        sorter.prepare()
+    except CycleError as error:
+        cycle = " -> ".join(reversed(error.args[1]))
+        raise ConfigError(f"{path}: stages: the inputs run in a cycle: {cycle}; break it") from None
+    ordered: list[str] = []
+    place = {name: i for i, name in enumerate(instances)}
+    while sorter.is_active():
+        ready = sorted(sorter.get_ready(), key=place.__getitem__)
+        ordered += ready
+        sorter.done(*ready)
+    return {name: instances[name] for name in ordered}
+
+
+def _unknown(what: str, name: str, known: Mapping[str, object]) -> str:
+    near = difflib.get_close_matches(name, known, n=1)
+    remedy = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known) or 'none'}"
+    return f"no {what} {name!r}; {remedy}"

@@ -21,9 +21,11 @@ class TrackingConfig(Config):
 class StageSpec(Config):
     """One stage to run: its resolved config, its inputs, and the artifact it is to commit."""
 
-    stage: str
+    name: str = Field(description="of the instance in its pipeline: what people call it")
+    stage: str = Field(description="the kind of stage: its module")
     config: dict[str, Any]
-    inputs: dict[str, Artifact]
+    inputs: dict[str, Artifact] = Field(description="by role")
+    identity: dict[str, Any] = Field(description="what the target's fingerprint is made of")
     target: Artifact = Field(description="planned: its uri and fingerprint are final, its meta is what is promised")
     store: str
     git_revision: str = ""

@@ -1,56 +1,82 @@
 """The stages, one file each, and what a stage file holds.
 
-Every stage module has
+Every stage module, of this package or of the user's own, has
 
-    VERSION: int                       raised when the stage's output changes for the same config
-    CONSUMES: tuple[str, ...]          the stages whose artifacts it takes
-    class Config(StageConfig)
-    agree(cfg, inputs) -> dict         what its artifact will promise in `meta`, as far as it is known before
-                                       the work is done; raises ValueError where inputs and config do not fit
+    VERSION: int                        raised when the stage's output changes for the same config
+    MAKES: str                          the kind of artifact that it makes; several stages may make one kind
+    HEADLINES: tuple[str, ...]          those of its metrics that a summary shows
+    class Config(StageConfig)           its settings; `resources` and `observe` decide nothing about its output
+    roles(cfg) -> dict[str, Role]       what it takes
+    check_inputs(cfg, inputs) -> dict   what its artifact will promise in `meta`, as far as that is known before the
+                                        work is done; raises ValueError where inputs and config do not fit
 
-and, if what it takes depends on its configuration, `consumes(cfg) -> tuple[str, ...]`. A *training* stage adds
+A *training* stage adds
 
     data(cfg, inputs) -> Data                            what to train on and what to hold out
     objective(cfg, inputs, device) -> Objective          what one optimizer step optimizes
     export(objective, cfg, inputs, folder) -> meta       writes the weights; called with the EMA in place
-    example(cfg, inputs, *, batch_size) -> Batch         zeros in the shapes of a batch, from the inputs' `meta` alone
+    example_batch(cfg, inputs, *, batch_size) -> Batch   zeros in the shapes of a batch, from the inputs' `meta` alone
 
 A *data* stage adds
 
     parts(cfg, inputs) -> list[str]                      its units of work, stable across runs
     class Worker:  __init__(cfg, inputs), __call__(part, out) -> stats     one part to files in folder `out`
-    finish(cfg, inputs, results, out) -> (meta, metrics) after all parts, given their stats in parts' order
+    finalize(cfg, inputs, results, out) -> (meta, metrics)                 after all parts, given their stats in order
 
-and may add `external(cfg) -> str`, a digest of what it reads from outside the pipeline, and
-`settle(cfg, made, results, out) -> results`, called before `finish` with the storage that holds the files of all parts:
-what it puts into `out` takes the place of files of the same name. It may be called again. `agree` sees inputs
-that exist and inputs that are only planned, so it uses nothing but their `meta` and `fingerprint`.
+and may add `source_digest(cfg) -> str`, a digest of what it reads from outside the pipeline, and
+`merge_parts(cfg, made, results, out) -> results`, called before `finalize` with the storage that holds the files of all
+parts: what it puts into `out` takes the place of files of the same name. It may be called again.
+
+`inputs` maps roles to artifacts; a role that takes several has the keys `role.0`, `role.1`, ... (`artifacts.several`).
+`check_inputs` sees inputs that exist and inputs that are only planned, so it uses nothing but their `meta` and
+`fingerprint`.
 """
 
 from __future__ import annotations
 
 import importlib
+import pkgutil
+from difflib import get_close_matches
 from types import ModuleType
 
-from genpipe.config import StageConfig
+REQUIRED = ("VERSION", "MAKES", "HEADLINES", "Config", "roles", "check_inputs")
+TRAINING = ("data", "objective", "export", "example_batch")
+DATA = ("parts", "Worker", "finalize")
 
 
-def load_stage(name: str) -> ModuleType:
-    """The module of a stage, found by its name. Raises ValueError for an unknown one."""
+def stage_kinds() -> list[str]:
+    """The names of the stages that come with genpipe."""
+    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+
+
+def load_stage(kind: str) -> ModuleType:
+    """The module of a stage: of this package by its name, or any other by its dotted path.
+
+    Raises ValueError if there is none, or if it is not a stage.
+    """
+    path = kind if "." in kind else f"genpipe.stages.{kind}"
     try:
-        return importlib.import_module(f"genpipe.stages.{name}")
+        stage = importlib.import_module(path)
     except ModuleNotFoundError as error:
-        if error.name != f"genpipe.stages.{name}":
+        if error.name is None or not f"{path}.".startswith(f"{error.name}."):
             raise
-        raise ValueError(f"no stage is called {name!r}; `genpipe run --help` lists them") from None
-
-
-def consumed(stage: ModuleType, cfg: StageConfig) -> tuple[str, ...]:
-    """The stages whose artifacts a stage takes with this configuration."""
-    needs: tuple[str, ...] = stage.consumes(cfg) if hasattr(stage, "consumes") else stage.CONSUMES
-    return needs
+        raise ValueError(_unknown(kind)) from None
+    missing = [name for name in REQUIRED if not hasattr(stage, name)]
+    for names in (TRAINING if is_training(stage) else DATA,):
+        missing += [name for name in names if not hasattr(stage, name)]
+    if missing:
+        raise ValueError(f"{path} is not a stage: it has no {', '.join(missing)}; see docs/write-a-stage.md")
+    return stage
 
 
 def is_training(stage: ModuleType) -> bool:
     """Whether a stage trains (gives an objective) rather than maps parts to files."""
     return hasattr(stage, "objective")
+
+
+def _unknown(kind: str) -> str:
+    if "." in kind:
+        return f"no module {kind!r} can be imported; install its package where genpipe is, or put it on PYTHONPATH"
+    near = get_close_matches(kind, stage_kinds(), n=1)
+    remedy = f"did you mean {near[0]!r}?" if near else f"known stages: {', '.join(stage_kinds())}"
+    return f"no such stage {kind!r}; {remedy} (a stage of your own is named as package.module)"

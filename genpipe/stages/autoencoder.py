@@ -8,17 +8,17 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from pydantic import Field, PlainValidator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from genpipe.artifacts import Artifact
+from genpipe.artifacts import Artifact, Role
 from genpipe.config import Config as Block
 from genpipe.config import StageConfig
 from genpipe.data.image_batches import Crop, to_float, to_uint8
-from genpipe.data.loader import sequential
-from genpipe.evaluation.grids import tile
+from genpipe.data.loader import Data, SampleSet, sequential
+from genpipe.data.train_sets import check_image_size, image_data
+from genpipe.evaluation.grids import hwc, tile
 from genpipe.evaluation.networks import load_inception, load_lpips
 from genpipe.evaluation.reconstruction import ReconstructionScores
 from genpipe.models.autoencoder import (
@@ -40,13 +40,14 @@ from genpipe.models.discriminator import (
 from genpipe.models.lpips import SMALLEST as SMALLEST_FOR_LPIPS
 from genpipe.models.quantizer import codebook_use
 from genpipe.pinned_files import PinnedFile
-from genpipe.stages.shard import check_image_size, image_data
-from genpipe.training.objective import Batch, Data, Metrics, Split, Step, Validation
+from genpipe.training.objective import Batch, Metrics, ObserveTraining, Step, Validation
 from genpipe.training.optim import TrainConfig
+from genpipe.training.plateau import Settled, Settling
 from genpipe.weights import InitialWeights, load_initial_weights, save_weights
 
 VERSION = 1
-CONSUMES: tuple[str, ...] = ("shard",)
+MAKES = "autoencoder"
+HEADLINES = ("psnr",)
 
 PICTURES = 8
 MIN_LATENT_STD = 1e-4
@@ -57,13 +58,6 @@ def _start(value: Any) -> Any:
     if value == "settled" or (isinstance(value, int) and not isinstance(value, bool) and value >= 0):
         return value
     raise ValueError("write a number of samples, or `settled`")
-
-
-class Settled(Block):
-    """When reconstruction counts as settled: no longer better by much from one window of training to the next."""
-
-    window: int = Field(20_000, ge=1, description="samples over which the reconstruction loss is averaged")
-    improvement: float = Field(0.02, ge=0, lt=1, description="share by which a window's mean must fall to go on")
 
 
 class Adversarial(Block):
@@ -95,9 +89,14 @@ class Config(StageConfig):
     statistics_samples: int = Field(4096, ge=1, description="images over which the latents' statistics are measured")
     initial: InitialWeights | None = Field(None, description="weights to begin with, of this model; none: random ones")
     train: TrainConfig
+    observe: ObserveTraining = ObserveTraining()
 
 
-def agree(cfg: Config, inputs: Mapping[str, Artifact]) -> dict[str, Any]:
+def roles(cfg: Config) -> dict[str, Role]:
+    return {"shard": Role("shards", "samples")}
+
+
+def check_inputs(cfg: Config, inputs: Mapping[str, Artifact]) -> dict[str, Any]:
     check_image_size(inputs["shard"], cfg.image_size, setting="image_size")
     if cfg.image_size % cfg.model.factor:
         raise ValueError(f"image_size {cfg.image_size} is not a multiple of the model's factor {cfg.model.factor}")
@@ -119,7 +118,7 @@ def data(cfg: Config, inputs: Mapping[str, Artifact]) -> Data:
     return image_data(inputs["shard"], size=cfg.image_size, crop=cfg.crop, seed=cfg.train.seed)
 
 
-def example(cfg: Config, inputs: Mapping[str, Artifact], *, batch_size: int) -> Batch:
+def example_batch(cfg: Config, inputs: Mapping[str, Artifact], *, batch_size: int) -> Batch:
     """A batch of zeros as `data` collates them."""
     return {"images": torch.zeros(batch_size, 3, cfg.image_size, cfg.image_size, dtype=torch.uint8)}
 
@@ -146,7 +145,7 @@ class Objective:
         self.lpips = load_lpips(cfg.lpips, device=device) if cfg.lpips else None
         self.inception = load_inception(cfg.fid, device=device) if cfg.fid and device.type != "meta" else None
 
-    def parts(self, samples_seen: int) -> Sequence[str]:
+    def active(self, samples_seen: int) -> Sequence[str]:
         if self.settling:
             self.settling.look(samples_seen)
         return tuple(self.trainable) if self._adversarial(samples_seen) else ("autoencoder",)
@@ -157,9 +156,9 @@ class Objective:
         start = self.cfg.adversarial.start
         return samples_seen >= start if isinstance(start, int) else self.settling is not None and self.settling.settled
 
-    def loss(self, part: str, batch: Batch, step: Step) -> tuple[Tensor, Metrics]:
+    def loss(self, name: str, batch: Batch, step: Step) -> tuple[Tensor, Metrics]:
         images = to_float(batch["images"])
-        if part == "discriminator":
+        if name == "discriminator":
             return self._discriminator_loss(images, step)
         recon, penalty, metrics = self._reconstruct(images, step.generator, learn=True)
         nll, parts = self._distance(recon, images)
@@ -232,61 +231,6 @@ class Objective:
         return Validation(scores.metrics() | use, pictures)
 
 
-class Settling(nn.Module):
-    """Decides that reconstruction has settled, by the mean loss of one window of steps against the next.
-
-    The sums are taken over all ranks and kept in a buffer, so that every rank decides alike and a resumed run goes on
-    where it was. The host looks at the answer once a window.
-    """
-
-    state: Tensor
-
-    def __init__(self, cfg: Settled, *, batch_size: int) -> None:
-        super().__init__()
-        self.improvement = cfg.improvement
-        self.batch_size = batch_size
-        self.steps = -(-cfg.window // batch_size)
-        self.settled = False
-        self._looked = False
-        self._pending: Tensor | None = None
-        # The window's sum of losses and its steps so far, the mean of the window before, and the answer.
-        self.register_buffer("state", torch.tensor([0.0, 0.0, torch.inf, 0.0]))
-
-    def look(self, samples_seen: int) -> None:
-        """Bring the answer to the host where it may have changed: at the end of a window, and after a resume."""
-        if not self._looked or (not self.settled and samples_seen // self.batch_size % self.steps == 0):
-            # On the meta device, which is asked what all parts cost, it has.
-            self.settled, self._looked = self.state.is_meta or bool(self.state[3].item()), True
-
-    def add(self, loss_sum: Tensor) -> None:
-        """Note the summed loss of one micro-batch's samples."""
-        self._pending = loss_sum if self._pending is None else self._pending + loss_sum
-
-    @torch.no_grad()
-    def update(self) -> None:
-        """Take what was noted as one step's; nothing noted, nothing happens."""
-        if self._pending is None:
-            return
-        loss, self._pending = self._pending / self.batch_size, None
-        if self.settled:
-            return
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            dist.all_reduce(loss)
-        total, steps, before, settled = self.state.unbind()
-        total, steps = total + loss, steps + 1
-        full = steps >= self.steps
-        mean = total / steps
-        enough = (full & (mean >= (1 - self.improvement) * before)).float()
-        zero = torch.zeros_like(total)
-        kept = torch.where(full, zero, total), torch.where(full, zero, steps), torch.where(full, mean, before)
-        self.state.copy_(torch.stack([*kept, torch.maximum(settled, enough)]))
-
-
-def hwc(images: Tensor) -> list[np.ndarray]:
-    """uint8 [B, C, H, W] as a list of HWC arrays."""
-    return list(images.permute(0, 2, 3, 1).cpu().numpy())
-
-
 def export(objective: Objective, cfg: Config, inputs: Mapping[str, Artifact], folder: Path) -> dict[str, Any]:
     save_weights(objective.model, folder, kind="autoencoder", config=cfg.model, sizes={}, extra={})
     if isinstance(cfg.model, IdentityConfig):  # pixels stay in [-1, 1], which samplers may then clip to
@@ -295,7 +239,7 @@ def export(objective: Objective, cfg: Config, inputs: Mapping[str, Artifact], fo
     return latent_moments(objective.model, data(cfg, inputs).train, cfg)
 
 
-def latent_moments(model: Autoencoder, split: Split, cfg: Config) -> dict[str, list[float]]:
+def latent_moments(model: Autoencoder, split: SampleSet, cfg: Config) -> dict[str, list[float]]:
     """`latent_mean` and `latent_std` by channel, over the posterior means of the first training images."""
     device = next(model.parameters()).device
     total: Tensor | None = None

@@ -14,14 +14,14 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from genpipe.artifacts import Artifact
+from genpipe.artifacts import Artifact, Role
 from genpipe.config import Config as Block
 from genpipe.config import StageConfig
 from genpipe.data.image_batches import Crop, crop_draws, read_images, to_float
-from genpipe.data.loader import sequential
+from genpipe.data.loader import Data, SampleSet, sequential
 from genpipe.data.order import caption_draws
 from genpipe.data.shard_dataset import ShardDataset, open_shards
-from genpipe.data.shards import Split as SplitName
+from genpipe.data.shards import Split
 from genpipe.data.tokenizer import (
     CLIP_EOT_ID,
     CLIP_VOCAB_SIZE,
@@ -30,18 +30,19 @@ from genpipe.data.tokenizer import (
     clip_tokenizer,
     train_tokenizer,
 )
+from genpipe.data.train_sets import check_image_size
 from genpipe.evaluation.retrieval import retrieval_recalls
 from genpipe.evaluation.zeroshot import ZeroShotConfig, class_embeds, named_class, zero_shot_accuracy
 from genpipe.generation.conditions import TOKENIZER_FILE
 from genpipe.models.clip import CLIP, CLIPConfig, keep_patches
 from genpipe.models.contrastive import encode_in_chunks
-from genpipe.stages.shard import check_image_size
-from genpipe.training.objective import Batch, Data, Metrics, Split, Step, Validation
+from genpipe.training.objective import Batch, Metrics, ObserveTraining, Step, Validation
 from genpipe.training.optim import TrainConfig
 from genpipe.weights import InitialWeights, load_initial_weights, save_weights
 
 VERSION = 1
-CONSUMES: tuple[str, ...] = ("shard",)
+MAKES = "clip"
+HEADLINES = ("text_to_image_r5",)
 
 PROMPTS = 1024
 """Zero-shot prompts that pass the text tower at a time."""
@@ -73,9 +74,14 @@ class Config(StageConfig):
     statistics_samples: int = Field(4096, ge=1, description="images over which the embeddings' statistics are measured")
     initial: InitialWeights | None = Field(None, description="weights to begin with, of this model; none: random ones")
     train: TrainConfig
+    observe: ObserveTraining = ObserveTraining()
 
 
-def agree(cfg: Config, inputs: Mapping[str, Artifact]) -> dict[str, Any]:
+def roles(cfg: Config) -> dict[str, Role]:
+    return {"shard": Role("shards", "samples")}
+
+
+def check_inputs(cfg: Config, inputs: Mapping[str, Artifact]) -> dict[str, Any]:
     check_image_size(inputs["shard"], cfg.model.image_size, setting="model.image_size")
     if cfg.train.micro_batch_size is not None:
         raise ValueError("train.micro_batch_size: the contrastive loss compares the whole batch at once, so it "
@@ -88,7 +94,7 @@ def agree(cfg: Config, inputs: Mapping[str, Artifact]) -> dict[str, Any]:
     }
 
 
-def example(cfg: Config, inputs: Mapping[str, Artifact], *, batch_size: int) -> Batch:
+def example_batch(cfg: Config, inputs: Mapping[str, Artifact], *, batch_size: int) -> Batch:
     """A training batch of the longest captions, all zero."""
     size = cfg.model.image_size
     return {
@@ -101,7 +107,7 @@ def data(cfg: Config, inputs: Mapping[str, Artifact]) -> Data:
     return Data(train=_split(cfg, inputs, "train"), heldout=_split(cfg, inputs, "heldout"))
 
 
-def _split(cfg: Config, inputs: Mapping[str, Artifact], name: SplitName) -> Split:
+def _split(cfg: Config, inputs: Mapping[str, Artifact], name: Split) -> SampleSet:
     dataset = open_shards(inputs["shard"], split=name)
     captioned = Captioned(
         dataset,
@@ -112,7 +118,7 @@ def _split(cfg: Config, inputs: Mapping[str, Artifact], name: SplitName) -> Spli
         seed=cfg.train.seed if name == "train" else None,
         classes=cfg.zero_shot.classes if cfg.zero_shot and name == "heldout" else (),
     )
-    return Split(len(dataset), captioned, dataset.sources())
+    return SampleSet(len(dataset), captioned, dataset.sources())
 
 
 @dataclass(frozen=True)
@@ -154,7 +160,7 @@ def _tokenizer(cfg: Config, inputs: Mapping[str, Artifact]) -> CaptionTokenizer:
 @lru_cache(maxsize=1)
 def _train_tokenizer(uri: str, fingerprint: str, vocab_size: int, captions: int) -> CaptionTokenizer:
     """The tokenizer of these shards: trained anew, the same each time, by every rank for itself."""
-    dataset = open_shards(Artifact(kind="shard", uri=uri, fingerprint=fingerprint), split="train")
+    dataset = open_shards(Artifact(kind="shards", uri=uri, fingerprint=fingerprint), split="train")
 
     def every() -> Iterator[str]:
         for i in range(len(dataset)):
@@ -190,10 +196,10 @@ class Objective:
             prompts = tokenizer.encode_short(cfg.zero_shot.prompts(), context_length=cfg.context_length)
             self.prompts = torch.from_numpy(prompts).to(device)
 
-    def parts(self, samples_seen: int) -> Sequence[str]:
+    def active(self, samples_seen: int) -> Sequence[str]:
         return ("clip",)
 
-    def loss(self, part: str, batch: Batch, step: Step) -> tuple[Tensor, Metrics]:
+    def loss(self, name: str, batch: Batch, step: Step) -> tuple[Tensor, Metrics]:
         images, tokens, size = batch["images"], batch["tokens"], self.cfg.tower_batch_size
         patches = [self._patches(images, step.generator)] if self.cfg.patch_dropout else []
         image_embed = encode_in_chunks(self._image_embed, images, *patches, size=size)
@@ -250,7 +256,7 @@ def export(objective: Objective, cfg: Config, inputs: Mapping[str, Artifact], fo
     }
 
 
-def image_embeds(model: CLIP, split: Split, *, limit: int) -> Tensor:
+def image_embeds(model: CLIP, split: SampleSet, *, limit: int) -> Tensor:
     """Image embeddings of the first training images, fp32 [N, D]."""
     device = model.logit_scale.device
     batches = sequential(split.length, batch_size=128, collate=split.collate, limit=limit)

@@ -14,10 +14,12 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from genpipe.artifacts import Artifact, fetch
+from genpipe.artifacts import Artifact, Role, fetch
 from genpipe.config import StageConfig
 from genpipe.data.features import FeatureDataset
 from genpipe.data.image_batches import to_uint8
+from genpipe.data.loader import Data
+from genpipe.data.train_sets import cached_data, example_features
 from genpipe.diffusion.process import (
     DiffusionConfig,
     SamplerConfig,
@@ -25,22 +27,26 @@ from genpipe.diffusion.process import (
     fixed_time_losses,
     training_loss,
 )
-from genpipe.evaluation.grids import tile
+from genpipe.evaluation.grids import hwc, tile
 from genpipe.evaluation.metrics import mean_losses
 from genpipe.generation.conditions import Text, embed_statistics, latent_statistics
 from genpipe.generation.latents import decoder_model, sample_latents
 from genpipe.models.autoencoder import Autoencoder
 from genpipe.models.decoder import Decoder, DecoderConfig
-from genpipe.stages.autoencoder import hwc
-from genpipe.stages.features import cached_data, example_features
-from genpipe.training.objective import Batch, Data, Metrics, Step, Validation
+from genpipe.training.objective import Batch, Metrics, ObserveTraining, Step, Validation
 from genpipe.training.optim import TrainConfig
 from genpipe.weights import InitialWeights, load_initial_weights, load_weights, save_weights
 
 VERSION = 1
-CONSUMES: tuple[str, ...] = ("autoencoder", "features")
+MAKES = "decoder"
+HEADLINES = ("loss",)
 
-PICTURES = 8
+
+class ObserveDecoder(ObserveTraining):
+    """How a decoder is watched: the pictures that validation draws, and with which sampler."""
+
+    sampler: SamplerConfig = SamplerConfig(guidance_scale=2.0)
+    pictures: int = Field(8, ge=1)
 
 
 class Config(StageConfig):
@@ -48,14 +54,18 @@ class Config(StageConfig):
     diffusion: DiffusionConfig = DiffusionConfig()
     drop_image: float = Field(0.1, ge=0, lt=1, description="share of image embeddings given up for the learned null")
     drop_text: float = Field(0.5, ge=0, lt=1, description="share of captions given up, independently")
-    sampler: SamplerConfig = Field(SamplerConfig(guidance_scale=2.0), description="of the validation's pictures")
     initial: InitialWeights | None = Field(None, description="weights to begin with, of this model; none: random ones")
     train: TrainConfig
+    observe: ObserveDecoder = ObserveDecoder()
 
 
-def agree(cfg: Config, inputs: Mapping[str, Artifact]) -> dict[str, Any]:
+def roles(cfg: Config) -> dict[str, Role]:
+    return {"features": Role("features"), "autoencoder": Role("autoencoder")}
+
+
+def check_inputs(cfg: Config, inputs: Mapping[str, Artifact]) -> dict[str, Any]:
     meta = inputs["features"].meta
-    check_sampler(cfg.sampler, cfg.diffusion)
+    check_sampler(cfg.observe.sampler, cfg.diffusion)
     multiple = cfg.model.denoiser.grid_multiple
     if meta["latent_size"] % multiple:
         setting = "patch_size" if cfg.model.denoiser.kind == "dit" else "multipliers"
@@ -70,7 +80,7 @@ def data(cfg: Config, inputs: Mapping[str, Artifact]) -> Data:
     return cached_data(inputs, arrays=("latents", "image_embeds"), seed=cfg.train.seed)
 
 
-def example(cfg: Config, inputs: Mapping[str, Artifact], *, batch_size: int) -> Batch:
+def example_batch(cfg: Config, inputs: Mapping[str, Artifact], *, batch_size: int) -> Batch:
     """Zeros in the shapes and dtypes of a batch whose longest caption fills the context."""
     return example_features(inputs, arrays=("latents", "image_embeds"), batch_size=batch_size)
 
@@ -115,10 +125,10 @@ class Objective:
         self.embed_statistics = embed_statistics(meta, device)
         self.latent_statistics = latent_statistics(meta, device)
 
-    def parts(self, samples_seen: int) -> Sequence[str]:
+    def active(self, samples_seen: int) -> Sequence[str]:
         return ("decoder",)
 
-    def loss(self, part: str, batch: Batch, step: Step) -> tuple[Tensor, Metrics]:
+    def loss(self, name: str, batch: Batch, step: Step) -> tuple[Tensor, Metrics]:
         latents = batch["latents"].float()
         draws = torch.rand(2, len(latents), generator=step.generator, device=latents.device)
         model = decoder_model(
@@ -148,7 +158,7 @@ class Objective:
 
     def _picture(self, latents: Tensor, image_embeds: Tensor, text: Text, generator: torch.Generator) -> np.ndarray:
         """Held-out images as the autoencoder has them, over what the decoder makes of their embeddings."""
-        few = slice(0, PICTURES)
+        few = slice(0, self.cfg.observe.pictures)
         sampled = sample_latents(
             self.model,
             image_embeds[few].float(),
@@ -156,7 +166,7 @@ class Objective:
             shape=(latents.shape[1], latents.shape[2], latents.shape[3]),
             statistics=self.embed_statistics,
             diffusion=self.cfg.diffusion,
-            sampler=self.cfg.sampler,
+            sampler=self.cfg.observe.sampler,
             generator=generator,
         )
         assert self.autoencoder is not None, "on the meta device nothing is drawn"

@@ -13,7 +13,7 @@ import operator
 from collections.abc import Mapping, Sequence
 from functools import reduce
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from PIL import Image
 from pydantic import Field
 from torch import Tensor
 
-from genpipe.artifacts import Artifact, fetch, read_manifest
+from genpipe.artifacts import Artifact, Role, fetch, read_manifest
 from genpipe.config import StageConfig
 from genpipe.data.features import FeatureDataset
 from genpipe.data.image_batches import image_batch, to_float, to_uint8
@@ -30,21 +30,21 @@ from genpipe.data.order import order
 from genpipe.data.shard_dataset import ShardDataset, open_shards
 from genpipe.data.shards import SPLITS, Split
 from genpipe.evaluation.fidelity import FeatureMoments, frechet_distance
-from genpipe.evaluation.grids import labeled_grid
+from genpipe.evaluation.grids import hwc, labeled_grid
 from genpipe.evaluation.metrics import cosine
 from genpipe.evaluation.networks import inception_features, load_inception
 from genpipe.evaluation.retrieval import recall_at, retrieval_ranks
-from genpipe.generation.system import NEEDED, UPSAMPLERS, GenerationConfig, Generator, check_lineage
+from genpipe.generation.system import GenerationConfig, Generator
+from genpipe.lineage import check_lineage, check_made_from
 from genpipe.pinned_files import PinnedFile
 from genpipe.stages import load_stage
-from genpipe.stages.autoencoder import hwc
-from genpipe.stages.features import check_made_from
 from genpipe.storage import Storage
 from genpipe.training.loop import seeded, to_device
 from genpipe.weights import load_weights
 
 VERSION = 1
-CONSUMES: tuple[str, ...] = ("shard", *NEEDED)
+MAKES = "scores"
+HEADLINES = ("train/recall_at_10", "heldout/recall_at_10")
 
 DATA = ("shard", "features")
 COSINES = ("prior_cosine", "prior_cosine_unrelated")
@@ -54,10 +54,6 @@ CELL = 96
 
 class Config(StageConfig):
     generation: GenerationConfig = GenerationConfig()
-    prior: bool = Field(True, description="false: the decoder draws from captions alone (its image_embed is false)")
-    upsamplers: tuple[Literal["upsampler", "upsampler2"], ...] = Field(
-        ("upsampler",), description="stages that enlarge the pictures, in order: the first so many, or none"
-    )
     prompts: int = Field(256, ge=1, description="training captions to generate from, chosen at random")
     heldout_prompts: int = Field(64, ge=1, description="captions of held-out subjects to generate from")
     batch_size: int = Field(32, ge=1)
@@ -66,37 +62,30 @@ class Config(StageConfig):
     fid: PinnedFile | None = Field(
         None, description="Inception as TorchScript; adds the Fréchet distance of the pictures"
     )
-    gate: dict[str, float] = Field(default_factory=dict, description="metrics and the least that each must reach")
     precision: str = Field("bf16", pattern="^(bf16|fp32)$")
     seed: int = 0
 
 
-def consumes(cfg: Config) -> tuple[str, ...]:
-    """The stages whose artifacts it takes with this configuration."""
-    return (*CONSUMES, *(("prior",) if cfg.prior else ()), *cfg.upsamplers)
+def roles(cfg: Config) -> dict[str, Role]:
+    return {
+        "shard": Role("shards"),
+        "autoencoder": Role("autoencoder"),
+        "clip": Role("clip"),
+        "features": Role("features"),
+        "decoder": Role("decoder"),
+        "prior": Role("prior", optional=True),
+        "upsamplers": Role("upsampler", optional=True, several=True),
+    }
 
 
-def trained(cfg: Config) -> list[str]:
-    """Those of them that are trained."""
-    return [name for name in consumes(cfg) if name not in DATA]
+def trained(inputs: Mapping[str, Artifact]) -> list[str]:
+    """The roles that trained parts fill."""
+    return [name for name in inputs if name not in DATA]
 
 
-def agree(cfg: Config, inputs: Mapping[str, Artifact]) -> dict[str, Any]:
-    if cfg.upsamplers != UPSAMPLERS[: len(cfg.upsamplers)]:
-        raise ValueError(f"upsamplers: {list(cfg.upsamplers)} are not the first of {list(UPSAMPLERS)}; set these")
+def check_inputs(cfg: Config, inputs: Mapping[str, Artifact]) -> dict[str, Any]:
     check_lineage(inputs)
-    names = [f"{split}/{name}" for split in SPLITS for name in _prompt_metrics(cfg)]
-    for name in cfg.gate:
-        if name not in names:
-            near = difflib.get_close_matches(name, names, n=1)
-            remedy = f"did you mean {near[0]!r}?" if near else f"known metrics: {', '.join(names)}"
-            raise ValueError(f"gate: no metric {name!r}; {remedy}")
-    return {name: inputs[name].fingerprint for name in trained(cfg)}
-
-
-def _prompt_metrics(cfg: Config) -> list[str]:
-    recalls = [f"{name}_at_{k}" for name in ("recall", "ceiling") for k in cfg.recall_at]
-    return [*recalls, *(COSINES if cfg.prior else ())]
+    return {name: inputs[name].fingerprint for name in trained(inputs)}
 
 
 def parts(cfg: Config, inputs: Mapping[str, Artifact]) -> list[str]:
@@ -105,7 +94,7 @@ def parts(cfg: Config, inputs: Mapping[str, Artifact]) -> list[str]:
     for split in SPLITS:
         count = len(_chosen(cfg, open_shards(inputs["shard"], split=split), split))
         batches += [f"prompts {split} {first}" for first in range(0, count, cfg.batch_size)]
-    return [*batches, *(f"validate {name}" for name in trained(cfg)), "grid"]
+    return [*batches, *(f"validate {name}" for name in trained(inputs)), "grid"]
 
 
 def _chosen(cfg: Config, dataset: ShardDataset, split: Split) -> np.ndarray:
@@ -178,17 +167,18 @@ class Worker:
 
     def _validate(self, name: str) -> dict[str, Any]:
         """A stage's own held-out validation, once more, with the weights as they were committed."""
-        stage, folder = load_stage(name), fetch(self.inputs[name])
+        folder = fetch(self.inputs[name])
         manifest = read_manifest(self.inputs[name].uri)
         assert manifest is not None, "inputs are committed"
+        stage = load_stage(manifest.identity["stage"])
         cfg = stage.Config.model_validate(manifest.config)
         objective = stage.objective(cfg, self.inputs, self.device)
-        part = "upsampler" if name in UPSAMPLERS else name
+        part = self.inputs[name].kind
         state = load_weights(folder, kind=part, device=self.device).module.state_dict()
         objective.trainable[part].load_state_dict(state)
         objective.trainable[part].eval()
         held = stage.data(cfg, self.inputs).heldout
-        size, limit = cfg.train.validation_batch, cfg.train.heldout_samples
+        size, limit = cfg.train.validation_batch, cfg.observe.heldout_samples
         batches = sequential(held.length, batch_size=size, collate=held.collate, limit=limit)
         with self._autocast(cfg.train.precision):
             moved = (to_device(batch, self.device) for _, batch in batches)
@@ -218,9 +208,9 @@ class Worker:
             "autoencoder": to_uint8(system.autoencoder.decode(system.latent_statistics.restore(latents), fp32=True)),
         }
         images = system.decode(system.prior_embeds(text, cfg, generator=generator), text, cfg, generator=generator)
-        if self.cfg.prior:
+        if self.system.prior:
             columns["decoder from true embedding"] = to_uint8(system.decode(true, text, cfg, generator=generator))
-        columns["decoder from prior" if self.cfg.prior else "decoder"] = to_uint8(images)
+        columns["decoder from prior" if self.system.prior else "decoder"] = to_uint8(images)
         for enlarged in system.enlarge(images, cfg, generator=generator):
             columns[f"upsampled to {enlarged.shape[-1]} px"] = to_uint8(enlarged)
         rows = list(zip(*(hwc(column) for column in columns.values()), strict=True))
@@ -238,7 +228,7 @@ def find_captions(dataset: ShardDataset, captions: Sequence[str]) -> np.ndarray:
     return np.asarray([index[caption] for caption in captions])
 
 
-def settle(cfg: Config, made: Storage, results: list[dict[str, Any]], out: Path) -> list[dict[str, Any]]:
+def merge_parts(cfg: Config, made: Storage, results: list[dict[str, Any]], out: Path) -> list[dict[str, Any]]:
     """With the Fréchet distances, from the Inception features that the parts left beside their results."""
     if cfg.fid is None:
         return results
@@ -260,7 +250,7 @@ def _features(made: Storage, key: str) -> Tensor:
     return torch.from_numpy(np.load(io.BytesIO(made.read(key)), allow_pickle=False))
 
 
-def finish(
+def finalize(
     cfg: Config, inputs: Mapping[str, Artifact], results: list[dict[str, Any]], out: Path
 ) -> tuple[dict[str, Any], dict[str, float]]:
     metrics: dict[str, float] = {}
@@ -271,13 +261,11 @@ def finish(
         for k in cfg.recall_at:
             metrics[f"{split}/recall_at_{k}"] = recall_at(ranks, k)
             metrics[f"{split}/ceiling_at_{k}"] = recall_at(ceiling, k)
-        for name in COSINES if cfg.prior else ():
+        for name in COSINES if "prior" in inputs else ():
             metrics[f"{split}/{name}"] = float(np.mean([value for r in done for value in r[name]]))
         metrics[f"{split}/prompts"] = float(len(ranks))
     metrics["pool"] = float(sum(len(open_shards(inputs["shard"], split=split)) for split in SPLITS))
-    missed = {name: least for name, least in cfg.gate.items() if metrics[name] < least}
-    metrics["gate_passed"] = float(not missed)
-    return {"gate_missed": {name: [metrics[name], least] for name, least in missed.items()}}, metrics
+    return {}, metrics
 
 
 def _by_split(cfg: Config, inputs: Mapping[str, Artifact], results: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:

@@ -5,9 +5,7 @@ Shape legend: B samples, C H W of the latents.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
@@ -18,34 +16,30 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from genpipe.artifacts import Artifact, fetch, read_manifest
-from genpipe.config import StageConfig, canonical_json
-from genpipe.data.features import NULL_TEXT, FeatureDataset, write_features, write_null_text
+from genpipe.artifacts import Artifact, Role, fetch
+from genpipe.config import StageConfig
+from genpipe.data.features import NULL_TEXT, write_features, write_null_text
 from genpipe.data.image_batches import read_images, to_float
-from genpipe.data.loader import Batch
-from genpipe.data.order import caption_draws, normal, uniform
 from genpipe.data.prefetch import prefetched
 from genpipe.data.samples import Reject
 from genpipe.data.shard_dataset import ShardDataset, collect_damaged, open_shards
 from genpipe.data.shards import REJECT_SCHEMA, SPLITS, Split, write_table
 from genpipe.data.tokenizer import CaptionTokenizer
 from genpipe.generation.conditions import TOKENIZER_FILE, latent_statistics
-from genpipe.generation.system import check_lineage
+from genpipe.lineage import check_lineage, content_digest
 from genpipe.models.autoencoder import Autoencoder
 from genpipe.models.clip import CLIP
-from genpipe.training.objective import Data
-from genpipe.training.objective import Split as DataSplit
-from genpipe.weights import WEIGHTS_FILE, load_weights
+from genpipe.weights import load_weights
 
 VERSION = 4
-CONSUMES: tuple[str, ...] = ("shard", "autoencoder", "clip")
+MAKES = "features"
+HEADLINES = ("samples",)
 
 COPIED = (
     "latent_channels", "latent_size", "latent_mean", "latent_std",
     "embed_dim", "text_width", "context_length", "image_embed_mean", "image_embed_std", "tokenizer",
 )  # fmt: skip
 BAD_SAMPLES = "bad_samples.parquet"
-_FLIP, _NOISE = 0xD6E8FEB86659FD93, 0xA0761D6478BD642F  # keep their draws apart from others at the same position
 
 
 class Config(StageConfig):
@@ -59,12 +53,16 @@ class Config(StageConfig):
     max_bad_share: float = Field(0.01, ge=0, le=1, description="share of damaged images that is put up with")
 
 
-def agree(cfg: Config, inputs: Mapping[str, Artifact]) -> dict[str, Any]:
+def roles(cfg: Config) -> dict[str, Role]:
+    return {"shard": Role("shards", "samples"), "autoencoder": Role("autoencoder"), "clip": Role("clip")}
+
+
+def check_inputs(cfg: Config, inputs: Mapping[str, Artifact]) -> dict[str, Any]:
     check_lineage(inputs)
     merged = {**inputs["autoencoder"].meta, **inputs["clip"].meta}
     return {
         **{name: merged[name] for name in COPIED if name in merged},
-        **{name: inputs[name].fingerprint for name in CONSUMES},
+        **{name: artifact.fingerprint for name, artifact in inputs.items()},
     }
 
 
@@ -197,7 +195,7 @@ def _chunks(count: int, size: int) -> list[range]:
     return [range(first, min(first + size, count)) for first in range(0, count, size)]
 
 
-def finish(
+def finalize(
     cfg: Config, inputs: Mapping[str, Artifact], results: list[dict[str, Any]], out: Path
 ) -> tuple[dict[str, Any], dict[str, float]]:
     """The cache's meta and metrics. Raises ValueError if more images were damaged than the configuration allows."""
@@ -215,7 +213,7 @@ def finish(
         **totals,
         "dtype": cfg.dtype,
         "sources": _sources(results),
-        "made_from": {name: content_digest(inputs[name]) for name in CONSUMES},
+        "made_from": {name: content_digest(artifact) for name, artifact in inputs.items()},
     }
     return meta, {name: float(total) for name, total in {**totals, "bad_samples": len(damaged)}.items()}
 
@@ -230,89 +228,3 @@ def _sources(results: list[dict[str, Any]]) -> dict[str, dict[str, list[int]]]:
             sources[result["source"]] = [sources.get(result["source"], [start])[0], stop]
             start = stop
     return found
-
-
-def content_digest(artifact: Artifact) -> str:
-    """What the features depend on of an artifact: sha256 over its weights' bytes, or over its shards'.
-
-    A fingerprint says how something was made. Training the same again on other hardware gives other weights under
-    the same fingerprint, and they do not understand what was cached with the first.
-    """
-    manifest = read_manifest(artifact.uri)
-    assert manifest is not None, "inputs are committed"
-    names = (WEIGHTS_FILE, TOKENIZER_FILE)
-    files = {file.path: file.sha256 for file in manifest.files if file.path in names or artifact.kind == "shard"}
-    return hashlib.sha256(canonical_json(files).encode()).hexdigest()
-
-
-def check_made_from(inputs: Mapping[str, Artifact]) -> None:
-    """Raise ValueError if the features among `inputs` were made from other content than the inputs beside them."""
-    features = inputs["features"]
-    for name in CONSUMES:
-        if name not in inputs:
-            continue
-        made_from, here = features.meta["made_from"][name], content_digest(inputs[name])
-        if made_from != here:
-            raise ValueError(
-                f"{features.uri} was made from another {name} ({made_from[:12]}) than {inputs[name].uri} holds "
-                f"({here[:12]}); delete {features.uri} to have it made again, or restore the {name} it was made from"
-            )
-
-
-@dataclass(frozen=True)
-class Cached:
-    """Collates `arrays` (latents, image_embeds) and the text of one caption a sample.
-
-    Training takes caption, mirror image and the latents' noise by the position in the stream and `seed`; held-out
-    samples take their first caption, the image as it is, and the mean.
-    """
-
-    dataset: FeatureDataset
-    arrays: tuple[str, ...]
-    seed: int
-    training: bool
-
-    def __call__(self, indices: np.ndarray, positions: np.ndarray) -> Batch:
-        draws = caption_draws(positions, seed=self.seed) if self.training else np.zeros(len(indices))
-        return {name: self._array(name, indices, positions) for name in self.arrays} | self.dataset.text(indices, draws)
-
-    def _array(self, name: str, indices: np.ndarray, positions: np.ndarray) -> Tensor:
-        variants = np.zeros(len(indices), np.int64)
-        if self.training:
-            variants = (uniform(positions, seed=self.seed, salt=_FLIP) * self.dataset.variants).astype(np.int64)
-        if name == "image_embeds":
-            return self.dataset.image_embeds(indices, variants=variants)
-        if not (self.training and self.dataset.has_spread):
-            return self.dataset.latents(indices, variants=variants)
-        noise = normal(positions, shape=self.dataset.latent_shape, seed=self.seed, salt=_NOISE)
-        return self.dataset.latent_samples(indices, noise=noise, variants=variants)
-
-
-def cached_data(inputs: Mapping[str, Artifact], *, arrays: tuple[str, ...], seed: int) -> Data:
-    """The features among `inputs` as a stage trains on them: `Cached`.
-
-    Raises ValueError if they were made from another content than other inputs have.
-    """
-    check_made_from(inputs)
-    features = inputs["features"]
-    folder = fetch(features)
-
-    def split(name: Split) -> DataSplit:
-        dataset = FeatureDataset(folder, split=name)
-        sources = {source: range(*span) for source, span in features.meta["sources"][name].items()}
-        return DataSplit(len(dataset), Cached(dataset, arrays, seed, training=name == "train"), sources)
-
-    return Data(train=split("train"), heldout=split("heldout"))
-
-
-def example_features(inputs: Mapping[str, Artifact], *, arrays: tuple[str, ...], batch_size: int) -> Batch:
-    """Zeros in the shapes of a batch of `cached_data` whose longest caption fills the context."""
-    meta = inputs["features"].meta
-    length, side = meta["context_length"], meta["latent_size"]
-    images = {"latents": (meta["latent_channels"], side, side), "image_embeds": (meta["embed_dim"],)}
-    return {
-        **{name: torch.zeros(batch_size, *images[name], dtype=torch.float16) for name in arrays},
-        "text_embeds": torch.zeros(batch_size, meta["embed_dim"], dtype=torch.float16),
-        "text_encodings": torch.zeros(batch_size * length, meta["text_width"], dtype=torch.float16),
-        "text_places": torch.arange(batch_size * length).view(batch_size, length),
-    }

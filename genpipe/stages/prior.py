@@ -11,9 +11,11 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from genpipe.artifacts import Artifact, fetch
+from genpipe.artifacts import Artifact, Role, fetch
 from genpipe.config import StageConfig
 from genpipe.data.features import FeatureDataset
+from genpipe.data.loader import Data
+from genpipe.data.train_sets import cached_data, example_features
 from genpipe.diffusion.process import DiffusionConfig, SamplerConfig, check_sampler, fixed_time_losses, training_loss
 from genpipe.evaluation.metrics import cosine, mean_losses, unrelated
 from genpipe.generation.conditions import Text, embed_statistics
@@ -27,15 +29,22 @@ from genpipe.generation.embeds import (
 from genpipe.models.autoregressive_prior import AutoregressivePrior, AutoregressivePriorConfig
 from genpipe.models.pca_quantizer import principal_components
 from genpipe.models.prior import DiffusionPriorConfig, Prior, PriorConfig, build_prior
-from genpipe.stages.features import cached_data, example_features
-from genpipe.training.objective import Batch, Data, Metrics, Step, Validation
+from genpipe.training.objective import Batch, Metrics, ObserveTraining, Step, Validation
 from genpipe.training.optim import TrainConfig
 from genpipe.weights import InitialWeights, load_initial_weights, save_weights
 
 VERSION = 1
-CONSUMES: tuple[str, ...] = ("features",)
+MAKES = "prior"
+HEADLINES = ("cosine", "cosine_unrelated")
 
 FIT_CHUNK = 4096
+
+
+class ObservePrior(ObserveTraining):
+    """How a prior is watched: with which sampler validation draws, and the best of how many."""
+
+    sampler: SamplerConfig = Field(SamplerConfig(), description="autoregressive: its guidance_scale alone")
+    candidates: int = Field(2, ge=1)
 
 
 class Config(StageConfig):
@@ -44,15 +53,16 @@ class Config(StageConfig):
         DiffusionConfig(schedule="cosine", predict="x0", time_sampling="uniform"), description="of the diffusion prior"
     )
     drop_text: float = Field(0.1, ge=0, lt=1, description="share of captions given up for the null caption")
-    sampler: SamplerConfig = Field(
-        SamplerConfig(), description="of the validation's samples; autoregressive: its guidance_scale alone"
-    )
-    candidates: int = Field(2, ge=1)
     initial: InitialWeights | None = Field(None, description="weights to begin with, of this model; none: random ones")
     train: TrainConfig
+    observe: ObservePrior = ObservePrior()
 
 
-def agree(cfg: Config, inputs: Mapping[str, Artifact]) -> dict[str, Any]:
+def roles(cfg: Config) -> dict[str, Role]:
+    return {"features": Role("features")}
+
+
+def check_inputs(cfg: Config, inputs: Mapping[str, Artifact]) -> dict[str, Any]:
     meta = inputs["features"].meta
     if cfg.model.kind == "diffusion" and 0 < cfg.model.text_positions < meta["context_length"]:
         raise ValueError(
@@ -61,7 +71,7 @@ def agree(cfg: Config, inputs: Mapping[str, Artifact]) -> dict[str, Any]:
         )
     if cfg.diffusion.variance == "learned":
         raise ValueError("diffusion.variance 'learned': a prior predicts embeddings alone; set it to 'fixed'")
-    check_sampler(cfg.sampler, cfg.diffusion)
+    check_sampler(cfg.observe.sampler, cfg.diffusion)
     return {name: meta[name] for name in ("embed_dim", "text_width", "clip")}
 
 
@@ -69,7 +79,7 @@ def data(cfg: Config, inputs: Mapping[str, Artifact]) -> Data:
     return cached_data(inputs, arrays=("image_embeds",), seed=cfg.train.seed)
 
 
-def example(cfg: Config, inputs: Mapping[str, Artifact], *, batch_size: int) -> Batch:
+def example_batch(cfg: Config, inputs: Mapping[str, Artifact], *, batch_size: int) -> Batch:
     """Zeros in the shapes and dtypes of a batch whose longest caption fills the context."""
     return example_features(inputs, arrays=("image_embeds",), batch_size=batch_size)
 
@@ -149,10 +159,10 @@ class Objective:
         self.statistics = embed_statistics(meta, model.null_text_D.device)
         self.trainable: dict[str, nn.Module] = {"prior": self.model}
 
-    def parts(self, samples_seen: int) -> Sequence[str]:
+    def active(self, samples_seen: int) -> Sequence[str]:
         return ("prior",)
 
-    def loss(self, part: str, batch: Batch, step: Step) -> tuple[Tensor, Metrics]:
+    def loss(self, name: str, batch: Batch, step: Step) -> tuple[Tensor, Metrics]:
         text, embeds = Text.from_cache(batch), batch["image_embeds"].float()
         drop = torch.rand(len(embeds), generator=step.generator, device=embeds.device) < self.cfg.drop_text
         if isinstance(self.model, AutoregressivePrior):
@@ -167,13 +177,16 @@ class Objective:
         """The scoreboard, on which both kinds compare; `loss` compares within a kind."""
         cfg = self.cfg
         sampling: dict[str, Any] = {
-            "statistics": self.statistics, "diffusion": cfg.diffusion, "sampler": cfg.sampler, "generator": generator
-        }  # fmt: skip
+            "statistics": self.statistics,
+            "diffusion": cfg.diffusion,
+            "sampler": cfg.observe.sampler,
+            "generator": generator,
+        }
         losses, samples, truths, texts = [], [], [], []
         for batch in batches:
             text, truth = Text.from_cache(batch), batch["image_embeds"].float()
             losses.append(self._heldout_losses(truth, text, generator))
-            samples.append(sample_image_embeds(self.model, text, candidates=cfg.candidates, **sampling))
+            samples.append(sample_image_embeds(self.model, text, candidates=cfg.observe.candidates, **sampling))
             truths.append(truth)
             texts.append(text)
         without = torch.cat([unconditional_image_embeds(self.model, text, **sampling) for text in texts])

@@ -22,7 +22,7 @@ from typing import Any, Self
 import numpy as np
 from pydantic import Field, model_validator
 
-from genpipe.artifacts import Artifact
+from genpipe.artifacts import Artifact, Role
 from genpipe.config import StageConfig
 from genpipe.data.duplicates import Duplicate, find_duplicates, read_hashes, write_hashes, write_index_without
 from genpipe.data.filters import (
@@ -34,7 +34,6 @@ from genpipe.data.filters import (
     keep_captions,
     read_blocklist,
 )
-from genpipe.data.image_batches import Crop, Images
 from genpipe.data.images import (
     MAX_PIXELS,
     RGB,
@@ -54,16 +53,14 @@ from genpipe.data.images import (
 )
 from genpipe.data.perceptual_hash import perceptual_hash
 from genpipe.data.samples import Reject, Sample
-from genpipe.data.shard_dataset import open_shards
 from genpipe.data.shards import SPLITS, ShardWriter, Split, split_of, statistics, write_rejects, write_statistics
 from genpipe.data.sheets import contact_sheet
 from genpipe.data.sources import SourceConfig, open_source
 from genpipe.storage import Storage
-from genpipe.training.objective import Data
-from genpipe.training.objective import Split as DataSplit
 
 VERSION = 3
-CONSUMES: tuple[str, ...] = ()
+MAKES = "shards"
+HEADLINES = ("samples_train", "samples_heldout", "rejected")
 PREVIEW_IMAGES = 64
 PREVIEW_CELL = 128
 HASHED_SIDE = 128
@@ -95,12 +92,17 @@ class Config(StageConfig):
         return self
 
 
-def external(cfg: Config) -> str:
+def roles(cfg: Config) -> dict[str, Role]:
+    """None: it reads the source."""
+    return {}
+
+
+def source_digest(cfg: Config) -> str:
     """The digest of what lies outside the pipeline: the source's listing, and the blocklist's lines."""
     return open_source(cfg.source, part_size=cfg.part_size).digest() + blocklist_digest(cfg.filters)
 
 
-def agree(cfg: Config, inputs: Mapping[str, Artifact]) -> dict[str, Any]:
+def check_inputs(cfg: Config, inputs: Mapping[str, Artifact]) -> dict[str, Any]:
     """What consumers may rely on before the stage has run: the side of the squares that each image can give."""
     if isinstance(cfg.resize, Buckets):
         return {"image_size": min(min(sides) for sides in buckets(cfg.resize, size=cfg.image_size))}
@@ -229,7 +231,7 @@ class Worker:
         return {"sha256": exact, "phash": phash}
 
 
-def settle(cfg: Config, made: Storage, results: list[dict[str, Any]], out: Path) -> list[dict[str, Any]]:
+def merge_parts(cfg: Config, made: Storage, results: list[dict[str, Any]], out: Path) -> list[dict[str, Any]]:
     """Take duplicates out of the indexes of all parts, which lie in `made`; the results as they are after that.
 
     New indexes and the ledger of duplicates go to `out`. Doing it again, after an attempt that was cut off, gives the
@@ -264,7 +266,7 @@ def _without(
     return {**result, "rejected": dict(sorted(rejected.items())), "shards": shards}
 
 
-def finish(
+def finalize(
     cfg: Config, inputs: Mapping[str, Artifact], results: list[dict[str, Any]], out: Path
 ) -> tuple[dict[str, Any], dict[str, float]]:
     """The dataset's meta and metrics. Raises ValueError if a split that was asked for came out empty."""
@@ -288,7 +290,7 @@ def finish(
         )
     write_statistics(out, shards)
     meta = {
-        **agree(cfg, inputs),
+        **check_inputs(cfg, inputs),
         "resize": cfg.resize.model_dump(mode="json"),
         "format": "as in the source" if isinstance(cfg.resize, Keep) else cfg.format,
         "samples": samples,
@@ -322,22 +324,3 @@ def _place(sample: Sample) -> str:
     """Where a sample came from, for the ledger."""
     place = str(sample.meta.get("file_name", sample.key))
     return f"{sample.source}/{place}" if sample.source else place
-
-
-def check_image_size(shard: Artifact, size: int, *, setting: str) -> None:
-    """Raise ValueError if a stage's `setting` asks for larger images than the shards hold."""
-    stored = shard.meta["image_size"]
-    if size > stored:
-        raise ValueError(
-            f"{setting} {size} is larger than the shards' {stored} px; lower it or raise stages.shard.image_size"
-        )
-
-
-def image_data(shard: Artifact, *, size: int, crop: Crop = "center", seed: int = 0) -> Data:
-    """The images alone, as uint8 [B, 3, size, size]: what stages without captions train on."""
-
-    def split(name: Split, crop: Crop) -> DataSplit:
-        dataset = open_shards(shard, split=name)
-        return DataSplit(len(dataset), Images(dataset, size, crop, seed), dataset.sources())
-
-    return Data(train=split("train", crop), heldout=split("heldout", "center"))

@@ -11,11 +11,12 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from genpipe.artifacts import Artifact, fetch
+from genpipe.artifacts import Artifact, Role, fetch
 from genpipe.config import StageConfig
 from genpipe.data.degradations import Clean, DegradationConfig, degrade, shrink
 from genpipe.data.image_batches import to_float, to_uint8
-from genpipe.data.loader import sequential
+from genpipe.data.loader import Data, SampleSet, sequential
+from genpipe.data.train_sets import check_image_size, image_data
 from genpipe.diffusion.process import (
     DiffusionConfig,
     SamplerConfig,
@@ -24,7 +25,7 @@ from genpipe.diffusion.process import (
     training_loss,
 )
 from genpipe.evaluation.fidelity import psnr
-from genpipe.evaluation.grids import tile
+from genpipe.evaluation.grids import hwc, tile
 from genpipe.evaluation.metrics import mean_losses
 from genpipe.generation.conditions import latent_statistics
 from genpipe.generation.upsampling import (
@@ -40,16 +41,20 @@ from genpipe.generation.upsampling import (
 from genpipe.models.autoencoder import Autoencoder
 from genpipe.models.precision import fp32
 from genpipe.models.upsampler import ConvolutionalConfig, UpsamplerConfig, build_upsampler
-from genpipe.stages.autoencoder import hwc
-from genpipe.stages.shard import check_image_size, image_data
-from genpipe.training.objective import Batch, Data, Metrics, Split, Step, Validation
+from genpipe.training.objective import Batch, Metrics, ObserveTraining, Step, Validation
 from genpipe.training.optim import TrainConfig
 from genpipe.weights import InitialWeights, load_initial_weights, load_weights, save_weights
 
 VERSION = 1
-CONSUMES: tuple[str, ...] = ("shard",)
+MAKES = "upsampler"
+HEADLINES = ("psnr", "psnr_bicubic")
 
-PICTURES = 6
+
+class ObserveUpsampler(ObserveTraining):
+    """How an upsampler is watched: the pictures that validation draws, and with which sampler."""
+
+    sampler: SamplerConfig = SamplerConfig(steps=8)
+    pictures: int = Field(6, ge=1)
 
 
 class Config(StageConfig):
@@ -63,20 +68,20 @@ class Config(StageConfig):
     diffusion: DiffusionConfig = DiffusionConfig(schedule="cosine", predict="x0", time_sampling="uniform")
     degradation: DegradationConfig = Field(Clean(), description="of the small images in training")
     noise_aug: float = Field(0.3, ge=0, lt=1, description="training noise levels on low_res are uniform up to this")
-    sampler: SamplerConfig = Field(SamplerConfig(steps=8), description="of the validation's pictures")
     statistics_samples: int = Field(512, ge=1, description="images over which the residual's scale is measured")
     initial: InitialWeights | None = Field(None, description="weights to begin with, of this model; none: random ones")
     train: TrainConfig
+    observe: ObserveUpsampler = ObserveUpsampler()
 
 
-def consumes(cfg: Config) -> tuple[str, ...]:
-    """The stages whose artifacts it takes with this configuration."""
-    return (*CONSUMES, "autoencoder") if cfg.target == "latents" else CONSUMES
+def roles(cfg: Config) -> dict[str, Role]:
+    autoencoder = {"autoencoder": Role("autoencoder")} if cfg.target == "latents" else {}
+    return {"shard": Role("shards", "samples"), **autoencoder}
 
 
-def agree(cfg: Config, inputs: Mapping[str, Artifact]) -> dict[str, Any]:
+def check_inputs(cfg: Config, inputs: Mapping[str, Artifact]) -> dict[str, Any]:
     check_image_size(inputs["shard"], cfg.image_size, setting="image_size")
-    check_sampler(cfg.sampler, cfg.diffusion)
+    check_sampler(cfg.observe.sampler, cfg.diffusion)
     if cfg.image_size <= cfg.low_size:
         raise ValueError(f"image_size {cfg.image_size} is not larger than low_size {cfg.low_size}")
     multiple = cfg.model.grid_multiple
@@ -98,7 +103,7 @@ def data(cfg: Config, inputs: Mapping[str, Artifact]) -> Data:
     return image_data(inputs["shard"], size=cfg.image_size)
 
 
-def example(cfg: Config, inputs: Mapping[str, Artifact], *, batch_size: int) -> Batch:
+def example_batch(cfg: Config, inputs: Mapping[str, Artifact], *, batch_size: int) -> Batch:
     """A batch of zeros as `data` collates them."""
     return {"images": torch.zeros(batch_size, 3, cfg.image_size, cfg.image_size, dtype=torch.uint8)}
 
@@ -125,7 +130,7 @@ def _factor(autoencoder: Artifact) -> int:
     return factor
 
 
-def residual_std(split: Split, cfg: Config) -> float:
+def residual_std(split: SampleSet, cfg: Config) -> float:
     """Standard deviation of what enlarging loses, over the first training images."""
     squares, count = 0.0, 0
     for _, batch in sequential(split.length, batch_size=64, collate=split.collate, limit=cfg.statistics_samples):
@@ -147,10 +152,10 @@ class Objective:
         load_initial_weights(self.model, cfg.initial, kind="upsampler")
         self.trainable: dict[str, nn.Module] = {"upsampler": self.model}
 
-    def parts(self, samples_seen: int) -> Sequence[str]:
+    def active(self, samples_seen: int) -> Sequence[str]:
         return ("upsampler",)
 
-    def loss(self, part: str, batch: Batch, step: Step) -> tuple[Tensor, Metrics]:
+    def loss(self, name: str, batch: Batch, step: Step) -> tuple[Tensor, Metrics]:
         cfg, images = self.cfg, to_float(batch["images"])
         with fp32(images.device):
             low = degrade(images, cfg.degradation, size=cfg.low_size, generator=step.generator)
@@ -173,11 +178,11 @@ class Objective:
             low = shrink(images, size=self.cfg.low_size)
             losses.append(self._heldout_losses(images, low, generator))
             if not pictures:
-                few = low[: 4 * PICTURES]
+                few = low[: 4 * self.cfg.observe.pictures]
                 up, enlarged = self._upsample(few, generator), enlarge(few, size=self.cfg.image_size)
                 sampled.append(psnr(up, images[: len(few)]))
                 baseline.append(psnr(enlarged, images[: len(few)]))
-                rows = [to_uint8(row[:PICTURES]) for row in (enlarged, up, images)]
+                rows = [to_uint8(row[: self.cfg.observe.pictures]) for row in (enlarged, up, images)]
                 pictures["enlarged_upsampled_true"] = tile([hwc(row) for row in rows], cell=images.shape[-1])
         metrics = mean_losses(losses)
         metrics["psnr"] = torch.cat(sampled).mean().item()
@@ -199,7 +204,7 @@ class Objective:
             space=self.space,
             noise_aug=0.0,
             diffusion=self.cfg.diffusion,
-            sampler=self.cfg.sampler,
+            sampler=self.cfg.observe.sampler,
             generator=generator,
         )
 

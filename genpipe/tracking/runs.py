@@ -240,7 +240,7 @@ def claim_stage_run(spec: StageSpec) -> str:
     run_id = _find(client, experiment_id, spec.target.fingerprint)
     tags = _stage_tags(spec)
     if run_id is None:
-        run_id = str(client.create_run(experiment_id, run_name=spec.stage, tags=tags).info.run_id)
+        run_id = str(client.create_run(experiment_id, run_name=spec.name, tags=tags).info.run_id)
         _log_params(client, run_id, spec.config)
         _log_inputs(client, run_id, spec)
     else:
@@ -255,6 +255,7 @@ def claim_stage_run(spec: StageSpec) -> str:
 def _stage_tags(spec: StageSpec) -> dict[str, str]:
     tags = {
         FINGERPRINT: spec.target.fingerprint,
+        "genpipe.instance": spec.name,
         "genpipe.stage": spec.stage,
         "genpipe.pipeline": spec.pipeline,
         "genpipe.artifact": spec.target.uri,
@@ -339,7 +340,7 @@ def _log_model(client: MlflowClient, run_id: str, spec: StageSpec, artifact: Art
     params = {key[:250]: str(value)[:MAX_PARAM] for key, value in flatten(spec.config).items()}
     model = client.create_logged_model(
         run.info.experiment_id,
-        name=spec.stage,
+        name=spec.name,
         source_run_id=run_id,
         tags=_tags(tags),
         params=params,

@@ -18,16 +18,18 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from genpipe.config import Resources
-from genpipe.data.loader import Batches, sequential
+from genpipe.data.loader import Batches, Data, sequential
 from genpipe.data.order import order_of
 from genpipe.training.bad_samples import Damage
-from genpipe.training.objective import Batch, Data, Metrics, Objective, Step, Validation
+from genpipe.training.objective import Batch, Metrics, Objective, ObserveTraining, Step, Validation
 from genpipe.training.optim import TrainConfig, lr_scale
 from genpipe.training.runtime import Runtime
 from genpipe.training.state import TrainState
 
 
-def train(objective: Objective, data: Data, cfg: TrainConfig, rt: Runtime, resources: Resources) -> Validation:
+def train(
+    objective: Objective, data: Data, cfg: TrainConfig, rt: Runtime, resources: Resources, observe: ObserveTraining
+) -> Validation:
     """Train `objective` to `cfg.samples` and return its last validation; the EMA weights are left in place.
 
     Starts from the runtime's newest checkpoint if there is one: N steps and k + resume + (N - k) steps give the
@@ -64,9 +66,9 @@ def train(objective: Objective, data: Data, cfg: TrainConfig, rt: Runtime, resou
         while state.step < cfg.steps:
             _step(objective, forward, state, stream, cfg, rt, meter)
             last = state.step == cfg.steps
-            if not last and _due(cfg.validate_every, state.samples_seen, cfg.global_batch_size):
-                _log_validation(validate(objective, data, cfg, rt, state), rt, state)
-            if not last and state.step % cfg.log_every:
+            if not last and _due(observe.validate_every, state.samples_seen, cfg.global_batch_size):
+                _log_validation(validate(objective, data, cfg, rt, state, observe), rt, state)
+            if not last and state.step % observe.log_every:
                 continue
             meter.report(state, batches.wait_seconds, damage.report())  # before a save, as it raises on bad values
             stop, due = _agreed(rt, rt.should_stop(), time.monotonic() - saved_at > resources.checkpoint_seconds)
@@ -76,7 +78,7 @@ def train(objective: Objective, data: Data, cfg: TrainConfig, rt: Runtime, resou
                 saved_at = time.monotonic()
             if not last and stop:
                 raise Interrupted(f"stopped at {state.samples_seen} samples; a new run goes on from there")
-    result = validate(objective, data, cfg, rt, state)
+    result = validate(objective, data, cfg, rt, state, observe)
     _log_validation(result, rt, state)
     for ema in state.emas.values():
         ema.swap()
@@ -88,7 +90,9 @@ class Interrupted(Exception):
 
 
 @torch.no_grad()
-def validate(objective: Objective, data: Data, cfg: TrainConfig, rt: Runtime, state: TrainState) -> Validation:
+def validate(
+    objective: Objective, data: Data, cfg: TrainConfig, rt: Runtime, state: TrainState, observe: ObserveTraining
+) -> Validation:
     """Validate the EMA weights on the first `heldout_samples` held-out samples, on rank 0; the others wait."""
     result = Validation({})
     if rt.rank == 0:
@@ -103,7 +107,7 @@ def validate(objective: Objective, data: Data, cfg: TrainConfig, rt: Runtime, st
                 held.length,
                 batch_size=cfg.validation_batch,
                 collate=held.collate,
-                limit=cfg.heldout_samples,
+                limit=observe.heldout_samples,
             )
             moved = (to_device(batch, rt.device) for _, batch in batches)
             result = objective.validate(moved, seeded(rt.device, cfg.seed, "validate"))
@@ -163,7 +167,7 @@ def _step(
     accumulate = cfg.global_batch_size // (cfg.micro_batch(rt.world_size) * rt.world_size)
     micro = [(position, to_device(batch, rt.device)) for position, batch in _take(stream, accumulate)]
     scale = lr_scale(cfg, samples_seen=state.samples_seen)
-    for part in objective.parts(state.samples_seen):
+    for part in objective.active(state.samples_seen):
         for name, module in objective.trainable.items():
             module.requires_grad_(name == part)
         for i, (position, batch) in enumerate(micro):

@@ -2,43 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from types import MappingProxyType
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
-from genpipe.data.loader import Batch, Collate
+from genpipe.config import Observe
+from genpipe.data.loader import Batch
 
 Metrics = dict[str, Tensor]
-
-
-class Split(NamedTuple):
-    """`length` samples, and how to make a batch of some of them.
-
-    `collate(indices, positions)` takes int64 arrays [B]: which samples, and at which global positions of the
-    training stream they stand, so that a choice (caption, crop) can depend on the position alone. With loader
-    processes it is pickled. `sources` are the ranges of indices that come from each source of a mix.
-    """
-
-    length: int
-    collate: Collate
-    sources: Mapping[str, range] = MappingProxyType({})
-
-
-class Data(NamedTuple):
-    train: Split
-    heldout: Split
 
 
 @dataclass(frozen=True)
 class Step:
     """Where in training a micro-batch stands.
 
-    `generator` is seeded from (seed, part, global position of the micro-batch's first sample): the same
+    `generator` is seeded from (seed, name, global position of the micro-batch's first sample): the same
     micro-batch sees the same noise whichever rank computes it, and a resumed run needs no RNG state.
     """
 
@@ -54,19 +37,26 @@ class Validation:
     images: dict[str, np.ndarray] = field(default_factory=dict)
 
 
-class Objective(Protocol):
-    """What one optimizer step optimizes, and nothing else.
+class ObserveTraining(Observe):
+    """How a training stage is watched."""
 
-    `trainable` maps part names to modules; each part has its own optimizer. `parts(samples_seen)` names those
-    that are updated at that point, in order.
-    """
+    log_every: int = Field(20, ge=1, description="steps between metrics")
+    validate_every: int = Field(0, ge=0, description="samples between validations; 0: at the end only")
+    heldout_samples: int = Field(256, ge=1, description="held-out samples of one validation")
+
+
+class Objective(Protocol):
+    """What one optimizer step optimizes, and nothing else."""
 
     trainable: dict[str, nn.Module]
+    """The modules that are trained, by name; each has its own optimizer."""
 
-    def parts(self, samples_seen: int) -> Sequence[str]: ...
+    def active(self, samples_seen: int) -> Sequence[str]:
+        """The names of those that are updated at this point of training, in order."""
+        ...
 
-    def loss(self, part: str, batch: Batch, step: Step) -> tuple[Tensor, Metrics]:
-        """The scalar to minimize for `part`, and detached scalars to report."""
+    def loss(self, name: str, batch: Batch, step: Step) -> tuple[Tensor, Metrics]:
+        """The scalar to minimize for the module `name`, and detached scalars to report."""
         ...
 
     def after_step(self) -> None:

@@ -60,9 +60,6 @@ class TrainConfig(Config):
     ema_decay: float = Field(0.999, ge=0, lt=1)
     precision: Literal["bf16", "fp32"] = "bf16"
     seed: int = 0
-    log_every: int = Field(20, ge=1, description="steps between metrics")
-    validate_every: int = Field(0, ge=0, description="samples between validations; 0: at the end only")
-    heldout_samples: int = Field(256, ge=1, description="held-out samples of one validation")
     source_weights: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]] = Field(
         default_factory=dict, description="share of the training samples from each source of a mix; default: by size"
     )

@@ -67,7 +67,7 @@ def sharded(pictures: Path, store: str, **options: Any) -> Artifact:
         }
     )
     config = cfg.model_dump(mode="json", exclude={"resources"})
-    external = shard.external(cfg)
+    external = shard.source_digest(cfg)
     fingerprint = artifacts.fingerprint("shard", version=shard.VERSION, config=config, inputs={}, external=external)
     uri = artifacts.artifact_uri(store, "shard", fingerprint)
     parts = shard.parts(cfg, {})
@@ -78,7 +78,7 @@ def sharded(pictures: Path, store: str, **options: Any) -> Artifact:
     done = artifacts.finished_parts(uri)
     with tempfile.TemporaryDirectory() as out:
         results = shard.settle(cfg, open_storage(uri), [done[part]["stats"] for part in parts], Path(out))
-        meta, metrics = shard.finish(cfg, {}, results, Path(out))
+        meta, metrics = shard.finalize(cfg, {}, results, Path(out))
         target = Artifact(kind="shard", uri=uri, fingerprint=fingerprint, meta=meta)
         needs: dict[str, Any] = {"version": shard.VERSION, "config": config, "inputs": {}, "metrics": metrics}
         return artifacts.commit(target, folder=Path(out), parts=parts, run_id="7c1e", **needs)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import random
 import tempfile
@@ -52,10 +51,11 @@ def commit(cfg: shard.Config, uri: str) -> Manifest:
     parts = shard.parts(cfg, {})
     done = artifacts.finished_parts(uri)
     with tempfile.TemporaryDirectory() as out:
-        results = shard.settle(cfg, open_storage(uri), [done[part]["stats"] for part in parts], Path(out))
-        meta, metrics = shard.finish(cfg, {}, results, Path(out))
-        target = Artifact(kind="shard", uri=uri, fingerprint=hashlib.sha256(uri.encode()).hexdigest(), meta=meta)
-        needs: dict[str, Any] = {"version": shard.VERSION, "config": {}, "inputs": {}, "metrics": metrics}
+        results = shard.merge_parts(cfg, open_storage(uri), [done[part]["stats"] for part in parts], Path(out))
+        meta, metrics = shard.finalize(cfg, {}, results, Path(out))
+        identity = artifacts.identity("shard", version=shard.VERSION, settings={}, inputs={}, source=uri)
+        target = Artifact(kind="shards", uri=uri, fingerprint=artifacts.fingerprint(identity), meta=meta)
+        needs: dict[str, Any] = {"identity": identity, "config": {}, "inputs": {}, "metrics": metrics}
         artifacts.commit(target, folder=Path(out), parts=parts, **needs)
     return artifacts.verify(uri)
 

@@ -17,7 +17,10 @@ from toybox import TOYS, Toys
 
 from genpipe.launch.local import run_local
 
-TRAIN = {"samples": 80, "global_batch_size": 4, "log_every": 5, "precision": "fp32"}
+LINE = {
+    "train": {"samples": 80, "global_batch_size": 4, "precision": "fp32"},
+    "observe": {"log_every": 5},
+}
 
 
 class Project:
@@ -28,7 +31,8 @@ class Project:
         self.config = folder / "toy.yaml"
         self.store = folder / "store"
         self.output = folder / "output"
-        stages = {"toy_data": {"parts": 2}} | {name: {"train": TRAIN} for name in ("toy_line", "toy_slow", "toy_end")}
+        lines = {name: {"kind": f"toys.{name}"} | LINE for name in ("toy_line", "toy_slow", "toy_end")}
+        stages = {"toy_data": {"kind": "toys.toy_data", "parts": 2}} | lines
         self.config.write_text(yaml.safe_dump({"name": "toy", "store": str(self.store), "stages": stages} | settings))
         shutil.copytree(prefect_home, folder / "prefect")
         self.environment = os.environ | {
@@ -65,9 +69,9 @@ class Project:
         experiment = client.get_experiment_by_name("toy")
         if experiment is None:
             return []
-        query = f"tags.`genpipe.stage` = '{name}'"
+        query = f"tags.`genpipe.instance` = '{name}'"
         runs = client.search_runs([experiment.experiment_id], query if name != "parent" else "")
-        return [run for run in runs if name != "parent" or "genpipe.stage" not in run.data.tags]
+        return [run for run in runs if name != "parent" or "genpipe.instance" not in run.data.tags]
 
     def progress(self, stage: str) -> list[Path]:
         return list((self.store / "work" / stage).glob("*/progress.json"))

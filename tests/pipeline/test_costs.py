@@ -43,10 +43,10 @@ class Objective:
         self.frozen = nn.Linear(7, 11)
         self.trainable: dict[str, nn.Module] = {"model": self.model}
 
-    def parts(self, samples_seen: int) -> tuple[str, ...]:
+    def active(self, samples_seen: int) -> tuple[str, ...]:
         return ("model",)
 
-    def loss(self, part: str, batch: Batch, step: Step) -> tuple[Tensor, Metrics]:
+    def loss(self, name: str, batch: Batch, step: Step) -> tuple[Tensor, Metrics]:
         noise = torch.randn(batch["images"].shape, generator=step.generator, device=batch["images"].device)
         return self.model(batch["images"] + noise).square().mean(), {}
 

@@ -266,7 +266,7 @@ def test_an_example_is_what_data_collates(tiny: TinyPipeline) -> None:
     spec = spec_of(tiny)
     cfg = stage.Config.model_validate(spec.config)
     real = stage.data(cfg, spec.inputs).train.collate(torch.arange(4).numpy(), torch.arange(4).numpy())
-    made = stage.example(cfg, spec.inputs, batch_size=4)
+    made = stage.example_batch(cfg, spec.inputs, batch_size=4)
     assert {name: (t.shape, t.dtype) for name, t in made.items()} == {n: (t.shape, t.dtype) for n, t in real.items()}
 
 
@@ -283,8 +283,8 @@ def test_the_objective_runs_on_the_meta_device(lpips_file: dict[str, str]) -> No
     cfg = stage.Config.model_validate(values)
     with torch.device("meta"):
         made = stage.objective(cfg, {}, torch.device("meta"))
-        batch = stage.example(cfg, {}, batch_size=2)
-    for part in made.parts(0):
+        batch = stage.example_batch(cfg, {}, batch_size=2)
+    for part in made.active(0):
         step = Step(0, torch.Generator("cpu"))
         loss, _ = made.loss(part, batch, step)
         assert loss.device.type == "meta" and loss.shape == ()

@@ -114,7 +114,7 @@ def test_the_example_is_a_batch_as_collated_and_needs_no_data(tiny: TinyPipeline
     collated = train_batch(built, size=4)
     with torch.device("meta"):
         described = {"shard": built.inputs["shard"].model_copy(update={"uri": "nowhere"})}
-        example = clip.example(built.cfg, described, batch_size=4)
+        example = clip.example_batch(built.cfg, described, batch_size=4)
         objective = clip.objective(built.cfg, described, torch.device("meta"))
         loss, _ = objective.loss("clip", example, Step(0, torch.Generator()))
     assert loss.device.type == "meta" and loss.shape == ()

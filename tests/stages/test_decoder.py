@@ -98,7 +98,7 @@ def test_every_form_is_stepped_on_the_meta_device(settings: dict[str, Any]) -> N
     }
     with meta:
         made = decoder.objective(cfg, planned, meta)
-        example = decoder.example(cfg, planned, batch_size=4)
+        example = decoder.example_batch(cfg, planned, batch_size=4)
         made.loss("decoder", example, Step(0, None))[0].backward()  # type: ignore[arg-type]
     assert all(p.grad is not None and p.device.type == "meta" for p in made.model.parameters())
     assert {name: (t.shape, t.dtype) for name, t in example.items()} == {
@@ -130,4 +130,4 @@ def test_a_grid_that_does_not_divide_is_refused() -> None:
     features = Artifact(kind="features", uri="", fingerprint="f" * 64, meta={**META, "latent_size": 6})
     cfg = config(model={"denoiser": {**UNET, "multipliers": [1, 1, 2], "attention_at": [4]}})
     with pytest.raises(ValueError, match=r"denoiser\.multipliers makes cells of 4, which do not divide the latents' 6"):
-        decoder.agree(cfg, {"features": features})
+        decoder.check_inputs(cfg, {"features": features})

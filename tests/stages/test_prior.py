@@ -173,7 +173,7 @@ def test_an_example_is_a_batch(tiny: TinyPipeline, kind: str) -> None:
     spec = tiny.spec("prior", *KINDS[kind])
     cfg = prior.Config.model_validate(spec.config)
     real = prior.data(cfg, spec.inputs).train.collate(np.arange(6), np.arange(6))
-    made = prior.example(cfg, spec.inputs, batch_size=6)
+    made = prior.example_batch(cfg, spec.inputs, batch_size=6)
     assert {name: x.dtype for name, x in made.items()} == {name: x.dtype for name, x in real.items()}
     tokens, longest = len(real["text_encodings"]), real["text_places"].shape[1]
     made["text_encodings"], made["text_places"] = made["text_encodings"][:tokens], made["text_places"][:, :longest]
@@ -184,7 +184,7 @@ def test_an_example_is_a_batch(tiny: TinyPipeline, kind: str) -> None:
     planned = {"features": Artifact(kind="features", uri="/nowhere", fingerprint="", meta=sizes)}
     objective = prior.objective(cfg, planned, meta)
     with meta:
-        batch = prior.example(cfg, planned, batch_size=6)
+        batch = prior.example_batch(cfg, planned, batch_size=6)
     loss, _ = objective.loss("prior", batch, Step(0, None))  # type: ignore[arg-type]  # meta has no generators
     loss.backward()
     assert all(p.grad is not None and p.grad.device == meta for p in objective.model.parameters())

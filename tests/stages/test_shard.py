@@ -128,10 +128,10 @@ def test_what_an_attempt_that_was_cut_off_left_is_not_read(photos: Path, tmp_pat
 def test_parts_and_digest_follow_the_source(photos: Path) -> None:
     cfg = configured(photos)
     assert shard.parts(cfg, {}) == ["00000", "00001", "00002"]
-    before = shard.external(cfg)
+    before = shard.source_digest(cfg)
     (photos / "photo00.txt").write_text("changed caption of another length")
-    assert shard.external(cfg) != before
-    assert shard.agree(cfg, {}) == {"image_size": 32}
+    assert shard.source_digest(cfg) != before
+    assert shard.check_inputs(cfg, {}) == {"image_size": 32}
 
 
 def test_groups_never_straddle_the_split(tmp_path: Path) -> None:
@@ -363,11 +363,11 @@ def test_the_blocklist_is_part_of_what_decides_the_output(photos: Path, tmp_path
     blocklist = tmp_path / "blocked.txt"
     cfg = configured(photos, filters={"blocklist": str(blocklist)})
     with pytest.raises(ValueError, match=r"filters\.blocklist: there is no file"):
-        shard.external(cfg)
+        shard.source_digest(cfg)
     digests = set()
     for text in ("", "photo01"):
         blocklist.write_text(text)
-        digests.add(shard.external(cfg))
+        digests.add(shard.source_digest(cfg))
     assert len(digests) == 2
 
 

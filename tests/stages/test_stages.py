@@ -54,7 +54,7 @@ def test_a_training_stage_builds_its_parts(tiny: TinyPipeline, made: dict[str, A
     cfg = stage.Config.model_validate(spec.config)
     objective = stage.objective(cfg, spec.inputs, CPU)
     assert is_training(stage)
-    assert set(objective.parts(0)) <= objective.trainable.keys()
+    assert set(objective.active(0)) <= objective.trainable.keys()
     assert next(iter(objective.trainable)) == name, "the part that is exported bears the stage's name"
     assert all(p.dtype == torch.float32 for module in objective.trainable.values() for p in module.parameters())
     data = stage.data(cfg, spec.inputs)

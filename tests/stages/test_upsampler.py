@@ -82,7 +82,7 @@ def test_every_form_trains_and_is_validated(settings: dict[str, Any]) -> None:
 
 def test_a_batch_is_as_the_example_says() -> None:
     cfg, shard = config(), Artifact(kind="shard", uri="", fingerprint="s" * 64, meta={"image_size": 32})
-    example: Batch = upsampler.example(cfg, {"shard": shard}, batch_size=3)
+    example: Batch = upsampler.example_batch(cfg, {"shard": shard}, batch_size=3)
     assert {name: (t.shape, t.dtype) for name, t in example.items()} == {"images": ((3, 3, 32, 32), torch.uint8)}
 
 
@@ -226,7 +226,7 @@ def test_every_form_is_stepped_on_the_meta_device(settings: dict[str, Any]) -> N
     cfg, meta = config(**settings), torch.device("meta")
     with meta:
         objective = upsampler.objective(cfg, inputs(cfg), meta)
-        loss, _ = objective.loss("upsampler", upsampler.example(cfg, inputs(cfg), batch_size=3), Step(0, None))  # type: ignore[arg-type]
+        loss, _ = objective.loss("upsampler", upsampler.example_batch(cfg, inputs(cfg), batch_size=3), Step(0, None))  # type: ignore[arg-type]
     loss.backward()
     assert {p.grad.device.type for p in objective.model.parameters() if p.grad is not None} == {"meta"}
     real = upsampler.Objective(cfg, space(cfg), CPU)
@@ -234,7 +234,7 @@ def test_every_form_is_stepped_on_the_meta_device(settings: dict[str, Any]) -> N
 
 
 def agreed(cfg: upsampler.Config) -> dict[str, Any]:
-    return upsampler.agree(cfg, inputs(cfg))
+    return upsampler.check_inputs(cfg, inputs(cfg))
 
 
 @pytest.mark.parametrize(

@@ -13,10 +13,9 @@ def main(stage: str, path: str, *overrides: str) -> int:
     import toybox
 
     toybox.install()
-    from flows.pipeline import StageResult, run_one, run_pipeline
-    from genpipe.pipeline import graph
+    from flows.pipeline import run_one, run_pipeline
+    from flows.reporting import StageResult
 
-    graph.STAGES = toybox.STAGES
     results: list[StageResult]
     try:
         results = run_pipeline(path, overrides) if stage == "all" else [run_one(stage, path, overrides)]

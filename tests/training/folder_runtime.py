@@ -64,7 +64,7 @@ def train_stage(
     stage = load_stage(spec.stage)
     cfg = stage.Config.model_validate(spec.config)
     objective = build(spec)
-    result = train(objective, stage.data(cfg, spec.inputs), cfg.train, rt, resources or cfg.resources)
+    result = train(objective, stage.data(cfg, spec.inputs), cfg.train, rt, resources or cfg.resources, cfg.observe)
     return objective, result
 
 

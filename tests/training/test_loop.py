@@ -95,7 +95,7 @@ def test_the_loop_is_gradient_descent(
     for seen in range(0, 96, BATCH):
         positions = np.arange(seen, seen + BATCH)
         batch = train.collate(order(positions, n=train.length, seed=cfg.train.seed), positions)
-        for part in objective.parts(seen):
+        for part in objective.active(seen):
             parameters = list(objective.trainable[part].parameters())
             loss, _ = objective.loss(part, batch, Step(seen, seeded(CPU, cfg.train.seed, part, seen)))
             gradients = torch.autograd.grad(loss, parameters)

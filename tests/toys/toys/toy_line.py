@@ -13,13 +13,15 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from genpipe.artifacts import Artifact, fetch
+from genpipe.artifacts import Artifact, Role, fetch
 from genpipe.config import StageConfig
-from genpipe.training.objective import Batch, Data, Metrics, Split, Step, Validation
+from genpipe.data.loader import Data, SampleSet
+from genpipe.training.objective import Batch, Metrics, ObserveTraining, Step, Validation
 from genpipe.training.optim import TrainConfig
 
 VERSION = 1
-CONSUMES: tuple[str, ...] = ("toy_data",)
+MAKES = "toy_line"
+HEADLINES = ("loss",)
 
 
 class Config(StageConfig):
@@ -27,9 +29,14 @@ class Config(StageConfig):
     step_seconds: float = 0.0
     fail: str = ""
     train: TrainConfig
+    observe: ObserveTraining = ObserveTraining()
 
 
-def agree(cfg: Config, inputs: Mapping[str, Artifact]) -> dict[str, Any]:
+def roles(cfg: Config) -> dict[str, Role]:
+    return {"toy_data": Role("toy_data")}
+
+
+def check_inputs(cfg: Config, inputs: Mapping[str, Artifact]) -> dict[str, Any]:
     width = inputs["toy_data"].meta["width"]
     if width != cfg.width:
         raise ValueError(f"width: {cfg.width}, but toy_data has {width}; set both alike")
@@ -42,7 +49,11 @@ def data(cfg: Config, inputs: Mapping[str, Artifact]) -> Data:
     def collate(indices: np.ndarray, positions: np.ndarray) -> Batch:
         return {"x": torch.from_numpy(points[indices, :1]), "y": torch.from_numpy(points[indices, 1:])}
 
-    return Data(train=Split(len(points), collate), heldout=Split(16, collate))
+    return Data(train=SampleSet(len(points), collate), heldout=SampleSet(16, collate))
+
+
+def example_batch(cfg: Config, inputs: Mapping[str, Artifact], *, batch_size: int) -> Batch:
+    return {"x": torch.zeros(batch_size, 1), "y": torch.zeros(batch_size, 1)}
 
 
 def objective(cfg: Config, inputs: Mapping[str, Artifact], device: torch.device) -> Objective:
@@ -55,10 +66,10 @@ class Objective:
         self.model = nn.Linear(1, 1).to(device)
         self.trainable: dict[str, nn.Module] = {"line": self.model}
 
-    def parts(self, samples_seen: int) -> Sequence[str]:
+    def active(self, samples_seen: int) -> Sequence[str]:
         return ("line",)
 
-    def loss(self, part: str, batch: Batch, step: Step) -> tuple[Tensor, Metrics]:
+    def loss(self, name: str, batch: Batch, step: Step) -> tuple[Tensor, Metrics]:
         if self.cfg.fail:
             raise ValueError(self.cfg.fail)
         time.sleep(self.cfg.step_seconds)

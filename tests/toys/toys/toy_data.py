@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from genpipe.artifacts import Artifact
+from genpipe.artifacts import Artifact, Role
 from genpipe.config import StageConfig
 
 VERSION = 1
-CONSUMES: tuple[str, ...] = ()
+MAKES = "toy_data"
+HEADLINES = ("samples",)
 
 
 class Config(StageConfig):
@@ -27,7 +28,11 @@ class Config(StageConfig):
     deadly: str = ""
 
 
-def agree(cfg: Config, inputs: Mapping[str, Artifact]) -> dict[str, Any]:
+def roles(cfg: Config) -> dict[str, Role]:
+    return {}
+
+
+def check_inputs(cfg: Config, inputs: Mapping[str, Artifact]) -> dict[str, Any]:
     return {"width": 1}
 
 
@@ -53,7 +58,7 @@ class Worker:
         return {"samples": len(x), "pid": os.getpid()}
 
 
-def finish(
+def finalize(
     cfg: Config, inputs: Mapping[str, Artifact], results: list[dict[str, Any]], out: Path
 ) -> tuple[dict[str, Any], dict[str, float]]:
     Image.new("RGB", (8, 8), "red").save(out / "preview.png")

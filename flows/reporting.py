@@ -1,0 +1,88 @@
+"""What is told of a run while it runs, and what came of its stages."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+from genpipe.artifacts import Artifact
+from genpipe.config import Gate
+from genpipe.pipeline.spec import Progress
+
+Status = Literal["cached", "ran", "failed", "skipped"]
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """What became of one instance of a run, which `stage` names.
+
+    `headlines` are the metrics to show, `gates` the ranges that metrics must end in. `message` says why; `details` is a
+    traceback for a debugger.
+    """
+
+    stage: str
+    status: Status
+    seconds: float = 0.0
+    artifact: Artifact | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
+    headlines: tuple[str, ...] = ()
+    gates: dict[str, Gate] = field(default_factory=dict)
+    run_id: str = ""
+    message: str = ""
+    details: str = ""
+
+    @property
+    def headline(self) -> str:
+        """The few numbers that say how it went."""
+        return "; ".join(f"{name} {self.metrics[name]:.4g}" for name in self.headlines if name in self.metrics)
+
+    @property
+    def missed(self) -> list[str]:
+        """A sentence for each gate that its metrics miss."""
+        return [said for name, gate in self.gates.items() if (said := self._missed(name, gate))]
+
+    def _missed(self, name: str, gate: Gate) -> str:
+        if name not in self.metrics:
+            known = ", ".join(sorted(self.metrics)) or "none"
+            return f"{self.stage}: observe.gates: there is no metric {name!r}; known: {known}"
+        value = self.metrics[name]
+        if gate.min is not None and not value >= gate.min:
+            return f"{self.stage}: {name} is {value:.4g}, its gate asks for at least {gate.min:.4g}"
+        if gate.max is not None and not value <= gate.max:
+            return f"{self.stage}: {name} is {value:.4g}, its gate asks for at most {gate.max:.4g}"
+        return ""
+
+
+class Reporter(Protocol):
+    """Told of every change, from several threads: a stage is `waiting`, `running` (its progress with it), or ended."""
+
+    def update(self, stage: str, status: str, *, progress: Progress | None = None, message: str = "") -> None: ...
+
+
+class PlainReporter:
+    """Prints a line for every change, and for progress now and then."""
+
+    EVERY_SECONDS = 15.0
+
+    def __init__(self) -> None:
+        self.said: dict[str, tuple[str, float]] = {}
+
+    def update(self, stage: str, status: str, *, progress: Progress | None = None, message: str = "") -> None:
+        before, at = self.said.get(stage, ("waiting", -math.inf))
+        if status == before and (progress is None or time.monotonic() - at < self.EVERY_SECONDS):
+            return
+        self.said[stage] = (status, time.monotonic() if progress else -math.inf)  # the first progress is said at once
+        done = f" {progress.describe()}" if progress else ""
+        told = f" ({message})" if message else ""
+        print(f"{stage}: {status}{done}{told}\n", end="", flush=True)  # one write, as threads share the line
+
+
+class StagesFailed(RuntimeError):
+    """Some stages of a run failed; `results` tells of all."""
+
+    def __init__(self, results: list[StageResult]) -> None:
+        failed = [result.stage for result in results if result.status == "failed"]
+        super().__init__(f"failed: {', '.join(failed)}")
+        self.results = results

@@ -1,0 +1,99 @@
+"""What training stages read: images, or cached features, of both splits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from genpipe.artifacts import Artifact, fetch
+from genpipe.data.features import FeatureDataset
+from genpipe.data.image_batches import Crop, Images
+from genpipe.data.loader import Batch, Data, SampleSet
+from genpipe.data.order import caption_draws, normal, uniform
+from genpipe.data.shard_dataset import open_shards
+from genpipe.data.shards import Split
+from genpipe.lineage import check_made_from
+
+_FLIP, _NOISE = 0xD6E8FEB86659FD93, 0xA0761D6478BD642F  # keep their draws apart from others at the same position
+
+
+def check_image_size(shard: Artifact, size: int, *, setting: str) -> None:
+    """Raise ValueError if a stage's `setting` asks for larger images than the shards hold."""
+    stored = shard.meta["image_size"]
+    if size > stored:
+        raise ValueError(
+            f"{setting} {size} is larger than the shards' {stored} px; lower it or raise stages.shard.image_size"
+        )
+
+
+def image_data(shard: Artifact, *, size: int, crop: Crop = "center", seed: int = 0) -> Data:
+    """The images alone, as uint8 [B, 3, size, size]: what stages without captions train on."""
+
+    def split(name: Split, crop: Crop) -> SampleSet:
+        dataset = open_shards(shard, split=name)
+        return SampleSet(len(dataset), Images(dataset, size, crop, seed), dataset.sources())
+
+    return Data(train=split("train", crop), heldout=split("heldout", "center"))
+
+
+@dataclass(frozen=True)
+class Cached:
+    """Collates `arrays` (latents, image_embeds) and the text of one caption a sample.
+
+    Training takes caption, mirror image and the latents' noise by the position in the stream and `seed`; held-out
+    samples take their first caption, the image as it is, and the mean.
+    """
+
+    dataset: FeatureDataset
+    arrays: tuple[str, ...]
+    seed: int
+    training: bool
+
+    def __call__(self, indices: np.ndarray, positions: np.ndarray) -> Batch:
+        draws = caption_draws(positions, seed=self.seed) if self.training else np.zeros(len(indices))
+        return {name: self._array(name, indices, positions) for name in self.arrays} | self.dataset.text(indices, draws)
+
+    def _array(self, name: str, indices: np.ndarray, positions: np.ndarray) -> Tensor:
+        variants = np.zeros(len(indices), np.int64)
+        if self.training:
+            variants = (uniform(positions, seed=self.seed, salt=_FLIP) * self.dataset.variants).astype(np.int64)
+        if name == "image_embeds":
+            return self.dataset.image_embeds(indices, variants=variants)
+        if not (self.training and self.dataset.has_spread):
+            return self.dataset.latents(indices, variants=variants)
+        noise = normal(positions, shape=self.dataset.latent_shape, seed=self.seed, salt=_NOISE)
+        return self.dataset.latent_samples(indices, noise=noise, variants=variants)
+
+
+def cached_data(inputs: Mapping[str, Artifact], *, arrays: tuple[str, ...], seed: int) -> Data:
+    """The features among `inputs` as a stage trains on them: `Cached`.
+
+    Raises ValueError if they were made from another content than other inputs have.
+    """
+    check_made_from(inputs)
+    features = inputs["features"]
+    folder = fetch(features)
+
+    def split(name: Split) -> SampleSet:
+        dataset = FeatureDataset(folder, split=name)
+        sources = {source: range(*span) for source, span in features.meta["sources"][name].items()}
+        return SampleSet(len(dataset), Cached(dataset, arrays, seed, training=name == "train"), sources)
+
+    return Data(train=split("train"), heldout=split("heldout"))
+
+
+def example_features(inputs: Mapping[str, Artifact], *, arrays: tuple[str, ...], batch_size: int) -> Batch:
+    """Zeros in the shapes of a batch of `cached_data` whose longest caption fills the context."""
+    meta = inputs["features"].meta
+    length, side = meta["context_length"], meta["latent_size"]
+    images = {"latents": (meta["latent_channels"], side, side), "image_embeds": (meta["embed_dim"],)}
+    return {
+        **{name: torch.zeros(batch_size, *images[name], dtype=torch.float16) for name in arrays},
+        "text_embeds": torch.zeros(batch_size, meta["embed_dim"], dtype=torch.float16),
+        "text_encodings": torch.zeros(batch_size * length, meta["text_width"], dtype=torch.float16),
+        "text_places": torch.arange(batch_size * length).view(batch_size, length),
+    }

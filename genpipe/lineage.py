@@ -1,0 +1,56 @@
+"""Whether artifacts belong together: what each was made from, by name and by content."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+
+from genpipe.artifacts import Artifact, read_manifest
+from genpipe.config import canonical_json
+
+SOURCES = ("shard", "autoencoder", "clip", "text_encoder")
+"""Roles whose fingerprint a part keeps in its `meta`: what it was trained for."""
+
+
+def content_digest(artifact: Artifact) -> str:
+    """The sha256 (hex) over the content of a committed artifact: every file but its pictures.
+
+    A fingerprint says how something was made. Training the same again on other hardware gives other weights under
+    the same fingerprint, and they do not understand what was cached with the first.
+    """
+    manifest = read_manifest(artifact.uri)
+    assert manifest is not None, "inputs are committed"
+    files = {file.path: file.sha256 for file in manifest.files if not file.path.endswith(".png")}
+    return hashlib.sha256(canonical_json(files).encode()).hexdigest()
+
+
+def check_made_from(inputs: Mapping[str, Artifact]) -> None:
+    """Raise ValueError if the features among `inputs` were made from other content than the inputs beside them."""
+    features = inputs["features"]
+    for name, made_from in features.meta["made_from"].items():
+        if name not in inputs:
+            continue
+        here = content_digest(inputs[name])
+        if made_from != here:
+            raise ValueError(
+                f"{features.uri} was made from another {name} ({made_from[:12]}) than {inputs[name].uri} holds "
+                f"({here[:12]}); delete {features.uri} to have it made again, or restore the {name} it was made from"
+            )
+
+
+def check_lineage(inputs: Mapping[str, Artifact]) -> None:
+    """Raise ValueError, naming the two, unless the artifacts of `inputs` were made for one another.
+
+    A prior and a decoder speak the language of one CLIP, and a decoder draws the latents of one autoencoder: weights
+    of another training, even of equal sizes, would give noise without an error.
+    """
+    for name, artifact in inputs.items():
+        for source in SOURCES:
+            if source not in inputs or source not in artifact.meta:
+                continue
+            trained, here = artifact.meta[source], inputs[source].fingerprint
+            if trained != here:
+                raise ValueError(
+                    f"{name} was made with {source} {trained[:12]}, but {source} here is {here[:12]}; "
+                    f"use the {source} it was made with, or make {name} again"
+                )

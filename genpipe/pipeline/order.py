@@ -1,0 +1,33 @@
+"""Which stage goes first where several wait for one machine: the one on the longest remaining path."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from genpipe.pipeline.costs import cost_of
+from genpipe.pipeline.plan import Planned
+from genpipe.stages import is_training
+
+
+def work(planned: Planned) -> float:
+    """FLOPs that an instance is still to do: those of its training; data stages count for nothing beside them."""
+    stage, cfg = planned.instance.stage, planned.instance.cfg
+    if planned.status == "cached" or not is_training(stage):
+        return 0.0
+    cost = cost_of(stage, cfg, planned.inputs)
+    return cost.flops * cost.samples / cfg.resources.workers
+
+
+def longest_path_first(plans: Sequence[Planned]) -> dict[str, int]:
+    """The place of each instance, 0 first, by the work on the longest path that begins with it.
+
+    Of equals the one that is planned first goes first. Nothing is computed where there is no choice to make.
+    """
+    if sum(planned.status == "run" for planned in plans) < 3:
+        return {planned.name: place for place, planned in enumerate(plans)}
+    remaining: dict[str, float] = {}
+    for planned in reversed(plans):
+        after = (remaining[p.name] for p in plans if planned.name in p.instance.needs)
+        remaining[planned.name] = work(planned) + max(after, default=0.0)
+    names = sorted((planned.name for planned in plans), key=lambda name: -remaining[name])  # a stable sort
+    return {name: place for place, name in enumerate(names)}
