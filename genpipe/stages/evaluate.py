@@ -34,7 +34,7 @@ from genpipe.evaluation.grids import hwc, labeled_grid
 from genpipe.evaluation.metrics import cosine
 from genpipe.evaluation.networks import inception_features, load_inception
 from genpipe.evaluation.retrieval import recall_at, retrieval_ranks
-from genpipe.generation.system import GenerationConfig, Generator
+from genpipe.generation.systems.unclip import UnclipConfig
 from genpipe.lineage import check_lineage, check_made_from
 from genpipe.pinned_files import PinnedFile
 from genpipe.stages import load_stage
@@ -53,7 +53,7 @@ CELL = 96
 
 
 class Config(StageConfig):
-    generation: GenerationConfig = GenerationConfig()
+    generation: UnclipConfig = UnclipConfig()
     prompts: int = Field(256, ge=1, description="training captions to generate from, chosen at random")
     heldout_prompts: int = Field(64, ge=1, description="captions of held-out subjects to generate from")
     batch_size: int = Field(32, ge=1)
@@ -110,7 +110,7 @@ class Worker:
         self.cfg, self.inputs = cfg, inputs
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         check_made_from(inputs)
-        self.system = Generator(inputs, device=self.device)
+        self.system = cfg.generation.load(inputs, device=self.device)
         self.shards = {split: open_shards(inputs["shard"], split=split) for split in SPLITS}
         self.features = {split: FeatureDataset(fetch(inputs["features"]), split=split) for split in SPLITS}
         self.inception = load_inception(cfg.fid, device=self.device) if cfg.fid else None
@@ -134,21 +134,25 @@ class Worker:
         indices, others = (rows[first : first + self.cfg.batch_size] for rows in (chosen, np.roll(chosen, 1)))
         prompts = [self.shards[split].captions(int(i))[0] for i in indices]
         generator = seeded(self.device, self.cfg.seed, split, first)
-        made = self.system.generate(prompts, self.cfg.generation, generator=generator)
+        text = self.system.encode_text(prompts)
+        embeds = self.system.prior_embeds(text, generator=generator)
+        images = self.system.decode(embeds, text, generator=generator)
+        upsampled = [images, *self.system.cascade.enlarge(images, generator=generator)][-1]
         true, unrelated = (
             self.features[split].image_embeds(rows).float().to(self.device) for rows in (indices, others)
         )
-        drawn = self.system.clip.encode_image(self._at_clip_size(made.images))
+        embeds = true if embeds is None else embeds
+        drawn = self.system.clip.encode_image(self._at_clip_size(images))
         if self.inception is not None:
             real = to_float(image_batch(self.shards[split], indices, size=self.system.size).to(self.device))
-            pairs = (inception_features(self.inception, images) for images in (made.upsampled, real))
+            pairs = (inception_features(self.inception, images) for images in (upsampled, real))
             np.save(out / f"{INCEPTION}-{split}-{first:06d}.npy", torch.stack(list(pairs)).cpu().numpy())
         own = torch.from_numpy(indices).to(self.device) + (0 if split == "train" else len(self.features["train"]))
         return {
             "ranks": retrieval_ranks(drawn, self._pool(), own).tolist(),
             "ceiling": retrieval_ranks(true, self._pool(), own).tolist(),
-            "prior_cosine": cosine(made.image_embeds, true).tolist(),
-            "prior_cosine_unrelated": cosine(made.image_embeds, unrelated).tolist(),
+            "prior_cosine": cosine(embeds, true).tolist(),
+            "prior_cosine_unrelated": cosine(embeds, unrelated).tolist(),
         }
 
     def _at_clip_size(self, images: Tensor) -> Tensor:
@@ -195,7 +199,7 @@ class Worker:
         return {}
 
     def _rows(self, split: Split, indices: np.ndarray) -> np.ndarray:
-        cfg, system = self.cfg.generation, self.system
+        system = self.system
         prompts = [self.shards[split].captions(int(i))[0] for i in indices]
         generator = seeded(self.device, self.cfg.seed, "grid", split)
         text = system.encode_text(prompts)
@@ -207,11 +211,11 @@ class Worker:
             ),
             "autoencoder": to_uint8(system.autoencoder.decode(system.latent_statistics.restore(latents), fp32=True)),
         }
-        images = system.decode(system.prior_embeds(text, cfg, generator=generator), text, cfg, generator=generator)
+        images = system.decode(system.prior_embeds(text, generator=generator), text, generator=generator)
         if self.system.prior:
-            columns["decoder from true embedding"] = to_uint8(system.decode(true, text, cfg, generator=generator))
+            columns["decoder from true embedding"] = to_uint8(system.decode(true, text, generator=generator))
         columns["decoder from prior" if self.system.prior else "decoder"] = to_uint8(images)
-        for enlarged in system.enlarge(images, cfg, generator=generator):
+        for enlarged in system.cascade.enlarge(images, generator=generator):
             columns[f"upsampled to {enlarged.shape[-1]} px"] = to_uint8(enlarged)
         rows = list(zip(*(hwc(column) for column in columns.values()), strict=True))
         return labeled_grid(rows, captions=prompts, columns=list(columns), cell=max(CELL, system.size))
