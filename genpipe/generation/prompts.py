@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, Tag
 
 from genpipe.artifacts import Artifact
-from genpipe.config import Config
+from genpipe.config import Config, by_kind
 from genpipe.data.order import order
 from genpipe.data.samples import clean_captions
 from genpipe.data.shard_dataset import ShardDataset, open_shards
@@ -70,7 +70,14 @@ class NoPrompts(Config):
 
 
 AnyConfig = CaptionPrompts | FilePrompts | ListPrompts | ClassPrompts | NoPrompts
-PromptsConfig = Annotated[AnyConfig, Field(discriminator="kind")]
+PromptsConfig = Annotated[
+    Annotated[CaptionPrompts, Tag("captions")]
+    | Annotated[FilePrompts, Tag("file")]
+    | Annotated[ListPrompts, Tag("list")]
+    | Annotated[ClassPrompts, Tag("classes")]
+    | Annotated[NoPrompts, Tag("none")],
+    by_kind("captions"),
+]
 
 
 def needs_shards(cfg: AnyConfig) -> bool:
