@@ -21,6 +21,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from genpipe.data.order import spread
 from genpipe.data.prefetch import prefetched
 from genpipe.data.samples import Reject
 from genpipe.data.shard_dataset import collect_damaged
@@ -42,6 +43,11 @@ class SampleSet(NamedTuple):
     length: int
     collate: Collate
     sources: Mapping[str, range] = MappingProxyType({})
+
+    @property
+    def ranges(self) -> Mapping[str, range]:
+        """The sources, or all samples as one source named ""."""
+        return self.sources or {"": range(self.length)}
 
 
 class Data(NamedTuple):
@@ -139,12 +145,19 @@ class Batches(Iterator[tuple[int, Batch]]):
         return loaded
 
 
-def sequential(n: int, *, batch_size: int, collate: Collate, limit: int | None = None) -> Iterator[tuple[int, Batch]]:
-    """`(position, batch)` of the samples 0, 1, ... once, at most `limit` of them; the last may be short."""
-    stop = n if limit is None else min(n, limit)
-    for first in range(0, stop, batch_size):
-        indices = np.arange(first, min(first + batch_size, stop), dtype=np.int64)
-        yield first, collate(indices, indices)
+def sample_batches(
+    samples: SampleSet, *, count: int, batch_size: int, weights: Mapping[str, float], repeat: bool = False
+) -> Iterator[Batch]:
+    """Batches of about `count` samples that stand for all: `order.spread` says which. The last may be short.
+
+    For what is measured over a part of the data: statistics, which take samples as often as training does
+    (`repeat`), and validation, which takes each once. The same batches each time.
+    """
+    indices = spread(samples.ranges, count=count, weights=weights, repeat=repeat)
+    positions = np.arange(len(indices), dtype=np.int64)
+    for first in range(0, len(indices), batch_size):
+        some = slice(first, first + batch_size)
+        yield samples.collate(indices[some], positions[some])
 
 
 def check_batch_sizes(global_batch_size: int, *, micro_batch_size: int, world_size: int) -> None:

@@ -4,12 +4,13 @@ Positions count the samples of all ranks together from 0, without end. Whatever 
 source, caption, crop, flip, latent noise) is a function of the seed and the position, so that any number of ranks,
 threads or processes delivers the same samples, and a restart anywhere goes on as if nothing had happened.
 
-Shape legend: N positions, S sources.
+Shape legend: N positions, S sources, R samples of a run.
 """
 
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -21,6 +22,8 @@ CYCLE = 4096
 _FEISTEL_ROUNDS = 6
 _UINT = np.uint64
 _CAPTION, _MIXTURE = 0x632BE59BD9B4E019, 0x2545F4914F6CDD1D  # keep draws for different ends apart
+_SPREAD = 0x9E6C63D0876A9A47
+_WEIGHTS = "train.source_weights"
 
 
 def order(positions: np.ndarray, *, n: int, seed: int) -> np.ndarray:
@@ -84,22 +87,36 @@ def order_of(sources: Mapping[str, range], *, weights: Mapping[str, float], seed
     ranges = tuple(sources.values())
     if not weights:
         return Order(ranges, (), seed)
-    setting = "train.source_weights"
-    for name in weights:
-        if name not in sources:
-            near = difflib.get_close_matches(name, sources, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"the dataset's sources: {_listed(sources)}"
-            raise ValueError(f"{setting}: no source is called {name!r}; {hint}")
-    if missing := [name for name in sources if name not in weights]:
-        raise ValueError(f"{setting}: no weight for {_listed(missing)}; give one (0 leaves a source out)")
-    if not any(weights.values()):
-        raise ValueError(f"{setting}: all are 0; give a source that is to be used a weight")
-    if empty := [name for name, rows in sources.items() if weights[name] and not rows]:
-        raise ValueError(f"{setting}: {_listed(empty)} has no training samples; set its weight to 0")
-    slots = _apportion([weights[name] for name in sources])
+    _check_weights(sources, weights)
+    slots = _apportion([weights[name] for name in sources], total=CYCLE)
     if starved := [name for name, count in zip(sources, slots, strict=True) if weights[name] and not count]:
-        raise ValueError(f"{setting}: the share of {_listed(starved)} is below 1/{CYCLE}; raise it or set it to 0")
+        raise ValueError(f"{_WEIGHTS}: the share of {_listed(starved)} is below 1/{CYCLE}; raise it or set it to 0")
     return Order(ranges, slots, seed)
+
+
+def spread(sources: Mapping[str, range], *, count: int, weights: Mapping[str, float], repeat: bool) -> np.ndarray:
+    """About `count` samples that stand for all of these sources, each time the same: int64 [N], in mixed order.
+
+    Every source gives its share of them, by `weights` as in `order_of` or else by size, drawn evenly from all that it
+    holds. There are no more than it takes to go through every source once. A source that has fewer samples than its
+    share is gone through again with `repeat`, as training does, so that means over them are those of training;
+    without, each sample comes once at most. Sources without samples give none: a split need not hold some of each.
+
+    Raises ValueError, naming `train.source_weights`, if no source with samples has a weight.
+    """
+    filled = [rows for rows in sources.values() if rows]
+    shares = [weights.get(name, 0.0) if weights else float(len(rows)) for name, rows in sources.items() if rows]
+    if not any(shares):
+        found = _listed([name for name, rows in sources.items() if rows])
+        raise ValueError(f"{_WEIGHTS}: only {found} has held-out samples; give one of them a weight, or shard again")
+    rounds = [len(rows) / share for rows, share in zip(filled, shares, strict=True) if share]
+    counts = _apportion(shares, total=min(count, math.ceil(max(rounds) * sum(shares))))
+    chosen = []
+    for number, (rows, own) in enumerate(zip(filled, counts, strict=True)):
+        places = np.arange(own if repeat else min(own, len(rows)))
+        chosen.append(rows.start + order(places, n=len(rows), seed=_SPREAD + number))
+    together = np.concatenate(chosen)
+    return together[order(np.arange(len(together)), n=len(together), seed=_SPREAD)]
 
 
 def uniform(positions: np.ndarray, *, seed: int, salt: int) -> np.ndarray:
@@ -131,13 +148,28 @@ def pick(draw: float, *, count: int, weights: Sequence[float] | np.ndarray | Non
     return min(int(np.searchsorted(ends, draw * ends[-1], side="right")), count - 1)
 
 
-def _apportion(weights: Sequence[float]) -> tuple[int, ...]:
-    """CYCLE slots by weight: the largest remainders get what rounding down leaves over, the first of equals first."""
+def _check_weights(sources: Mapping[str, range], weights: Mapping[str, float]) -> None:
+    """Raise ValueError unless the weights name every source and no other, and some with samples."""
+    for name in weights:
+        if name not in sources:
+            near = difflib.get_close_matches(name, sources, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"the dataset's sources: {_listed(sources)}"
+            raise ValueError(f"{_WEIGHTS}: no source is called {name!r}; {hint}")
+    if missing := [name for name in sources if name not in weights]:
+        raise ValueError(f"{_WEIGHTS}: no weight for {_listed(missing)}; give one (0 leaves a source out)")
+    if not any(weights.values()):
+        raise ValueError(f"{_WEIGHTS}: all are 0; give a source that is to be used a weight")
+    if empty := [name for name, rows in sources.items() if weights[name] and not rows]:
+        raise ValueError(f"{_WEIGHTS}: {_listed(empty)} has no training samples; set its weight to 0")
+
+
+def _apportion(weights: Sequence[float], *, total: int) -> tuple[int, ...]:
+    """`total` by weight: the largest remainders get what rounding down leaves over, the first of equals first."""
     shares = np.asarray(weights, np.float64)
     assert (shares >= 0).all() and shares.sum() > 0
-    exact = shares / shares.sum() * CYCLE
+    exact = shares / shares.sum() * total
     slots = np.floor(exact).astype(np.int64)
-    over = np.argsort(slots - exact, kind="stable")[: CYCLE - int(slots.sum())]
+    over = np.argsort(slots - exact, kind="stable")[: total - int(slots.sum())]
     slots[over] += 1
     return tuple(slots.tolist())
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from genpipe.config import Resources
-from genpipe.data.loader import Batches, Data, sequential
+from genpipe.data.loader import Batches, Data, sample_batches
 from genpipe.data.order import order_of
 from genpipe.training.bad_samples import Damage
 from genpipe.training.objective import Batch, Metrics, Objective, ObserveTraining, Step, Validation
@@ -44,11 +44,10 @@ def train(
     meter = _Meter(rt, cfg, state.step)
     micro_batch = cfg.micro_batch(rt.world_size)
     saved_at = time.monotonic()
-    sources = data.train.sources or {"": range(data.train.length)}
     loaders = resources.loader_processes or resources.loader_threads
     batches = Batches(
         data.train.collate,
-        order=order_of(sources, weights=cfg.source_weights, seed=cfg.seed),
+        order=order_of(data.train.ranges, weights=cfg.source_weights, seed=cfg.seed),
         global_batch_size=cfg.global_batch_size,
         micro_batch_size=micro_batch,
         rank=rt.rank,
@@ -93,7 +92,7 @@ class Interrupted(Exception):
 def validate(
     objective: Objective, data: Data, cfg: TrainConfig, rt: Runtime, state: TrainState, observe: ObserveTraining
 ) -> Validation:
-    """Validate the EMA weights on the first `heldout_samples` held-out samples, on rank 0; the others wait."""
+    """Validate the EMA weights on `heldout_samples` held-out samples, always the same, on rank 0; the others wait."""
     result = Validation({})
     if rt.rank == 0:
         with ExitStack() as stack:
@@ -102,14 +101,13 @@ def validate(
                 module.eval()
                 stack.callback(module.train)
             stack.enter_context(autocast(cfg, rt))
-            held = data.heldout
-            batches = sequential(
-                held.length,
+            batches = sample_batches(
+                data.heldout,
+                count=observe.heldout_samples,
                 batch_size=cfg.validation_batch,
-                collate=held.collate,
-                limit=observe.heldout_samples,
+                weights=cfg.source_weights,
             )
-            moved = (to_device(batch, rt.device) for _, batch in batches)
+            moved = (to_device(batch, rt.device) for batch in batches)
             result = objective.validate(moved, seeded(rt.device, cfg.seed, "validate"))
         if bad := [name for name, value in result.metrics.items() if not math.isfinite(value)]:
             raise FloatingPointError(f"held-out {', '.join(bad)} is not finite after {state.samples_seen} samples")

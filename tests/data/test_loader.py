@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from genpipe.data.image_batches import Images
 from genpipe.data.images import encode
-from genpipe.data.loader import Batch, Batches, sequential
+from genpipe.data.loader import Batch, Batches, SampleSet, sample_batches
 from genpipe.data.order import Order, order, order_of
 from genpipe.data.prefetch import prefetched
 from genpipe.data.samples import Reject
@@ -170,11 +170,14 @@ def test_what_is_loaded_ahead_comes_in_order(threads: int, count: int) -> None:
     assert list(prefetched(load, range(count), threads=threads, ahead=3)) == [(i, i**2) for i in range(count)]
 
 
-@pytest.mark.parametrize("limit, expected", [(None, [0, 1, 2, 3, 4, 5, 6]), (5, [0, 1, 2, 3, 4]), (99, list(range(7)))])
-def test_sequential(limit: int | None, expected: list[int]) -> None:
-    got = list(sequential(7, batch_size=3, collate=indices_and_positions, limit=limit))
-    assert [position for position, _ in got] == list(range(0, len(expected), 3))
-    assert torch.cat([batch["indices"] for _, batch in got]).tolist() == expected
+@pytest.mark.parametrize(("count", "taken"), [(7, 7), (5, 5), (99, 7)])
+def test_batches_that_stand_for_all(count: int, taken: int) -> None:
+    samples = SampleSet(7, indices_and_positions)
+    got = list(sample_batches(samples, count=count, batch_size=3, weights={}))
+    assert [len(batch["indices"]) for batch in got] == [3] * (taken // 3) + [taken % 3] * (taken % 3 > 0)
+    assert torch.cat([batch["positions"] for batch in got]).tolist() == list(range(taken))
+    indices = torch.cat([batch["indices"] for batch in got]).tolist()
+    assert len(set(indices)) == taken and set(indices) <= set(range(7))
 
 
 @pytest.fixture(scope="module")

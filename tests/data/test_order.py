@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from genpipe.data.order import CYCLE, Order, caption_draws, normal, order, order_of, pick, uniform
+from genpipe.data.order import CYCLE, Order, caption_draws, normal, order, order_of, pick, spread, uniform
 
 
 @settings(deadline=None, max_examples=150)
@@ -139,6 +139,43 @@ def test_weights_that_do_not_fit_are_refused(weights: dict[str, float], told: st
     with pytest.raises(ValueError) as error:
         order_of(sources, weights=weights, seed=0)
     assert str(error.value) == f"train.source_weights: {told}"
+
+
+@settings(deadline=None, max_examples=100)
+@given(sources=ranges, data=st.data(), count=st.integers(1, 3000))
+def test_a_spread_gives_every_source_its_share(sources: dict[str, range], data: st.DataObject, count: int) -> None:
+    """Within one of the exact share, whatever the sizes; a source is gone through whole before any of it repeats."""
+    weights = data.draw(st.fixed_dictionaries({name: st.floats(0.1, 100) for name in sources}) | st.just({}))
+    once, repeated = (spread(sources, count=count, weights=weights, repeat=repeat) for repeat in (False, True))
+    assert (repeated == spread(sources, count=count, weights=weights, repeat=True)).all()
+    sizes = np.array([len(rows) for rows in sources.values()])
+    shares = np.array([weights[name] for name in sources]) if weights else sizes
+    shares = shares / shares.sum()
+    assert len(repeated) <= min(count, np.ceil((sizes / shares).max()) + 1) and len(once) == len(np.unique(once))
+    assert weights or len(repeated) == min(count, sizes.sum())
+    for rows, share in zip(sources.values(), shares, strict=True):
+        times = np.bincount(
+            repeated[(repeated >= rows.start) & (repeated < rows.stop)] - rows.start, minlength=len(rows)
+        )
+        assert abs(times.sum() - share * len(repeated)) < 1 and times.max() - times.min() <= 1
+        assert ((once >= rows.start) & (once < rows.stop)).sum() == min(times.sum(), len(rows))
+
+
+def test_a_spread_is_mixed_and_drawn_evenly() -> None:
+    """Of classes and sources that lie one after the other, as in a folder of folders."""
+    chosen = spread({"a": range(10_000), "b": range(10_000, 40_000)}, count=4000, weights={}, repeat=False)
+    bins = np.bincount(chosen * 20 // 40_000, minlength=20)
+    assert (bins[:5].sum(), bins[5:].sum()) == (1000, 3000)
+    assert ((bins - 200) ** 2 / 200).sum() < 60  # 18 degrees of freedom
+    assert abs(np.corrcoef(np.arange(4000), chosen)[0, 1]) < 5 / np.sqrt(4000)
+    assert {int(i) // 10_000 > 0 for i in chosen[:8]} == {False, True}, "the first batch already has both"
+
+
+def test_a_spread_does_without_sources_that_hold_nothing_out() -> None:
+    sources = {"none": range(0, 0), "some": range(5)}
+    assert sorted(spread(sources, count=9, weights={"none": 1, "some": 1, "gone": 2}, repeat=False)) == list(range(5))
+    with pytest.raises(ValueError, match="source_weights: only 'some' has held-out samples; give one of them a weight"):
+        spread(sources, count=9, weights={"none": 1, "some": 0}, repeat=False)
 
 
 @pytest.mark.parametrize("at", [10**7, 10**9 * 7 + 123_456_789, 10**12])
