@@ -63,7 +63,7 @@ class Text(NamedTuple):
 class Given(NamedTuple):
     """The conditions of B pictures as a decoder takes them; None for each that it was built without.
 
-    image_embed: [B, D], standardized; labels: int64 [B].
+    image_embed: [B, D], standardized; labels: int64 [B], negative where there is none.
     """
 
     image_embed: Tensor | None = None

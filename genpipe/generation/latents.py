@@ -29,12 +29,16 @@ class Dropped:
 def decoder_model(decoder: Decoder, given: Given, dropped: Dropped) -> Model:
     """The decoder with its conditions bound.
 
-    A decoder that takes an image embedding and is given none has its learned null in all places.
+    A decoder that takes an image embedding and is given none gets its learned null everywhere, and so does one that
+    takes labels where a label is negative.
     """
     image_embed, drop_image = given.image_embed, dropped.image
     if decoder.embed_dim and image_embed is None:
         image_embed = drop_image.new_zeros((len(drop_image), decoder.embed_dim), dtype=torch.float32)
         drop_image = torch.ones_like(drop_image)
+    drop_label = dropped.label
+    if given.labels is not None:
+        drop_label = drop_label | (given.labels < 0)
     return lambda x, t: decoder(
         x,
         t,
@@ -44,7 +48,7 @@ def decoder_model(decoder: Decoder, given: Given, dropped: Dropped) -> Model:
         labels=given.labels,
         drop_image=drop_image,
         drop_text=dropped.text,
-        drop_label=dropped.label,
+        drop_label=drop_label,
     )
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from genpipe.artifacts import Artifact, fetch
+from genpipe.data.text import clean_text
 from genpipe.data.tokenizer import CaptionTokenizer
 from genpipe.diffusion.process import DiffusionConfig, SamplerConfig, check_sampler
 from genpipe.generation.conditions import TOKENIZER_FILE, Conditions, Given, Text
@@ -46,7 +47,7 @@ def load_text_encoding(parts: Mapping[str, Artifact], *, device: torch.device) -
     encoder = load_text_encoder(fetch(parts["text_encoder"]), device=device)
 
     def encode(prompts: Sequence[str]) -> Text:
-        encodings, mask = encoder.encode(prompts)
+        encodings, mask = encoder.encode([clean_text(prompt) for prompt in prompts])
         return Text(encodings.new_empty(len(prompts), 0), encodings, mask)
 
     return encode
@@ -86,7 +87,7 @@ def given_of(
 
 
 def check_conditions(parts: Mapping[str, Artifact]) -> dict[str, Any]:
-    """What a system without a prior is conditioned on, and its `classes` if their names are known yet.
+    """What a system without a prior is conditioned on, and its `classes`: none without labels, absent if not known yet.
 
     Raises ValueError if the encoder of the decoder's text is not among the parts.
     """
@@ -97,8 +98,9 @@ def check_conditions(parts: Mapping[str, Artifact]) -> dict[str, Any]:
             if "text" in conditioned_on and source not in parts:
                 raise ValueError(f"inputs.{source}: required, as inputs.decoder was trained on its encodings; map it")
             break
-    names = {"classes": list(classes_of(decoder))} if "classes" in decoder.meta else {}
-    return {"conditioned_on": conditioned_on, **names}
+    if "label" in conditioned_on and "classes" not in decoder.meta:
+        return {"conditioned_on": conditioned_on}
+    return {"conditioned_on": conditioned_on, "classes": list(classes_of(decoder))}
 
 
 def classes_of(decoder: Artifact) -> tuple[str, ...]:

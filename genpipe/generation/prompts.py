@@ -17,17 +17,21 @@ from pydantic import Field, Tag
 from genpipe.artifacts import Artifact
 from genpipe.config import Config, by_kind
 from genpipe.data.order import order
-from genpipe.data.samples import clean_captions
 from genpipe.data.shard_dataset import ShardDataset, open_shards
-from genpipe.data.shards import SPLITS, Split
+from genpipe.data.shards import NO_LABEL, SPLITS, Split
+from genpipe.data.text import clean_text, is_visible
 from genpipe.storage import read_file
 
 
 class Prompt(NamedTuple):
-    """One picture to draw. `reference` is the key of the sample whose caption it is, of subject `group`; else empty."""
+    """One picture to draw.
+
+    `label` is the place of its class, NO_LABEL without one. `reference` is the key of the sample whose caption it is,
+    and `group` that sample's subject; empty for other prompts.
+    """
 
     text: str
-    label: int | None = None
+    label: int = NO_LABEL
     reference: str = ""
     group: str = ""
 
@@ -85,16 +89,23 @@ def needs_shards(cfg: AnyConfig) -> bool:
     return isinstance(cfg, CaptionPrompts) or (isinstance(cfg, ListPrompts) and cfg.captions_of is not None)
 
 
-def check_prompts(cfg: AnyConfig, *, conditioned_on: Sequence[str]) -> None:
-    """Raise ValueError for prompts that do not say what a system must be told."""
-    kinds = {"text": "captions, file or list", "label": "classes"}
-    gives = {ClassPrompts: ["label"], NoPrompts: []}.get(type(cfg), ["text"])
-    for condition in conditioned_on:
+def check_prompts(cfg: AnyConfig, *, system: Artifact, shard: Artifact | None) -> None:
+    """Raise ValueError for prompts that do not say what the system must be told."""
+    kinds = {"text": "captions, file or list", "label": "classes, or captions of shards with class labels"}
+    known = shard is not None and "classes" in shard.meta  # not before the shards are made
+    labeled = shard is not None and (not known or bool(shard.meta["classes"]))
+    gives = {"text"} | ({"label"} if labeled else set())
+    if isinstance(cfg, ClassPrompts | NoPrompts):
+        gives = {"label"} if isinstance(cfg, ClassPrompts) else set()
+    for condition in system.meta["conditioned_on"]:
         if condition not in gives:
             raise ValueError(
                 f"prompts.kind {cfg.kind}: the system is conditioned on {condition}, which these prompts do not give; "
                 f"use {kinds[condition]}"
             )
+    both = shard is not None and known and "classes" in system.meta
+    if both and shard is not None and system.meta["classes"] not in ([], shard.meta["classes"]):
+        raise ValueError("inputs.shard has other classes than the system; map the shards that it was trained on")
 
 
 def prompts_digest(cfg: AnyConfig) -> str:
@@ -121,7 +132,7 @@ def open_prompts(
         dataset = open_shards(shard, split=cfg.captions_of)
         found[cfg.captions_of] = Captions(dataset, find_captions(dataset, cfg.texts))
     elif isinstance(cfg, ListPrompts):
-        found["heldout"] = [Prompt(text) for text in cfg.texts]
+        found["heldout"] = [Prompt(clean_text(text)) for text in cfg.texts]
     elif isinstance(cfg, FilePrompts):
         found["heldout"] = [Prompt(text) for text in _lines(cfg)]
     elif isinstance(cfg, ClassPrompts):
@@ -148,11 +159,13 @@ class Captions(Sequence[Prompt]):
 
     def __getitem__(self, place: int) -> Prompt:  # type: ignore[override]
         i = int(self.indices[place])
-        return Prompt(self.dataset.captions(i)[0], None, self.dataset.key(i), self.dataset.group(i))
+        label = int(self.dataset.labels(np.asarray([i]))[0])
+        return Prompt(self.dataset.captions(i)[0], label, self.dataset.key(i), self.dataset.group(i))
 
 
 def find_captions(dataset: ShardDataset, captions: Sequence[str]) -> np.ndarray:
     """The first sample with each of these as its first caption. Raises ValueError that names the nearest there is."""
+    captions = [clean_text(caption) for caption in captions]
     wanted, found = set(captions), dict[str, int]()
     for i, caption in enumerate(_captions(dataset)):
         if caption in wanted:
@@ -182,7 +195,7 @@ def _lines(cfg: FilePrompts) -> list[str]:
         lines = _read(cfg).decode().splitlines()
     except UnicodeDecodeError:
         raise ValueError(f"prompts.path: {cfg.path} is not UTF-8; save it as UTF-8") from None
-    texts = [text for line in lines for text in clean_captions([line])]
+    texts = [text for text in map(clean_text, lines) if is_visible(text)]
     if not texts:
         raise ValueError(f"prompts.path: {cfg.path} holds no prompts; write one a line")
     return texts

@@ -93,8 +93,8 @@ def check_inputs(cfg: Config, inputs: Mapping[str, Artifact]) -> dict[str, Any]:
 
 
 def data(cfg: Config, inputs: Mapping[str, Artifact]) -> Data:
-    """Images and their labels."""
-    return image_data(inputs["shard"], size=cfg.image_size)
+    """Images, with their labels if they are the condition."""
+    return image_data(inputs["shard"], size=cfg.image_size, labels=cfg.condition == "label")
 
 
 def example_batch(cfg: Config, inputs: Mapping[str, Artifact], *, batch_size: int) -> Batch:

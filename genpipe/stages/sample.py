@@ -72,12 +72,13 @@ def check_inputs(cfg: Config, inputs: Mapping[str, Artifact]) -> dict[str, Any]:
     Raises ValueError for prompts that do not say what the system is conditioned on and, once the shards are there, for
     captions that no sample has.
     """
-    system = inputs["system"].meta
-    check_prompts(cfg.prompts, conditioned_on=system["conditioned_on"])
-    if isinstance(cfg.prompts, ListPrompts) and "shard" in inputs and find(inputs["shard"].uri) is not None:
-        open_prompts(cfg.prompts, shard=inputs["shard"], classes=(), seed=cfg.seed)
-    promised = {"image_size": system["size"]}
-    return {**promised, "classes": system["classes"]} if "classes" in system else promised
+    system, shard = inputs["system"], inputs.get("shard")
+    check_prompts(cfg.prompts, system=system, shard=shard)
+    if isinstance(cfg.prompts, ListPrompts) and shard is not None and find(shard.uri) is not None:
+        open_prompts(cfg.prompts, shard=shard, classes=(), seed=cfg.seed)
+    promised = {"image_size": system.meta["size"], "condition": False}
+    labels_of = shard if shard is not None else system
+    return {**promised, "classes": labels_of.meta["classes"]} if "classes" in labels_of.meta else promised
 
 
 def parts(cfg: Config, inputs: Mapping[str, Artifact]) -> list[str]:
@@ -126,7 +127,7 @@ class Worker:
         conditions = Conditions(
             len(batch),
             texts=[prompt.text for prompt in batch] if "text" in asked else None,
-            labels=[cast(int, prompt.label) for prompt in batch] if "label" in asked else None,
+            labels=[prompt.label for prompt in batch] if "label" in asked else None,
         )
         generator = seeded(self.device, self.cfg.seed, split, first)
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.cfg.precision == "bf16"):
@@ -144,6 +145,7 @@ class Worker:
             height=height,
             width=width,
             captions=[prompt.text],
+            label=prompt.label,
             meta={**facts, "reference": prompt.reference} if prompt.reference else facts,
         )
 

@@ -66,7 +66,7 @@ class UnclipConfig(CascadeConfig):
                 "or set model.kind to latent to condition on the decoder's null embedding"
             )
         check_part_sampler(self.decoder, decoder, setting="model.decoder")
-        return {"size": check_cascade(self, parts, size=size), "conditioned_on": ["text"]}
+        return {"size": check_cascade(self, parts, size=size), "conditioned_on": ["text"], "classes": []}
 
     def load(self, parts: Mapping[str, Artifact], *, device: torch.device) -> UnclipSystem:
         """The system with its parts in memory."""
