@@ -22,6 +22,7 @@ from genpipe.models.layers import (
     TransformerConfig,
     grid_coordinates,
     joint_mask,
+    label_table,
     patchify,
     recomputed,
     sinusoid,
@@ -129,6 +130,7 @@ class DiT(nn.Module):
         out_channels: int,
         context_dim: int | None = None,
         vector_dim: int | None = None,
+        classes: int = 0,
     ) -> None:
         super().__init__()
         self.cfg = cfg
@@ -142,6 +144,7 @@ class DiT(nn.Module):
         self.modulation_out = zeroed(nn.Linear(width, 2 * width))
         self.patches_out = zeroed(nn.Linear(width, out_channels * area))
         self.context_in = None if joint_dim is None else nn.Linear(joint_dim, width)
+        self.labels_in = label_table(classes, width)
 
     def forward(
         self,
@@ -151,15 +154,17 @@ class DiT(nn.Module):
         context: Tensor | None = None,
         context_mask: Tensor | None = None,
         vector: Tensor | None = None,
+        labels: Tensor | None = None,
     ) -> Tensor:
         """Prediction [B, out_channels, H, W] in fp32 for x [B, in_channels, H, W] at times t [B] in [0, 1].
 
         context [B, M, context_dim] with context_mask bool [B, M], True at tokens that count (at least one where
-        context is "cross"); vector [B, vector_dim] is added to the time embedding. H and W are multiples of
-        patch_size, or ValueError is raised.
+        context is "cross"); vector [B, vector_dim] and labels int64 [B], of which `classes` is the null class, are
+        embedded and added to the time embedding. H and W are multiples of patch_size, or ValueError is raised.
         """
         assert (context is None) == (self.context_norm is None), "context is given as the DiT was built"
         assert (vector is None) == (self.vector_in is None), "a vector is given as the DiT was built"
+        assert (labels is None) == (self.labels_in is None), "labels are given as the DiT was built"
         height, width = x_BCHW.shape[-2:]
         x_BLD = self.patches_in(patchify(x_BCHW, self.cfg.patch_size))
         tokens = x_BLD.shape[1]
@@ -169,6 +174,8 @@ class DiT(nn.Module):
         embedded = self.time_in(t_B)
         if self.vector_in is not None:
             embedded = embedded + self.vector_in(vector)
+        if self.labels_in is not None:
+            embedded = embedded + self.labels_in(labels)
         if self.context_norm is not None:
             context = self.context_norm(context)
         if self.context_in is not None:

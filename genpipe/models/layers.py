@@ -231,6 +231,19 @@ class LevelEmbedding(nn.Module):
         return self.down(F.silu(self.up(sinusoid(1000.0 * level_B, dim=self.frequencies))))
 
 
+def label_table(classes: int, width: int) -> nn.Embedding | None:
+    """Embeddings [classes + 1, width] of class labels, N(0, 0.02) at the start, or None for no classes.
+
+    The last row is the null class, which a dropped label gives way to (Ho & Salimans 2022, sec. 3.2); the table is
+    DiT's (Peebles & Xie 2023), and added to the time embedding as in ADM (Dhariwal & Nichol 2021, sec. 3.1).
+    """
+    if not classes:
+        return None
+    table = nn.Embedding(classes + 1, width)
+    nn.init.normal_(table.weight, std=0.02)
+    return table
+
+
 def grid_coordinates(height: int, width: int, *, device: torch.device) -> Tensor:
     """Row and column of each cell of a grid in row-major order, fp32 [height * width, 2]."""
     rows, columns = torch.arange(height, device=device), torch.arange(width, device=device)

@@ -13,7 +13,7 @@ from pydantic import Field, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from genpipe.config import Config
-from genpipe.models.layers import LevelEmbedding, recomputed, zeroed
+from genpipe.models.layers import LevelEmbedding, label_table, recomputed, zeroed
 from genpipe.models.unet_blocks import (
     Downsample,
     Given,
@@ -108,6 +108,7 @@ class UNet(nn.Module):
         out_channels: int,
         context_dim: int | None = None,
         vector_dim: int | None = None,
+        classes: int = 0,
     ) -> None:
         super().__init__()
         if context_dim is not None and not cfg.attention_at:
@@ -140,6 +141,7 @@ class UNet(nn.Module):
                 cell.resize = self._resized(width, "up")
         self.norm_out = nn.GroupNorm(cfg.groups, cfg.width)
         self.grid_out = zeroed(nn.Conv2d(cfg.width, out_channels, 3, padding=1))
+        self.labels_in = label_table(classes, 4 * cfg.width)
 
     def _resized(self, width: int, to: Literal["down", "up"]) -> nn.Module:
         if self.cfg.resample == "block":
@@ -171,21 +173,26 @@ class UNet(nn.Module):
         context: Tensor | None = None,
         context_mask: Tensor | None = None,
         vector: Tensor | None = None,
+        labels: Tensor | None = None,
     ) -> Tensor:
         """Prediction [B, out_channels, H, W] in fp32 for x [B, in_channels, H, W] at times t [B] in [0, 1].
 
         context [B, M, context_dim] with context_mask bool [B, M], True at tokens that count (at least one, unless
-        they extend the grid's own); vector [B, vector_dim] is added to the time embedding. H and W are multiples of
-        2 ** (levels - 1), or ValueError is raised.
+        they extend the grid's own); vector [B, vector_dim] and labels int64 [B], of which `classes` is the null
+        class, are embedded and added to the time embedding. H and W are multiples of 2 ** (levels - 1), or
+        ValueError is raised.
         """
         multiple, sides = self.cfg.grid_multiple, tuple(x_BCHW.shape[-2:])
         if any(side % multiple for side in sides):
             raise ValueError(f"a grid of {sides[0]}x{sides[1]} cannot be halved {len(self.cfg.widths) - 1} times")
         assert (context is None) == (self.context_dim is None), "context is given as the U-Net was built"
         assert (vector is None) == (self.vector_in is None), "a vector is given as the U-Net was built"
+        assert (labels is None) == (self.labels_in is None), "labels are given as the U-Net was built"
         embedded = self.time_in(t_B)
         if self.vector_in is not None:
             embedded = embedded + self.vector_in(vector)
+        if self.labels_in is not None:
+            embedded = embedded + self.labels_in(labels)
         given = Given(F.silu(embedded), context, context_mask)
         x = self.grid_in(x_BCHW)
         skips = [x]
