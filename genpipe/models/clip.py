@@ -140,8 +140,8 @@ class TextTower(nn.Module):
         length = tokens_BL.shape[1]
         if length > self.context_length:
             raise ValueError(f"{length} tokens exceed the text tower's context_length {self.context_length}")
-        real_BL = text_mask(tokens_BL, eot_id=self.eot_id)
-        mask = real_BL[:, None, None, :] if self.mask_padding else None
+        text_mask_BL = text_mask(tokens_BL, eot_id=self.eot_id)
+        mask = text_mask_BL[:, None, None, :] if self.mask_padding else None
         if self.causal:
             causal = torch.ones(length, length, dtype=torch.bool, device=tokens_BL.device).tril()
             mask = causal if mask is None else mask & causal
@@ -149,7 +149,7 @@ class TextTower(nn.Module):
         for block in self.blocks:
             x_BLW = block(x_BLW, mask=mask)
         states_BLW = self.norm(x_BLW)
-        last_B = real_BL.sum(1) - 1
+        last_B = text_mask_BL.sum(1) - 1
         pooled = states_BLW[torch.arange(len(tokens_BL), device=tokens_BL.device), last_B]
         return self.projection(pooled), states_BLW
 

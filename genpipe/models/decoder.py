@@ -184,13 +184,13 @@ class TextTransformer(nn.Module):
         )
         self.norm = nn.LayerNorm(cfg.width)
 
-    def forward(self, encodings_BLW: Tensor, mask_BL: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, encodings_BLW: Tensor, text_mask_BL: Tensor) -> tuple[Tensor, Tensor]:
         """States [B, L, width] of the tokens, and that of the last that is not padding [B, width]."""
         x = self.encodings_in(encodings_BLW)
         for block in self.blocks:
-            x = block(x, mask=mask_BL[:, None, None])
+            x = block(x, mask=text_mask_BL[:, None, None])
         states = self.norm(x)
-        return states, states[torch.arange(len(states), device=states.device), mask_BL.sum(1) - 1]
+        return states, states[torch.arange(len(states), device=states.device), text_mask_BL.sum(1) - 1]
 
 
 def build_denoiser(

@@ -71,8 +71,8 @@ class DiTConfig(TransformerConfig):
         return self.patch_size
 
 
-class Given(NamedTuple):
-    """What every block is given: conditioning vector [B, D], context and mask as `DiTBlock` says, positions."""
+class DiTConditions(NamedTuple):
+    """What every block reads: conditioning vector [B, D], context and mask as in `DiTBlock`, positions."""
 
     vector: Tensor
     context: Tensor | None
@@ -101,16 +101,20 @@ class DiTBlock(nn.Module):
             )
             zeroed(self.cross_attention.out)
 
-    def forward(self, x_BLD: Tensor, given: Given) -> Tensor:
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(given.vector)[:, None].chunk(6, dim=-1)
+    def forward(self, x_BLD: Tensor, conditions: DiTConditions) -> Tensor:
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(conditions.vector)[:, None].chunk(
+            6, dim=-1
+        )
         modulated = modulate(x_BLD, shift=shift_a, scale=scale_a, eps=self.norm_eps)
         if self.cross_attention is None:
-            attended = self.attention(modulated, mask=given.mask, context=given.context, rotary=given.rotary)
+            attended = self.attention(
+                modulated, mask=conditions.mask, context=conditions.context, rotary=conditions.rotary
+            )
             x_BLD = x_BLD + gate_a * attended
         else:
-            assert given.context is not None, "DiT checks it"
-            x_BLD = x_BLD + gate_a * self.attention(modulated, rotary=given.rotary)
-            x_BLD = x_BLD + self.cross_attention(x_BLD, context=given.context, mask=given.mask)
+            assert conditions.context is not None, "DiT checks it"
+            x_BLD = x_BLD + gate_a * self.attention(modulated, rotary=conditions.rotary)
+            x_BLD = x_BLD + self.cross_attention(x_BLD, context=conditions.context, mask=conditions.mask)
         return x_BLD + gate_m * self.mlp(modulate(x_BLD, shift=shift_m, scale=scale_m, eps=self.norm_eps))
 
 
@@ -186,10 +190,10 @@ class DiT(nn.Module):
         rotary = None
         if self.cfg.positions == "relative":
             rotary = Rotary(coordinates, head_dim=self.cfg.width // self.cfg.heads)
-        given = Given(F.silu(embedded), context, self._mask(context_mask, tokens=tokens), rotary)
+        conditions = DiTConditions(F.silu(embedded), context, self._mask(context_mask, tokens=tokens), rotary)
         for block in self.blocks:
-            x_BLD = recomputed(block, x_BLD, given) if self.cfg.checkpoint_blocks else block(x_BLD, given)
-        shift, scale = self.modulation_out(given.vector)[:, None].chunk(2, dim=-1)
+            x_BLD = recomputed(block, x_BLD, conditions) if self.cfg.checkpoint_blocks else block(x_BLD, conditions)
+        shift, scale = self.modulation_out(conditions.vector)[:, None].chunk(2, dim=-1)
         out = self.patches_out(modulate(x_BLD[:, :tokens], shift=shift, scale=scale, eps=self.cfg.norm_eps))
         return unpatchify(out, self.cfg.patch_size, height=height, width=width).float()
 

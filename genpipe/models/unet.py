@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from genpipe.config import Config
 from genpipe.models.layers import LevelEmbedding, label_table, recomputed, zeroed
 from genpipe.models.unet_blocks import (
-    Downsample,
-    Given,
     GridAttention,
     Modulation,
-    ResBlock,
     SpatialTransformer,
-    Upsample,
+    UNetConditions,
+    UNetDownsample,
+    UNetResBlock,
+    UNetUpsample,
 )
 
 
@@ -90,11 +90,11 @@ class Cell(nn.Module):
         self.attention = attention
         self.resize: nn.Module | None = None
 
-    def forward(self, x_BCHW: Tensor, given: Given) -> Tensor:
-        x_BCHW = self.block(x_BCHW, given)
+    def forward(self, x_BCHW: Tensor, conditions: UNetConditions) -> Tensor:
+        x_BCHW = self.block(x_BCHW, conditions)
         if self.attention is not None:
-            x_BCHW = self.attention(x_BCHW, given)
-        return x_BCHW if self.resize is None else self.resize(x_BCHW, given)
+            x_BCHW = self.attention(x_BCHW, conditions)
+        return x_BCHW if self.resize is None else self.resize(x_BCHW, conditions)
 
 
 class UNet(nn.Module):
@@ -146,11 +146,15 @@ class UNet(nn.Module):
     def _resized(self, width: int, to: Literal["down", "up"]) -> nn.Module:
         if self.cfg.resample == "block":
             return self._block(width, width, resize=to)
-        return Downsample(width) if to == "down" else Upsample(width)
+        return UNetDownsample(width) if to == "down" else UNetUpsample(width)
 
-    def _block(self, channels_in: int, channels_out: int, *, resize: Literal["down", "up"] | None = None) -> ResBlock:
+    def _block(
+        self, channels_in: int, channels_out: int, *, resize: Literal["down", "up"] | None = None
+    ) -> UNetResBlock:
         dim, groups, modulation = 4 * self.cfg.width, self.cfg.groups, self.cfg.modulation
-        return ResBlock(channels_in, channels_out, vector_dim=dim, groups=groups, modulation=modulation, resize=resize)
+        return UNetResBlock(
+            channels_in, channels_out, vector_dim=dim, groups=groups, modulation=modulation, resize=resize
+        )
 
     def _cell(self, channels_in: int, width: int, *, level: int) -> Cell:
         attention = self._attention(width) if 2**level in self.cfg.attention_at else None
@@ -193,17 +197,17 @@ class UNet(nn.Module):
             embedded = embedded + self.vector_in(vector)
         if self.labels_in is not None:
             embedded = embedded + self.labels_in(labels)
-        given = Given(F.silu(embedded), context, context_mask)
+        conditions = UNetConditions(F.silu(embedded), context, context_mask)
         x = self.grid_in(x_BCHW)
         skips = [x]
         for cell in self.down:
-            x = self._run(cell, x, given)
+            x = self._run(cell, x, conditions)
             skips.append(x)
         for cell in self.middle:
-            x = self._run(cell, x, given)
+            x = self._run(cell, x, conditions)
         for cell in self.up:
-            x = self._run(cell, torch.cat([x, skips.pop()], dim=1), given)
+            x = self._run(cell, torch.cat([x, skips.pop()], dim=1), conditions)
         return self.grid_out(F.silu(self.norm_out(x))).float()
 
-    def _run(self, cell: nn.Module, x_BCHW: Tensor, given: Given) -> Tensor:
-        return recomputed(cell, x_BCHW, given) if self.cfg.checkpoint_blocks else cell(x_BCHW, given)
+    def _run(self, cell: nn.Module, x_BCHW: Tensor, conditions: UNetConditions) -> Tensor:
+        return recomputed(cell, x_BCHW, conditions) if self.cfg.checkpoint_blocks else cell(x_BCHW, conditions)
