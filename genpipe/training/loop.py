@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from genpipe.config import Resources
-from genpipe.data.loader import Batches, Data, sample_batches
-from genpipe.data.order import order_of
+from genpipe.data.loader import Batches, Data, sample_batches, training_order
 from genpipe.training.bad_samples import Damage
 from genpipe.training.objective import Batch, Metrics, Objective, ObserveTraining, Step, Validation
 from genpipe.training.optim import TrainConfig, lr_scale
@@ -47,7 +46,12 @@ def train(
     loaders = resources.loader_processes or resources.loader_threads
     batches = Batches(
         data.train.collate,
-        order=order_of(data.train.ranges, weights=cfg.source_weights, seed=cfg.seed),
+        order=training_order(
+            data,
+            weights=cfg.source_weights,
+            seed=cfg.seed,
+            run=cfg.micro_batch_size or cfg.global_batch_size,
+        ),
         global_batch_size=cfg.global_batch_size,
         micro_batch_size=micro_batch,
         rank=rt.rank,
