@@ -66,7 +66,8 @@ def variational_loss(
 
     KL(q(x_s | x_t, x0) || p(x_s | x_t)) for the step to s, one step of the table before t (t - 1/1000 where it has
     1,000), and for the last step, to 0, the negative log-likelihood of 8-bit data in [-1, 1] (Nichol & Dhariwal 2021,
-    eq. 4-7). Give `x0_pred` detached: the gradient then reaches the variance's `fraction` alone (their section 3.1). All [B, ...] but t_B [B].
+    eq. 4-7). Give `x0_pred` detached: the gradient then reaches the variance's `fraction` alone (their section 3.1).
+    All [B, ...] but t_B [B].
     """
     step = 1.0 / steps_of(schedule)
     t = t_B.double()
