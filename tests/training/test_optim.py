@@ -15,7 +15,8 @@ from genpipe.models.clip import CLIP, CLIPConfig, TowerConfig
 from genpipe.models.decoder import Decoder, DecoderConfig
 from genpipe.models.dit import DiTConfig
 from genpipe.models.prior import DiffusionPrior, DiffusionPriorConfig
-from genpipe.training.optim import AdamW, Muon, TrainConfig, build_optimizers, lr_scale
+from genpipe.training.optim import AdamW, Muon, build_optimizers
+from genpipe.training.settings import TrainConfig, lr_scale
 
 
 def config(**fields: Any) -> TrainConfig:
