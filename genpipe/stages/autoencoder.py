@@ -41,8 +41,8 @@ from genpipe.models.lpips import SMALLEST as SMALLEST_FOR_LPIPS
 from genpipe.models.quantizer import codebook_use
 from genpipe.pinned_files import PinnedFile
 from genpipe.training.objective import Batch, Metrics, ObserveTraining, Step, Validation
-from genpipe.training.optim import TrainConfig
 from genpipe.training.plateau import Settled, Settling
+from genpipe.training.settings import TrainConfig
 from genpipe.weights import InitialWeights, load_initial_weights, save_weights
 
 VERSION = 1

@@ -37,7 +37,7 @@ from genpipe.generation.conditions import TOKENIZER_FILE
 from genpipe.models.clip import CLIP, CLIPConfig, keep_patches
 from genpipe.models.contrastive import encode_in_chunks
 from genpipe.training.objective import Batch, Metrics, ObserveTraining, Step, Validation
-from genpipe.training.optim import TrainConfig
+from genpipe.training.settings import TrainConfig
 from genpipe.weights import InitialWeights, load_initial_weights, save_weights
 
 VERSION = 1

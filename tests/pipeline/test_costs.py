@@ -17,7 +17,8 @@ from genpipe.models.layers import recomputed
 from genpipe.pipeline.costs import Cost, cost_of
 from genpipe.training.loop import seeded
 from genpipe.training.objective import Batch, Metrics, Step, Validation
-from genpipe.training.optim import TrainConfig, build_optimizers, optimizer_bytes
+from genpipe.training.optim import build_optimizers, optimizer_bytes
+from genpipe.training.settings import TrainConfig
 
 BATCH, WIDTH, HIDDEN, HEADS, TOKENS = 6, 32, 48, 4, 10
 
