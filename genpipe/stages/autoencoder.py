@@ -222,7 +222,7 @@ class Objective:
             self.settling.update()
 
     def validate(self, batches: Iterable[Batch], generator: torch.Generator) -> Validation:
-        """PSNR, SSIM and, where configured, LPIPS and rFID of held-out images; a picture of some beside their originals."""
+        """PSNR, SSIM and, where configured, LPIPS and rFID of held-out images; some beside their originals."""
         scores = ReconstructionScores(lpips=self.lpips, inception=self.inception)
         counts: dict[str, Tensor] = {}
         pictures: dict[str, np.ndarray] = {}
