@@ -18,6 +18,8 @@ from genpipe.models.layers import (
     CrossAttention,
     LevelEmbedding,
     Mlp,
+    Modulation,
+    ResidualBlock,
     Rotary,
     TransformerConfig,
     grid_coordinates,
@@ -80,7 +82,7 @@ class DiTConditions(NamedTuple):
     rotary: Rotary | None
 
 
-class DiTBlock(nn.Module):
+class DiTBlock(ResidualBlock):
     """Attention and MLP, shifted, scaled and gated by the conditioning vector; the identity at the start.
 
     The context [B, M, context_dim] extends the keys, with a mask [B, 1, 1, L + M], or is attended to between the
@@ -93,7 +95,7 @@ class DiTBlock(nn.Module):
         keys_dim = context_dim if cfg.context == "keys" else None
         self.attention = Attention(cfg.width, heads=cfg.heads, context_dim=keys_dim, qk_norm=cfg.qk_norm)
         self.mlp = Mlp(cfg.width, ratio=cfg.mlp_ratio, activation=cfg.activation)
-        self.modulation = zeroed(nn.Linear(cfg.width, 6 * cfg.width))
+        self.modulation = zeroed(Modulation(cfg.width, 6 * cfg.width))
         self.cross_attention = None
         if context_dim is not None and cfg.context == "cross":
             self.cross_attention = CrossAttention(
@@ -145,7 +147,7 @@ class DiT(nn.Module):
         self.context_norm = None if context_dim is None else nn.LayerNorm(context_dim)
         joint_dim, own_dim = (context_dim, None) if cfg.context == "joint" else (None, context_dim)
         self.blocks = nn.ModuleList(DiTBlock(cfg, context_dim=own_dim) for _ in range(cfg.depth))
-        self.modulation_out = zeroed(nn.Linear(width, 2 * width))
+        self.modulation_out = zeroed(Modulation(width, 2 * width))
         self.patches_out = zeroed(nn.Linear(width, out_channels * area))
         self.context_in = None if joint_dim is None else nn.Linear(joint_dim, width)
         self.labels_in = label_table(classes, width)

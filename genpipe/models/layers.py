@@ -185,7 +185,19 @@ class Mlp(nn.Module):
         return self.down(F.gelu(hidden, approximate="tanh" if self.activation == "gelu_tanh" else "none"))
 
 
-class TransformerBlock(nn.Module):
+class ResidualBlock(nn.Module):
+    """A block whose output is added to its input.
+
+    The matrices of such blocks are the hidden ones, which Muon optimizes (`training.optim`): a network of one's own
+    derives its blocks from this class.
+    """
+
+
+class Modulation(nn.Linear):
+    """A conditioning vector [B, D] to a block's shifts, scales and gates; in a block, but none of its matrices."""
+
+
+class TransformerBlock(ResidualBlock):
     """Pre-norm transformer block: attention, then MLP, each added to the residual stream."""
 
     def __init__(

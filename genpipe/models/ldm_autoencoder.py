@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from genpipe.config import Config
 from genpipe.models.convolutions import ResBlock
-from genpipe.models.layers import attend
+from genpipe.models.layers import ResidualBlock, attend
 from genpipe.models.quantizer import Bottleneck, Kl
 
 GROUPS, EPS = 32, 1e-6
@@ -61,7 +61,7 @@ class LdmConfig(Config):
         return 2**level in self.attention_at
 
 
-class LdmAttention(nn.Module):
+class LdmAttention(ResidualBlock):
     """One-headed self-attention over the grid behind a GroupNorm, added to its input."""
 
     def __init__(self, channels: int) -> None:

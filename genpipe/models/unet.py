@@ -16,7 +16,7 @@ from genpipe.config import Config
 from genpipe.models.layers import LevelEmbedding, label_table, recomputed, zeroed
 from genpipe.models.unet_blocks import (
     GridAttention,
-    Modulation,
+    ModulationKind,
     SpatialTransformer,
     UNetConditions,
     UNetDownsample,
@@ -46,7 +46,7 @@ class UNetConfig(Config):
     transformer_depth: PositiveInt = Field(1, description="blocks of each transformer")
     head_width: PositiveInt = Field(64, description="channels of an attention head")
     heads: PositiveInt | None = Field(None, description="heads at every level, whatever their width; default: by width")
-    modulation: Modulation = Field("scale_shift", description="what time and embeddings do to a residual block")
+    modulation: ModulationKind = Field("scale_shift", description="what time and embeddings do to a residual block")
     resample: Literal["block", "conv"] = Field("block", description="halve and double the grid by residual blocks")
     groups: PositiveInt = Field(32, description="groups of every GroupNorm")
     checkpoint_blocks: bool = Field(False, description="recompute activations in the backward pass: less memory")

@@ -10,9 +10,9 @@ from typing import Literal, NamedTuple
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from genpipe.models.layers import Attention, CrossAttention, joint_mask, zeroed
+from genpipe.models.layers import Attention, CrossAttention, Modulation, ResidualBlock, joint_mask, zeroed
 
-Modulation = Literal["add", "scale_shift"]
+ModulationKind = Literal["add", "scale_shift"]
 
 
 class UNetConditions(NamedTuple):
@@ -23,7 +23,7 @@ class UNetConditions(NamedTuple):
     context_mask: Tensor | None
 
 
-class UNetResBlock(nn.Module):
+class UNetResBlock(ResidualBlock):
     """Twice GroupNorm, SiLU, 3x3 convolution, added to the (projected) input, which it is at the start.
 
     The vector is added between the two (Ho et al. 2020), or scales and shifts the second norm (Dhariwal & Nichol
@@ -37,7 +37,7 @@ class UNetResBlock(nn.Module):
         *,
         vector_dim: int,
         groups: int,
-        modulation: Modulation,
+        modulation: ModulationKind,
         resize: Literal["down", "up"] | None = None,
     ) -> None:
         super().__init__()
@@ -45,7 +45,7 @@ class UNetResBlock(nn.Module):
         self.resize = resize
         self.norm1 = nn.GroupNorm(groups, channels_in)
         self.conv1 = nn.Conv2d(channels_in, channels_out, 3, padding=1)
-        self.modulation = nn.Linear(vector_dim, 2 * channels_out if self.scale_shift else channels_out)
+        self.modulation = Modulation(vector_dim, 2 * channels_out if self.scale_shift else channels_out)
         self.norm2 = nn.GroupNorm(groups, channels_out)
         self.conv2 = zeroed(nn.Conv2d(channels_out, channels_out, 3, padding=1))
         self.skip = nn.Identity() if channels_in == channels_out else nn.Conv2d(channels_in, channels_out, 1)
@@ -89,7 +89,7 @@ class UNetUpsample(nn.Module):
         return self.conv(F.interpolate(x_BCHW, scale_factor=2.0, mode="nearest"))
 
 
-class GridAttention(nn.Module):
+class GridAttention(ResidualBlock):
     """Self-attention over the grid, added to its input; the context extends keys and values.
 
     ADM's attention block (Dhariwal & Nichol 2021) with GLIDE's text in it (Nichol et al. 2021, sec. 4.1).
@@ -107,7 +107,7 @@ class GridAttention(nn.Module):
         return x_BCHW + as_grid(self.attention(tokens, mask=mask, context=conditions.context), like=x_BCHW)
 
 
-class SpatialTransformer(nn.Module):
+class SpatialTransformer(ResidualBlock):
     """Transformer over the grid with cross-attention to the context, added to its input (Rombach et al. 2022)."""
 
     def __init__(self, channels: int, *, heads: int, context_dim: int, depth: int, groups: int) -> None:

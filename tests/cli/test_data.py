@@ -357,7 +357,7 @@ def test_what_was_trained_on_them_is_listed(genpipe: Command, pictures: Path, tm
     assert f"could not be looked at: {broken}/manifest.json: not a readable manifest" in out
     assert f"could not be looked at: {bare.uri}: " in out
     new = plan_removal(old.uri, {"p01"}).target.uri
-    assert f"--input shard={new}" in out and "stages.shard.filters.blocklist=" in out
+    assert f"inputs.shard={new}" in out and "stages.shard.filters.blocklist=" in out
     assert f"delete the old shards, which still hold the samples: {old.uri}" in out
     assert "delete preview.png, which may show them, from MLflow run 7c1e" in out
     assert artifacts.find(old.uri) == old
