@@ -94,6 +94,90 @@ def order_of(sources: Mapping[str, range], *, weights: Mapping[str, float], seed
     return Order(ranges, slots, seed)
 
 
+@dataclass(frozen=True, eq=False)
+class BucketOrder:
+    """The order of a dataset whose images are of several sizes: runs of `run` samples of one size.
+
+    Every group of samples, of one source and one size, has an endless order of its own, epoch after epoch, which is
+    cut into runs; the rest of an epoch that fills no run begins the first run of the next. Epoch e of the whole
+    has the runs that the groups complete when each has given `shares` samples e + 1 times, shuffled. So every sample
+    comes once an epoch, up to those that wait for their run to fill, and nothing is left out or repeated.
+
+    groups: the samples of each group, int64 [N]; shares: how many of them an epoch takes, all of them if sources count
+    by size.
+    """
+
+    groups: tuple[np.ndarray, ...]
+    shares: tuple[int, ...]
+    run: int
+    seed: int
+
+    def __call__(self, positions: np.ndarray) -> np.ndarray:
+        """The samples at these positions: int64 [N] in, int64 [N] out."""
+        runs, within = np.divmod(np.asarray(positions, np.int64), self.run)
+        epochs = self._epochs_of(runs)
+        before = self._completed(epochs)
+        counts = self._completed(epochs + 1) - before
+        group, nth = self._shuffled(epochs, runs - before.sum(-1), counts)
+        first = np.take_along_axis(before, group[:, None], -1)[:, 0]
+        own = (first + nth) * self.run + within
+        samples = np.empty_like(own)
+        for number in np.unique(group).tolist():
+            mine, members = group == number, self.groups[number]
+            samples[mine] = members[order(own[mine], n=len(members), seed=self.seed + number)]
+        return samples
+
+    def _shuffled(self, epochs: np.ndarray, runs: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The group of each run [N] of an epoch that has `counts` [N, groups] runs, and which of that group's it is."""
+        totals, ends = counts.sum(-1), np.cumsum(counts, -1)
+        slots = np.empty_like(runs)
+        for total in np.unique(totals).tolist():  # epochs differ in length by a run a group at most
+            here = totals == total
+            slots[here] = order(epochs[here] * total + runs[here], n=total, seed=self.seed ^ _MIXTURE)
+        group = (slots[:, None] >= ends).sum(-1)
+        starts = np.take_along_axis(ends - counts, group[:, None], -1)[:, 0]
+        return group, slots - starts
+
+    def _completed(self, epochs: np.ndarray) -> np.ndarray:
+        """Runs of each group before these epochs [N]: int64 [N, groups]."""
+        given: np.ndarray = np.multiply.outer(epochs, np.asarray(self.shares, np.int64))
+        return given // self.run
+
+    def _epochs_of(self, runs: np.ndarray) -> np.ndarray:
+        """The epoch that each run is of: the first before whose end it lies."""
+        epochs: np.ndarray = runs * self.run // sum(self.shares)  # by as many as that, at least, are complete before it
+        while (late := self._completed(epochs + 1).sum(-1) <= runs).any():
+            epochs = epochs + late
+        return epochs
+
+
+def bucket_order(
+    sources: Mapping[str, range],
+    buckets: Sequence[np.ndarray],
+    *,
+    weights: Mapping[str, float],
+    seed: int,
+    run: int,
+) -> BucketOrder:
+    """The order of a dataset of these sources and sizes; `buckets` are the samples of each size, ascending int64 [N].
+
+    Sizes keep their shares within each source. Weights are as in `order_of`, which says what it raises.
+    """
+    if weights:
+        _check_weights(sources, weights)
+    groups, shares = [], []
+    used = {name: rows for name, rows in sources.items() if rows and (not weights or weights[name])}
+    samples = sum(map(len, used.values()))
+    for name, rows in used.items():
+        share = weights[name] / sum(weights.values()) * samples / len(rows) if weights else 1.0
+        for bucket in buckets:
+            own = bucket[slice(*np.searchsorted(bucket, [rows.start, rows.stop]))]
+            if len(own):
+                groups.append(own)
+                shares.append(max(1, round(share * len(own))))
+    return BucketOrder(tuple(groups), tuple(shares), run, seed)
+
+
 def spread(sources: Mapping[str, range], *, count: int, weights: Mapping[str, float], repeat: bool) -> np.ndarray:
     """About `count` samples that stand for all of these sources, each time the same: int64 [N], in mixed order.
 

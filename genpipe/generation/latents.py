@@ -69,4 +69,4 @@ def sample_latents(
         cfg=sampler,
     )
     noise = torch.randn(shape, generator=generator, device=generator.device)
-    return sample(denoiser(model, diffusion), noise, sampler, schedule=diffusion.schedule, generator=generator)
+    return sample(denoiser(model, diffusion), noise, sampler, diffusion=diffusion, generator=generator)

@@ -10,7 +10,8 @@ import torch.distributed as dist
 
 from genpipe import artifacts
 from genpipe.artifacts import Artifact
-from genpipe.launch.run_stage import PartWorker, execute, train_rank
+from genpipe.launch.rank import train_rank
+from genpipe.launch.run_stage import PartWorker, execute
 from genpipe.pipeline.spec import Progress, StageSpec, write_progress
 from genpipe.stages import is_training, load_stage
 

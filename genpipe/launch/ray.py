@@ -98,7 +98,7 @@ def _train_rank(config: dict[str, Any]) -> None:
     """One rank of a training stage, in a Ray Train worker."""
     import ray.train.torch
 
-    from genpipe.launch.run_stage import train_rank
+    from genpipe.launch.rank import train_rank
 
     spec, job = StageSpec.model_validate(config["spec"]), config["job"]
     told = read_failure(spec.work, job)

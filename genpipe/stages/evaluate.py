@@ -36,6 +36,7 @@ from genpipe.evaluation.networks import inception_features, load_inception
 from genpipe.evaluation.retrieval import recall_at, retrieval_ranks
 from genpipe.generation.systems.unclip import UnclipConfig
 from genpipe.lineage import check_lineage, check_made_from
+from genpipe.models.precision import Precision, autocast, products_of
 from genpipe.pinned_files import PinnedFile
 from genpipe.stages import load_stage
 from genpipe.storage import Storage
@@ -62,7 +63,7 @@ class Config(StageConfig):
     fid: PinnedFile | None = Field(
         None, description="Inception as TorchScript; adds the Fréchet distance of the pictures"
     )
-    precision: str = Field("bf16", pattern="^(bf16|fp32)$")
+    precision: Precision = Field("auto", description="of matrix products")
     seed: int = 0
 
 
@@ -109,6 +110,8 @@ class Worker:
     def __init__(self, cfg: Config, inputs: Mapping[str, Artifact]) -> None:
         self.cfg, self.inputs = cfg, inputs
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.products = products_of(cfg.precision, self.device)
+        self.environment = {"precision_used": self.products}
         check_made_from(inputs)
         self.system = cfg.generation.load(inputs, device=self.device)
         self.shards = {split: open_shards(inputs["shard"], split=split) for split in SPLITS}
@@ -118,15 +121,12 @@ class Worker:
     @torch.no_grad()
     def __call__(self, part: str, out: Path) -> dict[str, Any]:
         kind, *arguments = part.split()
-        with self._autocast(self.cfg.precision):
+        with autocast(self.device, self.products):
             if kind == "grid":
                 return self._grid(out)
             if kind == "validate":
                 return self._validate(arguments[0])
             return self._prompts(cast(Split, arguments[0]), int(arguments[1]), out)
-
-    def _autocast(self, precision: str) -> torch.autocast:
-        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
 
     def _prompts(self, split: Split, first: int, out: Path) -> dict[str, Any]:
         """Generate from a batch of captions: ranks of own captions, and the prior's cosines."""
@@ -184,7 +184,7 @@ class Worker:
         held = stage.data(cfg, self.inputs).heldout
         size, count = cfg.train.validation_batch, cfg.observe.heldout_samples
         batches = sample_batches(held, count=count, batch_size=size, weights=cfg.train.source_weights)
-        with self._autocast(cfg.train.precision):
+        with autocast(self.device, products_of(cfg.train.precision, self.device)):
             moved = (to_device(batch, self.device) for batch in batches)
             result = objective.validate(moved, seeded(self.device, cfg.train.seed, "validate"))
         return {"metrics": {f"{name}/{key}": value for key, value in result.metrics.items()}}

@@ -156,6 +156,11 @@ class StageRun:
         data, name = path.read_bytes(), path.name
         self.put(lambda client: client.log_stream(self.run_id, io.BytesIO(data), name))
 
+    def set_tags(self, tags: Mapping[str, str]) -> None:
+        """Tag the run with `genpipe.NAME` for each of `tags`."""
+        for name, value in tags.items():
+            self.put(lambda client, name=name, value=value: client.set_tag(self.run_id, f"genpipe.{name}", value))  # type: ignore[misc]
+
     def finish(self, artifact: Artifact) -> None:
         """Record the committed artifact, its weights as a logged model if the stage trains, and end the run."""
         manifest = artifacts.read_manifest(artifact.uri)

@@ -10,7 +10,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from genpipe.data.order import CYCLE, Order, caption_draws, normal, order, order_of, pick, spread, uniform
+from genpipe.data.order import (
+    CYCLE,
+    Order,
+    bucket_order,
+    caption_draws,
+    normal,
+    order,
+    order_of,
+    pick,
+    spread,
+    uniform,
+)
 
 
 @settings(deadline=None, max_examples=150)
@@ -139,6 +150,68 @@ def test_weights_that_do_not_fit_are_refused(weights: dict[str, float], told: st
     with pytest.raises(ValueError) as error:
         order_of(sources, weights=weights, seed=0)
     assert str(error.value) == f"train.source_weights: {told}"
+
+
+@st.composite
+def bucketed(draw: st.DrawFn) -> tuple[dict[str, range], list[np.ndarray]]:
+    """Sources, and their samples by one of up to four sizes."""
+    sources = draw(ranges)
+    n = sum(map(len, sources.values()))
+    size_of = np.random.default_rng(draw(st.integers(0, 99))).choice(4, n, p=[0.6, 0.3, 0.08, 0.02])
+    return sources, [np.flatnonzero(size_of == size) for size in np.unique(size_of)]
+
+
+@settings(deadline=None, max_examples=100)
+@given(made=bucketed(), run=st.integers(1, 40), seed=st.integers(0, 2**40), first=st.integers(0, 5))
+def test_a_run_has_one_size_and_an_epoch_every_sample_once(
+    made: tuple[dict[str, range], list[np.ndarray]], run: int, seed: int, first: int
+) -> None:
+    """All that fills a run: of each source and size fewer than a run are left over, and come first thereafter."""
+    sources, buckets = made
+    place = bucket_order({"": range(sum(map(len, sources.values())))}, buckets, weights={}, seed=seed, run=run)
+    size_of = np.empty(sum(map(len, buckets)), int)
+    for size, members in enumerate(buckets):
+        size_of[members] = size
+    ends = [sum(epoch * len(members) // run for members in buckets) * run for epoch in range(first, first + 3)]
+    samples = place(np.arange(ends[-1]))
+    assert (size_of[samples].reshape(-1, run) == size_of[samples].reshape(-1, run)[:, :1]).all()
+    for epoch, end in enumerate(ends, first):
+        times = np.bincount(samples[:end], minlength=len(size_of))
+        for members in buckets:
+            given = epoch * len(members) // run * run
+            assert epoch * len(members) - run < given == times[members].sum() <= epoch * len(members)
+            assert times[members].max() - times[members].min() <= 1
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    made=bucketed(),
+    weighted=st.booleans(),
+    run=st.integers(1, 64),
+    positions=st.lists(st.integers(0, 10**12), min_size=1, max_size=40),
+)
+def test_an_order_of_buckets_is_a_function_of_each_position_alone(
+    made: tuple[dict[str, range], list[np.ndarray]], weighted: bool, run: int, positions: list[int]
+) -> None:
+    sources, buckets = made
+    weights = {name: 1.0 + k for k, name in enumerate(sources)} if weighted else {}
+    place = bucket_order(sources, buckets, weights=weights, seed=1, run=run)
+    together = place(np.array(positions)).tolist()
+    assert together == [int(place(np.array([position]))[0]) for position in positions]
+
+
+def test_sources_keep_their_weights_and_sizes_in_buckets() -> None:
+    sources = {"a": range(0, 3000), "b": range(3000, 4000), "c": range(4000, 4100)}
+    size_of = np.arange(4100) % 5 // 4  # a fifth of each source is tall
+    buckets = [np.flatnonzero(size_of == size) for size in (0, 1)]
+    place = bucket_order(sources, buckets, weights={"a": 1, "b": 1, "c": 0}, seed=3, run=16)
+    samples = place(np.arange(16 * 8000))
+    assert abs((samples < 3000).mean() - 0.5) < 1e-3 and samples.max() < 4000
+    assert abs(size_of[samples[samples < 3000]].mean() - 0.2) < 1e-3
+    shuffled = size_of[samples].reshape(-1, 16)[:, 0]
+    assert abs(np.corrcoef(shuffled[1:], shuffled[:-1])[0, 1]) < 5 / np.sqrt(len(shuffled)), "sizes come in no pattern"
+    with pytest.raises(ValueError, match="source_weights: no weight for 'c'"):
+        bucket_order(sources, buckets, weights={"a": 1, "b": 1}, seed=3, run=16)
 
 
 @settings(deadline=None, max_examples=100)

@@ -17,7 +17,7 @@ from genpipe.artifacts import Artifact, Role, fetch
 from genpipe.config import StageConfig
 from genpipe.data.loader import Data, SampleSet
 from genpipe.training.objective import Batch, Metrics, ObserveTraining, Step, Validation
-from genpipe.training.optim import TrainConfig
+from genpipe.training.settings import TrainConfig
 
 VERSION = 1
 MAKES = "toy_line"
