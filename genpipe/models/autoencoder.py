@@ -53,10 +53,12 @@ class IdentityConfig(Config):
 
     @property
     def latent_channels(self) -> int:
+        """The channels of an image."""
         return self.image_channels
 
     @property
     def bottleneck(self) -> Plain:
+        """None: latents are what the image is."""
         return Plain(kind="plain")
 
 
