@@ -26,7 +26,7 @@ from genpipe.generation.conditions import Given
 from genpipe.generation.latents import Dropped, decoder_model, sample_latents
 from genpipe.models.decoder import Decoder, DecoderConfig, check_conditions
 from genpipe.training.objective import Batch, Metrics, ObserveTraining, Step, Validation
-from genpipe.training.optim import TrainConfig
+from genpipe.training.settings import TrainConfig
 from genpipe.weights import InitialWeights, load_initial_weights, save_weights
 
 VERSION = 1

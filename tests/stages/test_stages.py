@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import torch
+from genpipe.generation.system import GenerationConfig, Generator
 from PIL import Image
 from pydantic import TypeAdapter
 from safetensors.torch import load_file, save_file
@@ -19,7 +20,6 @@ from genpipe.data.image_batches import image_batch, to_float
 from genpipe.data.shard_dataset import ShardDataset
 from genpipe.data.tokenizer import CaptionTokenizer
 from genpipe.generation.conditions import Text
-from genpipe.generation.system import GenerationConfig, Generator
 from genpipe.stages import evaluate, is_training, load_stage, upsampler
 from genpipe.storage import open_storage
 from genpipe.training.objective import Batch

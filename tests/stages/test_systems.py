@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 import torch
+from genpipe.generation.system import GenerationConfig, Generator
 from PIL import Image
 
 from genpipe.artifacts import fetch, read_manifest, sha256_file
 from genpipe.config import ConfigError
-from genpipe.generation.system import GenerationConfig, Generator
 from genpipe.training.loop import seeded
 
 if TYPE_CHECKING:
