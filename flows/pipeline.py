@@ -39,7 +39,7 @@ from genpipe.pipeline.plan import Planned, plan, spec_of
 from genpipe.pipeline.spec import StageSpec
 from genpipe.storage import local_path
 from genpipe.tracking.registry import resolve
-from genpipe.tracking.runs import claim_stage_run, fail_stage_run, pipeline_run
+from genpipe.tracking.runs import fail_stage_run, pipeline_run, try_claim
 from genpipe.tracking.store import check as check_mlflow
 
 RETRY_SECONDS = 3
@@ -194,7 +194,7 @@ def _spec(place: _Place, planned: Planned) -> StageSpec:
     target = planned.artifact.model_copy(update={"meta": promised})
     planned = replace(planned, inputs=inputs, artifact=target)
     spec = spec_of(planned, place.run.pipeline, pipeline_run_id=place.pipeline_run_id, links=place.links)
-    return spec.model_copy(update={"run_id": claim_stage_run(spec)})
+    return spec.model_copy(update={"run_id": try_claim(spec)})
 
 
 def _result(planned: Planned, status: Status, *, seconds: float) -> StageResult:

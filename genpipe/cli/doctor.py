@@ -14,6 +14,7 @@ from genpipe.launch import jobs
 from genpipe.pipeline.graph import load_pipeline
 from genpipe.storage import open_storage
 from genpipe.tracking.store import check as check_mlflow
+from genpipe.tracking.store import redacted
 
 if TYPE_CHECKING:
     import torch
@@ -101,7 +102,7 @@ def _addresses(config: str) -> Iterator[Finding]:
     pipeline = load_pipeline(config)
     store, address = pipeline.cfg.store, pipeline.cfg.ray.address
     yield _tried("store", store, lambda: _probe(store))
-    yield _tried("MLflow", pipeline.tracking_uri, lambda: check_mlflow(pipeline.tracking_uri))
+    yield _tried("MLflow", redacted(pipeline.tracking_uri), lambda: check_mlflow(pipeline.tracking_uri))
     if address:
         yield _tried("Ray", address, lambda: jobs.connect(address))
     else:

@@ -14,7 +14,7 @@ from genpipe.launch.process import set_up_process
 from genpipe.launch.run_stage import commit
 from genpipe.pipeline.spec import Progress, StageSpec, write_progress
 from genpipe.stages import load_stage
-from genpipe.tracking.runs import StageRun
+from genpipe.tracking.recording import records_of
 from genpipe.training.loop import train
 
 
@@ -53,7 +53,7 @@ class RankRuntime:
     environment: dict[str, str] = field(default_factory=dict)
 
     def __enter__(self) -> RankRuntime:
-        self.run = StageRun.attach(self.spec, self.run_id) if self.rank == 0 else None
+        self.run = records_of(self.spec.tracking_uri).attach(self.spec, self.run_id) if self.rank == 0 else None
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -19,7 +19,7 @@ from genpipe.launch.process import set_up_process
 from genpipe.pipeline.spec import StageSpec
 from genpipe.stages import is_training, load_stage
 from genpipe.storage import open_storage
-from genpipe.tracking.runs import StageRun, open_stage_run
+from genpipe.tracking.recording import StageRun, records_of
 
 ENVIRONMENT = "environment"
 """Where the stats of a part hold what its worker found on its machine."""
@@ -41,7 +41,7 @@ def execute(spec: StageSpec, launcher: Launcher) -> Artifact:
     """Run a stage and commit its artifact, or return the one that is committed already.
 
     What an earlier attempt left (checkpoints, finished parts) is taken up. Raises whatever the stage raises;
-    its MLflow run is then marked failed, and nothing is committed.
+    its run is then marked failed, and nothing is committed.
     """
     done = artifacts.committed(spec.target)
     if done is not None:
@@ -49,7 +49,7 @@ def execute(spec: StageSpec, launcher: Launcher) -> Artifact:
     stage = load_stage(spec.stage)
     cfg: StageConfig = stage.Config.model_validate(spec.config)
     stage.check_inputs(cfg, spec.inputs)
-    with open_stage_run(spec) as run:
+    with records_of(spec.tracking_uri).open_stage_run(spec) as run:
         if is_training(stage):
             launcher.train(spec, run.run_id)
         else:
