@@ -26,7 +26,7 @@ DenoiserConfig = Annotated[Annotated[DiTConfig, Tag("dit")] | Annotated[UNetConf
 
 
 class DecoderConfig(Config):
-    """The denoiser, and how it is told of image and caption.
+    """The denoiser, and how it is conditioned on image and caption.
 
     Latent diffusion's text-to-image model (Rombach et al. 2022) has image_embed false and null_text encoder, and the
     decoder of unCLIP a text_transformer (GLIDE's: Nichol et al. 2021, sec. 4.1).
@@ -165,7 +165,7 @@ def check_conditions(cfg: DecoderConfig, *, embed_dim: int, text_width: int) -> 
     if cfg.text_transformer is not None and not text_width:
         raise ValueError("text_transformer reads text encodings, and there is no text; remove text_transformer")
     if unet and attended and not unet.attention_at:
-        raise ValueError("denoiser.attention_at is empty, so that nothing would see the caption; name a level")
+        raise ValueError("denoiser.attention_at is empty, so that nothing attends to the conditions; name a level")
     if unet and not attended and unet.attention_at and unet.attention == "transformer":
         raise ValueError(
             "denoiser.attention is transformer, which attends to text or an image embedding, and there is neither; "

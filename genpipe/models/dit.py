@@ -34,10 +34,10 @@ from genpipe.models.layers import (
 
 
 class DiTConfig(TransformerConfig):
-    """Size of the transformer, how it knows where a token is, and how it attends to the context.
+    """Size of the transformer, its positions, and how it attends to the context.
 
-    positions: "absolute" adds sinusoids of the coordinates (a token knows its place in the image), "relative"
-    turns queries and keys by them (crops and whole images look alike).
+    positions: "absolute" adds sinusoids of the coordinates to the tokens, "relative" rotates queries and keys by them,
+    so that attention sees differences of coordinates only.
 
     context: "keys" extends every attention's keys and values (Nichol et al. 2021, GLIDE), "cross" follows it with
     cross-attention (Chen et al. 2023, PixArt-alpha), "joint" appends the context to the image's tokens (Peebles & Xie
@@ -188,7 +188,7 @@ class DiT(nn.Module):
         if self.context_in is not None:
             x_BLD = torch.cat([x_BLD, self.context_in(context)], dim=1)
             context = None
-            # The context's tokens are turned by nothing, as those in the first cell.
+            # The context's tokens have the coordinates of the first cell, whose rotation is the identity.
             coordinates = F.pad(coordinates, (0, 0, 0, x_BLD.shape[1] - tokens))
         rotary = None
         if self.cfg.positions == "relative":

@@ -101,7 +101,7 @@ class ConvolutionalUpsampler(nn.Module):
 
 
 class UNetUpsampler(nn.Module):
-    """A U-Net that sees `low_res` beside the noised grid, told of the noise on it as of the time."""
+    """A U-Net that sees `low_res` beside the noised grid, conditioned on the time and on the noise of `low_res`."""
 
     def __init__(self, cfg: UNetUpsamplerConfig, *, channels: int | None = None, out_channels: int | None = None):
         super().__init__()

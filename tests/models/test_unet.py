@@ -175,7 +175,7 @@ def test_adm_has_its_published_sizes(settings: dict[str, Any], sizes: dict[str, 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"time_embedding_type": "fourier"}, "time_embedding_type 'fourier' has no equal"),
+        ({"time_embedding_type": "fourier"}, "time_embedding_type 'fourier' has no counterpart"),
         ({"down_block_types": ("KDownBlock2D", *STABLE_DIFFUSION["down_block_types"][1:])}, "KDownBlock2D"),
         ({"block_out_channels": (32, 48, 96, 96)}, "multiples of the first"),
         ({"attention_head_dim": (8, 8, 4, 4)}, "neither one number of heads nor one width"),
