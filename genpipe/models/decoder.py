@@ -107,14 +107,15 @@ class Decoder(nn.Module):
         drop_image: Tensor | None = None,
         drop_text: Tensor | None = None,
         drop_label: Tensor | None = None,
+        generator: torch.Generator | None = None,
     ) -> Tensor:
         """Prediction [B, out_channels, H, W] in fp32 at noised latents x [B, C, H, W] and times t [B] in [0, 1].
 
         image_embed [B, D]; text_encodings [B, L, W]; text_mask bool [B, L], True at tokens that are not padding;
         labels int64 [B], below `classes`. drop_image, drop_text, drop_label: bool [B], independent; True where a null
         takes the condition's place. All that belongs to a condition that the decoder was built without may be None,
-        and is not read. Learned nulls enter by torch.where, so every parameter has a gradient in every step (DDP
-        needs it).
+        and is not read. In training, `generator` is that of the network's dropout. Learned nulls enter by torch.where,
+        so every parameter has a gradient in every step (DDP needs it).
         """
         context = context_mask = None
         vectors = []
@@ -141,6 +142,7 @@ class Decoder(nn.Module):
             context_mask=context_mask,
             vector=torch.cat(vectors, dim=1) if vectors else None,
             labels=labels if self.classes else None,
+            generator=generator,
         )
 
     def _text(
@@ -202,7 +204,7 @@ def build_denoiser(
     vector_dim: int | None,
     classes: int,
 ) -> DiT | UNet:
-    """The network of a kind; all have one signature: model(x, t, *, context, context_mask, vector, labels)."""
+    """The network of a kind, called as model(x, t, *, context, context_mask, vector, labels, generator)."""
     build: Callable[..., DiT | UNet] = UNet if isinstance(cfg, UNetConfig) else DiT
     return build(
         cfg,

@@ -162,12 +162,14 @@ class DiT(nn.Module):
         context_mask: Tensor | None = None,
         vector: Tensor | None = None,
         labels: Tensor | None = None,
+        generator: torch.Generator | None = None,
     ) -> Tensor:
         """Prediction [B, out_channels, H, W] in fp32 for x [B, in_channels, H, W] at times t [B] in [0, 1].
 
         context [B, M, context_dim] with context_mask bool [B, M], True at tokens that count (at least one where
         context is "cross"); vector [B, vector_dim] and labels int64 [B], of which `classes` is the null class, are
-        embedded and added to the time embedding. H and W are multiples of patch_size, or ValueError is raised.
+        embedded and added to the time embedding. `generator` is for a `UNet`'s dropout; there is none here. H and W
+        are multiples of patch_size, or ValueError is raised.
         """
         assert (context is None) == (self.context_norm is None), "context is given as the DiT was built"
         assert (vector is None) == (self.vector_in is None), "a vector is given as the DiT was built"

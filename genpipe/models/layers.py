@@ -164,6 +164,17 @@ def recomputed(block: Callable[..., Tensor], *inputs: object) -> Tensor:
     return output
 
 
+def dropout(x: Tensor, share: float, *, generator: torch.Generator, number: int) -> Tensor:
+    """x with a random `share` of its elements at 0 and the others divided by 1 - share (Srivastava et al. 2014).
+
+    The elements follow from the seed of `generator` and the `number` of the layer alone: nothing is drawn from the
+    generator, so that a block that is computed again in the backward pass drops the same ones.
+    """
+    own = torch.Generator(generator.device).manual_seed((generator.initial_seed() + number) % 2**63)
+    kept = torch.rand(x.shape, generator=own, device=x.device) >= share
+    return x * kept / (1 - share)
+
+
 class Mlp(nn.Module):
     """Linear, GELU, Linear. The exact GELU: its tanh approximation is four times slower in bf16 on CPU.
 
