@@ -115,8 +115,8 @@ def held_out_error(artifact: Artifact, planned: graph.Planned) -> float:
     for number, log_snr in enumerate(LOG_SNRS):
         noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(number))
         ratio = torch.full((len(x0),), log_snr / 2).exp()
-        t_B = time_at(ratio, torch.ones_like(ratio), cfg.schedule)
-        alpha, sigma = (expand_like(level, x0) for level in alpha_sigma(t_B, cfg.schedule))
+        t_B = time_at(ratio, torch.ones_like(ratio), cfg.noise_schedule)
+        alpha, sigma = (expand_like(level, x0) for level in alpha_sigma(t_B, cfg.noise_schedule))
         errors.append((denoise(alpha * x0 + sigma * noise, t_B)[:, : x0.shape[1]] - x0).square().mean().item())
     return mean(errors)
 
