@@ -9,6 +9,12 @@ import tempfile
 from prefect.settings import get_current_settings
 
 
+def described() -> str:
+    """Which server a run uses."""
+    settings = get_current_settings()
+    return settings.api.url or f"a local one, with its database in {settings.home}"
+
+
 def check_home() -> None:
     """Raise ValueError where a server of its own could not keep its database, which it would try for minutes."""
     settings = get_current_settings()

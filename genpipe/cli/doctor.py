@@ -74,12 +74,9 @@ def _machine() -> Iterator[Finding]:
 
 def _prefect() -> Finding:
     """Whether a run can start a Prefect server of its own."""
-    from prefect.settings import get_current_settings
+    from flows import server
 
-    from flows.server import check_home
-
-    settings = get_current_settings()
-    return _tried("Prefect", settings.api.url or f"a local one, with its database in {settings.home}", check_home)
+    return _tried("Prefect", server.described(), server.check_home)
 
 
 def _cores() -> int:

@@ -179,13 +179,26 @@ class Mlp(nn.Module):
         self.down = nn.Linear(hidden, width)
 
     def forward(self, x_BLD: Tensor) -> Tensor:
+        """x [..., D] -> [..., D]."""
         hidden = self.up(x_BLD)
         if self.activation == "quick_gelu":
             return self.down(hidden * torch.sigmoid(1.702 * hidden))
         return self.down(F.gelu(hidden, approximate="tanh" if self.activation == "gelu_tanh" else "none"))
 
 
-class TransformerBlock(nn.Module):
+class ResidualBlock(nn.Module):
+    """A block whose output is added to its input.
+
+    The matrices of such blocks are the hidden ones, which Muon optimizes (`training.optim`): a network of one's own
+    derives its blocks from this class.
+    """
+
+
+class Modulation(nn.Linear):
+    """A conditioning vector [B, D] to a block's shifts, scales and gates; in a block, but none of its matrices."""
+
+
+class TransformerBlock(ResidualBlock):
     """Pre-norm transformer block: attention, then MLP, each added to the residual stream."""
 
     def __init__(
@@ -205,6 +218,7 @@ class TransformerBlock(nn.Module):
         self.mlp = Mlp(width, ratio=mlp_ratio, activation=activation)
 
     def forward(self, x_BLD: Tensor, *, mask: Tensor | None = None, cache: KeyValueCache | None = None) -> Tensor:
+        """x [B, L, D] -> [B, L, D]; `mask` and `cache` as in `Attention`."""
         x_BLD = x_BLD + self.attention(self.attention_norm(x_BLD), mask=mask, cache=cache)
         return x_BLD + self.mlp(self.mlp_norm(x_BLD))
 
@@ -228,7 +242,21 @@ class LevelEmbedding(nn.Module):
         self.down = nn.Linear(width, width)
 
     def forward(self, level_B: Tensor) -> Tensor:
+        """Levels [B] in [0, 1] -> [B, width]."""
         return self.down(F.silu(self.up(sinusoid(1000.0 * level_B, dim=self.frequencies))))
+
+
+def label_table(classes: int, width: int) -> nn.Embedding | None:
+    """Embeddings [classes + 1, width] of class labels, N(0, 0.02) at the start, or None for no classes.
+
+    The last row is the null class, which a dropped label gives way to (Ho & Salimans 2022, sec. 3.2); the table is
+    DiT's (Peebles & Xie 2023), and added to the time embedding as in ADM (Dhariwal & Nichol 2021, sec. 3.1).
+    """
+    if not classes:
+        return None
+    table = nn.Embedding(classes + 1, width)
+    nn.init.normal_(table.weight, std=0.02)
+    return table
 
 
 def grid_coordinates(height: int, width: int, *, device: torch.device) -> Tensor:
@@ -252,6 +280,7 @@ class Rotary:
         self.cos_LE, self.sin_LE = angles.cos(), angles.sin()
 
     def __call__(self, x_BHLE: Tensor) -> Tensor:
+        """Queries or keys [B, H, L, E], turned by the coordinates of their tokens."""
         first, second = x_BHLE.chunk(2, dim=-1)
         cos, sin = self.cos_LE.to(x_BHLE.dtype), self.sin_LE.to(x_BHLE.dtype)
         return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from genpipe.config import Config
 from genpipe.models.convolutions import ResBlock
-from genpipe.models.layers import Attention
+from genpipe.models.layers import Attention, ResidualBlock
 from genpipe.models.quantizer import Bottleneck, Kl
 
 GROUPS = 16
@@ -42,10 +42,11 @@ class FoldedConfig(Config):
 
     @property
     def widths(self) -> list[int]:
+        """Channels of each level, finest first."""
         return [self.width * m for m in self.multipliers]
 
 
-class AttentionBlock(nn.Module):
+class AttentionBlock(ResidualBlock):
     """One-headed self-attention over the grid, added to its input."""
 
     def __init__(self, channels: int) -> None:
@@ -54,6 +55,7 @@ class AttentionBlock(nn.Module):
         self.attention = Attention(channels, heads=1)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
+        """Grid [B, C, H, W] -> the same shape."""
         tokens = self.norm(x_BCHW).flatten(2).transpose(1, 2)
         return x_BCHW + self.attention(tokens).transpose(1, 2).unflatten(2, x_BCHW.shape[-2:])
 

@@ -89,6 +89,19 @@ def cost_of(stage: ModuleType, cfg: Any, inputs: Mapping[str, Artifact]) -> Cost
     )
 
 
+def training_flops(stage: ModuleType, cfg: Any, inputs: Mapping[str, Artifact]) -> float:
+    """FLOPs of a whole training, as `cost_of` counts them, in a fraction of its time: no memory is looked at."""
+    train: TrainConfig = cfg.train
+    batch_size = train.micro_batch(cfg.resources.workers)
+    objective = on_meta(stage, cfg, inputs)
+    total = 0.0
+    with META:
+        batch: Batch = stage.example_batch(cfg, inputs, batch_size=batch_size)
+        for name in objective.active(train.samples) if train.samples else ():
+            total += _flops(objective, name, batch, train) / train.every(name)
+    return total * train.samples / batch_size
+
+
 def on_meta(stage: ModuleType, cfg: Any, inputs: Mapping[str, Artifact]) -> Objective:
     """The objective of a training stage on the meta device, where nothing is read and nothing takes memory."""
     with META:
@@ -108,15 +121,22 @@ def _promised(artifact: Artifact) -> Artifact:
 
 def _step(objective: Objective, part: str, batch: Batch, train: TrainConfig) -> tuple[int, int]:
     """(FLOPs, bytes alive at the peak beside weights and gradients) of one micro-batch of a part."""
-    for name, module in objective.trainable.items():
-        module.requires_grad_(name == part)
+    flops = _flops(objective, part, batch, train)
+    for module in objective.trainable.values():
         for p in module.parameters():
             p.grad = torch.zeros_like(p)  # to be added to, as all but the first micro-batch of a step do
-    with FlopCounterMode(display=False) as counter:
-        _run(objective, part, batch, train)
     with _Alive() as alive:  # by itself, as the counter keeps what passes through checkpoints
         _run(objective, part, batch, train)
-    return counter.get_total_flops(), alive.peak
+    return flops, alive.peak
+
+
+def _flops(objective: Objective, part: str, batch: Batch, train: TrainConfig) -> int:
+    """FLOPs of one micro-batch of a part, forward and backward."""
+    for name, module in objective.trainable.items():
+        module.requires_grad_(name == part)
+    with FlopCounterMode(display=False) as counter:
+        _run(objective, part, batch, train)
+    return counter.get_total_flops()
 
 
 def _run(objective: Objective, part: str, batch: Batch, train: TrainConfig) -> None:

@@ -8,6 +8,7 @@ settings of the stage.
 from __future__ import annotations
 
 import difflib
+import heapq
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,10 +21,9 @@ from pydantic import Field
 
 from genpipe import config
 from genpipe.artifacts import Role
-from genpipe.config import Config, ConfigError, StageConfig, Tree
+from genpipe.config import Config, ConfigError, Location, StageConfig, Tree
 from genpipe.pipeline.spec import TrackingConfig, sqlite_uri
 from genpipe.stages import load_stage
-from genpipe.storage import local_path
 
 
 class RayConfig(Config):
@@ -38,7 +38,7 @@ class PipelineConfig(Config):
     """A pipeline: its stages and where they run, store and record."""
 
     name: str
-    store: str = Field(description="a folder or s3://bucket/prefix for artifacts and unfinished work")
+    store: Location = Field(description="a folder or s3://bucket/prefix for artifacts and unfinished work")
     tracking: TrackingConfig = TrackingConfig()
     ray: RayConfig = RayConfig()
     stages: dict[str, dict[str, Any]]
@@ -121,8 +121,6 @@ def load_pipeline(path: str, overrides: Sequence[str] = ()) -> Pipeline:
     """
     tree = config.load(path, overrides)
     cfg = config.parse(PipelineConfig, tree)
-    if (folder := local_path(cfg.store)) is not None:  # absolute, because workers have working folders of their own
-        cfg = cfg.model_copy(update={"store": str(folder.expanduser().absolute())})
     if cfg.store.startswith("s3://") and not cfg.tracking.uri:
         raise ConfigError(f"{path}: tracking.uri: required when the store is on S3; name an MLflow server")
     faults: list[str] = []
@@ -276,14 +274,16 @@ def _in_order(instances: Mapping[str, Instance], path: str) -> dict[str, Instanc
     try:
         sorter.prepare()
     except CycleError as error:
-        cycle = " -> ".join(reversed(error.args[1]))
+        cycle = " -> ".join(error.args[1])
         raise ConfigError(f"{path}: stages: the inputs run in a cycle: {cycle}; break it") from None
-    ordered: list[str] = []
     place = {name: i for i, name in enumerate(instances)}
+    ordered: list[str] = []
+    ready: list[tuple[int, str]] = []
     while sorter.is_active():
-        ready = sorted(sorter.get_ready(), key=place.__getitem__)
-        ordered += ready
-        sorter.done(*ready)
+        for name in sorter.get_ready():
+            heapq.heappush(ready, (place[name], name))
+        ordered.append(heapq.heappop(ready)[1])
+        sorter.done(ordered[-1])
     return {name: instances[name] for name in ordered}
 
 

@@ -1,27 +1,23 @@
-"""The home of Prefect's own server."""
+"""A home that Prefect's own server cannot write."""
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
-from prefect.settings import PREFECT_API_URL, PREFECT_HOME, temporary_settings
+from toy_project import Project
 
-from flows.server import check_home
+pytestmark = pytest.mark.slow
 
 
-def test_a_home_that_cannot_be_written_is_named_with_what_sets_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("HOME", "/nonexistent")
-    (tmp_path / "file").write_text("in the way")
-    home = tmp_path / "file" / "home"
-    with temporary_settings(updates={PREFECT_HOME: home}, restore_defaults={PREFECT_API_URL}):
-        with pytest.raises(ValueError) as error:
-            check_home()
-        for named in ("PREFECT_HOME", str(home), "HOME, which is /nonexistent"):
-            assert named in str(error.value)
-    with temporary_settings(updates={PREFECT_HOME: home, PREFECT_API_URL: "http://prefect:4200/api"}):
-        check_home()
-    with temporary_settings(updates={PREFECT_HOME: tmp_path / "new"}, restore_defaults={PREFECT_API_URL}):
-        check_home()
+def test_a_home_that_cannot_be_written_is_named_within_seconds(tmp_path: Path, prefect_home: Path) -> None:
+    project = Project(tmp_path, prefect_home)
+    project.environment["HOME"] = "/nonexistent"
+    del project.environment["PREFECT_HOME"]
+    begun = time.monotonic()
+    code, output = project.run(stage="toy_data")
+    assert code == 2, output
+    for named in ("PREFECT_HOME", "/nonexistent/.prefect", "HOME, which is /nonexistent"):
+        assert named in output
+    assert time.monotonic() - begun < 60
