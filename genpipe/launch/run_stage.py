@@ -147,6 +147,7 @@ class PartWorker:
         self.work = stage.Worker(cfg, spec.inputs)
 
     def __call__(self, part: str) -> None:
+        """Make one part and put its files in place."""
         with tempfile.TemporaryDirectory() as folder:
             stats = {**self.work(part, Path(folder)), ENVIRONMENT: getattr(self.work, "environment", {})}
             artifacts.add_part(self.spec.target.uri, part, Path(folder), stats)
