@@ -15,29 +15,26 @@ from typing import Annotated, Literal
 import numpy as np
 import simplejpeg
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from pydantic import Field
 from torch.nn import functional as F
 
 from genpipe.config import Config
+from genpipe.data.color import to_srgb
+from genpipe.data.image_files import RGB, WHITE, ImageError, load_rgb, open_image
 
 ImageFormat = Literal["jpeg", "png", "webp"]
 SUFFIX = {"jpeg": "jpg", "png": "png", "webp": "webp", "gif": "gif", "bmp": "bmp", "tiff": "tif"}
 """Formats that a shard may hold, as Pillow calls them, and the suffix of their members."""
 MAX_PIXELS = 2**27  # 11585 x 11585; Pillow itself refuses some 13377 x 13377
 
-Byte = Annotated[int, Field(ge=0, le=255)]
-RGB = tuple[Byte, Byte, Byte]
-WHITE = (255, 255, 255)
-
 # Of libjpeg-turbo's factors n/8, those that cost less than decoding everything.
 _JPEG_EIGHTHS = (1, 2, 4)
 # A picture reduced while it is decoded keeps this much more than is asked for: what the rest of the way gives is then
 # as close to an exact resize as averaging areas is (tests/data/test_images.py), at less than half the time.
 _JPEG_ROOM = 1.3
-# What Pillow may open: not all that it knows, of which some run other programs (EPS: Ghostscript).
-_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
 _ORIENTATION = 0x0112
+_ICC = b"ICC_PROFILE\0"
 # Markers that may stand before a JPEG's tables: fill bytes, application segments and comments.
 _JPEG_AHEAD = frozenset(bytes([marker]) for marker in (0xFF, *range(0xE0, 0xF0), 0xFE))
 _ENDS = {"jpeg": b"\xff\xd9", "png": b"IEND"}
@@ -71,18 +68,6 @@ class Keep(Config):
 
 
 ResizeConfig = Annotated[CenterCrop | ShorterSide | Buckets | Keep, Field(discriminator="kind")]
-
-
-class ImageError(ValueError):
-    """An unusable image.
-
-    `reason` is one of empty, not_an_image, too_large, truncated, corrupt, unsupported, aspect; `detail` is for people.
-    """
-
-    def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(f"{reason}: {detail}")
-        self.reason = reason
-        self.detail = detail
 
 
 @dataclass(frozen=True)
@@ -218,11 +203,8 @@ def decode(data: bytes, *, least: int = 0) -> np.ndarray:
 
     With `least`, a JPEG may come reduced, to no fewer pixels than that on its shorter side.
     """
-    if not least and simplejpeg.is_jpeg(data):
-        try:
-            return _turned(np.asarray(simplejpeg.decode_jpeg(data, colorspace="RGB")), _exif_orientation(data))
-        except ValueError:
-            pass  # CMYK or damaged: Pillow converts the one and names the reason for the other
+    if not least and simplejpeg.is_jpeg(data) and (image_HWC := _decode_jpeg(data)) is not None:
+        return _turned(image_HWC, _exif_orientation(data))
     picture = read_header(data)
     share = least / min(picture.stored) if least else 1.0
     return _turned(_decode(data, size=picture.stored, least=share, background=WHITE)[0], picture.orientation)
@@ -240,7 +222,7 @@ def _jpeg_header(data: bytes) -> tuple[int, int, str, int] | None:
 
 
 def _any_header(data: bytes) -> tuple[int, int, str, int]:
-    image = _open(data)
+    image = open_image(data)
     format = {"MPO": "JPEG"}.get(str(image.format), str(image.format)).lower()
     if format == "tiff":  # whose size Pillow gives upright, and whose pixels it turns
         return image.height, image.width, format, 1
@@ -253,16 +235,32 @@ def _decode(data: bytes, *, size: tuple[int, int], least: float, background: RGB
     if simplejpeg.is_jpeg(data):
         eighths = next((n for n in _JPEG_EIGHTHS if n / 8 >= least), 8)
         height, width = (-(-side * eighths // 8) for side in size)
-        try:
-            image_HWC = simplejpeg.decode_jpeg(data, colorspace="RGB", min_height=height, min_width=width)
-            if image_HWC.shape[:2] == (height, width):
-                return np.asarray(image_HWC), eighths / 8
-        except ValueError:
-            pass  # CMYK or damaged: Pillow converts the one and names the reason for the other
-    image = _load(data, background=background)
+        image_HWC = _decode_jpeg(data, min_height=height, min_width=width)
+        if image_HWC is not None and image_HWC.shape[:2] == (height, width):
+            return image_HWC, eighths / 8
+    image = load_rgb(data, background=background)
     if (image.height, image.width) != size:
         raise ImageError("corrupt", f"decodes to {image.width} x {image.height}, its header says {size[1]} x {size[0]}")
     return np.array(image), 1.0
+
+
+def _decode_jpeg(data: bytes, **least: int) -> np.ndarray | None:
+    """uint8 [H, W, 3] in sRGB; None for CMYK, which Pillow converts, and for damage, for which it names the reason."""
+    try:
+        image_HWC = np.asarray(simplejpeg.decode_jpeg(data, colorspace="RGB", **least))
+    except ValueError:
+        return None
+    profile = _jpeg_profile(data)
+    return image_HWC if profile is None else np.asarray(to_srgb(Image.fromarray(image_HWC), profile))
+
+
+def _jpeg_profile(data: bytes) -> bytes | None:
+    """The ICC profile of a JPEG, out of its segments (ICC.1:2022, annex B.4)."""
+    chunks = {}
+    for start, end in _ahead(data):
+        if data[start + 1 : start + 2] == b"\xe2" and data[start + 4 : start + 16] == _ICC:
+            chunks[data[start + 16]] = data[start + 18 : end]
+    return b"".join(chunks[number] for number in sorted(chunks)) if chunks else None
 
 
 def _resample(
@@ -285,38 +283,6 @@ def _resample(
         image_NCHW, scale_factor=factors, mode="bicubic", antialias=True, recompute_scale_factor=False
     )
     return np.asarray(resized[0].permute(1, 2, 0).numpy())
-
-
-def _open(data: bytes) -> Image.Image:
-    if not data:
-        raise ImageError("empty", "the file has no bytes")
-    try:
-        return Image.open(io.BytesIO(data), formats=_FORMATS)
-    except UnidentifiedImageError:
-        raise ImageError("not_an_image", f"starts with {data[:16]!r}") from None
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ImageError("too_large", str(error)) from None
-    except Exception as error:  # readers of damaged headers raise anything: OSError, RuntimeError, struct.error, ...
-        raise _damaged(error) from None
-
-
-def _load(data: bytes, *, background: RGB) -> Image.Image:
-    """The first frame in mode RGB, as the bytes lie."""
-    image = _open(data)
-    try:
-        image.load()
-        key = image.info.get("transparency")
-        if image.format == "PNG" and image.mode == "L" and key is not None:
-            depth = data[24]  # Pillow brings 1, 2 and 4 bits of gray to 8, but not the level that is transparent
-            image.info["transparency"] = key * 255 // (2**depth - 1)
-        return _to_rgb(image, background)
-    except Exception as error:  # decoders of damaged data raise anything: OSError, SyntaxError, struct.error, ...
-        raise _damaged(error) from None
-
-
-def _damaged(error: Exception) -> ImageError:
-    reason = "truncated" if "truncated" in str(error).lower() else "corrupt"
-    return ImageError(reason, f"{type(error).__name__}: {error}")
 
 
 def _exif_orientation(data: bytes) -> int:
@@ -379,16 +345,3 @@ def _turned(image_HWC: np.ndarray, orientation: int) -> np.ndarray:
     if orientation in (2, 3, 6, 7):
         image_HWC = image_HWC[:, ::-1]
     return image_HWC
-
-
-def _to_rgb(image: Image.Image, background: RGB) -> Image.Image:
-    if image.mode.startswith("I"):  # 16 bits of gray, which convert() would clip at 255 rather than scale
-        deep, key = np.asarray(image).astype(np.int64), image.info.get("transparency")
-        image = Image.fromarray((deep.clip(0, 65535) // 257).astype(np.uint8))
-        if key is not None:
-            image.putalpha(Image.fromarray(deep != key).convert("L"))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        below = Image.new("RGBA", image.size, (*background, 255))
-        return Image.alpha_composite(below, image).convert("RGB")
-    return image.convert("RGB")

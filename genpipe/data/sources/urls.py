@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import io
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import Future
 from typing import Any, Literal
 
-from PIL import Image, UnidentifiedImageError
 from pydantic import Field
 
+from genpipe.data.images import ImageError, read_header
 from genpipe.data.prefetch import in_order
 from genpipe.data.samples import Reject, Sample
 from genpipe.data.sources.fetch import Failure, FetchConfig, Fetcher
@@ -136,13 +135,11 @@ def _sample(row: Row, content: bytes | Failure, condition: bytes | Failure | Non
 
 
 def _fault(content: bytes) -> Failure | None:
+    """Why an answer is no image; one that is damaged or enormous is for the stage to judge, as of any source."""
     if not content:
         return Failure("empty", "the answer has no bytes")
     try:
-        Image.open(io.BytesIO(content))
-    except UnidentifiedImageError:
-        return Failure("not_an_image", f"starts with {content[:16]!r}")
-    except Exception:
-        # An image, though a damaged or enormous one: for the stage to judge, as with any other source.
-        pass
+        read_header(content)
+    except ImageError as error:
+        return Failure(error.reason, error.detail) if error.reason in ("not_an_image", "unsupported") else None
     return None
