@@ -6,11 +6,11 @@ import hashlib
 import re
 import unicodedata
 from collections.abc import Collection, Sequence
-from typing import Self
+from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
-from genpipe.config import Config
+from genpipe.config import WHERE, Config
 from genpipe.storage import read_file
 
 MAX_DISTANCE = 12
@@ -35,7 +35,7 @@ class FilterConfig(Config):
         description="keep the first of the images whose 64-bit perceptual hashes differ in at most this many bits; "
         "4 finds copies that were resized or compressed again, beyond 8 different images meet; colors do not count",
     )
-    blocklist: str | None = Field(
+    blocklist: Annotated[str | None, WHERE] = Field(
         None, description="a file, local or s3://, with a key or a sha256 (of an image file) a line; # begins a comment"
     )
 

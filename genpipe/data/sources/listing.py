@@ -57,14 +57,6 @@ def list_files(path: str, *, suffixes: Collection[str], setting: str, what: str)
     return storage, sorted(entries)
 
 
-def digest_entries(entries: Iterable[Entry]) -> str:
-    """sha256 over the name, size and version of each file."""
-    digest = hashlib.sha256()
-    for entry in entries:
-        digest.update(os.fsencode(entry.key) + f"\0{entry.size}\0{entry.version}\n".encode())
-    return digest.hexdigest()
-
-
 def blames_storage(error: OSError, *, storage: Storage) -> bool:
     """Whether a read failed by the fault of a remote service, which must stop the part and not fill the ledger."""
     is_remote = local_path(storage.uri) is None

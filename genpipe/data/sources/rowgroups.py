@@ -33,6 +33,14 @@ def group_sizes(file: pq.ParquetFile) -> list[int]:
     return [file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups)]
 
 
+def may_have_nulls(file: pq.ParquetFile, column: str) -> bool:
+    """Whether a column, or `struct.field`, has a null, or statistics that do not say that it has none."""
+    groups = (file.metadata.row_group(group) for group in range(file.metadata.num_row_groups))
+    columns = (group.column(number) for group in groups for number in range(group.num_columns))
+    statistics = [chunk.statistics for chunk in columns if chunk.path_in_schema == column]
+    return any(known is None or not known.has_null_count or known.null_count for known in statistics)
+
+
 def cut_row_groups(table: Entry, sizes: list[int], *, part_size: int) -> list[Part]:
     """Runs of row groups of at most `part_size` rows in all, and slices of groups that are larger."""
     parts: list[Part] = []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import Future
@@ -14,10 +13,9 @@ from genpipe.data.images import ImageError, read_header
 from genpipe.data.prefetch import in_order
 from genpipe.data.samples import Reject, Sample
 from genpipe.data.sources.fetch import Failure, FetchConfig, Fetcher
+from genpipe.data.sources.identity import digest_entries
 from genpipe.data.sources.tables import Row, TableConfig, Tables
-from genpipe.storage import open_object
 
-BLOCK = 2**23
 LOST = 20  # servers that cannot be reached, one after another, are no accident
 
 
@@ -83,12 +81,8 @@ class UrlsSource:
         return self.tables.classes()
 
     def digest(self) -> str:
-        """sha256 over the tables' names and bytes. What stands behind the URLs may change without it."""
-        digest = hashlib.sha256()
-        for entry in self.tables.entries:
-            with open_object(self.tables.storage, entry, block=BLOCK) as file:
-                digest.update(f"{entry.key}\0{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
-        return digest.hexdigest()
+        """sha256 over the tables' names and content. What stands behind the URLs may change without it."""
+        return digest_entries(self.tables.storage, self.tables.entries)
 
 
 def _submit(fetcher: Fetcher, cell: Any) -> Future[bytes | Failure]:

@@ -28,11 +28,11 @@ from genpipe.data.sources.captions import (
     check_templates,
     label_of,
 )
+from genpipe.data.sources.identity import digest_entries
 from genpipe.data.sources.listing import (
     IMAGE_SUFFIXES,
     MAX_FILE_BYTES,
     blames_storage,
-    digest_entries,
     list_files,
     member_key,
     part_names,
@@ -145,8 +145,8 @@ class WebDatasetSource:
         return self.cfg.classes or (None if self.cfg.label else ())
 
     def digest(self) -> str:
-        """sha256 over the name, size and time (or ETag) of each tar."""
-        return digest_entries(self._tars)
+        """sha256 over the name, size and content (or ETag) of each tar."""
+        return digest_entries(self.storage, self._tars)
 
     def _groups(self, slice: _Slice) -> Iterator[_Group | Reject]:
         """Every sample from the tar's start to the slice's end, those before the slice without content."""
