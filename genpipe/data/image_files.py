@@ -1,4 +1,4 @@
-"""Image files as Pillow opens them, to 8 bits of sRGB: every mode, depth and profile is converted right or refused."""
+"""Image files opened by Pillow, as 8 bits of sRGB: every mode, depth and profile is converted or refused."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ Byte = Annotated[int, Field(ge=0, le=255)]
 RGB = tuple[Byte, Byte, Byte]
 WHITE = (255, 255, 255)
 
-# What Pillow may open: not all that it knows, of which some run other programs (EPS: Ghostscript).
+# What Pillow may open: not everything that it knows, as some formats run other programs (EPS: Ghostscript).
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
 _BITS, _LARGEST, _SUBFILE, _DNG = 258, 281, 254, 50706  # tags of TIFF
-# What files are by their first bytes that are images, or look like some, but that nothing here reads.
+# Files, by their first bytes, that are images but are not supported.
 _UNREADABLE = (
     (b"\x00\x00\x00\x0cJXL ", "a JPEG XL file"),
     (b"\xff\x0a", "a JPEG XL file"),
@@ -55,7 +55,7 @@ class ImageError(ValueError):
 
 
 def open_image(data: bytes) -> Image.Image:
-    """The image, not yet decoded. Raises ImageError for what is none, or of a kind that would not come out right."""
+    """Open an image without decoding it. Raises ImageError if it is none, or cannot be converted correctly."""
     if not data:
         raise ImageError("empty", "the file has no bytes")
     try:
@@ -68,7 +68,7 @@ def open_image(data: bytes) -> Image.Image:
         raise _damaged(error) from None
     if image.mode == "F" or (image.mode == "I" and image.format != "PPM"):  # of PPM Pillow makes 16 bits in mode I
         numbers = "floating-point" if image.mode == "F" else "32-bit or signed"
-        raise ImageError("unsupported", f"{numbers} pixels, whose range nothing tells; convert it to 8 or 16 bits")
+        raise ImageError("unsupported", f"{numbers} pixels, whose range is unknown; convert it to 8 or 16 bits")
     tags = getattr(image, "tag_v2", {})
     if _DNG in tags or (isinstance(tags.get(_SUBFILE), int) and tags[_SUBFILE] & 1):
         raise ImageError("unsupported", f"a camera raw file or one that begins with its thumbnail, {_CONVERT}")
@@ -88,7 +88,7 @@ def _unidentified(data: bytes) -> ImageError:
     known = ["AVIF"] if brand in (b"avif", b"avis") else [kind for mark, kind in _READABLE if data.startswith(mark)]
     if known:
         what = f"a {known[0]} file that is damaged, or whose pixels are of a kind that is not read"
-        return ImageError("corrupt", f"{what}; bring a whole copy, or convert it to PNG of 8 bits")
+        return ImageError("corrupt", f"{what}; replace it with an intact copy, or convert it to an 8-bit PNG")
     return ImageError("not_an_image", f"starts with {data[:16]!r}")
 
 
@@ -138,7 +138,7 @@ def _to_rgb(image: Image.Image, background: RGB) -> Image.Image:
 def _eight_bits(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
     """16 bits of gray as 8, which convert() would clip at 255 rather than scale; and the alpha of a transparent level.
 
-    Raises ImageError for what must be fewer bits in 16, by a factor that nothing tells.
+    Raises ImageError for fewer bits stored in 16 without a tag that gives their range.
     """
     deep, key = np.asarray(image).astype(np.int64), image.info.get("transparency")
     full = _largest(getattr(image, "tag_v2", {}))

@@ -82,6 +82,7 @@ class Picture:
 
     @property
     def on_its_side(self) -> bool:
+        """Whether the stored pixels are turned by 90 degrees."""
         return self.orientation >= 5
 
     @property
@@ -91,7 +92,7 @@ class Picture:
 
 
 def read_header(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Picture:
-    """What the header says; nothing is decoded. Raises ImageError, too_large beyond `max_pixels`."""
+    """Read the header without decoding anything. Raises ImageError: too_large beyond `max_pixels`."""
     height, width, format, orientation = _jpeg_header(data) or _any_header(data)
     if width * height > max_pixels:
         raise ImageError("too_large", f"{width} x {height} is more than {max_pixels} pixels")
@@ -101,16 +102,16 @@ def read_header(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Picture:
 
 
 def check_kept(picture: Picture) -> None:
-    """Whether its bytes may be stored as they are, found without decoding. Raises ImageError.
+    """Check, without decoding, that an image's bytes may be stored as they are. Raises ImageError.
 
-    unsupported: a format that no shard holds; truncated: a JPEG or PNG without its end mark, a download that stopped.
+    unsupported: a format that no shard holds; truncated: a JPEG or PNG without its end marker, as an aborted download.
     """
     if picture.format not in SUFFIX:
         raise ImageError("unsupported", f"{picture.format} files are not kept (but {', '.join(SUFFIX)} are)")
     mark = _ENDS.get(picture.format)
     start = max((end for _, end in _ahead(picture.data)), default=0)  # the thumbnail in a JPEG has a mark of its own
     if mark is not None and picture.data.rfind(mark, start) < 0:
-        raise ImageError("truncated", f"{len(picture.data)} bytes without the end mark of {picture.format}")
+        raise ImageError("truncated", f"{len(picture.data)} bytes without the end marker of {picture.format}")
 
 
 def prepare(
@@ -121,12 +122,11 @@ def prepare(
     background: RGB = WHITE,
     beside: Picture | None = None,
 ) -> np.ndarray:
-    """Decode, upright by EXIF, alpha on `background`, crop in the middle, resize: uint8 [H, W, C].
+    """Decode, orient by EXIF, composite on `background`, center-crop and resize: uint8 [H, W, C].
 
-    Gray, palette, CMYK and 16-bit images become RGB; of an animation the first frame is taken. The resize is
-    bicubic (a = -0.5) and antialiased. A JPEG that is to become much smaller is reduced as it is decoded
-    (libjpeg's scaled inverse DCT). A conditioning image is cut and resized as the image `beside` is, whatever its own
-    resolution. Raises ImageError with the reason.
+    All modes and depths become sRGB; of an animation the first frame is taken. The resize is bicubic (a = -0.5) and
+    antialiased. A JPEG that is to become much smaller is reduced as it is decoded (libjpeg's scaled inverse DCT). A
+    conditioning image is cropped and resized as the image `beside` is, whatever its own resolution. Raises ImageError.
     """
     like = beside or picture
     (rows, columns), out = fit(resize, height=like.height, width=like.width, size=size)
@@ -139,9 +139,9 @@ def prepare(
 
 
 def check_same_aspect(condition: Picture, image: Picture) -> None:
-    """Raise ImageError, aspect, for a conditioning image that is no scaled copy of the image's frame.
+    """Raise ImageError, aspect, unless a conditioning image has the aspect of its image.
 
-    Sides may be off by the pixel that rounding costs.
+    Sides may be off by one pixel of rounding.
     """
     off = abs(condition.height * image.width - condition.width * image.height)
     if off > image.height + image.width:
@@ -155,7 +155,7 @@ def check_same_aspect(condition: Picture, image: Picture) -> None:
 def fit(
     resize: CenterCrop | ShorterSide | Buckets, *, height: int, width: int, size: int
 ) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Of an image of this size, the (height, width) of the middle part to take, and those to scale it to."""
+    """The (height, width) of the central region to take from an image of this size, and those to scale it to."""
     if isinstance(resize, CenterCrop):
         side = min(height, width)
         return (side, side), (size, size)
@@ -211,7 +211,7 @@ def decode(data: bytes, *, least: int = 0) -> np.ndarray:
 
 
 def _jpeg_header(data: bytes) -> tuple[int, int, str, int] | None:
-    """Height, width, format, orientation as the bytes lie; None unless it is a sound JPEG in a usual color space."""
+    """Height, width, format, orientation as the bytes lie; None unless it is an intact JPEG in a common color space."""
     if not simplejpeg.is_jpeg(data):
         return None
     try:
@@ -288,8 +288,8 @@ def _resample(
 def _exif_orientation(data: bytes) -> int:
     """The orientation that a JPEG's EXIF segment gives; 1 where there is none or it is damaged.
 
-    It stands before all tables (EXIF 2.32, section 4.5.4): what looks like one behind them is not looked for, so that
-    most files tell by their first bytes that they have none (`pixels.py`).
+    It precedes all tables (EXIF 2.32, section 4.5.4). Nothing behind them is searched, so that the first bytes of most
+    files tell that they have none (`image_batches.py`).
     """
     for start, end in _ahead(data):
         if data[start : start + 2] == b"\xff\xe1" and data[start + 4 : start + 10] == b"Exif\0\0":
@@ -315,7 +315,7 @@ def _ahead(data: bytes) -> Iterator[tuple[int, int]]:
 
 
 def _orientation_of(image: Image.Image, data: bytes) -> int:
-    """The orientation of an image that is no JPEG; 1 where there is none or its EXIF block is damaged."""
+    """The orientation of an image other than a JPEG; 1 where there is none or its EXIF block is damaged."""
     if image.format == "PNG" and "exif" not in image.info and (late := _png_exif(data)):
         image.info["exif"] = late
     try:
@@ -325,7 +325,7 @@ def _orientation_of(image: Image.Image, data: bytes) -> int:
 
 
 def _png_exif(data: bytes) -> bytes:
-    """The EXIF block of a PNG, which may stand behind the pixels; empty if it has none."""
+    """The EXIF block of a PNG, which may follow the pixels; empty if it has none."""
     at = 8
     while (kind := data[at + 4 : at + 8]) not in (b"", b"eXIf"):
         at += 12 + int.from_bytes(data[at : at + 4], "big")

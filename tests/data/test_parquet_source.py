@@ -301,12 +301,11 @@ def test_columns_that_are_not_there_are_named(tmp_path: Path) -> None:
 
 def test_tables_that_cannot_be_used_are_named(tmp_path: Path) -> None:
     put(tmp_path / "broken", {"a.parquet": numbered(3)[:-20]})
-    with pytest.raises(ValueError, match=r"source.path: .*/broken/a.parquet is not whole parquet: .*; bring a whole"):
+    with pytest.raises(ValueError, match=r"source.path: .*/broken/a.parquet is not intact parquet: .*; replace it"):
         source("parquet", tmp_path / "broken")
     put(tmp_path / "empty", {"a.parquet": parquet({"image": [], "text": []})})
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ValueError, match=rf"source.path: the tables of {tmp_path}/empty have no rows.*give others"):
         source("parquet", tmp_path / "empty")
-    assert str(error.value) == f"source.path: the tables of {tmp_path}/empty have no rows (1 looked at); give others"
     put(tmp_path / "none", {"a.csv": "image,text\n"})
     with pytest.raises(ValueError) as error:
         source("parquet", tmp_path / "none")

@@ -196,7 +196,7 @@ class FolderSource:
                     rejects.append(Reject("", where, "bad_metadata", str(error)))
                     continue
                 if name is None:
-                    detail = f"no image {written} in {self.storage.uri}; bring it, or correct file_name"
+                    detail = f"no image {written} in {self.storage.uri}; add it, or correct file_name"
                     rejects.append(Reject(written, where, "missing_file", detail))
                 elif name in rows:
                     rejects.append(Reject(name, where, "duplicate_key", f"{name} has an earlier metadata line"))

@@ -1,4 +1,4 @@
-"""Rows of JSON lines and CSV as records, each fault of a row a ValueError in its place."""
+"""Rows of JSON lines and CSV as records; a faulty row becomes a ValueError in its place."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def cut_lines(storage: Storage, table: Entry, *, suffix: str, part_size: int) ->
 
 
 def read_lines(storage: Storage, part: Part, *, suffix: str) -> Iterator[Record | ValueError | OSError]:
-    """The records of a part; of a table that is gone or was cut short, as many errors."""
+    """The records of a part; if the table is gone or truncated, as many errors."""
     try:
         data = storage.read_range(part.table.key, offset=part.offset, length=part.length)
     except OSError as error:
@@ -149,9 +149,9 @@ def _split_lines(lines: Iterable[bytes]) -> Iterator[Row]:
 
 
 def _delimiter(lines: Iterable[bytes]) -> tuple[str, Iterable[bytes]]:
-    """What separates the cells of a CSV, as its first line tells, and its lines.
+    """The delimiter of a CSV, detected from its first line, and its lines.
 
-    Spreadsheets of many countries write semicolons, databases tabs; where there is a comma, it is the comma.
+    Spreadsheets write semicolons in many locales, databases tabs; a comma takes precedence.
     """
     rest = iter(lines)
     first = next(rest, b"")
@@ -161,7 +161,7 @@ def _delimiter(lines: Iterable[bytes]) -> tuple[str, Iterable[bytes]]:
 
 
 def _split_csv(lines: Iterable[bytes], *, start: int, delimiter: str) -> Iterator[Row]:
-    """A row that is none is a fault of its first line alone: an open quote must not swallow what follows."""
+    """A malformed row costs its first line only: an unclosed quote must not swallow what follows."""
     rest, again, taken = iter(lines), deque[bytes](), list[bytes]()
     number, end = 0, start
 
@@ -190,12 +190,12 @@ def _split_csv(lines: Iterable[bytes], *, start: int, delimiter: str) -> Iterato
 
 
 def _header(rows: Iterator[Row]) -> tuple[tuple[str, ...], int]:
-    """The columns of a CSV, whose first row this takes, and the bytes up to there. ValueError for what is no header."""
+    """The columns of a CSV, from its first row, and the bytes up to there. Raises ValueError for no header."""
     first = next(rows, None)
     if first is None:
         return (), 0
     if not isinstance(first.content, list) or not is_text("".join(first.content)):
-        raise ValueError("does not begin with the names of its columns in UTF-8; save it anew as CSV in UTF-8")
+        raise ValueError("does not begin with a header of column names in UTF-8; save it as CSV in UTF-8")
     return tuple(first.content), first.end
 
 

@@ -25,7 +25,7 @@ def open_parquet(storage: Storage, table: Entry) -> pq.ParquetFile:
     except (FileNotFoundError, PermissionError, ConnectionError):
         raise
     except (OSError, pa.ArrowException) as error:  # Arrow says either of damage
-        raise ValueError(f"is not whole parquet: {error}; bring a whole copy") from None
+        raise ValueError(f"is not intact parquet: {error}; replace it with an intact copy") from None
 
 
 def group_sizes(file: pq.ParquetFile) -> list[int]:
@@ -58,7 +58,7 @@ def cut_row_groups(table: Entry, sizes: list[int], *, part_size: int) -> list[Pa
 
 
 def read_row_groups(storage: Storage, part: Part, *, columns: list[str]) -> Iterator[Record | ValueError | OSError]:
-    """Each row of a part; one that damage or a missing file makes unreadable as the error."""
+    """Each row of a part; an unreadable one as the error."""
     try:
         file = open_parquet(storage, part.table)
     except (OSError, ValueError) as error:
@@ -85,7 +85,7 @@ def read_parquet(storage: Storage, table: Entry) -> Iterator[tuple[int, Record |
 def _read_rows(
     storage: Storage, file: pq.ParquetFile, group: int, *, columns: list[str], skip: int, count: int
 ) -> Iterator[Record | ValueError | OSError]:
-    """`count` rows of a row group after the first `skip`: as many good ones as can be had, then the error."""
+    """`count` rows of a row group after the first `skip`: as many intact ones as possible, then the error."""
     damage: ValueError | OSError = ValueError("the row group holds fewer rows than the footer says")
     try:
         for batch in file.iter_batches(BATCH_ROWS, row_groups=[group], columns=columns, use_threads=False):
@@ -104,7 +104,7 @@ def _read_rows(
 
 
 def _records(rows: pa.RecordBatch) -> Iterator[Record | ValueError]:
-    """Each row, or why Python has nothing like it: bytes that are not UTF-8, a year beyond 9999, ..."""
+    """Each row, or why it cannot be a Python value: bytes that are not UTF-8, a year beyond 9999, ..."""
     try:
         yield from rows.to_pylist()
     except (ValueError, OverflowError, pa.ArrowException) as error:

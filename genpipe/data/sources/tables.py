@@ -54,7 +54,7 @@ class TableConfig(Config):
 
 @dataclass(frozen=True)
 class Row:
-    """A row with its captions: what is left to do is to get the image."""
+    """A row with its captions, label and meta; the image is yet to be read."""
 
     key: str
     place: str  # the table and the number of the row
@@ -98,7 +98,7 @@ class Tables:
         self._parts = [part for parts in read_ahead(self._cut, self.entries, storage=self.storage) for part in parts]
         if not self._parts:
             raise ValueError(
-                f"{setting}.path: the tables of {cfg.path} have no rows ({len(self.entries)} looked at); give others"
+                f"{setting}.path: the tables of {cfg.path} have no rows ({len(self.entries)} tables read); give others"
             )
         self._names = self._declared_names() if cfg.label else ()
 
@@ -253,6 +253,6 @@ def _cells(records: Iterator[Record | ValueError | OSError], column: str) -> Ite
 
 
 def _text(record: Record, column: str) -> str:
-    """What a column says, "" for nothing; a column may have the empty name, which as a setting means none."""
+    """The text of a column, "" for nothing; the empty column name means that none is set."""
     value = jsonable(record.get(column)) if column else None
     return "" if value is None else str(value)

@@ -28,7 +28,7 @@ class UrlsConfig(TableConfig):
 
 
 class UrlsSource:
-    """The rows of tables of URLs in their order, whatever the order of arrival.
+    """The rows of tables of URLs, in the order of the tables whatever the order of arrival.
 
     The group is the column that is named for it, else the URL. Every failure is a Reject: http_404 (or another
     status), timeout, connection, tls, bad_url, private_address, too_many_redirects, too_large, noai, empty,
@@ -49,7 +49,7 @@ class UrlsSource:
     def read(self, part: str) -> Iterator[Sample | Reject]:
         """Fetch the images of a part; one item for each row.
 
-        Raises ConnectionError at the end of a part of which nobody could be reached: then it is the network.
+        Raises ConnectionError at the end of a part if no server could be reached: then the network is down.
         """
         outcomes: Counter[str] = Counter()
         with Fetcher(self.cfg.fetch) as fetcher:
