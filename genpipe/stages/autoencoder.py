@@ -242,11 +242,12 @@ class Objective:
 
 def export(objective: Objective, cfg: Config, inputs: Mapping[str, Artifact], folder: Path) -> dict[str, Any]:
     """Write the weights; the meta gets the latents' statistics by channel."""
-    save_weights(objective.model, folder, kind="autoencoder", config=cfg.model, sizes={}, extra={})
+    model = objective.model.eval()
+    save_weights(model, folder, kind="autoencoder", config=cfg.model, sizes={}, extra={})
     if isinstance(cfg.model, IdentityConfig):  # pixels stay in [-1, 1], which samplers may then clip to
         channels = cfg.model.latent_channels
         return {"latent_mean": [0.0] * channels, "latent_std": [1.0] * channels, "latent_sample_std": [1.0] * channels}
-    return latent_moments(objective.model, data(cfg, inputs).train, cfg)
+    return latent_moments(model, data(cfg, inputs).train, cfg)
 
 
 def latent_moments(model: Autoencoder, samples: SampleSet, cfg: Config) -> dict[str, list[float]]:
