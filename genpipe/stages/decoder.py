@@ -184,7 +184,7 @@ class Objective:
             3 if self.model.classes else 2, len(latents), generator=step.generator, device=latents.device
         )
         dropped = Dropped(draws[0] < cfg.drop_image, draws[1] < cfg.drop_text, draws[-1] < cfg.drop_label)
-        model = decoder_model(self.model, self._given(batch), dropped)
+        model = decoder_model(self.model, self._given(batch), dropped, generator=step.generator)
         return training_loss(model, latents, cfg.diffusion, generator=step.generator).mean(), {}
 
     def _given(self, batch: Batch) -> Given:
