@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +28,11 @@ def write_folder(folder: Path, files: dict[str, bytes]) -> Path:
 
 
 def committed(uri: str, folder: Path, **fields: Any) -> Artifact:
-    target = Artifact(kind="thing", uri=uri, fingerprint="f" * 64, meta={"size": 3, "mean": [0.1, 1e-7]})
-    needs = {"version": 2, "config": {"lr": 1e-3}, "inputs": {}, "metrics": {"loss": 0.25}}
-    return artifacts.commit(target, folder=folder, **{**needs, **fields})
+    needs: dict[str, Any] = {"config": {"lr": 1e-3}, "inputs": {}, "metrics": {"loss": 0.25}} | fields
+    identity = artifacts.identity("thing", version=2, settings=needs["config"], inputs=needs["inputs"])
+    meta = {"size": 3, "mean": [0.1, 1e-7]}
+    target = Artifact(kind="thing", uri=uri, fingerprint=artifacts.fingerprint(identity), meta=meta)
+    return artifacts.commit(target, folder=folder, identity=identity, **needs)
 
 
 @pytest.fixture
@@ -48,7 +52,8 @@ def test_commit_then_find_verify_and_fetch(store_uri: str, tmp_path: Path, cache
     assert artifacts.find(store_uri) == made
     manifest = artifacts.verify(store_uri)
     assert {file.path: file.size for file in manifest.files} == {name: len(data) for name, data in FILES.items()}
-    assert (manifest.version, manifest.config, manifest.metrics) == (2, {"lr": 1e-3}, {"loss": 0.25})
+    assert (manifest.config, manifest.metrics) == ({"lr": 1e-3}, {"loss": 0.25})
+    assert (manifest.identity["version"], manifest.identity["inputs"]) == (2, {"source": "e" * 64})
     assert (manifest.inputs, manifest.run_id) == ({"source": source}, "run")
     folder = artifacts.fetch(made)
     assert {name: (folder / name).read_bytes() for name in FILES} == FILES
@@ -174,29 +179,70 @@ configs = st.dictionaries(st.sampled_from("abcd"), json_values, max_size=4)
 
 
 @given(configs, configs)
-def test_fingerprints_differ_exactly_if_configs_do(one: dict[str, Any], other: dict[str, Any]) -> None:
-    def of(config: dict[str, Any]) -> str:
-        return artifacts.fingerprint("stage", version=1, config=config, inputs={})
+def test_fingerprints_differ_exactly_if_settings_do(one: dict[str, Any], other: dict[str, Any]) -> None:
+    def of(settings: dict[str, Any]) -> str:
+        return artifacts.fingerprint(artifacts.identity("stage", version=1, settings=settings, inputs={}))
 
     assert (of(one) == of(other)) == (json.dumps(one, sort_keys=True) == json.dumps(other, sort_keys=True))
     assert of(one) == of(dict(reversed(one.items())))
 
 
 def test_fingerprints_depend_on_everything_that_decides_the_output() -> None:
-    needs: dict[str, Any] = {"version": 1, "config": {"lr": 1}, "inputs": {}, "external": ""}
+    def of(stage: str = "stage", **changed: Any) -> str:
+        needs: dict[str, Any] = {"version": 1, "settings": {"lr": 1}, "inputs": {}, "source": ""} | changed
+        return artifacts.fingerprint(artifacts.identity(stage, **needs))
+
     source = Artifact(kind="source", uri="here", fingerprint="e")
-    prints = {
-        artifacts.fingerprint("stage", **needs),
-        artifacts.fingerprint("other", **needs),
-        artifacts.fingerprint("stage", **{**needs, "version": 2}),
-        artifacts.fingerprint("stage", **{**needs, "config": {"lr": 2}}),
-        artifacts.fingerprint("stage", **{**needs, "external": "digest"}),
-        artifacts.fingerprint("stage", **{**needs, "inputs": {"source": source}}),
-        artifacts.fingerprint("stage", **{**needs, "inputs": {"other": source}}),
-    }
-    assert len(prints) == 7
     moved = source.model_copy(update={"uri": "there", "meta": {"x": 1}})
-    assert artifacts.fingerprint("stage", **{**needs, "inputs": {"source": moved}}) in prints, "a place is no content"
+    prints = [
+        of(),
+        of("other"),
+        of(version=2),
+        of(settings={"lr": 2}),
+        of(source="digest"),
+        of(inputs={"source": source}),
+        of(inputs={"other": source}),
+    ]
+    assert len(set(prints)) == 7
+    assert of(inputs={"source": moved}) == of(inputs={"source": source}), "a place is no content"
+
+
+def test_a_manifest_whose_fingerprint_is_not_its_identitys_is_refused(thing: Artifact) -> None:
+    """Also where whoever changed it made the digest fit."""
+    path = Path(thing.uri, "manifest.json")
+    record = json.loads(path.read_text())
+    del record["digest"]
+    record["identity"]["settings"]["lr"] = 2e-3
+    text = json.dumps(record, sort_keys=True, separators=(",", ":"))
+    path.write_text(json.dumps({**record, "digest": hashlib.sha256(text.encode()).hexdigest()}))
+    with pytest.raises(ManifestError, match=re.escape(str(path))):
+        artifacts.find(thing.uri)
+
+
+def test_what_was_planned_is_found_and_another_is_refused(thing: Artifact) -> None:
+    assert artifacts.committed(thing) == thing
+    with pytest.raises(ManifestError, match=re.escape(thing.uri)):
+        artifacts.committed(thing.model_copy(update={"fingerprint": "0" * 64}))
+    assert artifacts.committed(thing.model_copy(update={"uri": f"{thing.uri}-elsewhere"})) is None
+
+
+def test_inputs_of_the_same_store_move_with_it(tmp_path: Path) -> None:
+    made = write_folder(tmp_path / "made", FILES)
+    near = committed(str(tmp_path / "store/artifacts/thing/1"), made)
+    far = committed(str(tmp_path / "other/artifacts/thing/2"), made)
+    committed(str(tmp_path / "store/artifacts/sum/3"), made, inputs={"near": near, "far": far})
+    (tmp_path / "store").rename(tmp_path / "moved")
+    manifest = artifacts.read_manifest(str(tmp_path / "moved/artifacts/sum/3"))
+    assert manifest is not None
+    assert manifest.inputs["near"].uri == str(tmp_path / "moved/artifacts/thing/1")
+    assert manifest.inputs["far"] == far
+
+
+def test_artifacts_of_a_role_that_takes_several_come_in_order() -> None:
+    made = [Artifact(kind="decoder", uri=f"/{i}", fingerprint=str(i)) for i in range(12)]
+    inputs = {f"decoders.{i}": artifact for i, artifact in reversed(list(enumerate(made)))} | {"clip": made[0]}
+    assert artifacts.several(inputs, "decoders") == made
+    assert artifacts.several(inputs, "priors") == []
 
 
 def test_uris_of_artifacts_and_of_unfinished_work() -> None:

@@ -3,36 +3,33 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import ModuleType
+from typing import Any
 
 import pytest
 
-from genpipe.pipeline import graph
 from genpipe.pipeline.costs import Cost, cost_of, on_meta
-from genpipe.stages import is_training, load_stage
+from genpipe.pipeline.graph import load_pipeline
+from genpipe.pipeline.plan import Planned, plan
+from genpipe.stages import is_training
 
 CONFIGS = Path("configs/pipeline")
 GIB = 2**30
 
 
-Planned = tuple[graph.Planned, ModuleType]
-
-
 def training(name: str) -> list[Planned]:
     """The training stages of a pipeline."""
-    plans = graph.plan(graph.load_pipeline(str(CONFIGS / f"{name}.yaml")), sources=False)
-    stages = [(planned, load_stage(planned.name)) for planned in plans]
-    return [(planned, stage) for planned, stage in stages if is_training(stage)]
+    plans = plan(load_pipeline(str(CONFIGS / f"{name}.yaml")), sources=False)
+    return [planned for planned in plans if is_training(planned.instance.stage)]
 
 
 def costs(name: str) -> dict[str, Cost]:
     """Of every training stage of a pipeline, built and stepped on the meta device."""
-    return {planned.name: cost_of(stage, planned.cfg, planned.inputs) for planned, stage in training(name)}
+    return {p.name: cost_of(p.instance.stage, p.instance.cfg, p.inputs) for p in training(name)}
 
 
 def parameters(name: str) -> dict[str, int]:
-    """Of the first part of every training stage of a pipeline, built on the meta device."""
-    built = {planned.name: on_meta(stage, planned.cfg, planned.inputs) for planned, stage in training(name)}
+    """Of the first module that every training stage of a pipeline trains, built on the meta device."""
+    built = {p.name: on_meta(p.instance.stage, p.instance.cfg, p.inputs) for p in training(name)}
     models = {stage: next(iter(objective.trainable.values())) for stage, objective in built.items()}
     return {stage: sum(p.numel() for p in model.parameters()) for stage, model in models.items()}
 
@@ -58,7 +55,7 @@ def test_one_gpu_of_80_gb_is_enough() -> None:
 
 
 def test_a_node_has_eight_gpus() -> None:
-    trained = {planned.name: planned.cfg for planned, _ in training("node")}
+    trained = {planned.name: planned.instance.cfg for planned in training("node")}
     assert all(cfg.resources.workers == 8 and cfg.resources.gpus == 1 for cfg in trained.values())
     assert parameters("node")["autoencoder"] == 83_653_863, "Stable Diffusion's"
 
@@ -88,7 +85,7 @@ def test_unclip_is_that_of_the_paper() -> None:
 def test_unclip_is_trained_as_its_table_3_says(
     name: str, schedule: str, batch: int, iterations: int, lr: float, beta2: float, eps: float, decay: float
 ) -> None:
-    cfg = next(planned.cfg for planned, _ in training("unclip") if planned.name == name)
+    cfg: Any = next(planned.instance.cfg for planned in training("unclip") if planned.name == name)
     train = cfg.train
     assert (cfg.diffusion.schedule, cfg.diffusion.time_sampling) == (schedule, "discrete")
     assert (train.global_batch_size, train.steps) == (batch, iterations)

@@ -94,6 +94,9 @@ def plan(
     mfu: Annotated[float, typer.Option(min=0.01, max=1, help="share of its peak that a GPU does")] = 0.4,
     peak: Annotated[float, typer.Option("--peak", min=1, help="peak of a GPU in bf16, TFLOP/s")] = 989,
     price: Annotated[float, typer.Option(min=0, help="of one GPU-hour")] = 2.5,
+    graph: Annotated[
+        Path | None, typer.Option("--graph", metavar="FILE", help="draw the graph: .svg, .png or .pdf")
+    ] = None,
 ) -> None:
     """Say what a run would do and why, and what its training stages cost, without doing it.
 
@@ -106,10 +109,15 @@ def plan(
     pipeline = load_pipeline(config, overrides or [])
     try:
         plans = plan_pipeline(pipeline)
-    except ConfigError as error:  # the costs are worth knowing before there are data; if it is not that, it comes again
+    except ConfigError as error:  # the costs are worth knowing before there are data; any other fault comes again
         plans = plan_pipeline(pipeline, sources=False)
         console.problem(f"{error}; planned as if nothing were made yet")
     console.table(("stage", "", "why", "artifact"), [(p.name, p.status, p.why, p.artifact.uri) for p in plans])
+    if graph is not None:
+        from genpipe.pipeline.drawing import draw
+
+        draw(plans, graph, title=pipeline.cfg.name)
+        console.out.print(f"wrote {graph}", highlight=False)
     _costs(plans, mfu=mfu, peak_tflops=peak, price=price)
 
 

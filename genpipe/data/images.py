@@ -74,7 +74,10 @@ ResizeConfig = Annotated[CenterCrop | ShorterSide | Buckets | Keep, Field(discri
 
 
 class ImageError(ValueError):
-    """An unusable image. `reason` is one of empty, not_an_image, too_large, truncated, corrupt, unsupported."""
+    """An unusable image.
+
+    `reason` is one of empty, not_an_image, too_large, truncated, corrupt, unsupported, aspect; `detail` is for people.
+    """
 
     def __init__(self, reason: str, detail: str) -> None:
         super().__init__(f"{reason}: {detail}")
@@ -126,20 +129,42 @@ def check_kept(picture: Picture) -> None:
 
 
 def prepare(
-    picture: Picture, *, resize: CenterCrop | ShorterSide | Buckets, size: int, background: RGB = WHITE
+    picture: Picture,
+    *,
+    resize: CenterCrop | ShorterSide | Buckets,
+    size: int,
+    background: RGB = WHITE,
+    beside: Picture | None = None,
 ) -> np.ndarray:
     """Decode, upright by EXIF, alpha on `background`, crop in the middle, resize: uint8 [H, W, C].
 
     Gray, palette, CMYK and 16-bit images become RGB; of an animation the first frame is taken. The resize is
     bicubic (a = -0.5) and antialiased. A JPEG that is to become much smaller is reduced as it is decoded
-    (libjpeg's scaled inverse DCT). Raises ImageError with the reason.
+    (libjpeg's scaled inverse DCT). A conditioning image is cut and resized as the image `beside` is, whatever its own
+    resolution. Raises ImageError with the reason.
     """
-    span, out = fit(resize, height=picture.height, width=picture.width, size=size)
+    like = beside or picture
+    (rows, columns), out = fit(resize, height=like.height, width=like.width, size=size)
+    span = (rows * picture.height / like.height, columns * picture.width / like.width)
     if picture.on_its_side:  # the crop is central, so that it can be taken before the image is turned
         span, out = span[::-1], out[::-1]
     least = max(_JPEG_ROOM * goal / part for goal, part in zip(out, span, strict=True))
     image_HWC, scale = _decode(picture.data, size=picture.stored, least=least, background=background)
     return _turned(_resample(image_HWC, size=picture.stored, scale=scale, span=span, out=out), picture.orientation)
+
+
+def check_same_aspect(condition: Picture, image: Picture) -> None:
+    """Raise ImageError, aspect, for a conditioning image that is no scaled copy of the image's frame.
+
+    Sides may be off by the pixel that rounding costs.
+    """
+    off = abs(condition.height * image.width - condition.width * image.height)
+    if off > image.height + image.width:
+        raise ImageError(
+            "aspect",
+            f"the conditioning image is {condition.width} x {condition.height}, the image {image.width} x "
+            f"{image.height}; give it the same aspect",
+        )
 
 
 def fit(
@@ -241,7 +266,7 @@ def _decode(data: bytes, *, size: tuple[int, int], least: float, background: RGB
 
 
 def _resample(
-    image_HWC: np.ndarray, *, size: tuple[int, int], scale: float, span: tuple[int, int], out: tuple[int, int]
+    image_HWC: np.ndarray, *, size: tuple[int, int], scale: float, span: tuple[float, float], out: tuple[int, int]
 ) -> np.ndarray:
     """The middle `span` of an image of `size`, which is given at `scale`, as uint8 [*out, C].
 

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import re
-import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
-_VISIBLE = re.compile(r"[^\s\u00ad\u200b-\u200f\u2028-\u202e\u2060-\u2064\ufeff]")  # no space, of whatever width
+from genpipe.data.text import clean_text, is_visible
+
 LONGEST_DETAIL = 1000  # characters
-LONGEST_CAPTION = 2**15  # characters: NFC takes a time that grows with the square of a run of accents
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One image and its captions.
+    """One image, its captions, and what else it may be conditioned on.
 
     key: unique within its part, and within the dataset unless the keys of a table repeat; letters, digits, `-` and
         `_` only: it becomes a WebDataset member name.
@@ -26,6 +23,8 @@ class Sample:
     meta: JSON-able facts that travel with the sample; `file_name` says where it came from.
     source: the name of its source in a mix, "" where there is one source only.
     caption_weights: how likely each caption is to be chosen, > 0 on any scale; empty means uniform.
+    label: the name of its class, one of the source's `classes()`; None without one.
+    condition: an encoded conditioning image (edges, depth, a pose, ...), as the source holds it; None without one.
     """
 
     key: str
@@ -35,6 +34,8 @@ class Sample:
     meta: Mapping[str, Any] = field(default_factory=dict)
     source: str = ""
     caption_weights: tuple[float, ...] = ()
+    label: str | None = None
+    condition: bytes | None = None
 
 
 @dataclass(frozen=True)
@@ -66,22 +67,24 @@ class Source(Protocol):
         """The samples of a part, always in the same order; one item for every sample, good or bad."""
         ...
 
+    def classes(self) -> tuple[str, ...] | None:
+        """The names of the classes, each at its index; () without labels.
+
+        None where labels are numbers that only reading the samples tells: then each number is its own index.
+        """
+        ...
+
     def digest(self) -> str:
         """sha256 of the content's identity (names, sizes, times or versions), without reading the images."""
         ...
 
 
 def clean_captions(captions: Iterable[str]) -> tuple[str, ...]:
-    """NFC, control characters and runs of whitespace to one space; captions that show nothing, or the same, dropped.
+    """Each cleaned by `clean_text`; those that show nothing, or repeat an earlier one, are dropped.
 
-    Raises ValueError for one that is longer than LONGEST_CAPTION.
+    Raises ValueError for one that is too long.
     """
-    captions = list(captions)
-    if any(len(caption) > LONGEST_CAPTION for caption in captions):
-        raise ValueError(f"a caption has more than {LONGEST_CAPTION} characters")
-    plain = (_CONTROL.sub(" ", unicodedata.normalize("NFC", caption)) for caption in captions)
-    cleaned = (" ".join(caption.split()) for caption in plain)
-    return tuple(dict.fromkeys(caption for caption in cleaned if _VISIBLE.search(caption)))
+    return tuple(dict.fromkeys(clean for clean in map(clean_text, captions) if is_visible(clean)))
 
 
 def weigh_captions(weighted: Iterable[tuple[str, float]]) -> tuple[tuple[str, ...], tuple[float, ...]]:

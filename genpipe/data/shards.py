@@ -1,8 +1,9 @@
 """Ordinary WebDataset tars, each with a parquet index beside it, and the ledger of rejects.
 
-A sample is `{key}.jpg` (or png, webp, ...), `{key}.txt` (its first caption) and `{key}.json` (all the rest). The
-index holds the place of each image in the tar and the captions, so that reading a sample is one `pread` and
-reading captions touches no tar. The same samples give the same bytes.
+A sample is `{key}.jpg` (or png, webp, ...), `{key}.txt` (its first caption) and `{key}.json` (all the rest), with
+`{key}.cls` (the index of its class) and `{key}.condition.png` (its conditioning image) where it has them. The
+index holds the place of each image in the tar, the captions and the class, so that reading a sample is one `pread`
+and reading captions touches no tar. The same samples give the same bytes.
 
 The index says which samples there are: a tar may hold members that no index names any more.
 """
@@ -45,8 +46,15 @@ INDEX_SCHEMA = pa.schema(
         ("height", pa.int32()),  # of the upright image in pixels
         ("width", pa.int32()),
         ("sha256", pa.string()),  # of the image's bytes in the tar, in hex
+        ("label", pa.int32()),  # its place in the list `classes` of the artifact's meta; -1 without one
+        ("condition_offset", pa.int64()),  # as of the image; null without a conditioning image
+        ("condition_length", pa.int64()),
+        ("condition_format", pa.string()),
+        ("condition_sha256", pa.string()),
     ]
 )
+NO_LABEL = -1
+CONDITION = "condition"
 STATISTICS_SCHEMA = pa.schema(
     [
         ("name", pa.string()),
@@ -98,26 +106,36 @@ class ShardWriter:
         captions: Sequence[str],
         caption_weights: Sequence[float] = (),
         source: str = "",
+        label: int = NO_LABEL,
+        condition: bytes | None = None,
+        condition_format: str = "",
         meta: Mapping[str, Any],
     ) -> None:
         """Append a sample. `key` must be new to the part and made of letters, digits, `-` and `_`.
 
-        `format` is one of `images.SUFFIX`; `height` and `width` are those of the upright image.
+        `format` and `condition_format` are of `images.SUFFIX`; `height` and `width` are those of the upright image,
+        which a conditioning image shares unless both are kept as the source has them.
         """
         assert _KEY.fullmatch(key) and captions, f"sources give clean keys and at least one caption: {key!r}"
         assert len(caption_weights) in (0, len(captions)), "one weight a caption, or none"
         facts: dict[str, Any] = {"key": key, "group": group, "source": source, "captions": list(captions)}
         facts["caption_weights"] = list(caption_weights) or None
         described = json.dumps({**facts, "meta": dict(meta)}, ensure_ascii=False, sort_keys=True).encode()
-        if self._tar is not None and self._full(len(image) + len(described)):
+        if self._tar is not None and self._full(len(image) + len(described) + len(condition or b"")):
             self._finish()
         if self._tar is None:
             self._tar = tarfile.open(self._partial, "w", format=tarfile.PAX_FORMAT)  # noqa: SIM115
         offset = _add(self._tar, f"{key}.{SUFFIX[format]}", image)
         _add(self._tar, f"{key}.txt", captions[0].encode())
         _add(self._tar, f"{key}.json", described)
-        place = {"offset": offset, "length": len(image), "format": format, "height": height, "width": width}
-        self._rows.append(facts | place | {"sha256": hashlib.sha256(image).hexdigest()})
+        if label != NO_LABEL:
+            _add(self._tar, f"{key}.cls", str(label).encode())
+        place = _place(offset, image, format=format) | {"height": height, "width": width, "label": label}
+        if condition is not None:
+            offset = _add(self._tar, f"{key}.{CONDITION}.{SUFFIX[condition_format]}", condition)
+            of_condition = _place(offset, condition, format=condition_format)
+            place |= {f"{CONDITION}_{name}": value for name, value in of_condition.items()}
+        self._rows.append(facts | place)
 
     def __enter__(self) -> ShardWriter:
         return self
@@ -161,6 +179,12 @@ class ShardWriter:
         self.shards.append(facts)
 
 
+def _place(offset: int, image: bytes, *, format: str) -> dict[str, Any]:
+    """What an index says of an image in the tar."""
+    digest = hashlib.sha256(image).hexdigest()
+    return {"offset": offset, "length": len(image), "format": format, "sha256": digest}
+
+
 def statistics(name: str, index: pa.Table, *, tar_bytes: int) -> dict[str, Any]:
     """What STATISTICS_SCHEMA says of a shard, from its index; as JSON values."""
     captions = pc.list_flatten(index["captions"])
@@ -199,7 +223,7 @@ def write_table(table: pa.Table, path: Path) -> None:
 
 
 def read_index(path: Path) -> pa.Table:
-    """An index with the columns of today; those that it is too old to have are null."""
+    """An index with all columns of INDEX_SCHEMA; those that it is too old to have are null."""
     table = pq.read_table(path)
     columns = {name: table[name] for name in table.column_names}
     return pa.table([columns.get(f.name, pa.nulls(len(table), f.type)) for f in INDEX_SCHEMA], schema=INDEX_SCHEMA)
@@ -215,20 +239,25 @@ def rewrite_shard(name: str, folder: Path, out: Path, *, without: Collection[str
     rows = [row for row, key in enumerate(keys) if key not in without]
     kept = {keys[row] for row in rows}
     offsets: dict[str, int] = {}
+    conditions: dict[str, int] = {}
     with (
         tarfile.open(folder / f"{name}.tar") as old,
         tarfile.open(out / f"{name}.tar", "w", format=tarfile.PAX_FORMAT) as new,
     ):
         for member in old:
-            key = member.name.split(".")[0]
+            key, *suffixes = member.name.split(".")
             if key in kept:
                 content = old.extractfile(member) if member.isreg() else None
                 assert content is not None, f"{name}.tar: {member.name} is not of our making"
                 offset = _add(new, member.name, content.read())
                 offsets.setdefault(key, offset)  # the image is a sample's first member
-    place = INDEX_SCHEMA.get_field_index("offset")
-    moved = pa.array([offsets[keys[row]] for row in rows], pa.int64())
-    index = index.take(pa.array(rows, pa.int64())).set_column(place, INDEX_SCHEMA.field(place), moved)
+                if suffixes[0] == CONDITION:
+                    conditions[key] = offset
+    index = index.take(pa.array(rows, pa.int64()))
+    for column, found in (("offset", offsets), (f"{CONDITION}_offset", conditions)):
+        place = INDEX_SCHEMA.get_field_index(column)
+        moved = pa.array([found.get(keys[row]) for row in rows], pa.int64())
+        index = index.set_column(place, INDEX_SCHEMA.field(place), moved)
     write_table(index, out / f"{name}{INDEX_SUFFIX}")
     return statistics(name, index, tar_bytes=(out / f"{name}.tar").stat().st_size)
 
@@ -244,12 +273,15 @@ def check_shard(name: str, folder: Path) -> Iterator[str]:
         return
     with (folder / f"{name}.tar").open("rb") as file:
         for row in rows:
-            fault = _fault(row, members.get(row["offset"]), file)
-            if fault:
-                yield f"{name}: {row['key']}: {fault}"
+            of_condition: dict[str, Any] = {"key": f"{row['key']}.{CONDITION}"}
+            of_condition |= {what: row[f"{CONDITION}_{what}"] for what in ("offset", "length", "format", "sha256")}
+            for image in (row, of_condition) if of_condition["offset"] is not None else (row,):
+                if fault := _fault(image, members.get(image["offset"]), file):
+                    yield f"{name}: {row['key']}: {fault}"
 
 
 def _fault(row: Mapping[str, Any], member: tarfile.TarInfo | None, tar: IO[bytes]) -> str:
+    """What is wrong with an image that the index places at `member`, or ""."""
     expected = f"{row['key']}.{SUFFIX.get(row['format'], row['format'])}"
     if member is None:
         return f"no member of the tar begins at byte {row['offset']}, where the index has {expected}"

@@ -1,4 +1,4 @@
-"""Byte-level BPE, trained on the captions or published with CLIP: any text in, no unknown token, one JSON file."""
+"""Byte-level BPE, trained on the captions or published with CLIP: any text, no unknown token, one JSON file."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
+from genpipe.data.text import clean_text
+
 PAD, BOS, EOT = "<|pad|>", "<|startoftext|>", "<|endoftext|>"
 PAD_ID, BOS_ID, EOT_ID = 0, 1, 2
 """Of tokenizers trained here. CLIP's own ends its vocabulary with start and end of text, and pads with 0."""
@@ -26,9 +28,11 @@ CLIP_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
 
 class CaptionTokenizer:
-    """Captions to fixed-length token ids: `BOS ids... EOT PAD...`; lower-cased, as CLIP does.
+    """Texts to fixed-length token ids: `BOS ids... EOT PAD...`; lower-cased, as CLIP does.
 
-    Shape legend: B captions, L tokens (the context length).
+    Every text goes through `clean_text`, so that a prompt gives the tokens of the caption that says the same.
+
+    Shape legend: B texts, L tokens (the context length).
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -43,6 +47,7 @@ class CaptionTokenizer:
 
     @property
     def vocab_size(self) -> int:
+        """How many tokens there are, special ones included."""
         return self._tokenizer.get_vocab_size()
 
     @property
@@ -50,23 +55,32 @@ class CaptionTokenizer:
         """sha256 of the JSON: two tokenizers with one digest give the same ids."""
         return hashlib.sha256(self._tokenizer.to_str().encode()).hexdigest()
 
-    def encode_batch(self, captions: list[str], *, context_length: int) -> np.ndarray:
-        """int64 [B, L]. Longer captions are cut so that EOT stays, as a pooled text embed is read there."""
-        tokens_BL = np.full((len(captions), context_length), self.pad_id, np.int64)
-        for row, encoding in zip(
-            tokens_BL, self._tokenizer.encode_batch(captions, add_special_tokens=False), strict=True
-        ):
+    def encode_batch(self, texts: list[str], *, context_length: int) -> np.ndarray:
+        """int64 [B, L]. Longer texts are cut so that EOT stays, as a pooled text embed is read there.
+
+        Raises ValueError for a text that `clean_text` refuses.
+        """
+        return self.encode_and_measure(texts, context_length=context_length)[0]
+
+    def encode_and_measure(self, texts: list[str], *, context_length: int) -> tuple[np.ndarray, np.ndarray]:
+        """As `encode_batch`; and the length of each text before it is cut, BOS and EOT included: int64 [B].
+
+        A text is cut where its length is more than `context_length`.
+        """
+        tokens_BL = np.full((len(texts), context_length), self.pad_id, np.int64)
+        encodings = self._tokenizer.encode_batch(list(map(clean_text, texts)), add_special_tokens=False)
+        for row, encoding in zip(tokens_BL, encodings, strict=True):
             ids = [self.bos_id, *encoding.ids[: context_length - 2], self.eot_id]
             row[: len(ids)] = ids
-        return tokens_BL
+        return tokens_BL, np.array([len(encoding.ids) + 2 for encoding in encodings], np.int64)
 
-    def encode_short(self, captions: list[str], *, context_length: int) -> np.ndarray:
-        """As `encode_batch`, without the columns that are padding for every caption of the batch."""
-        tokens_BL = self.encode_batch(captions, context_length=context_length)
+    def encode_short(self, texts: list[str], *, context_length: int) -> np.ndarray:
+        """As `encode_batch`, without the columns that are padding for every text of the batch."""
+        tokens_BL = self.encode_batch(texts, context_length=context_length)
         return tokens_BL[:, : self.lengths(tokens_BL).max()]
 
     def lengths(self, tokens_BL: np.ndarray) -> np.ndarray:
-        """int64 [B]: tokens of each caption, BOS and EOT included; the first EOT stands at `length - 1`."""
+        """int64 [B]: tokens of each text as encoded, BOS and EOT included; the first EOT stands at `length - 1`."""
         lengths_B: np.ndarray = (tokens_BL == self.eot_id).argmax(axis=1) + 1
         return lengths_B
 
@@ -92,15 +106,15 @@ def _id(tokenizer: Tokenizer, token: str) -> int:
     """Raises ValueError for a tokenizer that is not of this kind."""
     found: int | None = tokenizer.token_to_id(token)
     if found is None:
-        raise ValueError(f"a tokenizer without {token} is none for captions; use the one saved with the weights")
+        raise ValueError(f"not a tokenizer of captions: it has no {token}; use the one saved with the weights")
     return found
 
 
 def train_tokenizer(captions: Iterable[str], *, vocab_size: int) -> CaptionTokenizer:
     """Byte-level BPE (Sennrich et al. 2016, Radford et al. 2019) of at most `vocab_size` tokens.
 
-    The same captions, in any order, give the same digest. Raises ValueError for a vocabulary below 259, which
-    has no room for every byte.
+    The captions are taken as shards store them, cleaned. The same ones, in any order, give the same digest. Raises
+    ValueError for a vocabulary below 259, which has no room for every byte.
     """
     if vocab_size < MIN_VOCAB_SIZE:
         raise ValueError(f"vocab_size is {vocab_size}; byte-level BPE needs at least {MIN_VOCAB_SIZE}")
@@ -147,7 +161,7 @@ def clip_tokenizer(vocabulary: Path, *, sha256: str) -> CaptionTokenizer:
 
 
 def _read_merges(vocabulary: Path, *, sha256: str) -> list[tuple[str, str]]:
-    """The pairs that CLIP's BPE joins, first things first."""
+    """The pairs that CLIP's BPE joins, in the order of priority."""
     try:
         packed = vocabulary.read_bytes()
     except OSError as error:
@@ -165,6 +179,6 @@ def _read_merges(vocabulary: Path, *, sha256: str) -> list[tuple[str, str]]:
         return [(first, second) for first, second in (line.split() for line in lines)]
     except (OSError, EOFError, zlib.error, ValueError) as error:
         raise ValueError(
-            f"tokenizer.vocabulary: {vocabulary} is no gzipped list of merges ({error}); give CLIP's "
+            f"tokenizer.vocabulary: {vocabulary} is not a gzipped list of merges ({error}); give CLIP's "
             "bpe_simple_vocab_16e6.txt.gz"
         ) from error

@@ -42,7 +42,7 @@ class Drawing:
     """Where a sequence stands that is drawn code by code: what each block has seen, and which of it is padding."""
 
     caches: list[KeyValueCache]
-    real_BS: Tensor
+    mask_BS: Tensor
     codes: int = 0
 
 
@@ -97,10 +97,10 @@ class AutoregressivePrior(nn.Module):
         text_encodings [B, L, W]; text_mask bool [B, L], True at tokens that are not padding; drop_text bool [B], True
         where caption and dot product give way to their nulls.
         """
-        prefix_BPM, real_BP = self._prefix(dot, Caption(text_embed, text_encodings, text_mask), drop_text)
+        prefix_BPM, mask_BP = self._prefix(dot, Caption(text_embed, text_encodings, text_mask), drop_text)
         read_BJM = self.code_in(codes[:, :-1]) + self.positions_SM[self.SPECIAL :]  # J = K - 1
         x_BSM = torch.cat([prefix_BPM, read_BJM], dim=1)
-        mask = causal_mask(real_BP, extra=read_BJM.shape[1])
+        mask = causal_mask(mask_BP, extra=read_BJM.shape[1])
         for block in self.blocks:
             x_BSM = block(x_BSM, mask=mask)
         return self._logits(x_BSM[:, prefix_BPM.shape[1] - 1 :])
@@ -109,17 +109,17 @@ class AutoregressivePrior(nn.Module):
         self, dot: Tensor, *, text_embed: Tensor, text_encodings: Tensor, text_mask: Tensor, drop_text: Tensor
     ) -> tuple[Tensor, Drawing]:
         """Logits of the first code, fp32 [B, N], and what `extend` needs; arguments as of `forward`."""
-        x_BPM, real_BP = self._prefix(dot, Caption(text_embed, text_encodings, text_mask), drop_text)
+        x_BPM, mask_BP = self._prefix(dot, Caption(text_embed, text_encodings, text_mask), drop_text)
         room = x_BPM.shape[1] + self.components - 1
-        drawing = Drawing([KeyValueCache(room) for _ in self.blocks], real_BP)
-        return self._step(x_BPM, drawing, mask=causal_mask(real_BP, extra=0)), drawing
+        drawing = Drawing([KeyValueCache(room) for _ in self.blocks], mask_BP)
+        return self._step(x_BPM, drawing, mask=causal_mask(mask_BP, extra=0)), drawing
 
     def extend(self, code: Tensor, drawing: Drawing) -> Tensor:
         """Logits of the next code, fp32 [B, N], after the code int64 [B]; `drawing` moves on."""
         x_B1M = (self.code_in(code) + self.positions_SM[self.SPECIAL + drawing.codes])[:, None]
         drawing.codes += 1
-        drawing.real_BS = torch.cat([drawing.real_BS, drawing.real_BS.new_ones(len(code), 1)], dim=1)
-        return self._step(x_B1M, drawing, mask=drawing.real_BS[:, None, None])
+        drawing.mask_BS = torch.cat([drawing.mask_BS, drawing.mask_BS.new_ones(len(code), 1)], dim=1)
+        return self._step(x_B1M, drawing, mask=drawing.mask_BS[:, None, None])
 
     def _step(self, x_BLM: Tensor, drawing: Drawing, *, mask: Tensor) -> Tensor:
         for block, cache in zip(self.blocks, drawing.caches, strict=True):
@@ -133,7 +133,7 @@ class AutoregressivePrior(nn.Module):
         special = torch.stack([self.text_in(caption.embed), self.dot_in(dot_B)], dim=1)
         special = special + self.positions_SM[: self.SPECIAL]
         prefix_BPM = torch.cat([self.encodings_in(caption.encodings), special], dim=1)
-        return prefix_BPM, torch.cat([caption.real, caption.real.new_ones(len(dot_B), self.SPECIAL)], dim=1)
+        return prefix_BPM, torch.cat([caption.text_mask, caption.text_mask.new_ones(len(dot_B), self.SPECIAL)], dim=1)
 
     def _logits(self, x: Tensor) -> Tensor:
         return self.code_out(self.norm(x)).float()

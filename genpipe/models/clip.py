@@ -1,5 +1,7 @@
 """CLIP (Radford et al. 2021): a vision transformer and a text transformer trained to agree.
 
+Fresh weights are drawn as in OpenAI's model.py (github.com/openai/CLIP), which open_clip follows.
+
 Shapes: B batch, L text tokens, N image patches, K patches that are kept, D embedding width, W tower width.
 """
 
@@ -81,12 +83,13 @@ class ImageTower(nn.Module):
         width, eps = cfg.image.width, cfg.image.norm_eps
         with_class = cfg.image_pooling == "class_token"
         self.patches = nn.Linear(3 * cfg.patch_size**2, width, bias=cfg.patch_bias)
-        self.positions_1NW = nn.Parameter(0.02 * torch.randn(1, with_class + cfg.patches, width))
+        self.positions_1NW = nn.Parameter(width**-0.5 * torch.randn(1, with_class + cfg.patches, width))
         self.class_token_W = nn.Parameter(width**-0.5 * torch.randn(width)) if with_class else None
         self.pre_norm = nn.LayerNorm(width, eps=eps) if cfg.image_pre_norm else nn.Identity()
-        self.blocks = transformer(cfg.image)
+        self.blocks = image_transformer(cfg.image)
         self.norm = nn.LayerNorm(width, eps=eps)
         self.projection = nn.Linear(width, cfg.embed_dim, bias=False)
+        nn.init.normal_(self.projection.weight, std=width**-0.5)
         if cfg.pixels == "openai":  # of images in [-1, 1]
             self.register_buffer("mean_C11", 2 * torch.tensor(OPENAI_MEAN).view(3, 1, 1) - 1, persistent=False)
             self.register_buffer("std_C11", 2 * torch.tensor(OPENAI_STD).view(3, 1, 1), persistent=False)
@@ -131,17 +134,18 @@ class TextTower(nn.Module):
         self.tokens = nn.Embedding(vocab_size, width)
         nn.init.normal_(self.tokens.weight, std=0.02)
         self.positions_LW = nn.Parameter(0.01 * torch.randn(context_length, width))
-        self.blocks = transformer(cfg.text)
+        self.blocks = text_transformer(cfg.text)
         self.norm = nn.LayerNorm(width, eps=cfg.text.norm_eps)
         self.projection = nn.Linear(width, cfg.embed_dim, bias=False)
+        nn.init.normal_(self.projection.weight, std=width**-0.5)
 
     def forward(self, tokens_BL: Tensor) -> tuple[Tensor, Tensor]:
         """Token ids [B, L] -> feature [B, D] and final states [B, L, W]."""
         length = tokens_BL.shape[1]
         if length > self.context_length:
             raise ValueError(f"{length} tokens exceed the text tower's context_length {self.context_length}")
-        real_BL = text_mask(tokens_BL, eot_id=self.eot_id)
-        mask = real_BL[:, None, None, :] if self.mask_padding else None
+        text_mask_BL = text_mask(tokens_BL, eot_id=self.eot_id)
+        mask = text_mask_BL[:, None, None, :] if self.mask_padding else None
         if self.causal:
             causal = torch.ones(length, length, dtype=torch.bool, device=tokens_BL.device).tril()
             mask = causal if mask is None else mask & causal
@@ -149,7 +153,7 @@ class TextTower(nn.Module):
         for block in self.blocks:
             x_BLW = block(x_BLW, mask=mask)
         states_BLW = self.norm(x_BLW)
-        last_B = real_BL.sum(1) - 1
+        last_B = text_mask_BL.sum(1) - 1
         pooled = states_BLW[torch.arange(len(tokens_BL), device=tokens_BL.device), last_B]
         return self.projection(pooled), states_BLW
 
@@ -205,9 +209,29 @@ class CLIP(nn.Module):
         self.logit_scale.clamp_(0.0, MAX_LOGIT_SCALE)
 
 
-def transformer(cfg: TowerConfig) -> nn.ModuleList:
-    """`depth` blocks of one width."""
-    return nn.ModuleList(
+def image_transformer(cfg: TowerConfig) -> nn.ModuleList:
+    """The blocks of an image tower: as torch makes linear layers and its MultiheadAttention, whose biases are 0."""
+    blocks = _blocks(cfg)
+    for block in blocks:
+        nn.init.xavier_uniform_(block.attention.qkv.weight)
+        _zero_biases(block)
+    return nn.ModuleList(blocks)
+
+
+def text_transformer(cfg: TowerConfig) -> nn.ModuleList:
+    """The blocks of a text tower: what they add to the residual stream is the smaller, the more there are."""
+    blocks, width = _blocks(cfg), cfg.width
+    for block in blocks:
+        nn.init.normal_(block.attention.qkv.weight, std=width**-0.5)
+        nn.init.normal_(block.mlp.up.weight, std=(2 * width) ** -0.5)
+        for layer in (block.attention.out, block.mlp.down):
+            nn.init.normal_(layer.weight, std=(2 * width * cfg.depth) ** -0.5)
+        _zero_biases(block)
+    return nn.ModuleList(blocks)
+
+
+def _blocks(cfg: TowerConfig) -> list[TransformerBlock]:
+    return [
         TransformerBlock(
             cfg.width,
             heads=cfg.heads,
@@ -217,7 +241,12 @@ def transformer(cfg: TowerConfig) -> nn.ModuleList:
             norm_eps=cfg.norm_eps,
         )
         for _ in range(cfg.depth)
-    )
+    ]
+
+
+def _zero_biases(block: TransformerBlock) -> None:
+    for layer in (block.attention.qkv, block.attention.out):
+        nn.init.zeros_(layer.bias)
 
 
 def text_mask(tokens_BL: Tensor, *, eot_id: int) -> Tensor:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from genpipe.models.layers import ResidualBlock
 
-class ResBlock(nn.Module):
+
+class ResBlock(ResidualBlock):
     """Twice GroupNorm, SiLU, 3x3 convolution, added to the (projected) input."""
 
     def __init__(self, channels_in: int, channels_out: int, *, groups: int, eps: float = 1e-5) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from genpipe.config import Config
+from genpipe.models.layers import ResidualBlock
 from genpipe.models.precision import fp32
 from genpipe.models.quantizer import Bottleneck, Plain
 
@@ -84,7 +85,7 @@ class ChannelNorm(nn.Module):
         return (x_BCHW * scale) * self.weight[:, None, None] + self.bias[:, None, None]
 
 
-class Block(nn.Module):
+class Block(ResidualBlock):
     """3x3 convolution, SiLU, 3x3 convolution, norm; added to the input."""
 
     def __init__(self, channels: int) -> None:
@@ -97,7 +98,7 @@ class Block(nn.Module):
         return x_BCHW + self.norm(self.conv2(F.silu(self.conv1(x_BCHW))))
 
 
-class LinearAttention(nn.Module):
+class LinearAttention(ResidualBlock):
     """ReLU linear attention over the grid and convolved copies of it; added to the input."""
 
     def __init__(self, channels: int, kernels: tuple[int, ...]) -> None:
@@ -130,7 +131,7 @@ class LinearAttention(nn.Module):
         return x_BCHW + self.norm(self.out(grid))
 
 
-class GatedConv(nn.Module):
+class GatedConv(ResidualBlock):
     """Widen four times and gate with a depthwise convolution (GLU MBConv); added to the input."""
 
     def __init__(self, channels: int) -> None:

@@ -1,4 +1,7 @@
-"""The decoder of unCLIP (Ramesh et al. 2022, sec. 2.1), in latents or pixels: image embedding and caption to image.
+"""The decoder, in latents or pixels: from any of image embedding, caption and class label, or nothing, to an image.
+
+With an image embedding and a caption it is unCLIP's (Ramesh et al. 2022, sec. 2.1), with a caption alone latent
+diffusion's (Rombach et al. 2022), with a class label ADM's (Dhariwal & Nichol 2021) or DiT's (Peebles & Xie 2023).
 
 Shapes: B batch, C channels, H and W grid, D embedding width, L text tokens, W text width, N tokens of the null text.
 """
@@ -6,11 +9,11 @@ Shapes: B batch, C channels, H and W grid, D embedding width, L text tokens, W t
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Annotated, Self
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, PositiveInt, Tag, model_validator
+from pydantic import Field, PositiveInt, Tag
 from torch import Tensor, nn
 
 from genpipe.config import Config, by_kind
@@ -30,23 +33,20 @@ class DecoderConfig(Config):
     """
 
     denoiser: DenoiserConfig = DiTConfig()
-    image_embed: bool = Field(True, description="condition on the image embedding; false leaves the caption alone")
+    image_embed: bool = Field(True, description="condition on the image embedding where there is one")
     embed_tokens: PositiveInt = Field(4, description="context tokens made of the image embedding")
     text_transformer: TransformerConfig | None = Field(None, description="of its own, over the text encodings")
-    null_text: NullText = Field("learned", description="what a dropped caption gives way to")
-
-    @model_validator(mode="after")
-    def _attends(self) -> Self:
-        if isinstance(self.denoiser, UNetConfig) and not self.denoiser.attention_at:
-            raise ValueError("denoiser.attention_at is empty, so that nothing would see the caption; name a level")
-        return self
+    null_text: NullText = Field("learned", description="what replaces a dropped caption")
 
 
 class Decoder(nn.Module):
-    """Denoiser that adds the image embedding to the time embedding and attends to it as tokens, then to the text.
+    """Denoiser of images or latents, conditioned on any of an image embedding, a caption and a class label.
 
-    The image embedding is in the units of the prior's diffusion, about unit variance per dimension. The null text is a
-    learned token `null_encoding_W` [W], or a buffer of that name with the encoder's [N, W], zeros until filled in.
+    The image embedding is added to the time embedding and attended to as tokens, before the caption's; the label is
+    added to the time embedding. The image embedding is in the units of the prior's diffusion, about unit variance per
+    dimension. What replaces a dropped condition are the parameter `null_image_D` [D], the last row of the denoiser's
+    label table, and for a caption either a learned token `null_encoding_W` [W] or a buffer of that name with the
+    encoder's [N, W], zeros until filled in.
     """
 
     def __init__(
@@ -54,32 +54,45 @@ class Decoder(nn.Module):
         cfg: DecoderConfig,
         *,
         latent_channels: int,
-        embed_dim: int,
-        text_width: int,
+        embed_dim: int = 0,
+        text_width: int = 0,
+        classes: int = 0,
         out_channels: int | None = None,
         null_tokens: int = 1,
     ) -> None:
-        """`out_channels` is more than the latent's where the diffusion learns its variance; N is `null_tokens`."""
+        """Build the decoder for the conditions that there are: `embed_dim` D, `text_width` W and `classes`, 0 for none.
+
+        `out_channels` is more than the latent's where the diffusion learns its variance; N is `null_tokens`. Raises
+        ValueError where `cfg` asks for what the conditions do not give.
+        """
         super().__init__()
-        self.cfg = cfg
-        width = text_width if cfg.text_transformer is None else cfg.text_transformer.width
-        if cfg.image_embed:
+        self.cfg, self.text_width, self.classes = cfg, text_width, classes
+        self.embed_dim = embed_dim if cfg.image_embed else 0
+        check_conditions(cfg, embed_dim=embed_dim, text_width=text_width)
+        width = text_width or self.embed_dim
+        if cfg.text_transformer is not None:
+            width = cfg.text_transformer.width
+        if self.embed_dim:
             self.tokens_in = nn.Linear(embed_dim, cfg.embed_tokens * width)
             self.null_image_D = nn.Parameter(0.02 * torch.randn(embed_dim))
-        learned = cfg.null_text == "learned"
-        self.null_encoding_W: nn.Parameter | nn.Buffer = (
-            nn.Parameter(0.02 * torch.randn(text_width)) if learned else nn.Buffer(torch.zeros(null_tokens, text_width))
-        )
+        if text_width:
+            learned = cfg.null_text == "learned"
+            self.null_encoding_W: nn.Parameter | nn.Buffer = (
+                nn.Parameter(0.02 * torch.randn(text_width))
+                if learned
+                else nn.Buffer(torch.zeros(null_tokens, text_width))
+            )
         self.text_transformer = None
         if cfg.text_transformer is not None:
             self.text_transformer = TextTransformer(cfg.text_transformer, text_width=text_width)
-        vector_dim = (embed_dim if cfg.image_embed else 0) + (0 if self.text_transformer is None else width)
+        vector_dim = self.embed_dim + (0 if self.text_transformer is None else width)
         self.denoiser = build_denoiser(
             cfg.denoiser,
             in_channels=latent_channels,
             out_channels=out_channels or latent_channels,
-            context_dim=width,
+            context_dim=width or None,
             vector_dim=vector_dim or None,
+            classes=classes,
         )
 
     def forward(
@@ -87,41 +100,76 @@ class Decoder(nn.Module):
         x_BCHW: Tensor,
         t_B: Tensor,
         *,
-        image_embed: Tensor,
-        text_encodings: Tensor,
-        text_mask: Tensor,
-        drop_image: Tensor,
-        drop_text: Tensor,
+        image_embed: Tensor | None = None,
+        text_encodings: Tensor | None = None,
+        text_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        drop_image: Tensor | None = None,
+        drop_text: Tensor | None = None,
+        drop_label: Tensor | None = None,
     ) -> Tensor:
         """Prediction [B, out_channels, H, W] in fp32 at noised latents x [B, C, H, W] and times t [B] in [0, 1].
 
-        image_embed [B, D]; text_encodings [B, L, W]; text_mask bool [B, L], True at tokens that are not
-        padding. drop_image, drop_text: bool [B], independent; True where a null takes the condition's place. Learned
-        ones enter by torch.where, so every parameter has a gradient in every step (DDP needs it).
+        image_embed [B, D]; text_encodings [B, L, W]; text_mask bool [B, L], True at tokens that are not padding;
+        labels int64 [B], below `classes`. drop_image, drop_text, drop_label: bool [B], independent; True where a null
+        takes the condition's place. All that belongs to a condition that the decoder was built without may be None,
+        and is not read. Learned nulls enter by torch.where, so every parameter has a gradient in every step (DDP
+        needs it).
         """
-        text, mask = self._text(text_encodings, text_mask, drop_text=drop_text)
+        context = context_mask = None
         vectors = []
-        if self.text_transformer is not None:
-            text, last = self.text_transformer(text, mask)
-            vectors.append(last)
-        if self.cfg.image_embed:
+        if self.text_width:
+            context, context_mask = self._text(text_encodings, text_mask, drop_text=drop_text)
+            if self.text_transformer is not None:
+                context, last = self.text_transformer(context, context_mask)
+                vectors.append(last)
+        if self.embed_dim:
+            assert image_embed is not None and drop_image is not None, "built with an image embedding"
             image = torch.where(drop_image[:, None], self.null_image_D, image_embed)
             tokens = self.tokens_in(image).unflatten(1, (self.cfg.embed_tokens, -1))
-            text = torch.cat([tokens, text.to(tokens.dtype)], dim=1)
-            mask = torch.cat([mask.new_ones(len(mask), self.cfg.embed_tokens), mask], dim=1)
+            always = drop_image.new_ones(len(drop_image), self.cfg.embed_tokens)
+            context = tokens if context is None else torch.cat([tokens, context.to(tokens.dtype)], dim=1)
+            context_mask = always if context_mask is None else torch.cat([always, context_mask], dim=1)
             vectors.insert(0, image)
-        vector = torch.cat(vectors, dim=1) if vectors else None
-        return self.denoiser(x_BCHW, t_B, context=text, context_mask=mask, vector=vector)
+        if self.classes:
+            assert labels is not None and drop_label is not None, "built with class labels"
+            labels = torch.where(drop_label, self.classes, labels)
+        return self.denoiser(
+            x_BCHW,
+            t_B,
+            context=context,
+            context_mask=context_mask,
+            vector=torch.cat(vectors, dim=1) if vectors else None,
+            labels=labels if self.classes else None,
+        )
 
-    def _text(self, encodings: Tensor, mask: Tensor, *, drop_text: Tensor) -> tuple[Tensor, Tensor]:
+    def _text(
+        self, encodings: Tensor | None, text_mask: Tensor | None, *, drop_text: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         """Encodings and mask with the null text in place of dropped captions, which have at least as many tokens."""
+        assert encodings is not None and text_mask is not None and drop_text is not None, "built with text"
         length = encodings.shape[1]
         null_NW = torch.atleast_2d(self.null_encoding_W)
         null_LW = F.pad(null_NW, (0, 0, 0, length - len(null_NW)))
-        null_mask_L = torch.arange(length, device=mask.device) < len(null_NW)
+        null_mask_L = torch.arange(length, device=text_mask.device) < len(null_NW)
         return (
             torch.where(drop_text[:, None, None], null_LW, encodings),
-            torch.where(drop_text[:, None], null_mask_L, mask),
+            torch.where(drop_text[:, None], null_mask_L, text_mask),
+        )
+
+
+def check_conditions(cfg: DecoderConfig, *, embed_dim: int, text_width: int) -> None:
+    """Raise ValueError where `cfg` asks for conditions that are not there (a width of 0), or would not see them."""
+    unet = cfg.denoiser if isinstance(cfg.denoiser, UNetConfig) else None
+    attended = text_width or (embed_dim and cfg.image_embed)
+    if cfg.text_transformer is not None and not text_width:
+        raise ValueError("text_transformer reads text encodings, and there is no text; remove text_transformer")
+    if unet and attended and not unet.attention_at:
+        raise ValueError("denoiser.attention_at is empty, so that nothing would see the caption; name a level")
+    if unet and not attended and unet.attention_at and unet.attention == "transformer":
+        raise ValueError(
+            "denoiser.attention is transformer, which attends to text or an image embedding, and there is neither; "
+            "set it to plain"
         )
 
 
@@ -136,20 +184,31 @@ class TextTransformer(nn.Module):
         )
         self.norm = nn.LayerNorm(cfg.width)
 
-    def forward(self, encodings_BLW: Tensor, mask_BL: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, encodings_BLW: Tensor, text_mask_BL: Tensor) -> tuple[Tensor, Tensor]:
         """States [B, L, width] of the tokens, and that of the last that is not padding [B, width]."""
         x = self.encodings_in(encodings_BLW)
         for block in self.blocks:
-            x = block(x, mask=mask_BL[:, None, None])
+            x = block(x, mask=text_mask_BL[:, None, None])
         states = self.norm(x)
-        return states, states[torch.arange(len(states), device=states.device), mask_BL.sum(1) - 1]
+        return states, states[torch.arange(len(states), device=states.device), text_mask_BL.sum(1) - 1]
 
 
 def build_denoiser(
-    cfg: DiTConfig | UNetConfig, *, in_channels: int, out_channels: int, context_dim: int, vector_dim: int | None
+    cfg: DiTConfig | UNetConfig,
+    *,
+    in_channels: int,
+    out_channels: int,
+    context_dim: int | None,
+    vector_dim: int | None,
+    classes: int,
 ) -> DiT | UNet:
-    """The network of a kind; all have one signature: model(x, t, *, context, context_mask, vector)."""
+    """The network of a kind; all have one signature: model(x, t, *, context, context_mask, vector, labels)."""
     build: Callable[..., DiT | UNet] = UNet if isinstance(cfg, UNetConfig) else DiT
     return build(
-        cfg, in_channels=in_channels, out_channels=out_channels, context_dim=context_dim, vector_dim=vector_dim
+        cfg,
+        in_channels=in_channels,
+        out_channels=out_channels,
+        context_dim=context_dim,
+        vector_dim=vector_dim,
+        classes=classes,
     )

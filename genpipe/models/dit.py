@@ -18,10 +18,13 @@ from genpipe.models.layers import (
     CrossAttention,
     LevelEmbedding,
     Mlp,
+    Modulation,
+    ResidualBlock,
     Rotary,
     TransformerConfig,
     grid_coordinates,
     joint_mask,
+    label_table,
     patchify,
     recomputed,
     sinusoid,
@@ -70,8 +73,8 @@ class DiTConfig(TransformerConfig):
         return self.patch_size
 
 
-class Given(NamedTuple):
-    """What every block is given: conditioning vector [B, D], context and mask as `DiTBlock` says, positions."""
+class DiTConditions(NamedTuple):
+    """What every block reads: conditioning vector [B, D], context and mask as in `DiTBlock`, positions."""
 
     vector: Tensor
     context: Tensor | None
@@ -79,7 +82,7 @@ class Given(NamedTuple):
     rotary: Rotary | None
 
 
-class DiTBlock(nn.Module):
+class DiTBlock(ResidualBlock):
     """Attention and MLP, shifted, scaled and gated by the conditioning vector; the identity at the start.
 
     The context [B, M, context_dim] extends the keys, with a mask [B, 1, 1, L + M], or is attended to between the
@@ -92,7 +95,7 @@ class DiTBlock(nn.Module):
         keys_dim = context_dim if cfg.context == "keys" else None
         self.attention = Attention(cfg.width, heads=cfg.heads, context_dim=keys_dim, qk_norm=cfg.qk_norm)
         self.mlp = Mlp(cfg.width, ratio=cfg.mlp_ratio, activation=cfg.activation)
-        self.modulation = zeroed(nn.Linear(cfg.width, 6 * cfg.width))
+        self.modulation = zeroed(Modulation(cfg.width, 6 * cfg.width))
         self.cross_attention = None
         if context_dim is not None and cfg.context == "cross":
             self.cross_attention = CrossAttention(
@@ -100,16 +103,20 @@ class DiTBlock(nn.Module):
             )
             zeroed(self.cross_attention.out)
 
-    def forward(self, x_BLD: Tensor, given: Given) -> Tensor:
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(given.vector)[:, None].chunk(6, dim=-1)
+    def forward(self, x_BLD: Tensor, conditions: DiTConditions) -> Tensor:
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(conditions.vector)[:, None].chunk(
+            6, dim=-1
+        )
         modulated = modulate(x_BLD, shift=shift_a, scale=scale_a, eps=self.norm_eps)
         if self.cross_attention is None:
-            attended = self.attention(modulated, mask=given.mask, context=given.context, rotary=given.rotary)
+            attended = self.attention(
+                modulated, mask=conditions.mask, context=conditions.context, rotary=conditions.rotary
+            )
             x_BLD = x_BLD + gate_a * attended
         else:
-            assert given.context is not None, "DiT checks it"
-            x_BLD = x_BLD + gate_a * self.attention(modulated, rotary=given.rotary)
-            x_BLD = x_BLD + self.cross_attention(x_BLD, context=given.context, mask=given.mask)
+            assert conditions.context is not None, "DiT checks it"
+            x_BLD = x_BLD + gate_a * self.attention(modulated, rotary=conditions.rotary)
+            x_BLD = x_BLD + self.cross_attention(x_BLD, context=conditions.context, mask=conditions.mask)
         return x_BLD + gate_m * self.mlp(modulate(x_BLD, shift=shift_m, scale=scale_m, eps=self.norm_eps))
 
 
@@ -129,6 +136,7 @@ class DiT(nn.Module):
         out_channels: int,
         context_dim: int | None = None,
         vector_dim: int | None = None,
+        classes: int = 0,
     ) -> None:
         super().__init__()
         self.cfg = cfg
@@ -139,9 +147,10 @@ class DiT(nn.Module):
         self.context_norm = None if context_dim is None else nn.LayerNorm(context_dim)
         joint_dim, own_dim = (context_dim, None) if cfg.context == "joint" else (None, context_dim)
         self.blocks = nn.ModuleList(DiTBlock(cfg, context_dim=own_dim) for _ in range(cfg.depth))
-        self.modulation_out = zeroed(nn.Linear(width, 2 * width))
+        self.modulation_out = zeroed(Modulation(width, 2 * width))
         self.patches_out = zeroed(nn.Linear(width, out_channels * area))
         self.context_in = None if joint_dim is None else nn.Linear(joint_dim, width)
+        self.labels_in = label_table(classes, width)
 
     def forward(
         self,
@@ -151,15 +160,17 @@ class DiT(nn.Module):
         context: Tensor | None = None,
         context_mask: Tensor | None = None,
         vector: Tensor | None = None,
+        labels: Tensor | None = None,
     ) -> Tensor:
         """Prediction [B, out_channels, H, W] in fp32 for x [B, in_channels, H, W] at times t [B] in [0, 1].
 
         context [B, M, context_dim] with context_mask bool [B, M], True at tokens that count (at least one where
-        context is "cross"); vector [B, vector_dim] is added to the time embedding. H and W are multiples of
-        patch_size, or ValueError is raised.
+        context is "cross"); vector [B, vector_dim] and labels int64 [B], of which `classes` is the null class, are
+        embedded and added to the time embedding. H and W are multiples of patch_size, or ValueError is raised.
         """
         assert (context is None) == (self.context_norm is None), "context is given as the DiT was built"
         assert (vector is None) == (self.vector_in is None), "a vector is given as the DiT was built"
+        assert (labels is None) == (self.labels_in is None), "labels are given as the DiT was built"
         height, width = x_BCHW.shape[-2:]
         x_BLD = self.patches_in(patchify(x_BCHW, self.cfg.patch_size))
         tokens = x_BLD.shape[1]
@@ -169,6 +180,8 @@ class DiT(nn.Module):
         embedded = self.time_in(t_B)
         if self.vector_in is not None:
             embedded = embedded + self.vector_in(vector)
+        if self.labels_in is not None:
+            embedded = embedded + self.labels_in(labels)
         if self.context_norm is not None:
             context = self.context_norm(context)
         if self.context_in is not None:
@@ -179,10 +192,10 @@ class DiT(nn.Module):
         rotary = None
         if self.cfg.positions == "relative":
             rotary = Rotary(coordinates, head_dim=self.cfg.width // self.cfg.heads)
-        given = Given(F.silu(embedded), context, self._mask(context_mask, tokens=tokens), rotary)
+        conditions = DiTConditions(F.silu(embedded), context, self._mask(context_mask, tokens=tokens), rotary)
         for block in self.blocks:
-            x_BLD = recomputed(block, x_BLD, given) if self.cfg.checkpoint_blocks else block(x_BLD, given)
-        shift, scale = self.modulation_out(given.vector)[:, None].chunk(2, dim=-1)
+            x_BLD = recomputed(block, x_BLD, conditions) if self.cfg.checkpoint_blocks else block(x_BLD, conditions)
+        shift, scale = self.modulation_out(conditions.vector)[:, None].chunk(2, dim=-1)
         out = self.patches_out(modulate(x_BLD[:, :tokens], shift=shift, scale=scale, eps=self.cfg.norm_eps))
         return unpatchify(out, self.cfg.patch_size, height=height, width=width).float()
 

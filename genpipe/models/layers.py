@@ -185,7 +185,19 @@ class Mlp(nn.Module):
         return self.down(F.gelu(hidden, approximate="tanh" if self.activation == "gelu_tanh" else "none"))
 
 
-class TransformerBlock(nn.Module):
+class ResidualBlock(nn.Module):
+    """A block whose output is added to its input.
+
+    The matrices of such blocks are the hidden ones, which Muon optimizes (`training.optim`): a network of one's own
+    derives its blocks from this class.
+    """
+
+
+class Modulation(nn.Linear):
+    """A conditioning vector [B, D] to a block's shifts, scales and gates; in a block, but none of its matrices."""
+
+
+class TransformerBlock(ResidualBlock):
     """Pre-norm transformer block: attention, then MLP, each added to the residual stream."""
 
     def __init__(
@@ -229,6 +241,19 @@ class LevelEmbedding(nn.Module):
 
     def forward(self, level_B: Tensor) -> Tensor:
         return self.down(F.silu(self.up(sinusoid(1000.0 * level_B, dim=self.frequencies))))
+
+
+def label_table(classes: int, width: int) -> nn.Embedding | None:
+    """Embeddings [classes + 1, width] of class labels, N(0, 0.02) at the start, or None for no classes.
+
+    The last row is the null class, which a dropped label gives way to (Ho & Salimans 2022, sec. 3.2); the table is
+    DiT's (Peebles & Xie 2023), and added to the time embedding as in ADM (Dhariwal & Nichol 2021, sec. 3.1).
+    """
+    if not classes:
+        return None
+    table = nn.Embedding(classes + 1, width)
+    nn.init.normal_(table.weight, std=0.02)
+    return table
 
 
 def grid_coordinates(height: int, width: int, *, device: torch.device) -> Tensor:

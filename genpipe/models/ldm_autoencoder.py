@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from genpipe.config import Config
 from genpipe.models.convolutions import ResBlock
-from genpipe.models.layers import attend
+from genpipe.models.layers import ResidualBlock, attend
 from genpipe.models.quantizer import Bottleneck, Kl
 
 GROUPS, EPS = 32, 1e-6
@@ -61,7 +61,7 @@ class LdmConfig(Config):
         return 2**level in self.attention_at
 
 
-class GridAttention(nn.Module):
+class LdmAttention(ResidualBlock):
     """One-headed self-attention over the grid behind a GroupNorm, added to its input."""
 
     def __init__(self, channels: int) -> None:
@@ -78,7 +78,7 @@ class GridAttention(nn.Module):
         return x_BCHW + self.out(attended_B1LC).squeeze(1).transpose(1, 2).unflatten(2, x_BCHW.shape[-2:])
 
 
-class Downsample(nn.Conv2d):
+class LdmDownsample(nn.Conv2d):
     """A 3x3 convolution of stride 2, padded at the right and the bottom only."""
 
     def __init__(self, channels: int) -> None:
@@ -88,7 +88,7 @@ class Downsample(nn.Conv2d):
         return super().forward(F.pad(x_BCHW, (0, 1, 0, 1)))
 
 
-class Upsample(nn.Conv2d):
+class LdmUpsample(nn.Conv2d):
     """Nearest-neighbor doubling and a 3x3 convolution."""
 
     def __init__(self, channels: int) -> None:
@@ -106,7 +106,7 @@ def ldm_encoder(cfg: LdmConfig, *, channels_out: int) -> nn.Sequential:
         layers += _level(cfg, level, below, count=cfg.blocks)
         below = width
         if level < len(cfg.widths) - 1:
-            layers.append(Downsample(width))
+            layers.append(LdmDownsample(width))
     layers += [*_middle(cfg), *_head(below, channels_out)]
     if cfg.quant_conv:
         layers.append(nn.Conv2d(channels_out, channels_out, 1))
@@ -122,7 +122,7 @@ def ldm_decoder(cfg: LdmConfig) -> nn.Sequential:
         layers += _level(cfg, level, below, count=cfg.blocks + 1)
         below = width
         if level > 0:
-            layers.append(Upsample(width))
+            layers.append(LdmUpsample(width))
     return nn.Sequential(*layers, *_head(below, cfg.image_channels))
 
 
@@ -137,13 +137,13 @@ def _level(cfg: LdmConfig, level: int, channels_in: int, *, count: int) -> list[
     for i in range(count):
         layers.append(_block(width if i else channels_in, width))
         if cfg.attends(level):
-            layers.append(GridAttention(width))
+            layers.append(LdmAttention(width))
     return layers
 
 
 def _middle(cfg: LdmConfig) -> list[nn.Module]:
     width = cfg.widths[-1]
-    return [_block(width, width), *([GridAttention(width)] if cfg.mid_attention else []), _block(width, width)]
+    return [_block(width, width), *([LdmAttention(width)] if cfg.mid_attention else []), _block(width, width)]
 
 
 def _head(channels: int, channels_out: int) -> list[nn.Module]:

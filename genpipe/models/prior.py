@@ -94,7 +94,7 @@ class DiffusionPrior(nn.Module):
         if self.cfg.text_positions:
             encodings = encodings + self.positions_SM[: encodings.shape[1]]
         x_BSM = torch.cat([encodings, special + self.positions_SM[-self.SPECIAL :]], dim=1)
-        mask = causal_mask(caption.real, extra=self.SPECIAL)
+        mask = causal_mask(caption.text_mask, extra=self.SPECIAL)
         for block in self.blocks:
             x_BSM = block(x_BSM, mask=mask)
         return self.image_out(self.norm(x_BSM[:, -1])).float()

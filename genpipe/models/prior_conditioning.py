@@ -16,11 +16,11 @@ NullText = Literal["learned", "encoder"]
 
 
 class Caption(NamedTuple):
-    """embed [B, D]; encodings [B, L, W]; real bool [B, L], False at padding."""
+    """embed [B, D]; encodings [B, L, W]; text_mask bool [B, L], True at tokens that are not padding."""
 
     embed: Tensor
     encodings: Tensor
-    real: Tensor
+    text_mask: Tensor
 
 
 def null_caption(kind: NullText, *, embed_dim: int, text_width: int, null_tokens: int) -> tuple[Tensor, Tensor]:
@@ -41,22 +41,22 @@ def drop_captions(caption: Caption, drop_B: Tensor, *, null_encodings: Tensor, n
     length = caption.encodings.shape[1]
     null_NW = torch.atleast_2d(null_encodings)
     null_LW = F.pad(null_NW, (0, 0, 0, length - len(null_NW)))
-    null_real_L = torch.arange(length, device=drop_B.device) < len(null_NW)
+    null_mask_L = torch.arange(length, device=drop_B.device) < len(null_NW)
     return Caption(
         torch.where(drop_B[:, None], null_embed, caption.embed),
         torch.where(drop_B[:, None, None], null_LW, caption.encodings),
-        torch.where(drop_B[:, None], null_real_L, caption.real),
+        torch.where(drop_B[:, None], null_mask_L, caption.text_mask),
     )
 
 
-def causal_mask(real_BL: Tensor, *, extra: int) -> Tensor:
+def causal_mask(text_mask_BL: Tensor, *, extra: int) -> Tensor:
     """Who may look at whom among L tokens with padding and `extra` more without: bool [B, 1, S, S], S = L + extra.
 
     A token looks at itself and at what precedes it, but for padding. Padding looks at itself too, so that no row of
     the softmax is empty; nobody else sees what comes of it.
     """
-    real_BS = torch.cat([real_BL, real_BL.new_ones(len(real_BL), extra)], dim=1)
-    total = real_BS.shape[1]
-    causal = torch.ones(total, total, dtype=torch.bool, device=real_BL.device).tril()
-    itself = torch.eye(total, dtype=torch.bool, device=real_BL.device)
-    return ((causal & real_BS[:, None, :]) | itself)[:, None]
+    mask_BS = torch.cat([text_mask_BL, text_mask_BL.new_ones(len(text_mask_BL), extra)], dim=1)
+    total = mask_BS.shape[1]
+    causal = torch.ones(total, total, dtype=torch.bool, device=text_mask_BL.device).tril()
+    itself = torch.eye(total, dtype=torch.bool, device=text_mask_BL.device)
+    return ((causal & mask_BS[:, None, :]) | itself)[:, None]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from genpipe.config import Config
 from genpipe.models.convolutions import ResBlock
-from genpipe.models.layers import Attention
+from genpipe.models.layers import Attention, ResidualBlock
 from genpipe.models.quantizer import Bottleneck, Kl
 
 GROUPS = 16
@@ -45,7 +45,7 @@ class FoldedConfig(Config):
         return [self.width * m for m in self.multipliers]
 
 
-class AttentionBlock(nn.Module):
+class AttentionBlock(ResidualBlock):
     """One-headed self-attention over the grid, added to its input."""
 
     def __init__(self, channels: int) -> None:

@@ -13,15 +13,15 @@ from pydantic import Field, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from genpipe.config import Config
-from genpipe.models.layers import LevelEmbedding, recomputed, zeroed
+from genpipe.models.layers import LevelEmbedding, label_table, recomputed, zeroed
 from genpipe.models.unet_blocks import (
-    Downsample,
-    Given,
     GridAttention,
-    Modulation,
-    ResBlock,
+    ModulationKind,
     SpatialTransformer,
-    Upsample,
+    UNetConditions,
+    UNetDownsample,
+    UNetResBlock,
+    UNetUpsample,
 )
 
 
@@ -46,7 +46,7 @@ class UNetConfig(Config):
     transformer_depth: PositiveInt = Field(1, description="blocks of each transformer")
     head_width: PositiveInt = Field(64, description="channels of an attention head")
     heads: PositiveInt | None = Field(None, description="heads at every level, whatever their width; default: by width")
-    modulation: Modulation = Field("scale_shift", description="what time and embeddings do to a residual block")
+    modulation: ModulationKind = Field("scale_shift", description="what time and embeddings do to a residual block")
     resample: Literal["block", "conv"] = Field("block", description="halve and double the grid by residual blocks")
     groups: PositiveInt = Field(32, description="groups of every GroupNorm")
     checkpoint_blocks: bool = Field(False, description="recompute activations in the backward pass: less memory")
@@ -90,11 +90,11 @@ class Cell(nn.Module):
         self.attention = attention
         self.resize: nn.Module | None = None
 
-    def forward(self, x_BCHW: Tensor, given: Given) -> Tensor:
-        x_BCHW = self.block(x_BCHW, given)
+    def forward(self, x_BCHW: Tensor, conditions: UNetConditions) -> Tensor:
+        x_BCHW = self.block(x_BCHW, conditions)
         if self.attention is not None:
-            x_BCHW = self.attention(x_BCHW, given)
-        return x_BCHW if self.resize is None else self.resize(x_BCHW, given)
+            x_BCHW = self.attention(x_BCHW, conditions)
+        return x_BCHW if self.resize is None else self.resize(x_BCHW, conditions)
 
 
 class UNet(nn.Module):
@@ -108,6 +108,7 @@ class UNet(nn.Module):
         out_channels: int,
         context_dim: int | None = None,
         vector_dim: int | None = None,
+        classes: int = 0,
     ) -> None:
         super().__init__()
         if context_dim is not None and not cfg.attention_at:
@@ -140,15 +141,20 @@ class UNet(nn.Module):
                 cell.resize = self._resized(width, "up")
         self.norm_out = nn.GroupNorm(cfg.groups, cfg.width)
         self.grid_out = zeroed(nn.Conv2d(cfg.width, out_channels, 3, padding=1))
+        self.labels_in = label_table(classes, 4 * cfg.width)
 
     def _resized(self, width: int, to: Literal["down", "up"]) -> nn.Module:
         if self.cfg.resample == "block":
             return self._block(width, width, resize=to)
-        return Downsample(width) if to == "down" else Upsample(width)
+        return UNetDownsample(width) if to == "down" else UNetUpsample(width)
 
-    def _block(self, channels_in: int, channels_out: int, *, resize: Literal["down", "up"] | None = None) -> ResBlock:
+    def _block(
+        self, channels_in: int, channels_out: int, *, resize: Literal["down", "up"] | None = None
+    ) -> UNetResBlock:
         dim, groups, modulation = 4 * self.cfg.width, self.cfg.groups, self.cfg.modulation
-        return ResBlock(channels_in, channels_out, vector_dim=dim, groups=groups, modulation=modulation, resize=resize)
+        return UNetResBlock(
+            channels_in, channels_out, vector_dim=dim, groups=groups, modulation=modulation, resize=resize
+        )
 
     def _cell(self, channels_in: int, width: int, *, level: int) -> Cell:
         attention = self._attention(width) if 2**level in self.cfg.attention_at else None
@@ -171,32 +177,37 @@ class UNet(nn.Module):
         context: Tensor | None = None,
         context_mask: Tensor | None = None,
         vector: Tensor | None = None,
+        labels: Tensor | None = None,
     ) -> Tensor:
         """Prediction [B, out_channels, H, W] in fp32 for x [B, in_channels, H, W] at times t [B] in [0, 1].
 
         context [B, M, context_dim] with context_mask bool [B, M], True at tokens that count (at least one, unless
-        they extend the grid's own); vector [B, vector_dim] is added to the time embedding. H and W are multiples of
-        2 ** (levels - 1), or ValueError is raised.
+        they extend the grid's own); vector [B, vector_dim] and labels int64 [B], of which `classes` is the null
+        class, are embedded and added to the time embedding. H and W are multiples of 2 ** (levels - 1), or
+        ValueError is raised.
         """
         multiple, sides = self.cfg.grid_multiple, tuple(x_BCHW.shape[-2:])
         if any(side % multiple for side in sides):
             raise ValueError(f"a grid of {sides[0]}x{sides[1]} cannot be halved {len(self.cfg.widths) - 1} times")
         assert (context is None) == (self.context_dim is None), "context is given as the U-Net was built"
         assert (vector is None) == (self.vector_in is None), "a vector is given as the U-Net was built"
+        assert (labels is None) == (self.labels_in is None), "labels are given as the U-Net was built"
         embedded = self.time_in(t_B)
         if self.vector_in is not None:
             embedded = embedded + self.vector_in(vector)
-        given = Given(F.silu(embedded), context, context_mask)
+        if self.labels_in is not None:
+            embedded = embedded + self.labels_in(labels)
+        conditions = UNetConditions(F.silu(embedded), context, context_mask)
         x = self.grid_in(x_BCHW)
         skips = [x]
         for cell in self.down:
-            x = self._run(cell, x, given)
+            x = self._run(cell, x, conditions)
             skips.append(x)
         for cell in self.middle:
-            x = self._run(cell, x, given)
+            x = self._run(cell, x, conditions)
         for cell in self.up:
-            x = self._run(cell, torch.cat([x, skips.pop()], dim=1), given)
+            x = self._run(cell, torch.cat([x, skips.pop()], dim=1), conditions)
         return self.grid_out(F.silu(self.norm_out(x))).float()
 
-    def _run(self, cell: nn.Module, x_BCHW: Tensor, given: Given) -> Tensor:
-        return recomputed(cell, x_BCHW, given) if self.cfg.checkpoint_blocks else cell(x_BCHW, given)
+    def _run(self, cell: nn.Module, x_BCHW: Tensor, conditions: UNetConditions) -> Tensor:
+        return recomputed(cell, x_BCHW, conditions) if self.cfg.checkpoint_blocks else cell(x_BCHW, conditions)

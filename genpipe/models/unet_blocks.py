@@ -10,20 +10,20 @@ from typing import Literal, NamedTuple
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from genpipe.models.layers import Attention, CrossAttention, joint_mask, zeroed
+from genpipe.models.layers import Attention, CrossAttention, Modulation, ResidualBlock, joint_mask, zeroed
 
-Modulation = Literal["add", "scale_shift"]
+ModulationKind = Literal["add", "scale_shift"]
 
 
-class Given(NamedTuple):
-    """What every block is given: vector [B, E], activated; context [B, M, ...] and bool mask [B, M], or None."""
+class UNetConditions(NamedTuple):
+    """What every block reads: vector [B, E], activated; context [B, M, ...] and context_mask bool [B, M], or None."""
 
     vector: Tensor
     context: Tensor | None
-    mask: Tensor | None
+    context_mask: Tensor | None
 
 
-class ResBlock(nn.Module):
+class UNetResBlock(ResidualBlock):
     """Twice GroupNorm, SiLU, 3x3 convolution, added to the (projected) input, which it is at the start.
 
     The vector is added between the two (Ho et al. 2020), or scales and shifts the second norm (Dhariwal & Nichol
@@ -37,7 +37,7 @@ class ResBlock(nn.Module):
         *,
         vector_dim: int,
         groups: int,
-        modulation: Modulation,
+        modulation: ModulationKind,
         resize: Literal["down", "up"] | None = None,
     ) -> None:
         super().__init__()
@@ -45,15 +45,15 @@ class ResBlock(nn.Module):
         self.resize = resize
         self.norm1 = nn.GroupNorm(groups, channels_in)
         self.conv1 = nn.Conv2d(channels_in, channels_out, 3, padding=1)
-        self.modulation = nn.Linear(vector_dim, 2 * channels_out if self.scale_shift else channels_out)
+        self.modulation = Modulation(vector_dim, 2 * channels_out if self.scale_shift else channels_out)
         self.norm2 = nn.GroupNorm(groups, channels_out)
         self.conv2 = zeroed(nn.Conv2d(channels_out, channels_out, 3, padding=1))
         self.skip = nn.Identity() if channels_in == channels_out else nn.Conv2d(channels_in, channels_out, 1)
 
-    def forward(self, x_BCHW: Tensor, given: Given) -> Tensor:
+    def forward(self, x_BCHW: Tensor, conditions: UNetConditions) -> Tensor:
         h = self._resized(F.silu(self.norm1(x_BCHW)))
         h = self.conv1(h)
-        levels = self.modulation(given.vector)[:, :, None, None]
+        levels = self.modulation(conditions.vector)[:, :, None, None]
         if self.scale_shift:
             scale, shift = levels.chunk(2, dim=1)
             h = self.norm2(h) * (1 + scale) + shift
@@ -67,29 +67,29 @@ class ResBlock(nn.Module):
         return x_BCHW if self.resize is None else F.interpolate(x_BCHW, scale_factor=2.0, mode="nearest")
 
 
-class Downsample(nn.Module):
+class UNetDownsample(nn.Module):
     """3x3 convolution of stride 2."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
 
-    def forward(self, x_BCHW: Tensor, given: Given) -> Tensor:
+    def forward(self, x_BCHW: Tensor, conditions: UNetConditions) -> Tensor:
         return self.conv(x_BCHW)
 
 
-class Upsample(nn.Module):
+class UNetUpsample(nn.Module):
     """Every cell doubled along both axes, then a 3x3 convolution."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
-    def forward(self, x_BCHW: Tensor, given: Given) -> Tensor:
+    def forward(self, x_BCHW: Tensor, conditions: UNetConditions) -> Tensor:
         return self.conv(F.interpolate(x_BCHW, scale_factor=2.0, mode="nearest"))
 
 
-class GridAttention(nn.Module):
+class GridAttention(ResidualBlock):
     """Self-attention over the grid, added to its input; the context extends keys and values.
 
     ADM's attention block (Dhariwal & Nichol 2021) with GLIDE's text in it (Nichol et al. 2021, sec. 4.1).
@@ -101,13 +101,13 @@ class GridAttention(nn.Module):
         self.attention = Attention(channels, heads=heads, context_dim=context_dim, qk_norm=False)
         zeroed(self.attention.out)
 
-    def forward(self, x_BCHW: Tensor, given: Given) -> Tensor:
+    def forward(self, x_BCHW: Tensor, conditions: UNetConditions) -> Tensor:
         tokens = as_tokens(self.norm(x_BCHW))
-        mask = None if given.mask is None else joint_mask(given.mask, tokens=tokens.shape[1])
-        return x_BCHW + as_grid(self.attention(tokens, mask=mask, context=given.context), like=x_BCHW)
+        mask = None if conditions.context_mask is None else joint_mask(conditions.context_mask, tokens=tokens.shape[1])
+        return x_BCHW + as_grid(self.attention(tokens, mask=mask, context=conditions.context), like=x_BCHW)
 
 
-class SpatialTransformer(nn.Module):
+class SpatialTransformer(ResidualBlock):
     """Transformer over the grid with cross-attention to the context, added to its input (Rombach et al. 2022)."""
 
     def __init__(self, channels: int, *, heads: int, context_dim: int, depth: int, groups: int) -> None:
@@ -117,10 +117,10 @@ class SpatialTransformer(nn.Module):
         self.blocks = nn.ModuleList(ContextBlock(channels, heads=heads, context_dim=context_dim) for _ in range(depth))
         self.tokens_out = zeroed(nn.Linear(channels, channels))
 
-    def forward(self, x_BCHW: Tensor, given: Given) -> Tensor:
+    def forward(self, x_BCHW: Tensor, conditions: UNetConditions) -> Tensor:
         tokens = self.tokens_in(as_tokens(self.norm(x_BCHW)))
         for block in self.blocks:
-            tokens = block(tokens, given)
+            tokens = block(tokens, conditions)
         return x_BCHW + as_grid(self.tokens_out(tokens), like=x_BCHW)
 
 
@@ -138,11 +138,11 @@ class ContextBlock(nn.Module):
         self.mlp_norm = nn.LayerNorm(width)
         self.mlp = GatedMlp(width)
 
-    def forward(self, x_BLC: Tensor, given: Given) -> Tensor:
+    def forward(self, x_BLC: Tensor, conditions: UNetConditions) -> Tensor:
         x_BLC = x_BLC + self.self_attention(self.self_norm(x_BLC))
-        mask = None if given.mask is None else given.mask[:, None, None]
-        assert given.context is not None, "UNet checks it"
-        x_BLC = x_BLC + self.cross_attention(self.cross_norm(x_BLC), context=given.context, mask=mask)
+        mask = None if conditions.context_mask is None else conditions.context_mask[:, None, None]
+        assert conditions.context is not None, "UNet checks it"
+        x_BLC = x_BLC + self.cross_attention(self.cross_norm(x_BLC), context=conditions.context, mask=mask)
         return x_BLC + self.mlp(self.mlp_norm(x_BLC))
 
 

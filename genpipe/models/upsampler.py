@@ -13,7 +13,7 @@ from pydantic import Field, PositiveInt, Tag
 from torch import Tensor, nn
 
 from genpipe.config import Config, by_kind
-from genpipe.models.layers import LevelEmbedding
+from genpipe.models.layers import LevelEmbedding, Modulation, ResidualBlock
 from genpipe.models.unet import UNet, UNetConfig
 
 GROUPS = 16
@@ -48,7 +48,7 @@ UpsamplerConfig = Annotated[
 ]
 
 
-class ModulatedBlock(nn.Module):
+class ModulatedBlock(ResidualBlock):
     """Residual block of two 3x3 convolutions, shifted and scaled by a vector; the identity at the start."""
 
     def __init__(self, width: int) -> None:
@@ -56,7 +56,7 @@ class ModulatedBlock(nn.Module):
         self.norm1 = nn.GroupNorm(GROUPS, width)
         self.conv1 = nn.Conv2d(width, width, 3, padding=1)
         self.norm2 = nn.GroupNorm(GROUPS, width, affine=False)
-        self.modulation = nn.Linear(width, 2 * width)
+        self.modulation = Modulation(width, 2 * width)
         self.conv2 = nn.Conv2d(width, width, 3, padding=1)
         nn.init.zeros_(self.conv2.weight)
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from genpipe.config import Config
+from genpipe.models.layers import ResidualBlock
 from genpipe.models.quantizer import Bottleneck, Quantized, Quantizer, Vq
 
 
@@ -73,7 +74,7 @@ class LevelQuantizer(nn.Module):
         self.bottom.update()
 
 
-class Residual(nn.Module):
+class Residual(ResidualBlock):
     """ReLU, 3x3 convolution, ReLU, 1x1 convolution, added to the input."""
 
     def __init__(self, width: int, hidden: int) -> None:

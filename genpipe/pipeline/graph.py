@@ -8,6 +8,7 @@ settings of the stage.
 from __future__ import annotations
 
 import difflib
+import heapq
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -276,14 +277,16 @@ def _in_order(instances: Mapping[str, Instance], path: str) -> dict[str, Instanc
     try:
         sorter.prepare()
     except CycleError as error:
-        cycle = " -> ".join(reversed(error.args[1]))
+        cycle = " -> ".join(error.args[1])
         raise ConfigError(f"{path}: stages: the inputs run in a cycle: {cycle}; break it") from None
-    ordered: list[str] = []
     place = {name: i for i, name in enumerate(instances)}
+    ordered: list[str] = []
+    ready: list[tuple[int, str]] = []
     while sorter.is_active():
-        ready = sorted(sorter.get_ready(), key=place.__getitem__)
-        ordered += ready
-        sorter.done(*ready)
+        for name in sorter.get_ready():
+            heapq.heappush(ready, (place[name], name))
+        ordered.append(heapq.heappop(ready)[1])
+        sorter.done(ordered[-1])
     return {name: instances[name] for name in ordered}
 
 

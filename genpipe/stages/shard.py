@@ -24,6 +24,7 @@ from pydantic import Field, model_validator
 
 from genpipe.artifacts import Artifact, Role
 from genpipe.config import StageConfig
+from genpipe.data.classes import numbered_classes
 from genpipe.data.duplicates import Duplicate, find_duplicates, read_hashes, write_hashes, write_index_without
 from genpipe.data.filters import (
     FilterConfig,
@@ -43,9 +44,11 @@ from genpipe.data.images import (
     ImageError,
     ImageFormat,
     Keep,
+    Picture,
     ResizeConfig,
     buckets,
     check_kept,
+    check_same_aspect,
     decode,
     encode,
     prepare,
@@ -53,12 +56,21 @@ from genpipe.data.images import (
 )
 from genpipe.data.perceptual_hash import perceptual_hash
 from genpipe.data.samples import Reject, Sample
-from genpipe.data.shards import SPLITS, ShardWriter, Split, split_of, statistics, write_rejects, write_statistics
+from genpipe.data.shards import (
+    NO_LABEL,
+    SPLITS,
+    ShardWriter,
+    Split,
+    split_of,
+    statistics,
+    write_rejects,
+    write_statistics,
+)
 from genpipe.data.sheets import contact_sheet
-from genpipe.data.sources import SourceConfig, open_source
+from genpipe.data.sources import SourceConfig, declared_classes, has_conditions, open_source
 from genpipe.storage import Storage
 
-VERSION = 3
+VERSION = 4
 MAKES = "shards"
 HEADLINES = ("samples_train", "samples_heldout", "rejected")
 PREVIEW_IMAGES = 64
@@ -103,10 +115,17 @@ def source_digest(cfg: Config) -> str:
 
 
 def check_inputs(cfg: Config, inputs: Mapping[str, Artifact]) -> dict[str, Any]:
-    """What consumers may rely on before the stage has run: the side of the squares that each image can give."""
+    """What consumers may rely on before the stage has run.
+
+    `image_size` is the side of the squares that each image can give, `condition` whether every sample has a
+    conditioning image; `classes`, the names in the order of their labels, is there if it takes no look at the source.
+    """
+    side = cfg.image_size
     if isinstance(cfg.resize, Buckets):
-        return {"image_size": min(min(sides) for sides in buckets(cfg.resize, size=cfg.image_size))}
-    return {"image_size": cfg.image_size}
+        side = min(min(sides) for sides in buckets(cfg.resize, size=cfg.image_size))
+    classes = declared_classes(cfg.source)
+    known = {} if classes is None else {"classes": list(classes)}
+    return {"image_size": side, "condition": has_conditions(cfg.source), **known}
 
 
 def parts(cfg: Config, inputs: Mapping[str, Artifact]) -> list[str]:
@@ -125,6 +144,9 @@ class Stored:
     captions: tuple[str, ...]
     caption_weights: tuple[float, ...]
     hashes: dict[str, Any]
+    label: int
+    condition: bytes | None = None
+    condition_format: str = ""
 
 
 class Worker:
@@ -135,6 +157,8 @@ class Worker:
         self.source = open_source(cfg.source, part_size=cfg.part_size)
         self.number = {part: number for number, part in enumerate(self.source.parts())}
         self.blocked = read_blocklist(cfg.filters)
+        classes = self.source.classes()
+        self.label_of = None if classes is None else {name: label for label, name in enumerate(classes)}
 
     def __call__(self, part: str, out: Path) -> dict[str, Any]:
         """Write the part's shards, ledger and hashes into `out`; its counts: samples_in = written + rejected."""
@@ -144,6 +168,7 @@ class Worker:
         keys: set[str] = set()
         preview: list[bytes] = []
         samples_in = dropped = 0
+        largest_label = NO_LABEL
         with self._writer(out, "train", number) as train, self._writer(out, "heldout", number) as heldout:
             writers = {"train": train, "heldout": heldout}
             for item in self.source.read(part):
@@ -157,6 +182,7 @@ class Worker:
                 self._write(writer, item, stored)
                 keys.add(item.key)
                 hashes.append({"shard": writer.name, "key": item.key, "place": _place(item), **stored.hashes})
+                largest_label = max(largest_label, stored.label)
                 dropped += len(item.captions) - len(stored.captions)
                 if number == 0 and len(preview) < PREVIEW_IMAGES:
                     preview.append(stored.image)
@@ -168,6 +194,7 @@ class Worker:
         return {
             "samples_in": samples_in,
             "captions_dropped": dropped,
+            "largest_label": largest_label,
             "rejected": dict(sorted(Counter(reject.reason for reject in rejects).items())),
             "shards": [*train.shards, *heldout.shards],
         }
@@ -190,7 +217,10 @@ class Worker:
             captions=stored.captions,
             caption_weights=stored.caption_weights,
             source=sample.source,
-            meta=sample.meta,
+            label=stored.label,
+            condition=stored.condition,
+            condition_format=stored.condition_format,
+            meta=sample.meta if sample.label is None else {**sample.meta, "class": sample.label},
         )
 
     def _store(self, sample: Sample, *, keys: set[str]) -> Stored | Reject:
@@ -208,15 +238,54 @@ class Worker:
         self._check_blocked(sample.key, sample.image)
         picture = read_header(sample.image, max_pixels=cfg.max_image_pixels)
         check_size(cfg.filters, height=picture.height, width=picture.width)
+        label = self._label(sample)
         if isinstance(cfg.resize, Keep):
             check_kept(picture)
-            hashes = self._hashes(sample, None)
-            return Stored(sample.image, picture.format, picture.height, picture.width, captions, weights, hashes)
-        pixels = prepare(picture, resize=cfg.resize, size=cfg.image_size, background=cfg.background)
-        image = encode(pixels, format=cfg.format, quality=cfg.quality)
-        self._check_blocked(sample.key, image)
-        hashes = self._hashes(sample, pixels)
-        return Stored(image, cfg.format, pixels.shape[0], pixels.shape[1], captions, weights, hashes)
+            pixels, image, format, height, width = None, sample.image, picture.format, picture.height, picture.width
+        else:
+            pixels = prepare(picture, resize=cfg.resize, size=cfg.image_size, background=cfg.background)
+            image, format = encode(pixels, format=cfg.format, quality=cfg.quality), cfg.format
+            height, width = pixels.shape[:2]
+            self._check_blocked(sample.key, image)
+        condition, condition_format = self._condition(sample.condition, picture)
+        return Stored(
+            image=image,
+            format=format,
+            height=height,
+            width=width,
+            captions=captions,
+            caption_weights=weights,
+            hashes=self._hashes(sample, pixels),
+            label=label,
+            condition=condition,
+            condition_format=condition_format,
+        )
+
+    def _label(self, sample: Sample) -> int:
+        """The place of a sample's class in the list of all. Raises Filtered for a class that came after the listing."""
+        if sample.label is None:
+            return NO_LABEL
+        if self.label_of is None:
+            return int(sample.label)
+        if sample.label not in self.label_of:
+            raise Filtered("new_class", f"the class {sample.label!r} was not there when the source was listed")
+        return self.label_of[sample.label]
+
+    def _condition(self, data: bytes | None, image: Picture) -> tuple[bytes | None, str]:
+        """A conditioning image as it is to be stored beside `image`, losslessly, and its format. Raises ImageError."""
+        cfg = self.cfg
+        if data is None:
+            return None, ""
+        try:
+            picture = read_header(data, max_pixels=cfg.max_image_pixels)
+            check_same_aspect(picture, image)
+            if isinstance(cfg.resize, Keep):
+                check_kept(picture)
+                return data, picture.format
+            pixels = prepare(picture, resize=cfg.resize, size=cfg.image_size, background=cfg.background, beside=image)
+        except ImageError as error:
+            raise ImageError(error.reason, f"its conditioning image: {error.detail}") from None
+        return encode(pixels, format="png"), "png"
 
     def _check_blocked(self, key: str, image: bytes) -> None:
         if self.blocked:
@@ -291,6 +360,7 @@ def finalize(
     write_statistics(out, shards)
     meta = {
         **check_inputs(cfg, inputs),
+        "classes": list(_classes(cfg, results)),
         "resize": cfg.resize.model_dump(mode="json"),
         "format": "as in the source" if isinstance(cfg.resize, Keep) else cfg.format,
         "samples": samples,
@@ -308,6 +378,16 @@ def finalize(
         **{f"rejected_{reason}": count for reason, count in rejected.items()},
     }
     return meta, {name: float(value) for name, value in metrics.items()}
+
+
+def _classes(cfg: Config, results: list[dict[str, Any]]) -> tuple[str, ...]:
+    """The names of the classes, each at its label."""
+    classes = declared_classes(cfg.source)
+    if classes is None:
+        classes = open_source(cfg.source, part_size=cfg.part_size).classes()
+    if classes is None:
+        classes = numbered_classes(max(result["largest_label"] for result in results))
+    return classes
 
 
 def preview_sheet(images: list[bytes]) -> bytes:

@@ -11,14 +11,18 @@ from torch import nn
 
 from genpipe.config import Config, by_kind
 from genpipe.data.loader import check_batch_sizes
+from genpipe.models.layers import Modulation, ResidualBlock
 from genpipe.training import muon
 
-MATRICES = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)
-"""Layers whose weights multiply activations: what Muon is for."""
+LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+"""Layers whose weights are matrices that multiply activations."""
 
 
 class AdamW(Config):
-    """AdamW (Loshchilov & Hutter 2019); weight decay on matrices only, never on gains, biases or scalars."""
+    """AdamW (Loshchilov & Hutter 2019), with weight decay on the matrices alone: the weights of `LAYERS`.
+
+    Embeddings, positions, tokens, gains, biases and scalars are not decayed.
+    """
 
     kind: Literal["adamw"] = "adamw"
     lr: float = Field(3e-4, gt=0)
@@ -28,11 +32,12 @@ class AdamW(Config):
 
 
 class Muon(Config):
-    """Muon (Jordan et al. 2024) for the matrices of the transformer blocks, AdamW for everything else.
+    """Muon (Jordan et al. 2024) for the hidden matrices, those of residual blocks, and AdamW for everything else.
 
-    `lr` is Muon's, on updates scaled to AdamW's RMS (Liu et al. 2025, section 2.2), so that both optimizers
-    share one scale; `adamw_lr` is for what goes in and out: embeddings, positions,
-    heads; and for gains and biases.
+    AdamW keeps what enters a network and what leaves it (patches, embeddings, positions, times, heads), modulation
+    layers, resampling between blocks, convolutions in groups, gains and biases. `lr` is Muon's, on updates scaled to
+    AdamW's RMS (Liu et al. 2025, section 2.2), so that one scale serves both; `adamw_lr` is AdamW's. Both decay
+    matrices, as `AdamW` does.
     """
 
     kind: Literal["muon"]
@@ -102,11 +107,16 @@ def lr_scale(cfg: TrainConfig, *, samples_seen: int) -> float:
 
 
 def build_optimizers(module: nn.Module, cfg: AdamW | Muon) -> list[torch.optim.Optimizer]:
-    """The optimizers of one part. Each group remembers its peak learning rate in `peak_lr`."""
-    by_muon, parameters = _by_muon(module, cfg), list(module.parameters())
-    hidden = [p for p in parameters if id(p) in by_muon]
-    decayed = [p for p in parameters if id(p) not in by_muon and p.ndim >= 2]
-    undecayed = [p for p in parameters if id(p) not in by_muon and p.ndim < 2]
+    """The optimizers of a module, with every parameter in one group of one of them.
+
+    Each group remembers its peak learning rate in `peak_lr`. A module without residual blocks has AdamW alone.
+    """
+    by_muon, matrices = _by_muon(module, cfg), _matrices(module)
+    hidden: list[nn.Parameter] = []
+    decayed: list[nn.Parameter] = []
+    undecayed: list[nn.Parameter] = []
+    for p in module.parameters():
+        (hidden if id(p) in by_muon else decayed if id(p) in matrices else undecayed).append(p)
     groups = [{"params": decayed, "weight_decay": cfg.weight_decay}, {"params": undecayed, "weight_decay": 0.0}]
     groups = [group for group in groups if group["params"]]
     optimizers: list[torch.optim.Optimizer] = []
@@ -123,11 +133,25 @@ def build_optimizers(module: nn.Module, cfg: AdamW | Muon) -> list[torch.optim.O
 
 
 def optimizer_bytes(module: nn.Module, cfg: AdamW | Muon) -> int:
-    """What the optimizers of a part keep: two averages of each of AdamW's parameters, Muon's momentum of the others."""
+    """Bytes that the optimizers of a module keep: two averages of AdamW's parameters, one momentum of Muon's."""
     by_muon = _by_muon(module, cfg)
     return sum(p.numel() * p.element_size() * (1 if id(p) in by_muon else 2) for p in module.parameters())
 
 
 def _by_muon(module: nn.Module, cfg: AdamW | Muon) -> set[int]:
-    """The ids of the parameters that Muon optimizes."""
-    return {id(m.weight) for m in module.modules() if isinstance(m, MATRICES)} if cfg.kind == "muon" else set()
+    """The ids of the parameters that Muon optimizes: matrices of residual blocks that modulate nothing.
+
+    The kernels of a convolution in groups are many small matrices, not one.
+    """
+    if cfg.kind != "muon":
+        return set()
+    blocks = (block for block in module.modules() if isinstance(block, ResidualBlock))
+    layers = (layer for block in blocks for layer in block.modules() if isinstance(layer, LAYERS))
+    return {
+        id(layer.weight) for layer in layers if not isinstance(layer, Modulation) and getattr(layer, "groups", 1) == 1
+    }
+
+
+def _matrices(module: nn.Module) -> set[int]:
+    """The ids of the weights of `LAYERS`."""
+    return {id(layer.weight) for layer in module.modules() if isinstance(layer, LAYERS)}

@@ -20,6 +20,7 @@ from PIL import Image
 
 from genpipe import artifacts
 from genpipe.artifacts import Artifact
+from genpipe.config import UNFINGERPRINTED, changed
 from genpipe.data.shard_dataset import open_shards
 from genpipe.data.shards import INDEX_SCHEMA, INDEX_SUFFIX
 from genpipe.data.takedown import affected, plan_removal, remove
@@ -53,9 +54,10 @@ def pictures(tmp_path: Path) -> Path:
 
 def made(store: str, kind: str, inputs: dict[str, Artifact]) -> Artifact:
     """A committed artifact of another stage."""
-    fingerprint = artifacts.fingerprint(kind, version=1, config={}, inputs=inputs)
+    identity = artifacts.identity(kind, version=1, settings={}, inputs=inputs)
+    fingerprint = artifacts.fingerprint(identity)
     target = Artifact(kind=kind, uri=artifacts.artifact_uri(store, kind, fingerprint), fingerprint=fingerprint)
-    return artifacts.commit(target, version=1, config={}, inputs=inputs, metrics={})
+    return artifacts.commit(target, identity=identity, config={}, inputs=inputs, metrics={})
 
 
 def sharded(pictures: Path, store: str, **options: Any) -> Artifact:
@@ -67,9 +69,11 @@ def sharded(pictures: Path, store: str, **options: Any) -> Artifact:
         }
     )
     config = cfg.model_dump(mode="json", exclude={"resources"})
-    external = shard.source_digest(cfg)
-    fingerprint = artifacts.fingerprint("shard", version=shard.VERSION, config=config, inputs={}, external=external)
-    uri = artifacts.artifact_uri(store, "shard", fingerprint)
+    settings = changed(cfg, without=UNFINGERPRINTED)
+    source = shard.source_digest(cfg)
+    identity = artifacts.identity("shard", version=shard.VERSION, settings=settings, inputs={}, source=source)
+    fingerprint = artifacts.fingerprint(identity)
+    uri = artifacts.artifact_uri(store, "shards", fingerprint)
     parts = shard.parts(cfg, {})
     worker = shard.Worker(cfg, {})
     for part in parts:
@@ -77,10 +81,10 @@ def sharded(pictures: Path, store: str, **options: Any) -> Artifact:
             artifacts.add_part(uri, part, Path(out), worker(part, Path(out)))
     done = artifacts.finished_parts(uri)
     with tempfile.TemporaryDirectory() as out:
-        results = shard.settle(cfg, open_storage(uri), [done[part]["stats"] for part in parts], Path(out))
+        results = shard.merge_parts(cfg, open_storage(uri), [done[part]["stats"] for part in parts], Path(out))
         meta, metrics = shard.finalize(cfg, {}, results, Path(out))
-        target = Artifact(kind="shard", uri=uri, fingerprint=fingerprint, meta=meta)
-        needs: dict[str, Any] = {"version": shard.VERSION, "config": config, "inputs": {}, "metrics": metrics}
+        target = Artifact(kind="shards", uri=uri, fingerprint=fingerprint, meta=meta)
+        needs: dict[str, Any] = {"identity": identity, "config": config, "inputs": {}, "metrics": metrics}
         return artifacts.commit(target, folder=Path(out), parts=parts, run_id="7c1e", **needs)
 
 
@@ -353,7 +357,7 @@ def test_what_was_trained_on_them_is_listed(genpipe: Command, pictures: Path, tm
     assert f"could not be looked at: {broken}/manifest.json: not a readable manifest" in out
     assert f"could not be looked at: {bare.uri}: " in out
     new = plan_removal(old.uri, {"p01"}).target.uri
-    assert f"--input shard={new}" in out and "stages.shard.filters.blocklist=" in out
+    assert f"inputs.shard={new}" in out and "stages.shard.filters.blocklist=" in out
     assert f"delete the old shards, which still hold the samples: {old.uri}" in out
     assert "delete preview.png, which may show them, from MLflow run 7c1e" in out
     assert artifacts.find(old.uri) == old
@@ -419,8 +423,10 @@ def test_old_indexes_are_taken_as_they_are(pictures: Path, tmp_path: Path) -> No
             pq.write_table(pq.read_table(path, columns=INDEX_SCHEMA.names[:6]), before / path.name)
         elif path.name != "manifest.json":
             (before / path.name).write_bytes(path.read_bytes())
-    target = old.model_copy(update={"uri": str(tmp_path / "store/artifacts/shard/old"), "fingerprint": "e" * 64})
+    identity = artifacts.identity("shard", version=1, settings={"before": "sha256"}, inputs={})
+    moved = {"uri": str(tmp_path / "store/artifacts/shards/old"), "fingerprint": artifacts.fingerprint(identity)}
+    target = old.model_copy(update=moved)
     metrics = artifacts.verify(old.uri).metrics
-    artifacts.commit(target, folder=before, version=1, config={}, inputs={}, metrics=metrics)
+    artifacts.commit(target, folder=before, identity=identity, config={}, inputs={}, metrics=metrics)
     new = remove(plan_removal(target.uri, {"p01"}))
     assert keys_of(new).keys() == keys_of(old).keys() - {"p01"}

@@ -10,7 +10,8 @@ import yaml
 from conftest import Command, TinyPipeline
 from PIL import Image
 
-from genpipe import cli, console
+from genpipe.cli import console
+from genpipe.cli import main as cli
 
 TINY = "configs/pipeline/tiny.yaml"
 

@@ -47,7 +47,7 @@ def make(cfg: shard.Config, folder: Path | str) -> Manifest:
 
 
 def commit(cfg: shard.Config, uri: str) -> Manifest:
-    """Settle, finish and commit the parts that lie at `uri`."""
+    """Merge, finalize and commit the parts that lie at `uri`."""
     parts = shard.parts(cfg, {})
     done = artifacts.finished_parts(uri)
     with tempfile.TemporaryDirectory() as out:

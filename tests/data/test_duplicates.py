@@ -58,7 +58,7 @@ def test_only_exact_duplicates(copies: Path, tmp_path: Path) -> None:
     assert len(stored(tmp_path / "out")) == 28
 
 
-def test_settling_again_after_a_cut_gives_the_same(copies: Path, tmp_path: Path, store_uri: str) -> None:
+def test_merging_again_after_a_cut_gives_the_same(copies: Path, tmp_path: Path, store_uri: str) -> None:
     """The driver died after it had put new indexes in place, before the manifest."""
     cfg = configured(copies, filters={"exact_duplicates": True, "near_duplicates": 6}, part_size=6, image_size=64)
     first = make(cfg, tmp_path / "straight")
@@ -69,7 +69,7 @@ def test_settling_again_after_a_cut_gives_the_same(copies: Path, tmp_path: Path,
             artifacts.add_part(uri, part, Path(out), shard.Worker(cfg, {})(part, Path(out)))
     done = artifacts.finished_parts(uri)
     with tempfile.TemporaryDirectory() as out:
-        shard.settle(cfg, open_storage(uri), [done[part]["stats"] for part in parts], Path(out))
+        shard.merge_parts(cfg, open_storage(uri), [done[part]["stats"] for part in parts], Path(out))
         for path in sorted(Path(out).iterdir())[:3]:
             open_storage(uri).upload(path.name, path)
     second = commit(cfg, uri)

@@ -20,6 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models
 
+from genpipe.data.samples import clean_captions
 from genpipe.data.tokenizer import (
     BOS_ID,
     CLIP_EOT_ID,
@@ -53,6 +54,32 @@ def test_layout_padding_and_lengths() -> None:
     assert tokens[1].tolist() == [BOS_ID, EOT_ID] + [PAD_ID] * 14 and lengths[1] == 2
     assert tokens[0, 0] == BOS_ID and tokens[0, lengths[0] - 1] == EOT_ID
     assert (tokens[0, lengths[0] :] == PAD_ID).all() and (tokens[0, : lengths[0]] != PAD_ID).all()
+
+
+@settings(max_examples=50, deadline=None)
+@given(text=st.text(max_size=40))
+def test_a_prompt_gives_the_tokens_of_the_caption_of_the_same_text(text: str) -> None:
+    stored = clean_captions([text]) or ("",) * (not text.strip())
+    for caption in stored:
+        prompt, expected = TOKENIZER.encode_batch([text, caption], context_length=64)
+        assert (prompt == expected).all()
+
+
+def test_spaces_and_accents_of_a_prompt_make_no_difference() -> None:
+    tokens = TOKENIZER.encode_batch(["a  red\tapple ", "a red apple", "cafe\u0301", "caf\u00e9"], context_length=16)
+    assert (tokens[0] == tokens[1]).all() and (tokens[2] == tokens[3]).all()
+    with pytest.raises(ValueError, match="too long"):
+        TOKENIZER.encode_batch(["a" * 2**20], context_length=16)
+
+
+def test_lengths_before_the_cut_tell_what_is_cut() -> None:
+    texts = ["", "a red apple", "never seen: \u4f60\u597d"]
+    whole, lengths = TOKENIZER.encode_and_measure(texts, context_length=64)
+    assert lengths.tolist() == TOKENIZER.lengths(whole).tolist()
+    context = int(lengths[1])
+    cut, again = TOKENIZER.encode_and_measure(texts, context_length=context)
+    assert (again == lengths).all() and (again > context).tolist() == [False, False, True]
+    assert (cut[:2] == whole[:2, :context]).all() and TOKENIZER.lengths(cut).max() == context
 
 
 def test_a_pickled_tokenizer_still_takes_special_tokens_for_text() -> None:
@@ -112,7 +139,7 @@ def test_a_vocabulary_without_room_for_bytes_is_refused() -> None:
 
 
 def test_a_tokenizer_without_the_special_tokens_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"without <\|startoftext\|> is none for captions"):
+    with pytest.raises(ValueError, match=r"has no <\|startoftext\|>; use the one"):
         CaptionTokenizer(Tokenizer(models.BPE()))
 
 
@@ -255,5 +282,7 @@ def test_another_vocabulary_file_is_refused(tmp_path: Path) -> None:
         clip_tokenizer(other, sha256=SHA256)
     for content in (b"#version\ni n\n", gzip.compress(b"#version\none two three\n"), gzip.compress(b"\n\xff \xff")):
         other.write_bytes(content)
-        with pytest.raises(ValueError, match=r"tokenizer.vocabulary: .* is no gzipped list of merges \(.*give CLIP's"):
+        with pytest.raises(
+            ValueError, match=r"tokenizer.vocabulary: .* is not a gzipped list of merges \(.*give CLIP's"
+        ):
             clip_tokenizer(other, sha256=hashlib.sha256(content).hexdigest())

@@ -423,3 +423,18 @@ def test_a_pause_may_be_asked_for_in_seconds_or_until_a_time() -> None:
     assert 3600 < pause_asked(soon) <= 7200
     for header in ("", "soon", "-5", "Fri, 31 Dec 1999 23:59:59 GMT", "31 Dec 9999 23:59:59"):
         assert pause_asked(header) == 0.0
+
+
+def test_labels_and_conditioning_images(web: Web, tmp_path: Path) -> None:
+    lines = ["url,edges,class,text"]
+    lines += [f"{web.url}/ok/{n},{web.url}/{edges},{name},x" for n, edges, name in
+              [(1, "ok/11", "cat"), (2, "status/404", "ant"), (3, "page/x", "ant"), (4, "ok/14", "")]]  # fmt: skip
+    put(tmp_path, {"t.csv": "\n".join(lines)})
+    settings = {"allow_private": True, "retries": 0}
+    opened = source("urls", tmp_path, label="class", condition="edges", fetch=settings)
+    good, gone, page, nameless = read_all(opened)
+    assert isinstance(good, Sample) and opened.classes() == ("ant", "cat")
+    assert (good.image, good.condition, good.label) == (png(1), png(11), "cat")
+    faults = [item for item in (gone, page, nameless) if isinstance(item, Reject)]
+    assert [fault.reason for fault in faults] == ["http_404", "not_an_image", "no_label"]
+    assert "conditioning image" in faults[0].detail and "conditioning image" in faults[1].detail

@@ -196,7 +196,8 @@ def test_unsafe_members_are_rejects_and_the_others_are_read(tmp_path: Path) -> N
         ("unsafe_member", "a.tar//abs.jpg"): out,
         ("unsafe_member", "a.tar/a/../../b.txt"): out,
         ("unsafe_member", "a.tar/linked.txt"): f"a link to {secret}",
-        ("no_caption", "a.tar/linked"): "none of text, caption, captions, txt has one; its members are jpg",
+        ("no_caption", "a.tar/linked"): "none of text, caption, captions, prompt, prompts, description, txt has "
+        "one; its members are jpg",
         ("unsafe_member", "a.tar/hard.jpg"): "a link to 0.jpg",
         ("unsafe_member", "a.tar/device.jpg"): "a device, pipe or sparse file",
         ("unsafe_member", "a.tar/pipe.jpg"): "a device, pipe or sparse file",
@@ -407,7 +408,8 @@ def test_tars_without_images_or_captions_are_refused_at_once(tmp_path: Path) -> 
         source("webdataset", tmp_path / "captionless")
     assert str(error.value) == (
         "source.path: none of the first 20 samples of a.tar has a caption: of a.tar/0, none of text, caption, "
-        "captions, txt has one; its members are jpg, json; look at the tars and at source.captions"
+        "captions, prompt, prompts, description, txt has one; its members are jpg, json; "
+        "look at the tars and at source.captions"
     )
     put(tmp_path / "imageless", {"a.tar": tar_of(("0.npy", b"x"), ("0.txt", b"caption"))})
     with pytest.raises(ValueError, match=r"none of the first 1 samples of a.tar has an image: of a.tar/0, its members"):

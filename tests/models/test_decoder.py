@@ -1,6 +1,8 @@
-"""The decoder over both denoisers: what is dropped, what is read, its published sizes, and that it learns."""
+"""The decoder over both denoisers: its conditions and their nulls, its published sizes, and that it learns."""
 
 from __future__ import annotations
+
+import itertools
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from genpipe.models.dit import DiTConfig
 from genpipe.models.layers import TransformerConfig
 from genpipe.models.unet import UNetConfig
 
-B, L, N, D, W = 4, 5, 2, 8, 12
+B, L, N, D, W, K = 4, 5, 2, 8, 12, 3
 LENGTHS = torch.tensor([2, 5, 3, 4])
 TEXT_MASK = torch.arange(L) < LENGTHS[:, None]
 KEEP, DROP = torch.zeros(B, dtype=torch.bool), torch.ones(B, dtype=torch.bool)
@@ -52,8 +54,8 @@ def awake(name: str) -> Decoder:
     return model
 
 
-def run(model: Decoder, **changes: Tensor) -> Tensor:
-    inputs = {
+def run(model: Decoder, **changes: Tensor | None) -> Tensor:
+    inputs: dict[str, Tensor | None] = {
         "image_embed": randn(B, D, seed=2),
         "text_encodings": randn(B, L, W, seed=1),
         "text_mask": TEXT_MASK,
@@ -191,6 +193,90 @@ def test_a_learned_variance_takes_as_many_channels_more() -> None:
     assert wide.shape == (B, 6, 4, 4)
 
 
-def test_a_denoiser_that_would_not_see_the_caption_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"denoiser\.attention_at is empty"):
-        DecoderConfig(denoiser=UNetConfig(attention_at=()))
+def test_conditions_that_do_not_fit_the_network_are_refused() -> None:
+    blind = DecoderConfig(denoiser=UNetConfig(attention_at=()))
+    for sizes in ({"text_width": W}, {"embed_dim": D}):
+        with pytest.raises(ValueError, match=r"denoiser\.attention_at is empty"):
+            Decoder(blind, latent_channels=3, **sizes)
+    with pytest.raises(ValueError, match=r"denoiser\.attention is transformer.*plain"):
+        Decoder(CONFIGS["latent"], latent_channels=3, classes=K)
+    with pytest.raises(ValueError, match="text_transformer"):
+        Decoder(CONFIGS["glide"], latent_channels=3, embed_dim=D)
+
+
+# Class labels, and every subset of the conditions.
+
+DENOISERS = {"dit": DIT, "dit_cross": DIT.model_copy(update={"context": "cross"}), "unet": UNET}
+SIZES = {"embed_dim": D, "text_width": W, "classes": K}
+SUBSETS = [dict(chosen) for size in range(4) for chosen in itertools.combinations(SIZES.items(), size)]
+LABELS = torch.tensor([0, 2, 2, 1])
+BELONGS = {
+    "embed_dim": {"image_embed", "drop_image"},
+    "text_width": {"text_encodings", "text_mask", "drop_text"},
+    "classes": {"labels", "drop_label"},
+}
+
+
+def conditional(denoiser: str, sizes: dict[str, int]) -> Decoder:
+    torch.manual_seed(0)
+    model = Decoder(DecoderConfig(denoiser=DENOISERS[denoiser]), latent_channels=3, **sizes)
+    wake(model)
+    return model
+
+
+def run_labeled(model: Decoder, **changes: Tensor | None) -> Tensor:
+    return run(model, **{"labels": LABELS, "drop_label": KEEP} | changes)
+
+
+@pytest.mark.parametrize("sizes", SUBSETS, ids=lambda sizes: "+".join(sizes) or "unconditional")
+@pytest.mark.parametrize("denoiser", DENOISERS)
+def test_a_decoder_has_and_reads_only_the_conditions_it_is_built_with(denoiser: str, sizes: dict[str, int]) -> None:
+    model = conditional(denoiser, sizes)
+    absent: dict[str, Tensor | None] = {name: None for key in SIZES.keys() - sizes.keys() for name in BELONGS[key]}
+    out = run_labeled(model, **absent)
+    assert out.shape == (B, 3, 4, 4)
+    out.square().mean().backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None] == []
+    silent = {name for name, p in model.named_parameters() if p.grad is not None and not p.grad.any()}
+    assert silent <= {"null_image_D", "null_encoding_W"}
+    changed = {
+        "embed_dim": run_labeled(model, **absent | {"image_embed": randn(B, D, seed=3)}),
+        "text_width": run_labeled(model, **absent | {"text_encodings": randn(B, L, W, seed=4)}),
+        "classes": run_labeled(model, **absent | {"labels": (LABELS + 1) % K}),
+    }
+    for key, other in changed.items():
+        assert torch.equal(unchanged(other, out), KEEP if key in sizes else DROP)
+    names = {name for name, _ in model.named_parameters()}
+    assert ("tokens_in.weight" in names) == ("null_image_D" in names) == ("embed_dim" in sizes)
+    assert ("null_encoding_W" in names) == ("text_width" in sizes)
+    assert ("denoiser.labels_in.weight" in names) == ("classes" in sizes)
+    assert any("context" in name or "cross" in name for name in names) == bool(sizes.keys() - {"classes"})
+
+
+@pytest.mark.parametrize("denoiser", DENOISERS)
+def test_a_dropped_label_is_the_null_class(denoiser: str) -> None:
+    """The label K, one past the last, is the null class; samples whose label is dropped are alike in nothing else."""
+    model = conditional(denoiser, {"classes": K})
+    half = torch.tensor([True, False, True, False])
+    out = run_labeled(model, drop_label=half)
+    torch.testing.assert_close(out, run_labeled(model, labels=torch.where(half, K, LABELS)))
+    assert torch.equal(unchanged(out, run_labeled(model)), ~half)
+    assert torch.equal(unchanged(out, run_labeled(model, drop_label=half, labels=(LABELS + 1) % K)), half)
+
+
+@pytest.mark.parametrize("denoiser", DENOISERS)
+def test_labels_enter_as_the_time_does(denoiser: str) -> None:
+    """Added to the time's embedding (Dhariwal & Nichol 2021): moving a constant from one to the other is no change."""
+    model = conditional(denoiser, {"classes": K})
+    out = run_labeled(model)
+    with torch.no_grad():
+        model.denoiser.labels_in.weight += 0.5
+        model.denoiser.time_in.down.bias -= 0.5
+    torch.testing.assert_close(run_labeled(model), out, atol=1e-5, rtol=1e-5)
+
+
+def test_a_class_adds_one_row_to_the_label_table() -> None:
+    cfg = DecoderConfig(denoiser=DIT)
+    ten, eleven = (parameters(cfg, latent_channels=3, classes=classes) for classes in (10, 11))
+    assert eleven - ten == DIT.width
+    assert ten - parameters(cfg, latent_channels=3) == 11 * DIT.width

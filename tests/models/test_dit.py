@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from genpipe.models.dit import DiT, DiTConfig
@@ -67,13 +66,13 @@ TINY = {"num_attention_heads": 3, "attention_head_dim": 8, "num_layers": 3, "num
 def test_diffusers_dit_is_ours_with_its_weights(patch_size: int) -> None:
     theirs = diffusers_dit(**TINY, patch_size=patch_size)
     cfg, state = config_from_diffusers(dict(theirs.config)), theirs.state_dict()
-    ours = DiT(cfg, in_channels=3, out_channels=6, vector_dim=E + 1).eval()
+    ours = DiT(cfg, in_channels=3, out_channels=6, classes=E).eval()
     carried = from_diffusers(state, cfg)
     ours.load_state_dict(carried)
     x, timesteps, labels = randn(3, 3, 8, 8), torch.tensor([17, 500, 900]), torch.tensor([0, 4, E])
     with torch.no_grad():
         expected = theirs(x, timesteps, class_labels=labels).sample
-        found = ours(x, timesteps / 1000, vector=F.one_hot(labels, E + 1).float())
+        found = ours(x, timesteps / 1000, labels=labels)
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
     assert found.std() > 0.05
     returned = to_diffusers(carried, cfg)
@@ -96,12 +95,11 @@ def test_weights_that_do_not_fit_are_refused() -> None:
 
 
 def test_dit_xl_2_has_its_published_size() -> None:
-    """675,129,632 in the paper's code, of which 256 fixed positions are no parameters; ours has a bias on the class."""
+    """675,129,632 in the paper's code, of which 256 fixed positions are no parameters here."""
     cfg = DiTConfig(patch_size=2, width=1152, depth=28, heads=16, qk_norm=False, activation="gelu_tanh")
     with torch.device("meta"):
-        model = DiT(cfg, in_channels=4, out_channels=8, vector_dim=1001)
-    fixed_positions, bias = 256 * 1152, 1152
-    assert sum(p.numel() for p in model.parameters()) + fixed_positions - bias == 675_129_632
+        model = DiT(cfg, in_channels=4, out_channels=8, classes=1000)
+    assert sum(p.numel() for p in model.parameters()) + 256 * 1152 == 675_129_632
 
 
 @pytest.mark.parametrize("context", CONTEXTS)

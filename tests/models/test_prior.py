@@ -136,7 +136,7 @@ def test_the_encoders_null_caption_is_the_empty_caption() -> None:
 def test_a_learned_null_caption_is_one_token() -> None:
     caption = Caption(randn(B, D), randn(B, L, W), TEXT_MASK)
     null = drop_captions(caption, DROP, null_encodings=randn(W, seed=1), null_embed=randn(D, seed=2))
-    assert null.real.sum(1).tolist() == [1] * B
+    assert null.text_mask.sum(1).tolist() == [1] * B
     assert torch.equal(null.encodings[:, 0], randn(W, seed=1).expand(B, W))
     assert torch.equal(null.embed, randn(D, seed=2).expand(B, D))
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from genpipe.config import Resources
+from genpipe.models.convolutions import ResBlock
 from genpipe.models.layers import recomputed
 from genpipe.pipeline.costs import Cost, cost_of
 from genpipe.training.loop import seeded
@@ -140,7 +141,7 @@ def test_hours() -> None:
 def test_the_bytes_of_an_optimizer_are_what_it_keeps(kind: str) -> None:
     cfg: Mapping[str, Any] = {"kind": kind, "lr": 1e-3}
     optim = TrainConfig.model_validate({"samples": 1, "global_batch_size": 1, "optim": cfg}).optim
-    module = nn.Sequential(nn.Conv2d(3, 8, 3), nn.GroupNorm(2, 8), nn.Conv2d(8, 5, 3))
+    module = nn.Sequential(nn.Conv2d(3, 8, 3), ResBlock(8, 8, groups=2), nn.Conv2d(8, 5, 3))
     optimizers = build_optimizers(module, optim)
     images = torch.randn(2, 3, 8, 8, generator=seeded(torch.device("cpu"), 0))
     module(images).square().mean().backward()

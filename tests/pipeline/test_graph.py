@@ -1,322 +1,183 @@
-"""Plans: what is cached and why not, what depends on what, and stages that do not agree with one another."""
+"""Graphs of stage instances as YAML says them: roles, references, matrices, and what is refused."""
 
 from __future__ import annotations
 
-import os
-import shutil
-from functools import reduce
+import re
+import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import pytest
+import toybox
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from genpipe import artifacts
-from genpipe.artifacts import ManifestError
 from genpipe.config import ConfigError
-from genpipe.pipeline import graph
+from genpipe.pipeline.graph import Pipeline, load_pipeline
 
-if TYPE_CHECKING:
-    from conftest import TinyPipeline
+LINE = {"kind": "toys.toy_line", "train": {"samples": 8, "global_batch_size": 4}}
+DATA = {"kind": "toys.toy_data"}
+END = LINE | {"kind": "toys.toy_end"}
+SLOW = LINE | {"kind": "toys.toy_slow"}
 
-SOURCE = "configs/pipeline/tiny.yaml"
+
+@pytest.fixture(autouse=True)
+def toys() -> None:
+    toybox.install()
 
 
-def told(tiny: TinyPipeline, *overrides: str) -> str:
-    """What a user is told who plans the tiny pipeline with these settings."""
+def load(folder: Path, stages: dict[str, Any], *overrides: str) -> Pipeline:
+    path = folder / "toy.yaml"
+    path.write_text(yaml.safe_dump({"name": "toy", "store": str(folder / "store"), "stages": stages}, sort_keys=False))
+    return load_pipeline(str(path), overrides)
+
+
+def refused(folder: Path, stages: dict[str, Any], *overrides: str) -> str:
     with pytest.raises(ConfigError) as error:
-        tiny.plan(*overrides)
-    text = str(error.value)
-    return text[text.index(SOURCE) :] if SOURCE in text else text
+        load(folder, stages, *overrides)
+    return str(error.value)
 
 
-def test_a_run_stage_is_cached_and_what_follows_is_not(tiny: TinyPipeline) -> None:
-    made = tiny.run("shard")
-    plan = tiny.plan()
-    assert list(plan) == [name for name in graph.STAGES if name != "upsampler2"], "in the order of the graph"
-    assert (plan["shard"].status, plan["shard"].artifact) == ("cached", made)
-    assert plan["shard"].why == "committed with this configuration and these inputs"
-    fresh = tiny.plan("stages.clip.train.seed=3")["clip"]
-    assert fresh.status == "run"
-    assert fresh.artifact.meta == {"embed_dim": 16, "text_width": 32, "context_length": 16, "clip_image_size": 16}
+def test_a_role_takes_the_instance_of_its_own_name_or_the_one_that_is_mapped(tmp_path: Path) -> None:
+    other = LINE | {"inputs": {"toy_data": "other_data"}}
+    made = load(tmp_path, {"line": LINE, "other": other, "toy_data": DATA, "other_data": DATA})
+    assert made.instances["line"].inputs == {"toy_data": ("toy_data",)}
+    assert made.instances["other"].inputs == {"toy_data": ("other_data",)}
+    assert made.needed(["other"]) == {"other", "other_data"}
 
 
-def test_everything_is_cached_after_a_run(tiny: TinyPipeline) -> None:
-    made = tiny.run("evaluate")
-    plan = tiny.plan()
-    assert {planned.status for planned in plan.values()} == {"cached"}
-    assert plan["evaluate"].artifact == made
-    changed = tiny.plan("stages.decoder.train.grad_clip=0.5")
-    assert [name for name, planned in changed.items() if planned.status == "run"] == ["decoder", "evaluate"]
-    assert changed["decoder"].why == "train.grad_clip: 1.0 -> 0.5"
-    assert changed["evaluate"].why == "its input decoder changed"
-    seeded = tiny.plan("stages.autoencoder.train.seed=1", "stages.autoencoder.kl_weight=2e-6")
-    ran = [name for name, planned in seeded.items() if planned.status == "run"]
-    assert ran == ["autoencoder", "features", "decoder", "prior", "evaluate"]
-    assert seeded["autoencoder"].why == "kl_weight: 1e-06 -> 2e-06; train.seed: 0 -> 1"
-    assert seeded["decoder"].why == "its input autoencoder changed; its input features changed"
+def test_the_order_runs_whatever_the_order_in_the_file(tmp_path: Path) -> None:
+    made = load(tmp_path, {"toy_end": END, "toy_slow": SLOW, "toy_line": LINE, "toy_data": DATA})
+    assert list(made.instances) == ["toy_data", "toy_slow", "toy_line", "toy_end"]
 
 
-def test_resources_never_change_a_fingerprint(tiny: TinyPipeline) -> None:
-    overrides = [
-        f"stages.{name}.resources.{setting}"
-        for name in tiny.plan()
-        for setting in (
-            "workers=4",
-            "cpus=2",
-            "gpus=1",
-            "loader_threads=3",
-            "loader_processes=2",
-            "checkpoint_seconds=1",
-            "max_failures=0",
-        )
-    ]
-    before, after = tiny.plan(), tiny.plan(*overrides)
-    assert after["clip"].cfg.resources.workers == 4
-    assert {n: p.artifact.fingerprint for n, p in before.items()} == {
-        n: p.artifact.fingerprint for n, p in after.items()
-    }
-
-
-SETTINGS = {
-    "shard.quality": st.integers(1, 100),
-    "autoencoder.kl_weight": st.floats(1e-9, 1),
-    "clip.train.seed": st.integers(0, 99),
-    "features.batch_size": st.integers(1, 99),
-    "prior.drop_text": st.floats(0, 0.99),
-    "decoder.train.optim.kind": st.sampled_from(["adamw", "muon"]),
-    "upsampler.noise_aug": st.floats(0, 0.99),
-    "evaluate.seed": st.integers(0, 9),
-}
-NEEDS: dict[str, set[str]] = {
-    "shard": set(),
-    "autoencoder": {"shard"},
-    "clip": {"shard"},
-    "features": {"shard", "autoencoder", "clip"},
-    "prior": {"features"},
-    "decoder": {"autoencoder", "features"},
-    "upsampler": {"shard"},
-    "evaluate": {"shard", "autoencoder", "clip", "features", "prior", "decoder", "upsampler"},
-}
-"""The picture of the design, by hand."""
-
-
-def downstream(name: str) -> set[str]:
-    return {name}.union(*(downstream(later) for later, needs in NEEDS.items() if name in needs))
-
-
-@settings(max_examples=40)
-@given(st.sampled_from(sorted(SETTINGS)), st.data())
-def test_a_setting_changes_its_stage_and_what_depends_on_it(
-    tiny: TinyPipeline, setting: str, data: st.DataObject
+@settings(deadline=None, max_examples=30)
+@given(st.permutations([(f"s{i}", i) for i in range(5)]), st.data())
+def test_every_instance_comes_after_what_it_needs(
+    tmp_path_factory: pytest.TempPathFactory, names: list[tuple[str, int]], data: st.DataObject
 ) -> None:
-    value = data.draw(SETTINGS[setting])
-    name, *path = setting.split(".")
-    before, after = tiny.plan(), tiny.plan(f"stages.{setting}={value}")
-    changed = {n for n in before if before[n].artifact.fingerprint != after[n].artifact.fingerprint}
-    same = reduce(getattr, path, before[name].cfg) == value
-    assert changed == (set() if same else downstream(name))
+    """Chains of lines that take one another: any references from later ones to earlier ones are a graph."""
+    stages: dict[str, Any] = {"data": DATA}
+    for name, i in names:
+        stages[name] = END | {"inputs": {"toy_data": "data", "toy_line": f"line{i}", "toy_slow": f"slow{i}"}}
+        stages[f"line{i}"] = LINE | {"inputs": {"toy_data": "data"}}
+        stages[f"slow{i}"] = SLOW | {"inputs": {"toy_data": "data"}}
+    order = data.draw(st.permutations(list(stages)))
+    made = load(tmp_path_factory.mktemp("graph"), {name: stages[name] for name in order})
+    place = {name: i for i, name in enumerate(made.instances)}
+    assert place.keys() == stages.keys()
+    assert all(place[need] < place[name] for name, instance in made.instances.items() for need in instance.needs)
 
 
-def test_new_pictures_make_everything_anew(tiny: TinyPipeline, shapes: Path, tmp_path: Path) -> None:
-    tiny.run("shard")
-    copy = tmp_path / "shapes"
-    shutil.copytree(shapes, copy)
-    same = tiny.plan(f"stages.shard.source.path={copy}")["shard"]
-    assert same.why == f"source.path: {shapes} -> {copy}"
-    moved = graph.load_pipeline(str(write_pipeline(tmp_path, tiny, copy)))
-    first = graph.plan(moved)[0].artifact.fingerprint
-    assert graph.plan(moved)[0].artifact.fingerprint == first
-    caption = copy / "small-red-bar.txt"
-    stat = caption.stat()
-    caption.write_text("a small green bar\n")
-    os.utime(caption, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
-    assert graph.plan(moved)[0].artifact.fingerprint != first
+def test_a_matrix_makes_an_instance_of_each_combination(tmp_path: Path) -> None:
+    seeds = LINE | {"matrix": {"train.seed": [5, 6], "width": [1, 2, 3]}}
+    made = load(tmp_path, {"toy_data": DATA, "line": seeds}).instances
+    assert [name for name in made if name != "toy_data"] == [f"line@{i}-{j}" for i in (0, 1) for j in (0, 1, 2)]
+    assert made["line@1-2"].cells == {"train.seed": 6, "width": 3}
+    cfg: Any = made["line@1-2"].cfg
+    assert (cfg.train.seed, cfg.width, cfg.train.samples) == (6, 3, 8)
 
 
-def write_pipeline(folder: Path, tiny: TinyPipeline, source: Path) -> Path:
-    path = folder / "mine.yaml"
-    path.write_text(
-        f"name: mine\nstore: {tiny.store}\nstages: {{shard: {{source: {{kind: folder, path: {source}}}}}}}\n"
-    )
-    return path
+def test_a_matrix_may_run_over_inputs(tmp_path: Path) -> None:
+    data = DATA | {"matrix": {"slope": [1.0, 2.0]}}
+    lines = LINE | {"matrix": {"inputs.toy_data": ["data@0", "data@1"]}}
+    made = load(tmp_path, {"data": data, "line": lines}).instances
+    assert [made[f"line@{i}"].inputs["toy_data"] for i in (0, 1)] == [("data@0",), ("data@1",)]
 
 
-def test_only_takes_what_a_stage_needs(tiny: TinyPipeline) -> None:
-    pipeline = tiny.load()
-    assert [planned.name for planned in graph.plan(pipeline, only=["clip"])] == ["shard", "clip"]
-    assert [planned.name for planned in graph.plan(pipeline, only=["upsampler", "prior"])] == [
-        *("shard", "autoencoder", "clip", "features", "prior", "upsampler"),
-    ]
-
-
-def test_a_given_artifact_stands_for_its_stage(tiny: TinyPipeline) -> None:
-    shard = tiny.run("shard").model_copy(update={"fingerprint": "0" * 64})
-    plan = graph.plan(tiny.load(), only=["clip"], given={"shard": shard})
-    assert [planned.name for planned in plan] == ["clip"]
-    assert plan[0].inputs == {"shard": shard}
+def test_a_matrix_of_one_goes_by_its_base_name(tmp_path: Path) -> None:
+    made = load(tmp_path, {"toy_data": DATA | {"matrix": {"parts": [2]}}, "line": LINE}).instances
+    assert made["line"].inputs == {"toy_data": ("toy_data@0",)}
 
 
 @pytest.mark.parametrize(
-    ("overrides", "message"),
+    ("stages", "names"),
     [
-        (
-            ["stages.autoencoder.image_size=64"],
-            "stages.autoencoder: image_size 64 is larger than the shards' 32 px; lower it or raise "
-            "stages.shard.image_size",
-        ),
-        (
-            ["stages.autoencoder.image_size=15"],
-            "stages.autoencoder: image_size 15 is not a multiple of the model's factor 2",
-        ),
-        (
-            ["stages.autoencoder.adversarial={start: 0}"],
-            "stages.autoencoder: adversarial.model.layers 3 is too many for images of 16 px; lower it",
-        ),
-        (
-            ["stages.clip.model.image_size=64"],
-            "stages.clip: model.image_size 64 is larger than the shards' 32 px; lower it or raise "
-            "stages.shard.image_size",
-        ),
-        (
-            ["stages.clip.train.micro_batch_size=8"],
-            "stages.clip: train.micro_batch_size: the contrastive loss compares the whole batch at once, so it cannot "
-            "be cut; set tower_batch_size instead, which saves the same memory",
-        ),
-        (
-            ["stages.decoder.model.denoiser.heads=5"],
-            "stages.decoder.model.denoiser: width 64 is not divisible by heads 5; change one",
-        ),
-        (
-            ["stages.decoder.model.denoiser.width=62"],
-            "stages.decoder.model.denoiser: width 62 is not divisible by 4, as positions 'absolute' need; change it",
-        ),
-        (
-            ["stages.decoder.model.denoiser={width: 60, positions: relative}"],
-            "stages.decoder.model.denoiser: width / heads 30 is not divisible by 4, as positions 'relative' need; "
-            "change it",
-        ),
-        (
-            ["stages.prior.model.heads=3"],
-            "stages.prior.model: width 32 is not divisible by heads 3; change one",
-        ),
-        (
-            ["stages.clip.model.patch_size=5"],
-            "stages.clip.model: image_size 16 is not divisible by patch_size 5; change one",
-        ),
-        (
-            ["stages.decoder.model.denoiser.patch_size=3"],
-            "stages.decoder: model.denoiser.patch_size makes cells of 3, which do not divide the latents' 8; change it",
-        ),
-        (
-            ["stages.upsampler.image_size=64", "stages.upsampler.low_size=16"],
-            "stages.upsampler: image_size 64 is larger than the shards' 32 px; lower it or raise "
-            "stages.shard.image_size",
-        ),
-        (
-            ["stages.upsampler.low_size=32"],
-            "stages.upsampler: image_size 32 is not larger than low_size 32",
-        ),
-        (
-            ["stages.upsampler.crop=15"],
-            "stages.upsampler: crop 15 must be a multiple of the 2 px of the model's coarsest cells, and at most "
-            "image_size 32",
-        ),
-        (
-            ["stages.upsampler.model.patch_size=3", "stages.upsampler.crop=15"],
-            "stages.upsampler: image_size 32 is not a multiple of the 3 px of the model's coarsest cells; change one",
-        ),
-        (
-            ["stages.upsampler.low_size=8"],
-            "stages.evaluate: upsampler.low_size is 8, but the autoencoder's images are 16 px; set them equal",
-        ),
-        (
-            ["stages.evaluate.gate={train/recal_at_1: 0.5}"],
-            "stages.evaluate: gate: no metric 'train/recal_at_1'; did you mean 'train/recall_at_1'?",
-        ),
+        ({"toy_line": LINE}, ("stages.toy_line.inputs.toy_data", "toy_data")),
+        ({"toy_data": DATA, "line": LINE | {"inputs": {"toy_dta": "toy_data"}}}, ("'toy_dta'", "'toy_data'")),
+        ({"toy_data": DATA, "line": LINE | {"inputs": {"toy_data": "toy_date"}}}, ("'toy_date'", "'toy_data'")),
+        ({"toy_data": DATA, "a": LINE, "b": LINE | {"inputs": {"toy_data": "a"}}}, ("a is of kind toy_line",)),
+        ({"toy_data": DATA, "line": LINE | {"inputs": {"toy_data": ["toy_data", "toy_data"]}}}, ("takes one",)),
+        ({"toy_data": DATA, "line": LINE | {"inputs": "toy_data"}}, ("stages.line.inputs", "mapping")),
+        ({"toy_data": DATA | {"matrix": {"parts": [1, 2]}}, "line": LINE}, ("toy_data@0, toy_data@1",)),
+        ({"toy_data": DATA | {"matrix": {"parts": 3}}}, ("stages.toy_data.matrix", "lists")),
+        ({"toy_data": DATA | {"matrix": {"prts": [3]}}}, ("prts", "parts")),
+        ({"toy@data": DATA}, ("stages.toy@data", "@")),
+        ({"shrad": {}}, ("stages.shrad.kind", "'shard'")),
+        ({"mine": {"kind": "my_package.stage"}}, ("stages.mine.kind", "my_package.stage", "PYTHONPATH")),
+        ({"mine": {"kind": "json.decoder"}}, ("json.decoder", "VERSION")),
+        ({"mine": {"kind": 3}}, ("stages.mine.kind", "3")),
     ],
-)
-def test_stages_that_disagree(tiny: TinyPipeline, overrides: list[str], message: str) -> None:
-    assert told(tiny, *overrides) == f"{SOURCE}: {message}"
+)  # fmt: skip
+def test_what_does_not_fit_is_refused_by_name(tmp_path: Path, stages: dict[str, Any], names: tuple[str, ...]) -> None:
+    message = refused(tmp_path, stages)
+    assert str(tmp_path / "toy.yaml") in message
+    assert all(name in message for name in names), message
 
 
-def test_a_source_that_is_not_there(tiny: TinyPipeline, tmp_path: Path) -> None:
-    assert told(tiny, f"stages.shard.source.path={tmp_path / 'none'}") == (
-        f"{SOURCE}: stages.shard: source.path: the folder {tmp_path / 'none'} does not exist; give the folder that "
-        "holds the images"
+def test_what_would_fit_is_named(tmp_path: Path) -> None:
+    stages = {
+        "first": DATA,
+        "second": DATA,
+        "a": LINE | {"inputs": {"toy_data": "b"}},
+        "b": SLOW | {"inputs": {"toy_data": "first"}},
+    }
+    assert "first, second would fit" in refused(tmp_path, stages)
+
+
+@pytest.fixture
+def own_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A package outside of genpipe whose stage takes what it makes: as a distilled decoder does."""
+    folder = tmp_path / "chains"
+    folder.mkdir()
+    (folder / "__init__.py").write_text("")
+    (folder / "again.py").write_text(
+        "from genpipe.artifacts import Role\n"
+        "from toys.toy_data import HEADLINES, VERSION, Config, Worker, check_inputs, finalize, parts\n"
+        'MAKES = "chain"\n'
+        "def roles(cfg):\n"
+        '    return {"before": Role("chain", optional=True), "beside": Role("chain", optional=True, several=True)}\n'
     )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield "chains.again"
+    for name in ("chains", "chains.again"):
+        sys.modules.pop(name, None)
 
 
-def test_faults_of_the_whole_pipeline_come_together(tiny: TinyPipeline) -> None:
-    with pytest.raises(ConfigError) as error:
-        tiny.load("stages.decodr={}", "stages.prior.model.widht=8", "stages.upsampler.train.samples=-1")
-    assert str(error.value).splitlines() == [
-        "override 'stages.prior.model.widht=8': stages.prior.model.widht: unknown key; did you mean 'width'?",
-        "override 'stages.upsampler.train.samples=-1': stages.upsampler.train.samples: input should be greater than "
-        "or equal to 0, got -1",
-        "override 'stages.decodr={}': stages.decodr: no such stage; did you mean 'decoder'?",
-    ]
-
-
-def test_a_stage_whose_inputs_are_not_configured(tmp_path: Path) -> None:
-    path = tmp_path / "half.yaml"
-    path.write_text("name: half\nstore: runs\nstages: {features: {}}\n")
-    with pytest.raises(ConfigError) as error:
-        graph.load_pipeline(str(path))
-    assert str(error.value) == (
-        f"{path}: stages.features: needs the stages shard, autoencoder, clip, which are not configured"
+def test_a_stage_may_take_another_of_its_kind(tmp_path: Path, own_package: str) -> None:
+    stage = {"kind": own_package}
+    made = load(
+        tmp_path, {"a": stage, "b": stage | {"inputs": {"before": "a"}}, "c": stage | {"inputs": {"before": "b"}}}
     )
+    assert list(made.instances) == ["a", "b", "c"]
+    assert made.needed(["c"]) == {"a", "b", "c"}
 
 
-def test_a_store_on_s3_needs_a_tracking_server(tiny: TinyPipeline) -> None:
-    with pytest.raises(ConfigError) as error:
-        tiny.load("store=s3://bucket/prefix")
-    assert str(error.value).endswith(f"{SOURCE}: tracking.uri: required when the store is on S3; name an MLflow server")
+def test_cycles_are_named(tmp_path: Path, own_package: str) -> None:
+    stage = {"kind": own_package}
+    stages = {name: stage | {"inputs": {"before": need}} for name, need in {"a": "c", "b": "a", "c": "b"}.items()}
+    message = refused(tmp_path, stages)
+    cycle = re.search(r"cycle: (\w -> \w -> \w -> \w)", message)
+    assert cycle and cycle[1] in ("a -> b -> c -> a", "b -> c -> a -> b", "c -> a -> b -> c"), message
 
 
-def test_a_prior_trained_on_another_clip_is_refused(tiny: TinyPipeline) -> None:
-    """Given by hand, sizes equal: without the check it would give noise."""
-    clip = tiny.plan()["clip"].artifact
-    prior = tiny.plan("stages.clip.train.seed=1")["prior"].artifact
-    other = tiny.plan("stages.clip.train.seed=1")["clip"].artifact
-    assert prior.meta["clip"] == other.fingerprint != clip.fingerprint
-    with pytest.raises(ConfigError) as error:
-        graph.plan(tiny.load(), given={"prior": prior})
-    assert str(error.value).endswith(
-        f"{SOURCE}: stages.evaluate: prior was made with clip {other.fingerprint[:12]}, but clip here is "
-        f"{clip.fingerprint[:12]}; use the clip it was made with, or make prior again"
-    )
+def test_a_role_may_take_several_and_a_whole_matrix(tmp_path: Path, own_package: str) -> None:
+    stage = {"kind": own_package}
+    seeds = stage | {"matrix": {"slope": [1.0, 2.0, 3.0]}}
+    made = load(tmp_path, {"a": stage, "s": seeds, "all": stage | {"inputs": {"beside": ["a", "s", "/store/x"]}}})
+    assert made.instances["all"].inputs == {"beside": ("a", "s@0", "s@1", "s@2", "/store/x")}
+    assert made.instances["all"].needs == ["a", "s@0", "s@1", "s@2"]
 
 
-def test_a_damaged_manifest_stops_the_plan(tiny: TinyPipeline, tmp_path: Path) -> None:
-    source = tiny.run("shard")
-    store = tmp_path / "store"
-    uri = artifacts.artifact_uri(str(store), "shard", source.fingerprint)
-    shutil.copytree(source.uri, uri)
-    assert tiny.plan(f"store={store}")["shard"].status == "cached"
-    manifest = Path(uri, "manifest.json")
-    manifest.write_text(manifest.read_text().replace('"samples_train"', '"samples_trian"'))
-    with pytest.raises(ManifestError) as error:
-        tiny.plan(f"store={store}")
-    assert str(error.value) == (
-        f"{manifest}: changed since it was written (its digest differs); delete {uri} to have it made again, or "
-        "restore it from a copy"
-    )
+def test_an_override_maps_a_role(tmp_path: Path) -> None:
+    made = load(tmp_path, {"line": LINE}, "stages.line.inputs.toy_data=s3://bucket/artifacts/toy_data/0123")
+    assert made.instances["line"].inputs == {"toy_data": ("s3://bucket/artifacts/toy_data/0123",)}
+    assert made.instances["line"].needs == []
 
 
-def test_the_nearest_artifact_explains_why(tiny: TinyPipeline) -> None:
-    tiny.run("shard")
-    tiny.run("shard", "stages.shard.quality=80")
-    assert tiny.plan("stages.shard.quality=81")["shard"].why in ("quality: 95 -> 81", "quality: 80 -> 81")
-    assert tiny.plan("stages.shard.quality=80", "stages.shard.split_seed=1")["shard"].why == "split_seed: 0 -> 1"
-    many = tiny.plan(*(f"stages.shard.{s}" for s in ("quality=70", "split_seed=1", "image_size=40", "part_size=9")))
-    assert many["shard"].why.endswith("; and 1 more")
-
-
-def test_a_spec_is_what_the_plan_says(tiny: TinyPipeline) -> None:
-    spec = tiny.spec("clip")
-    planned = tiny.plan()["clip"]
-    assert (spec.target, spec.inputs, spec.stage) == (planned.artifact, planned.inputs, "clip")
-    assert spec.config == planned.cfg.model_dump(mode="json")
-    assert spec.tracking_uri == f"sqlite:///{tiny.store}/mlflow.db"
+def test_an_unknown_instance_is_told_with_the_nearest(tmp_path: Path) -> None:
+    made = load(tmp_path, {"toy_data": DATA, "line": LINE})
+    with pytest.raises(ConfigError, match=r"'lin'.*'line'"):
+        made.needed(["lin"])

@@ -19,6 +19,7 @@ from torch import Tensor
 from genpipe import artifacts
 from genpipe.config import ConfigError
 from genpipe.data.image_batches import image_batch, to_float
+from genpipe.data.loader import SampleSet
 from genpipe.data.shard_dataset import ShardDataset
 from genpipe.models.autoencoder import Autoencoder, IdentityConfig
 from genpipe.models.lpips import Lpips
@@ -26,7 +27,7 @@ from genpipe.pipeline.spec import StageSpec
 from genpipe.stages import autoencoder as stage
 from genpipe.training import state
 from genpipe.training.loop import Interrupted
-from genpipe.training.objective import Split, Step
+from genpipe.training.objective import Step
 from genpipe.weights import load_weights
 
 if TYPE_CHECKING:
@@ -247,7 +248,7 @@ def test_a_channel_that_never_varies_has_a_deviation_to_divide_by() -> None:
     swapped.weight.copy_(torch.eye(3)[[2, 1, 0], :, None, None] * torch.tensor([1.0, 0.0, 1.0])[:, None, None, None])
     model = Autoencoder(IdentityConfig(kind="identity"), encoder=swapped, decoder=torch.nn.Identity())
     cfg = stage.Config.model_validate({"train": {"samples": 64, "global_batch_size": 4}})
-    found = stage.latent_moments(model, Split(6, lambda indices, _: {"images": images[indices]}), cfg)
+    found = stage.latent_moments(model, SampleSet(6, lambda indices, _: {"images": images[indices]}), cfg)
     means, deviations = torch.tensor(found["latent_mean"]), torch.tensor(found["latent_std"])
     real = to_float(images).double().transpose(0, 1).flatten(1)
     torch.testing.assert_close(means, real.mean(1)[[2, 1, 0]] * torch.tensor([1.0, 0.0, 1.0]), check_dtype=False)

@@ -15,10 +15,11 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from genpipe.artifacts import Artifact, fetch
 from genpipe.data.image_batches import to_float
+from genpipe.data.loader import Data
 from genpipe.data.shard_dataset import open_shards
 from genpipe.data.tokenizer import CLIP_EOT_ID, CaptionTokenizer
 from genpipe.stages import clip
-from genpipe.training.objective import Batch, Data, Step
+from genpipe.training.objective import Batch, Step
 from genpipe.weights import load_weights
 
 if TYPE_CHECKING:

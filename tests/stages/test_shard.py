@@ -17,12 +17,13 @@ from pydantic import ValidationError
 from shard_files import commit, configured, encoded, folder_of, jpeg, ledger, make, smooth, stored
 from source_files import put
 from test_parquet_source import parquet
+from test_webdataset_source import tar_of
 
 from genpipe import artifacts
 from genpipe.artifacts import Artifact
 from genpipe.data.images import SUFFIX, decode
 from genpipe.data.shard_dataset import ShardDataset, open_shards
-from genpipe.data.shards import check_shard
+from genpipe.data.shards import check_shard, read_index
 from genpipe.pipeline.spec import StageSpec
 from genpipe.stages import shard
 
@@ -131,7 +132,7 @@ def test_parts_and_digest_follow_the_source(photos: Path) -> None:
     before = shard.source_digest(cfg)
     (photos / "photo00.txt").write_text("changed caption of another length")
     assert shard.source_digest(cfg) != before
-    assert shard.check_inputs(cfg, {}) == {"image_size": 32}
+    assert shard.check_inputs(cfg, {}) == {"image_size": 32, "condition": False, "classes": []}
 
 
 def test_groups_never_straddle_the_split(tmp_path: Path) -> None:
@@ -388,8 +389,15 @@ worker("00000")
 def test_a_full_disk_costs_the_attempt_and_nothing_else(photos: Path, tmp_path: Path, limit: int) -> None:
     """A worker that cannot write its tar fails with the system's words; the part is not done, and can be done again."""
     cfg = configured(photos, part_size=100)
-    target = Artifact(kind="shard", uri=str(tmp_path / "out"), fingerprint="f" * 64)
-    needs = {"inputs": {}, "store": str(tmp_path), "tracking_uri": "", "experiment": "e"}
+    target = Artifact(kind="shards", uri=str(tmp_path / "out"), fingerprint="f" * 64)
+    needs = {
+        "name": "shard",
+        "identity": {},
+        "inputs": {},
+        "store": str(tmp_path),
+        "tracking_uri": "",
+        "experiment": "e",
+    }
     spec = StageSpec(stage="shard", config=cfg.model_dump(mode="json"), target=target, **needs)
     (tmp_path / "spec.json").write_text(spec.model_dump_json())
 
@@ -409,3 +417,80 @@ def test_a_full_disk_costs_the_attempt_and_nothing_else(photos: Path, tmp_path: 
     assert list((tmp_path / "scratch").iterdir()) == []
     assert attempt("unlimited").returncode == 0
     assert commit(cfg, target.uri).metrics["samples_in"] == 35
+
+
+def drawn(side: tuple[int, int], box: tuple[float, float, float, float]) -> bytes:
+    """A black PNG of (width, height) with a white box at these fractions of its sides."""
+    image = Image.new("RGB", side)
+    image.paste("white", tuple(round(part * side[axis % 2]) for axis, part in enumerate(box)))
+    return encoded(image, "PNG")
+
+
+@pytest.mark.parametrize("resize", ["center_crop", "shorter_side", "buckets", "keep"])
+def test_classes_and_conditioning_images_travel_in_the_shards(tmp_path: Path, resize: str) -> None:
+    """Pictures of two classes, each with a depth map of half its resolution: any WebDataset reader finds them."""
+    box = (0.4, 0.24, 0.7, 0.76)
+    for number in range(20):
+        place = f"{('zebra', 'ant_lion')[number % 2]}/{number:02d}.png"
+        put(tmp_path / "in", {f"images/{place}": drawn((200, 100), box), f"depth/{place}": drawn((100, 50), box)})
+    source = {"kind": "folder", "path": str(tmp_path / "in"), "label": "folder", "captions": "a photo of a {label}"}
+    source |= {"condition": "depth/{parent}/{stem}.png"}
+    cfg = configured(tmp_path, source=source, format="png", resize={"kind": resize}, image_size=64)
+    manifest = make(cfg, tmp_path / "out")
+    meta = manifest.artifact.meta
+    assert (meta["classes"], meta["condition"], manifest.metrics["samples_in"]) == (["ant_lion", "zebra"], True, 20)
+    for shard_name in [name for names in meta["shards"].values() for name in names]:
+        assert list(check_shard(shard_name, tmp_path / "out")) == []
+        rows = read_index(tmp_path / "out" / f"{shard_name}.index.parquet").to_pylist()
+        samples = list(webdataset.WebDataset(str(tmp_path / "out" / f"{shard_name}.tar"), shardshuffle=False).decode())
+        tar = (tmp_path / "out" / f"{shard_name}.tar").read_bytes()
+        for row, sample in zip(rows, samples, strict=True):
+            name = meta["classes"][row["label"]]
+            assert sample["cls"] == row["label"] == (0 if int(row["key"][-2:]) % 2 else 1)
+            assert sample["txt"] == f"a photo of a {name.replace('_', ' ')}" and sample["json"]["meta"]["class"] == name
+            condition = tar[row["condition_offset"] :][: row["condition_length"]]
+            assert hashlib.sha256(condition).hexdigest() == row["condition_sha256"]
+            assert row["condition_format"] == "png"
+            image, map_HWC = (decode(data) for data in (tar[row["offset"] :][: row["length"]], condition))
+            if resize == "keep":
+                map_HWC = map_HWC.repeat(2, axis=0).repeat(2, axis=1)
+            assert image.shape == map_HWC.shape
+            assert ((image > 127) == (map_HWC > 127)).mean() > 0.99, "the box is at the same place"
+    assert open_shards(manifest.artifact, split="train").captions(0)
+
+
+def test_a_conditioning_image_of_another_aspect_is_a_reject(tmp_path: Path) -> None:
+    for number in range(12):
+        side = (50, 50) if number == 7 else (101, 49)
+        put(tmp_path / "in", {f"{number:02d}.png": drawn((404, 196), (0, 0, 1, 0.5)), f"{number:02d}.txt": "half"})
+        put(tmp_path / "in", {f"{number:02d}.depth.png": drawn(side, (0, 0, 1, 0.5)) if number != 3 else b"broken"})
+    source = {"kind": "folder", "path": str(tmp_path / "in"), "condition": "{folder}/{stem}.depth.png"}
+    make(configured(tmp_path, source=source), tmp_path / "out")
+    found = {row["key"]: (row["reason"], row["detail"]) for row in ledger(tmp_path / "out")}
+    assert {key: reason for key, (reason, _) in found.items()} == {"03": "not_an_image", "07": "aspect"}
+    assert "50 x 50" in found["07"][1] and "404 x 196" in found["07"][1] and "conditioning image" in found["03"][1]
+
+
+def test_numbered_classes_keep_their_numbers(tmp_path: Path) -> None:
+    """As ImageNet's tars have them; with the names set, they are those of the numbers."""
+    members = [(f"{number:02d}.{suffix}", data) for number in range(12) for suffix, data in
+               {"png": drawn((40, 40), (0, 0, 1, 0.5)), "cls": str(number % 3 * 5).encode()}.items()]  # fmt: skip
+    put(tmp_path / "in", {"a.tar": tar_of(*members)})
+    source = {"kind": "webdataset", "path": str(tmp_path / "in"), "label": "cls", "captions": "a {label}"}
+    cfg = configured(tmp_path, source=source, heldout_fraction=0.5)
+    assert "classes" not in shard.check_inputs(cfg, {})
+    meta = make(cfg, tmp_path / "out").artifact.meta
+    assert meta["classes"] == [str(number) for number in range(11)]
+    assert {row["label"] for row in stored(tmp_path / "out").values()} == {0, 5, 10}
+    names = [f"name {number}" for number in range(11)]
+    named = configured(tmp_path, source=source | {"classes": names}, heldout_fraction=0.5)
+    assert shard.check_inputs(named, {})["classes"] == names
+    assert make(named, tmp_path / "named").artifact.meta["classes"] == names
+    rows = stored(tmp_path / "named").values()
+    assert all(row["captions"] == [f"a name {row['label']}"] for row in rows) and len(rows) == 12
+
+
+def test_without_labels_there_is_none(photos: Path, tmp_path: Path) -> None:
+    meta = make(configured(photos), tmp_path / "out").artifact.meta
+    assert meta["classes"] == [] and meta["condition"] is False
+    assert {(row["label"], row["condition_offset"]) for row in stored(tmp_path / "out").values()} == {(-1, None)}

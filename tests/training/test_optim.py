@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,11 +13,31 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from genpipe.models.autoencoder import build_autoencoder
+from genpipe.models.autoregressive_prior import AutoregressivePrior, AutoregressivePriorConfig
 from genpipe.models.clip import CLIP, CLIPConfig, TowerConfig
+from genpipe.models.dc_autoencoder import ChannelNorm, DeepCompressionConfig
 from genpipe.models.decoder import Decoder, DecoderConfig
+from genpipe.models.discriminator import Discriminator, DiscriminatorConfig
 from genpipe.models.dit import DiTConfig
+from genpipe.models.layers import ResidualBlock, TransformerConfig
+from genpipe.models.ldm_autoencoder import LdmConfig
 from genpipe.models.prior import DiffusionPrior, DiffusionPriorConfig
+from genpipe.models.space_to_depth_autoencoder import FoldedConfig
+from genpipe.models.unet import UNetConfig
+from genpipe.models.upsampler import ConvolutionalConfig, UNetUpsamplerConfig, build_upsampler
+from genpipe.models.vqvae2 import HierarchicalConfig
 from genpipe.training.optim import AdamW, Muon, TrainConfig, build_optimizers, lr_scale
+
+NORMS = (nn.LayerNorm, nn.GroupNorm, ChannelNorm)
+
+
+class Stack(ResidualBlock):
+    """Linear layers of one shape, as a block has them."""
+
+    def __init__(self, *layers: nn.Linear) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
 
 
 def config(**fields: Any) -> TrainConfig:
@@ -64,65 +86,202 @@ def test_steps_and_micro_batches() -> None:
         config(micro_batch_size=3)
 
 
-def models() -> dict[str, nn.Module]:
-    with torch.device("meta"):
-        tower = TowerConfig(width=16, depth=2, heads=2)
-        return {
-            "clip": CLIP(
-                CLIPConfig(embed_dim=8, image_size=16, image=tower, text=tower),
-                vocab_size=300,
-                context_length=8,
-                eot_id=2,
-            ),
-            "prior": DiffusionPrior(DiffusionPriorConfig(width=16, depth=2, heads=2), embed_dim=8, text_width=8),
-            "decoder": Decoder(
-                DecoderConfig(denoiser=DiTConfig(width=16, depth=2, heads=2)),
-                latent_channels=4,
-                embed_dim=8,
-                text_width=8,
-            ),
-        }
+TOWER = TowerConfig(width=16, depth=2, heads=2)
+DIT = DiTConfig(width=16, depth=2, heads=2)
+UNET = UNetConfig(width=32, multipliers=(1, 2), blocks=1, attention_at=(2,), head_width=32)
+LATENT = UNET.model_copy(update={"attention": "transformer", "modulation": "add", "resample": "conv"})
+TEXT = TransformerConfig(width=16, depth=2, heads=2)
+CONDITIONS = {"latent_channels": 4, "embed_dim": 8, "text_width": 8, "classes": 3}
+
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "clip": lambda: CLIP(
+        CLIPConfig(embed_dim=8, image_size=16, image=TOWER, text=TOWER, image_pooling="class_token"),
+        vocab_size=300,
+        context_length=8,
+        eot_id=2,
+    ),
+    "diffusion prior": lambda: DiffusionPrior(
+        DiffusionPriorConfig(width=16, depth=2, heads=2), embed_dim=8, text_width=8
+    ),
+    "autoregressive prior": lambda: AutoregressivePrior(
+        AutoregressivePriorConfig(kind="autoregressive", width=16, depth=2), embed_dim=8, text_width=8, components=4
+    ),
+    "decoder dit": lambda: Decoder(DecoderConfig(denoiser=DIT), **CONDITIONS),
+    "decoder dit cross": lambda: Decoder(
+        DecoderConfig(denoiser=DIT.model_copy(update={"context": "cross"})), **CONDITIONS
+    ),
+    "decoder dit joint": lambda: Decoder(
+        DecoderConfig(denoiser=DIT.model_copy(update={"context": "joint"})), **CONDITIONS
+    ),
+    "decoder unet": lambda: Decoder(DecoderConfig(denoiser=UNET, text_transformer=TEXT), **CONDITIONS),
+    "decoder unet of latent diffusion": lambda: Decoder(DecoderConfig(denoiser=LATENT), **CONDITIONS),
+    "upsampler convolutional": lambda: build_upsampler(ConvolutionalConfig(width=16, depth=2)),
+    "upsampler unet": lambda: build_upsampler(UNetUpsamplerConfig(width=32, multipliers=(1, 2), blocks=1)),
+    "autoencoder folded": lambda: build_autoencoder(FoldedConfig(width=16, mid_attention=True)),
+    "autoencoder ldm": lambda: build_autoencoder(LdmConfig(kind="ldm", width=32, multipliers=(1, 2), blocks=1)),
+    "autoencoder deep compression": lambda: build_autoencoder(
+        DeepCompressionConfig(
+            kind="deep_compression",
+            latent_channels=4,
+            widths=(32, 64),
+            encoder_blocks=(1, 1),
+            decoder_blocks=(1, 1),
+            attention_from=1,
+        )
+    ),
+    "autoencoder hierarchical": lambda: build_autoencoder(HierarchicalConfig(kind="hierarchical", width=16)),
+    "discriminator": lambda: Discriminator(DiscriminatorConfig(width=8)),
+}
+
+TRANSFORMER = "attention.qkv attention.out mlp.up mlp.down"
+RESIDUAL = "conv1 conv2 skip"
 
 
-@pytest.mark.parametrize("name", ["clip", "prior", "decoder"])
-@pytest.mark.parametrize("cfg", [AdamW(), Muon(kind="muon")], ids=["adamw", "muon"])
-def test_every_parameter_has_one_place_and_vectors_no_decay(name: str, cfg: AdamW | Muon) -> None:
-    module = models()[name]
-    names = {id(p): n for n, p in module.named_parameters()}
-    optimizers = build_optimizers(module, cfg)
-    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-    assert sorted(names[id(p)] for group in groups for p in group["params"]) == sorted(names.values())
-    for group in groups:
-        assert group["peak_lr"] == group["lr"]
-        if group["weight_decay"]:
-            assert all(p.ndim >= 2 for p in group["params"])
-        else:
-            assert all(p.ndim < 2 for p in group["params"])
-    undecayed = {names[id(p)] for group in groups if not group["weight_decay"] for p in group["params"]}
-    assert name != "clip" or "logit_scale" in undecayed
-    assert all(n in undecayed for n in names.values() if n.endswith("bias") or "norm" in n)
+def within(places: str, layers: str) -> set[str]:
+    return {f"{place}.{layer}.weight" for place in places.split() for layer in layers.split()}
 
 
-def test_muon_takes_the_layers_matrices_and_nothing_else() -> None:
-    """The weights of linear layers and convolutions; embeddings and bare parameters (positions, nulls) are AdamW's."""
-    for name, module in models().items():
-        names = {id(p): n for n, p in module.named_parameters()}
-        adamw, muon = build_optimizers(module, Muon(kind="muon", lr=0.5, adamw_lr=0.25))
-        taken = {names[id(p)] for group in muon.param_groups for p in group["params"]}
-        assert all(n.endswith(".weight") and "norm" not in n for n in taken)
-        assert {
-            n for n in names.values() if ".blocks." in f".{n}" and n.endswith("weight") and "norm" not in n
-        } <= taken
-        assert not taken & {
-            "text_tower.tokens.weight",
+MATRICES: dict[str, tuple[set[str], set[str], set[str]]] = {
+    "clip": (
+        within("image_tower.blocks.# text_tower.blocks.#", TRANSFORMER),
+        within("image_tower", "patches projection") | {"text_tower.projection.weight"},
+        {
+            "image_tower.positions_1NW",
+            "image_tower.class_token_W",
             "text_tower.positions_LW",
-            "positions_SM",
-            "query_M",
+            "text_tower.tokens.weight",
             "logit_scale",
-        }
-        assert name != "clip" or "text_tower.tokens.weight" in names.values()
-        assert {group["lr"] for group in muon.param_groups} == {0.5}
-        assert {group["lr"] for group in adamw.param_groups} == {0.25}
+        },
+    ),
+    "diffusion prior": (
+        within("blocks.#", TRANSFORMER),
+        {
+            f"{name}.weight"
+            for name in ("encodings_in", "text_in", "image_in", "time_in.up", "time_in.down", "image_out")
+        },
+        {"query_M", "positions_SM", "null_encoding_W", "null_text_D"},
+    ),
+    "autoregressive prior": (
+        within("blocks.#", TRANSFORMER),
+        {"encodings_in.weight", "text_in.weight", "code_out.weight"},
+        {"positions_SM", "null_encoding_W", "null_text_D", "dot_in.weight", "code_in.weight"},
+    ),
+    "decoder dit": (
+        within("denoiser.blocks.#", TRANSFORMER + " attention.context_kv"),
+        {"tokens_in.weight", "denoiser.blocks.#.modulation.weight"}
+        | within("denoiser", "patches_in time_in.up time_in.down vector_in modulation_out patches_out"),
+        {"null_image_D", "null_encoding_W", "denoiser.labels_in.weight"},
+    ),
+    "decoder dit cross": (
+        within("denoiser.blocks.#", TRANSFORMER + " cross_attention.q cross_attention.kv cross_attention.out"),
+        {"tokens_in.weight", "denoiser.blocks.#.modulation.weight"}
+        | within("denoiser", "patches_in time_in.up time_in.down vector_in modulation_out patches_out"),
+        {"null_image_D", "null_encoding_W", "denoiser.labels_in.weight"},
+    ),
+    "decoder dit joint": (
+        within("denoiser.blocks.#", TRANSFORMER),
+        {"tokens_in.weight", "denoiser.blocks.#.modulation.weight"}
+        | within("denoiser", "patches_in context_in time_in.up time_in.down vector_in modulation_out patches_out"),
+        {"null_image_D", "null_encoding_W", "denoiser.labels_in.weight"},
+    ),
+    "decoder unet": (
+        within("text_transformer.blocks.#", TRANSFORMER)
+        | within("denoiser.down.#.block denoiser.up.#.block", RESIDUAL)
+        | within("denoiser.middle.#.block denoiser.up.#.resize", "conv1 conv2")
+        | within(
+            "denoiser.down.#.attention denoiser.middle.#.attention denoiser.up.#.attention",
+            "attention.qkv attention.context_kv attention.out",
+        ),
+        {"tokens_in.weight", "text_transformer.encodings_in.weight"}
+        | within("denoiser.down.#.block denoiser.middle.#.block denoiser.up.#.block denoiser.up.#.resize", "modulation")
+        | within("denoiser", "grid_in time_in.up time_in.down vector_in grid_out"),
+        {"null_image_D", "null_encoding_W", "denoiser.labels_in.weight"},
+    ),
+    "decoder unet of latent diffusion": (
+        within("denoiser.down.#.block denoiser.up.#.block", RESIDUAL)
+        | within("denoiser.middle.#.block", "conv1 conv2")
+        | within(
+            "denoiser.down.#.attention denoiser.middle.#.attention denoiser.up.#.attention",
+            "tokens_in tokens_out blocks.#.self_attention.qkv blocks.#.self_attention.out blocks.#.cross_attention.q "
+            "blocks.#.cross_attention.kv blocks.#.cross_attention.out blocks.#.mlp.up blocks.#.mlp.down",
+        ),
+        {"tokens_in.weight"}
+        | within("denoiser.down.#.block denoiser.middle.#.block denoiser.up.#.block", "modulation")
+        | within("denoiser", "grid_in time_in.up time_in.down vector_in down.#.block.conv up.#.resize.conv grid_out"),
+        {"null_image_D", "null_encoding_W", "denoiser.labels_in.weight"},
+    ),
+    "upsampler convolutional": (
+        within("blocks.#", "conv1 conv2"),
+        {"blocks.#.modulation.weight", "image_in.weight", "image_out.weight"}
+        | within("time_in noise_aug_in", "up down"),
+        set(),
+    ),
+    "upsampler unet": (
+        within("unet.down.#.block unet.up.#.block", RESIDUAL)
+        | within("unet.middle.#.block unet.up.#.resize", "conv1 conv2"),
+        within("unet.down.#.block unet.middle.#.block unet.up.#.block unet.up.#.resize", "modulation")
+        | within("unet", "grid_in time_in.up time_in.down vector_in grid_out")
+        | within("noise_aug_in", "up down"),
+        set(),
+    ),
+    "autoencoder folded": (
+        within("encoder.# decoder.#", "conv1 conv2 attention.qkv attention.out"),
+        {"encoder.#.weight", "decoder.#.weight"},
+        set(),
+    ),
+    "autoencoder ldm": (
+        within("encoder.# decoder.#", RESIDUAL + " q k v out"),
+        {"encoder.#.weight", "decoder.#.weight"},
+        set(),
+    ),
+    "autoencoder deep compression": (
+        within("encoder.# decoder.#", "conv1 conv2") | within("encoder.#.# decoder.#.#", "q k v out widen narrow"),
+        {"encoder.#.weight", "decoder.#.weight"}
+        | within("encoder.# decoder.#", "conv")
+        | within("encoder.#.# decoder.#.#", "scales.#.# depth"),
+        set(),
+    ),
+    "autoencoder hierarchical": (
+        within("encoder.down.# encoder.down_again.# encoder.from_top.# decoder.up.#", "conv1 conv2"),
+        within("encoder", "down.# down_again.# to_top from_top.# to_bottom") | within("decoder", "raise_top up.#"),
+        set(),
+    ),
+    "discriminator": (set(), {"net.#.weight"}, set()),
+}
+"""By model: the hidden matrices, the other matrices, and what is neither and no gain or bias of a layer."""
+
+
+def placed(module: nn.Module, cfg: AdamW | Muon) -> tuple[set[str], set[str], set[str]]:
+    """Names of Muon's parameters, and AdamW's decayed and undecayed ones, without the gains and biases of layers.
+
+    A number in a name is written #.
+    """
+    names = {id(p): name for name, p in module.named_parameters()}
+    plain = {id(p) for layer in module.modules() if isinstance(layer, NORMS) for p in layer.parameters()}
+    plain |= {id(p) for name, p in module.named_parameters() if name.rsplit(".")[-1] == "bias"}
+    found: tuple[set[str], set[str], set[str]] = set(), set(), set()
+    ids = []
+    for optimizer in build_optimizers(module, cfg):
+        by_muon = not isinstance(optimizer, torch.optim.AdamW)
+        for group in optimizer.param_groups:
+            assert group["peak_lr"] == group["lr"] == (cfg.lr if by_muon or cfg.kind == "adamw" else cfg.adamw_lr)
+            ids += [id(p) for p in group["params"]]
+            place = 0 if by_muon else 1 if group["weight_decay"] else 2
+            assert place == 2 or not plain & {id(p) for p in group["params"]}, "gains and biases are not decayed"
+            assert group["weight_decay"] in (0.0, cfg.weight_decay) and (place == 2 or group["weight_decay"])
+            found[place].update(re.sub(r"\b\d+\b", "#", names[id(p)]) for p in group["params"] if id(p) not in plain)
+    assert sorted(ids) == sorted(names), "every parameter has one place"
+    return found
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_which_optimizer_and_decay_each_parameter_has(name: str) -> None:
+    """Muon: the hidden matrices alone (Jordan et al. 2024). Decay: what multiplies activations, in either case."""
+    with torch.device("meta"):
+        module = MODELS[name]()
+    hidden, matrices, others = MATRICES[name]
+    assert placed(module, Muon(kind="muon", lr=0.5, adamw_lr=0.25)) == (hidden, matrices, others)
+    assert placed(module, AdamW()) == (set(), hidden | matrices, others)
 
 
 def test_decay_shrinks_matrices_only() -> None:
@@ -147,8 +306,8 @@ def test_muon_is_torchs(shape: tuple[int, int]) -> None:
     start, *gradients = torch.randn(4, *shape)
     reference = nn.Parameter(start.clone())
     theirs = torch.optim.Muon([reference], lr=0.1, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
-    layers = nn.ModuleDict({"blocks": nn.ModuleList(nn.Linear(*reversed(shape), bias=False) for _ in range(3))})
-    weights = [layer.weight for layer in layers["blocks"]]
+    layers = Stack(*(nn.Linear(*reversed(shape), bias=False) for _ in range(3)))
+    weights = [layer.weight for layer in layers.layers]
     with torch.no_grad():
         weights[1].copy_(start)
     (ours,) = build_optimizers(layers, Muon(kind="muon", lr=0.1, weight_decay=0.1))
@@ -175,8 +334,8 @@ def test_epsilon_holds_small_gradients_back() -> None:
 def test_muon_steps_have_the_rms_of_adamw() -> None:
     """The update of a matrix is orthogonal, scaled to an RMS of 0.2 lr (Liu et al. 2025, eq. 4)."""
     torch.manual_seed(0)
-    module = nn.ModuleDict({"blocks": nn.Linear(64, 32, bias=False)})
-    weight = module["blocks"].weight
+    module = Stack(nn.Linear(64, 32, bias=False))
+    weight = module.layers[0].weight
     before = weight.detach().clone()
     weight.grad = torch.randn_like(weight)
     (muon,) = build_optimizers(module, Muon(kind="muon", lr=0.1, weight_decay=0.0))

@@ -29,11 +29,31 @@ __all__ = [
     "SourceConfig",
     "UrlsConfig",
     "WebDatasetConfig",
+    "declared_classes",
+    "has_conditions",
     "open_source",
 ]
 
 AnyConfig = OneConfig | MixConfig
 SourceConfig = Annotated[AnyConfig, Field(discriminator="kind")]
+
+
+def declared_classes(cfg: AnyConfig) -> tuple[str, ...] | None:
+    """The names of the classes as far as the configuration alone tells: () without labels, None if not at all."""
+    labeled = [one for one in _each(cfg) if not isinstance(one, EmojiConfig) and one.label]
+    declared = {one.classes if isinstance(one, WebDatasetConfig) else () for one in labeled}
+    if not labeled:
+        return ()
+    return (declared.pop() or None) if len(declared) == 1 else None
+
+
+def has_conditions(cfg: AnyConfig) -> bool:
+    """Whether every sample of the source has a conditioning image."""
+    return all(not isinstance(one, EmojiConfig) and one.condition != "" for one in _each(cfg))
+
+
+def _each(cfg: AnyConfig) -> list[OneConfig]:
+    return list(cfg.sources.values()) if isinstance(cfg, MixConfig) else [cfg]
 
 
 def open_source(cfg: AnyConfig, *, part_size: int, setting: str = "source") -> Source:

@@ -1,16 +1,22 @@
-"""Which fields of a record are captions, and how likely each caption is to be chosen."""
+"""Which fields of a record are captions or labels, and how likely each caption is to be chosen."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
 from genpipe.data.samples import clean_captions, weigh_captions
+from genpipe.data.text import clean_text
 
 CAPTION_FIELDS = ("text", "caption", "captions")
+OTHER_CAPTION_FIELDS = ("prompt", "prompts", "description")
+"""Taken, the first that there is, where a record has none of CAPTION_FIELDS."""
+
 WEIGHTS_FIELD = "caption_weights"
+LABEL = "{label}"
+"""What stands for the class in a caption template."""
 
 
 def _name_weights(value: Any) -> Any:
@@ -27,22 +33,42 @@ def _likeliest_first(weights: dict[str, float]) -> dict[str, float]:
 # Shards keep weights in single precision, in which none may become 0 or infinite, nor their sum.
 LEAST_WEIGHT, LARGEST_WEIGHT = 1e-30, 1e30
 Weight = Annotated[float, Field(ge=LEAST_WEIGHT, le=LARGEST_WEIGHT)]
-# The names of caption fields with the weight of each: a name, a list of names, or a mapping.
+# The names of caption fields, or templates such as "a photo of a {label}", with the weight of each: a name, a list of
+# names, or a mapping.
 CaptionFields = Annotated[dict[str, Weight], BeforeValidator(_name_weights), AfterValidator(_likeliest_first)]
 
 
-def captions_of(record: Mapping[str, Any], *, wanted: Mapping[str, float]) -> tuple[tuple[str, ...], tuple[float, ...]]:
+def check_templates(captions: Mapping[str, float], *, label: str) -> None:
+    """Raise ValueError if a caption template has no label to be filled with."""
+    for template in (name for name in captions if LABEL in name and not label):
+        raise ValueError(f"captions: the template {template!r} needs a label; say with `label` what the class is")
+
+
+def caption_columns(wanted: Mapping[str, float]) -> tuple[str, ...]:
+    """The fields that may hold captions: those that are wanted, templates left out, or the usual ones."""
+    if wanted:
+        return tuple(name for name in wanted if LABEL not in name)
+    return (*CAPTION_FIELDS, *OTHER_CAPTION_FIELDS)
+
+
+def captions_of(
+    record: Mapping[str, Any], *, wanted: Mapping[str, float], label: str | None = None
+) -> tuple[tuple[str, ...], tuple[float, ...]]:
     """The captions of a record and their weights (none: uniform), the likeliest field's first.
 
-    `wanted`: caption fields to weights; a field that holds a list shares its weight among its captions. Empty:
-    all of `text`, `caption` and `captions`, weighted by `caption_weights` if the record has it. Raises
-    ValueError for what is neither a string nor a list of strings, and for weights that do not fit.
+    `wanted`: caption fields to weights; a field that holds a list shares its weight among its captions. One with
+    `{label}` is a template, filled with `label` (underscores as spaces). Empty: all of `text`, `caption` and
+    `captions`, weighted by `caption_weights` if the record has it; without them `prompt`, `prompts` or
+    `description`. Raises ValueError for what is neither a string nor a list of strings, and for weights that do not
+    fit.
     """
     if wanted:
-        found = {name: _strings(record, name) for name in wanted}
+        found = {name: _filled(name, label) if LABEL in name else _strings(record, name) for name in wanted}
         shares = [(text, wanted[name] / len(texts)) for name, texts in found.items() for text in texts]
         return weigh_captions(shares)
     captions = [text for name in CAPTION_FIELDS for text in _strings(record, name)]
+    if not captions:
+        captions = next((texts for name in OTHER_CAPTION_FIELDS if (texts := _strings(record, name))), [])
     weights = record.get(WEIGHTS_FIELD)
     if weights is None:
         return clean_captions(captions), ()
@@ -52,6 +78,24 @@ def captions_of(record: Mapping[str, Any], *, wanted: Mapping[str, float]) -> tu
             f"{len(captions)} captions"
         )
     return weigh_captions(zip(captions, weights, strict=True))
+
+
+def label_of(value: Any) -> str | None:
+    """The name of a class as a field has it, a string or an integer; None for an empty one. ValueError for others."""
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, str | int):
+        raise ValueError(f"a label must be a string or an integer, not {value!r}")
+    return clean_text(str(value)) or None
+
+
+def labels_of(values: Iterable[Any]) -> set[str]:
+    """The names of the classes among values; those that are none are left for `label_of` to tell."""
+    return {name for value in values if isinstance(value, str | int) and (name := label_of(str(value)))}
+
+
+def _filled(template: str, label: str | None) -> list[str]:
+    return [] if label is None else [template.replace(LABEL, label.replace("_", " "))]
 
 
 def _strings(record: Mapping[str, Any], name: str) -> list[str]:

@@ -121,6 +121,10 @@ class EmojiSource:
             described = captions(emoji.name, emoji.category, emoji.style)
             yield Sample(emoji.key, _group(emoji.code), bytes(png), described, meta)
 
+    def classes(self) -> tuple[str, ...]:
+        """None: every emoji is a class of its own."""
+        return ()
+
     def digest(self) -> str:
         """sha256 of the packages' versions and the configuration."""
         identity = {"versions": self._versions, "config": self.cfg.model_dump(mode="json")}

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, StringConstraints, field_validator
 
 from genpipe.config import Config
+from genpipe.data.classes import class_names
 from genpipe.data.samples import Reject, Sample, Source
 from genpipe.data.sources.emoji import EmojiConfig
 from genpipe.data.sources.folder import FolderConfig
@@ -56,6 +57,22 @@ class MixSource:
                 yield replace(item, key=key, source=f"{name}/{item.source}")
             else:
                 yield replace(item, key=key, group=f"{name}/{item.group}", source=name)
+
+    def classes(self) -> tuple[str, ...] | None:
+        """The names of the classes of all sources: those of the same name are one class.
+
+        Raises ValueError where some are known by name and others only by number.
+        """
+        known = {name: source.classes() for name, source in self.sources.items()}
+        if None not in known.values():
+            return class_names(label for labels in known.values() for label in labels or ())
+        if named := [name for name, labels in known.items() if labels]:
+            numbered = next(name for name, labels in known.items() if labels is None)
+            raise ValueError(
+                f"source.sources.{numbered}: its classes are numbers, those of {named[0]} have names; list the names "
+                f"in source.sources.{numbered}.classes"
+            )
+        return None
 
     def digest(self) -> str:
         """sha256 over the sources' names and digests."""

@@ -35,11 +35,12 @@ class ParquetSource:
         self.tables = Tables(
             cfg, image=cfg.image, image_setting="image", part_size=part_size, suffixes={".parquet"}, setting=setting
         )
-        kind = self.tables.schema().field(cfg.image).type
-        if not _is_image(kind):
-            raise ValueError(
-                f"{setting}.image: the column {cfg.image!r} holds {kind}, no images or paths; name another"
-            )
+        for name, column in (("image", cfg.image), ("condition", cfg.condition)):
+            kind = self.tables.schema().field(column).type if column else None
+            if kind is not None and not _is_image(kind):
+                raise ValueError(
+                    f"{setting}.{name}: the column {column!r} holds {kind}, no images or paths; name another"
+                )
         self._bucket = cache(lambda bucket: open_storage(f"s3://{bucket}"))
 
     def parts(self) -> list[str]:
@@ -50,6 +51,10 @@ class ParquetSource:
         """The rows of a part; one that cannot be read, or whose image cannot, is a Reject."""
         return read_ahead(self._sample, self.tables.rows(part), storage=self.tables.storage)
 
+    def classes(self) -> tuple[str, ...]:
+        """The names of the classes, as `Tables.classes` finds them."""
+        return self.tables.classes()
+
     def digest(self) -> str:
         """sha256 over the name, size and time (or ETag) of each table; images that lie beside are not looked at."""
         return digest_entries(self.tables.entries)
@@ -57,26 +62,40 @@ class ParquetSource:
     def _sample(self, row: Row | Reject) -> Sample | Reject:
         if isinstance(row, Reject):
             return row
-        meta = {**row.meta, "file_name": row.place}
-        image, path = _bytes_and_path(row.image)
-        group = row.key
-        if path is not None:
-            meta["path"] = path
-        if image is None:
-            if path is None:
-                detail = f"the column {self.cfg.image} has neither bytes nor a path"
-                return Reject(row.key, row.place, "no_image", detail)
-            try:
-                storage, key = self._locate(path, table=row.table)
-                image = storage.read(key)
-            except ValueError as error:
-                return Reject(row.key, row.place, "unsafe_path", str(error))
-            except OSError as error:
-                if blames_storage(error, storage=storage):
-                    raise
-                return Reject(row.key, row.place, "unreadable", str(error))
-            group = path if "://" in path else key
-        return Sample(row.key, row.group or group, image, row.captions, meta, caption_weights=row.weights)
+        try:
+            image, path, group = self._image(row.image, row, column=self.cfg.image)
+            condition = self._image(row.condition, row, column=self.cfg.condition)[0] if self.cfg.condition else None
+        except _Lacking as lacking:
+            return lacking.reject
+        meta = {**row.meta, "file_name": row.place} | ({} if path is None else {"path": path})
+        return Sample(
+            row.key,
+            row.group or group,
+            image,
+            row.captions,
+            meta,
+            caption_weights=row.weights,
+            label=row.label,
+            condition=condition,
+        )
+
+    def _image(self, cell: Any, row: Row, *, column: str) -> tuple[bytes, str | None, str]:
+        """The bytes that a cell holds or leads to, its path, and the group that it makes. Raises _Lacking."""
+        image, path = _bytes_and_path(cell)
+        if image is not None:
+            return image, path, row.key
+        if path is None:
+            reason = "no_image" if column == self.cfg.image else "no_condition"
+            raise _Lacking(Reject(row.key, row.place, reason, f"the column {column} has neither bytes nor a path"))
+        try:
+            storage, key = self._locate(path, table=row.table)
+            return storage.read(key), path, path if "://" in path else key
+        except ValueError as error:
+            raise _Lacking(Reject(row.key, row.place, "unsafe_path", str(error))) from None
+        except OSError as error:
+            if blames_storage(error, storage=storage):
+                raise
+            raise _Lacking(Reject(row.key, row.place, "unreadable", str(error))) from None
 
     def _locate(self, path: str, *, table: str) -> tuple[Storage, str]:
         """Where an image lies, beside the table or under `s3://`. Raises ValueError for a path that leads elsewhere."""
@@ -86,6 +105,13 @@ class ParquetSource:
         if not path.startswith("s3://") or not bucket:
             raise ValueError(f"{path} is neither relative to the table nor under s3://")
         return self._bucket(bucket), check_key(key)
+
+
+class _Lacking(Exception):
+    """A row without an image that can be read."""
+
+    def __init__(self, reject: Reject) -> None:
+        self.reject = reject
 
 
 def _is_image(kind: pa.DataType) -> bool:

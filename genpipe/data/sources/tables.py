@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import pyarrow as pa
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from genpipe.config import Config
+from genpipe.data.classes import class_names
 from genpipe.data.samples import Reject
-from genpipe.data.sources.captions import CAPTION_FIELDS, WEIGHTS_FIELD, CaptionFields, captions_of
+from genpipe.data.sources.captions import (
+    CAPTION_FIELDS,
+    WEIGHTS_FIELD,
+    CaptionFields,
+    caption_columns,
+    captions_of,
+    check_templates,
+    label_of,
+    labels_of,
+)
 from genpipe.data.sources.listing import list_files, member_key, part_names, read_ahead, suffix_of, unique_keys
 from genpipe.data.sources.records import Part, Record, cut_lines, jsonable, read_lines
 from genpipe.data.sources.rowgroups import cut_row_groups, group_sizes, open_parquet, read_row_groups
@@ -23,10 +34,20 @@ class TableConfig(Config):
     """What the kinds of tables have in common: where they are, and which columns mean what."""
 
     path: str = Field(min_length=1, description="table, folder of tables, pattern such as *.parquet, or s3:// of these")
-    captions: CaptionFields = Field({}, description="columns to weights; default: text, caption, captions")
+    captions: CaptionFields = Field(
+        {}, description="columns, or templates ('a photo of a {label}'), to weights; default: text, caption, captions, "
+        "else prompt or description",
+    )  # fmt: skip
+    label: str = Field("", description="column of class names or numbers")
+    condition: str = Field("", description="column of conditioning images, as that of the images")
     group: str = Field("", description="column that names the subject; default: the image's path or URL, else the key")
     key: str = Field("", description="column of keys, none twice in a part; default: the table's name and row's number")
     meta: tuple[str, ...] = Field((), description="columns that travel with the sample")
+
+    @model_validator(mode="after")
+    def _templates_have_labels(self) -> Self:
+        check_templates(self.captions, label=self.label)
+        return self
 
 
 @dataclass(frozen=True)
@@ -37,6 +58,8 @@ class Row:
     place: str  # the table and the number of the row
     table: str
     image: Any  # of the column that `Tables` was told
+    condition: Any  # of the column of conditioning images
+    label: str | None
     captions: tuple[str, ...]
     weights: tuple[float, ...]
     group: str  # "" where the row has none
@@ -64,7 +87,9 @@ class Tables:
     ) -> None:
         self.cfg, self.image, self.part_size, self.setting = cfg, image, part_size, setting
         self._named = {image: image_setting, cfg.key: "key", cfg.group: "group"}
-        self._named |= dict.fromkeys(cfg.captions, "captions") | dict.fromkeys(cfg.meta, "meta")
+        self._named |= {cfg.label: "label", cfg.condition: "condition"}
+        self._named |= dict.fromkeys(caption_columns(cfg.captions) if cfg.captions else (), "captions")
+        self._named |= dict.fromkeys(cfg.meta, "meta")
         self._named.pop("", None)
         self.storage, self.entries = list_files(cfg.path, suffixes=suffixes, setting=f"{setting}.path", what="tables")
         self._keys = unique_keys([entry.key for entry in self.entries])
@@ -73,6 +98,7 @@ class Tables:
             raise ValueError(
                 f"{setting}.path: the tables of {cfg.path} have no rows ({len(self.entries)} looked at); give others"
             )
+        self._names = self._declared_names() if cfg.label else ()
 
     def parts(self) -> list[str]:
         """`00000`, `00001`, ..."""
@@ -82,16 +108,58 @@ class Tables:
         """The types of the columns of the first table, if it is parquet."""
         return open_parquet(self.storage, self._parts[0].table).schema_arrow
 
+    def classes(self) -> tuple[str, ...]:
+        """The names of the classes: those that Hugging Face's metadata give the numbers, else what the column holds.
+
+        Without such metadata the column is read through.
+        """
+        if self._names or not self.cfg.label:
+            return self._names
+        parts = read_ahead(self._labels, self._parts, storage=self.storage)
+        return class_names({label for labels in parts for label in labels})
+
     def rows(self, part: str) -> Iterator[Row | Reject]:
         """The rows of a part in their order; one without a caption or with a fault is a Reject."""
         cut = self._parts[int(part)]
-        if cut.row_groups:
-            wanted = [*self._named, *(() if self.cfg.captions else (*CAPTION_FIELDS, WEIGHTS_FIELD))]
-            records = read_row_groups(self.storage, cut, columns=wanted)
-        else:
-            records = read_lines(self.storage, cut, suffix=suffix_of(cut.table.key))
-        for number, record in enumerate(records, start=cut.start):
+        usual = () if self.cfg.captions else (*caption_columns({}), WEIGHTS_FIELD)
+        for number, record in enumerate(self._records(cut, columns=[*self._named, *usual]), start=cut.start):
             yield self._row(record, table=cut.table.key, number=number)
+
+    def cells(self, column: str) -> Iterator[Any]:
+        """The values of one column of all tables, those of rows that cannot be read left out."""
+        for part in self._parts:
+            yield from _cells(self._records(part, columns=[column]), column)
+
+    def _records(self, part: Part, *, columns: list[str]) -> Iterator[Record | ValueError | OSError]:
+        if part.row_groups:
+            return read_row_groups(self.storage, part, columns=columns)
+        return read_lines(self.storage, part, suffix=suffix_of(part.table.key))
+
+    def _labels(self, part: Part) -> set[str]:
+        return labels_of(_cells(self._records(part, columns=[self.cfg.label]), self.cfg.label))
+
+    def _declared_names(self) -> tuple[str, ...]:
+        """The names of a Hugging Face ClassLabel column, else ()."""
+        if suffix_of(self._parts[0].table.key) != ".parquet":
+            return ()
+        metadata = (self.schema().metadata or {}).get(b"huggingface", b"{}")
+        try:
+            feature = json.loads(metadata)["info"]["features"][self.cfg.label]
+            names = feature.get("names") or ()
+        except (ValueError, KeyError, TypeError, AttributeError):
+            return ()
+        return tuple(names) if isinstance(names, list) and all(isinstance(name, str) for name in names) else ()
+
+    def _label(self, record: Record) -> str | None:
+        """The name of a row's class. Raises ValueError for what cannot be one."""
+        value = record.get(self.cfg.label) if self.cfg.label else None
+        if not self._names or not isinstance(value, int) or isinstance(value, bool):
+            return label_of(value)
+        if value == -1:  # what Hugging Face has for an unknown class
+            return None
+        if not 0 <= value < len(self._names):
+            raise ValueError(f"the label {value} is none of the {len(self._names)} classes that the table declares")
+        return self._names[value]
 
     def _row(self, record: Record | ValueError | OSError, *, table: str, number: int) -> Row | Reject:
         key, place = f"{self._keys[table]}-{number:08d}", f"{table}:{number}"
@@ -102,14 +170,34 @@ class Tables:
         if own := _text(record, self.cfg.key):
             key = member_key(own)
         try:
-            captions, weights = captions_of(record, wanted=self.cfg.captions)
+            label = self._label(record)
+        except ValueError as error:
+            return Reject(key, place, "bad_label", str(error))
+        if self.cfg.label and label is None:
+            return Reject(
+                key, place, "no_label", f"none in {self.cfg.label}; fill it, or leave {self.setting}.label out"
+            )
+        try:
+            captions, weights = captions_of(record, wanted=self.cfg.captions, label=label)
         except ValueError as error:
             return Reject(key, place, "bad_caption", str(error))
         if not captions:
-            return Reject(key, place, "no_caption", f"none in {', '.join(self.cfg.captions or CAPTION_FIELDS)}")
+            return Reject(key, place, "no_caption", f"none in {', '.join(caption_columns(self.cfg.captions))}")
         meta = {name: jsonable(record.get(name)) for name in self.cfg.meta}
         group = _text(record, self.cfg.group)
-        return Row(key, place, table, record.get(self.image), captions, weights, group, meta)
+        condition = record.get(self.cfg.condition) if self.cfg.condition else None
+        return Row(
+            key=key,
+            place=place,
+            table=table,
+            image=record.get(self.image),
+            condition=condition,
+            label=label,
+            captions=captions,
+            weights=weights,
+            group=group,
+            meta=meta,
+        )
 
     def _cut(self, table: Entry) -> list[Part]:
         suffix = suffix_of(table.key)
@@ -136,16 +224,20 @@ class Tables:
                 near = difflib.get_close_matches(name.lower(), plain, n=1)
                 remedy = f"did you mean {plain[near[0]]!r}?" if near else "name another"
                 raise ValueError(f"{self.setting}.{setting}: {where} has no column {name!r}; {has}; {remedy}")
-        for name in (*self._named, *CAPTION_FIELDS, WEIGHTS_FIELD):
+        for name in (*self._named, *caption_columns({}), WEIGHTS_FIELD):
             if columns.count(name) > 1:
                 raise ValueError(
                     f"{self.setting}.path: {where} has several columns {name!r}; {has}; rename all but one"
                 )
-        if not self.cfg.captions and not set(CAPTION_FIELDS) & set(columns):
+        if not self.cfg.captions and not set(caption_columns({})) & set(columns):
             looked = ", ".join(CAPTION_FIELDS)
             raise ValueError(
                 f"{self.setting}.captions: {where} has none of the columns {looked}; {has}; name those with captions"
             )
+
+
+def _cells(records: Iterator[Record | ValueError | OSError], column: str) -> Iterator[Any]:
+    return (record.get(column) for record in records if isinstance(record, dict))
 
 
 def _text(record: Record, column: str) -> str:

@@ -7,7 +7,7 @@ import io
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import Future
-from typing import Literal
+from typing import Any, Literal
 
 from PIL import Image, UnidentifiedImageError
 from pydantic import Field
@@ -57,23 +57,31 @@ class UrlsSource:
         outcomes: Counter[str] = Counter()
         with Fetcher(self.cfg.fetch) as fetcher:
 
-            def submit(row: Row | Reject) -> Future[bytes | Failure]:
-                if isinstance(row, Row) and isinstance(row.image, str):
-                    return fetcher.submit(row.image)
-                nothing: Future[bytes | Failure] = Future()
-                nothing.set_result(Failure("bad_url", "the row has none"))
-                return nothing
+            def submit(row: Row | Reject) -> Future[list[bytes | Failure]]:
+                return _AllOf([_submit(fetcher, cell) for cell in self._cells(row)])
 
-            for row, content in in_order(submit, self.tables.rows(part), ahead=2 * self.cfg.fetch.concurrency):
-                if isinstance(row, Row):
-                    outcomes[content.reason if isinstance(content, Failure) else "fine"] += 1
-                yield row if isinstance(row, Reject) else _sample(row, content)
+            for row, contents in in_order(submit, self.tables.rows(part), ahead=2 * self.cfg.fetch.concurrency):
+                if isinstance(row, Reject):
+                    yield row
+                    continue
+                outcomes.update(content.reason if isinstance(content, Failure) else "fine" for content in contents)
+                yield _sample(row, *contents)
         lost = outcomes["connection"] + outcomes["timeout"]
         if lost >= LOST and lost + outcomes["bad_url"] == outcomes.total():
             raise ConnectionError(
                 f"{self.setting}: no server of the {lost} images of part {part} could be reached; can this machine "
                 "reach others? No proxy is used"
             )
+
+    def _cells(self, row: Row | Reject) -> list[Any]:
+        """The URLs of a row: of its image, then of its conditioning image if it must have one."""
+        if isinstance(row, Reject):
+            return []
+        return [row.image, row.condition] if self.cfg.condition else [row.image]
+
+    def classes(self) -> tuple[str, ...]:
+        """The names of the classes, as `Tables.classes` finds them."""
+        return self.tables.classes()
 
     def digest(self) -> str:
         """sha256 over the tables' names and bytes. What stands behind the URLs may change without it."""
@@ -84,18 +92,57 @@ class UrlsSource:
         return digest.hexdigest()
 
 
-def _sample(row: Row, content: bytes | Failure) -> Sample | Reject:
+def _submit(fetcher: Fetcher, cell: Any) -> Future[bytes | Failure]:
+    if isinstance(cell, str):
+        return fetcher.submit(cell)
+    nothing: Future[bytes | Failure] = Future()
+    nothing.set_result(Failure("bad_url", "the row has none"))
+    return nothing
+
+
+class _AllOf(Future[list[bytes | Failure]]):
+    """The results of several futures."""
+
+    def __init__(self, futures: list[Future[bytes | Failure]]) -> None:
+        super().__init__()
+        self._futures = futures
+
+    def result(self, timeout: float | None = None) -> list[bytes | Failure]:
+        return [future.result(timeout) for future in self._futures]
+
+    def cancel(self) -> bool:
+        return all([future.cancel() for future in self._futures])
+
+
+def _sample(row: Row, content: bytes | Failure, condition: bytes | Failure | None = None) -> Sample | Reject:
     url = row.image if isinstance(row.image, str) else row.place
-    if isinstance(content, Failure):
-        return Reject(row.key, url, content.reason, content.detail)
+    for what, fetched in (("", content), ("its conditioning image: ", condition)):
+        if isinstance(fetched, Failure):
+            return Reject(row.key, url, fetched.reason, what + fetched.detail)
+        if fetched is not None and (fault := _fault(fetched)):
+            return Reject(row.key, url, fault.reason, what + fault.detail)
+    assert isinstance(content, bytes) and not isinstance(condition, Failure)
+    meta = {**row.meta, "url": url, "file_name": url}
+    return Sample(
+        row.key,
+        row.group or url,
+        content,
+        row.captions,
+        meta,
+        caption_weights=row.weights,
+        label=row.label,
+        condition=condition,
+    )
+
+
+def _fault(content: bytes) -> Failure | None:
     if not content:
-        return Reject(row.key, url, "empty", "the answer has no bytes")
+        return Failure("empty", "the answer has no bytes")
     try:
         Image.open(io.BytesIO(content))
     except UnidentifiedImageError:
-        return Reject(row.key, url, "not_an_image", f"starts with {content[:16]!r}")
+        return Failure("not_an_image", f"starts with {content[:16]!r}")
     except Exception:
         # An image, though a damaged or enormous one: for the stage to judge, as with any other source.
         pass
-    meta = {**row.meta, "url": url, "file_name": url}
-    return Sample(row.key, row.group or url, content, row.captions, meta, caption_weights=row.weights)
+    return None

@@ -1,7 +1,7 @@
 """WebDataset tars of images and captions, as img2dataset (or genpipe) writes them.
 
-A tar may come from anywhere, so it is read and never extracted: of a sample only the image, `.txt` and `.json`
-are looked at, links are not followed, and no pickle is opened.
+A tar may come from anywhere, so it is read and never extracted: of a sample only the image, `.txt`, `.json` and the
+members that the settings name are looked at, links are not followed, and no pickle is opened.
 """
 
 from __future__ import annotations
@@ -13,13 +13,21 @@ import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from genpipe.config import Config
+from genpipe.data.classes import is_number
 from genpipe.data.samples import Reject, Sample, clean_captions
-from genpipe.data.sources.captions import CAPTION_FIELDS, WEIGHTS_FIELD, CaptionFields, captions_of
+from genpipe.data.sources.captions import (
+    WEIGHTS_FIELD,
+    CaptionFields,
+    caption_columns,
+    captions_of,
+    check_templates,
+    label_of,
+)
 from genpipe.data.sources.listing import (
     IMAGE_SUFFIXES,
     MAX_FILE_BYTES,
@@ -35,6 +43,13 @@ from genpipe.storage import Entry, check_key, local_path, open_object
 
 LOCAL_BLOCK, REMOTE_BLOCK = 2**18, 2**23  # bytes a read
 PEEKED = 20
+LACKING = {
+    "no_image": "an image",
+    "dotted_key": "an image",
+    "no_caption": "a caption",
+    "no_label": "a class",
+    "no_condition": "a conditioning image",
+}
 COMPRESSED_STARTS = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd")  # gzip, bzip2, xz, zstd
 
 
@@ -46,10 +61,22 @@ class WebDatasetConfig(Config):
         min_length=1, description="tar, folder of tars, pattern such as {000..123}.tar, or s3:// of these"
     )
     captions: CaptionFields = Field(
-        {}, description="fields of .json (txt: the .txt) to weights; default: text, caption, captions, else .txt"
-    )
+        {}, description="fields of .json (txt: the .txt), or templates ('a photo of a {label}'), to weights; default: "
+        "text, caption, captions, else prompt or description, else .txt",
+    )  # fmt: skip
+    label: str = Field("", description="suffix of the members with the class (cls), or a field of .json: a number, or "
+                                       "one of `classes`")  # fmt: skip
+    classes: tuple[str, ...] = Field((), description="names of the classes, in the order of their numbers")
+    condition: str = Field("", description="suffix of the members with a conditioning image, as depth.png, or depth")
     group: str = Field("", description="field of .json that names the subject; default: each sample is its own")
     slice_bytes: int = Field(4 * 2**30, gt=0, description="a larger tar is read as several parts")
+
+    @model_validator(mode="after")
+    def _labels_fit(self) -> Self:
+        check_templates(self.captions, label=self.label)
+        if len(set(self.classes)) < len(self.classes):
+            raise ValueError("classes: a name stands there twice; each class has one")
+        return self
 
 
 @dataclass(frozen=True)
@@ -70,6 +97,8 @@ class _Group:
     files: dict[str, bytes] = field(default_factory=dict)
     ignored: list[str] = field(default_factory=list)
     image: str = ""  # its suffix
+    condition: str = ""  # likewise
+    other_images: list[str] = field(default_factory=list)  # their suffixes
     too_large: str = ""  # a member that is
 
 
@@ -77,7 +106,8 @@ class WebDatasetSource:
     """A part is a tar, or a slice of a large one, whose headers are walked from the tar's start.
 
     Key: the tar's name and the sample's. Captions: those of the `.json`, else the `.txt` as one caption. Group:
-    the sample's key, or the field that is named for it. Members that are not used are named in the meta.
+    the sample's key, or the field that is named for it. Members that are not used are named in the meta; images that
+    are not are rejects.
 
     Raises ValueError for a missing path, one without tars, and if the first samples have no image or caption.
     """
@@ -106,9 +136,13 @@ class WebDatasetSource:
             if isinstance(item, Reject):
                 yield item
             elif item.offset >= slice.start:
-                yield self._sample(item, tar=slice.entry.key, is_new=item.name not in seen)
+                yield from self._items(item, tar=slice.entry.key, is_new=item.name not in seen)
             if isinstance(item, _Group):
                 seen.add(item.name)
+
+    def classes(self) -> tuple[str, ...] | None:
+        """The names that are set; None where labels are numbers and no names are set."""
+        return self.cfg.classes or (None if self.cfg.label else ())
 
     def digest(self) -> str:
         """sha256 over the name, size and time (or ETag) of each tar."""
@@ -136,7 +170,7 @@ class WebDatasetSource:
                     if info.offset >= slice.stop:
                         return
                     group = _Group(key, info.offset)
-                _add(group, suffix, size=info.size, data=data if group.offset >= slice.start else bytes)
+                self._add(group, suffix, size=info.size, data=data if group.offset >= slice.start else bytes)
         except (_DamagedTar, OSError) as error:
             if isinstance(error, OSError) and blames_storage(error, storage=self.storage):
                 raise
@@ -149,9 +183,40 @@ class WebDatasetSource:
             if trailing := _trailing(file):
                 yield Reject("", tar, "trailing_data", trailing)
 
+    def _add(self, group: _Group, suffix: str, *, size: int, data: Callable[[], bytes]) -> None:
+        """Take a member into its sample if it is used."""
+        cfg = self.cfg
+        is_condition = bool(cfg.condition) and not group.condition and _is_condition(suffix, cfg.condition)
+        is_image = not is_condition and not group.image and f".{suffix}" in IMAGE_SUFFIXES
+        if not is_condition and not is_image and suffix not in ("txt", "json", cfg.label):
+            is_other_image = f".{suffix.rpartition('.')[2]}" in IMAGE_SUFFIXES and not suffix.startswith("condition.")
+            (group.other_images if is_other_image else group.ignored).append(suffix)
+        elif size > MAX_FILE_BYTES:
+            group.too_large = group.too_large or suffix
+        else:
+            group.files[suffix] = data()
+            group.image = suffix if is_image else group.image
+            group.condition = suffix if is_condition else group.condition
+
+    def _items(self, group: _Group, *, tar: str, is_new: bool) -> Iterator[Sample | Reject]:
+        """The sample, and a reject for every image in it that has no place there."""
+        has_dots = not group.image and bool(group.other_images)
+        if not has_dots:
+            yield self._sample(group, tar=tar, is_new=is_new)
+        base = group.name.rpartition("/")[2]
+        for suffix in group.other_images:
+            name = f"{base}.{suffix}"
+            stem, _, end = name.rpartition(".")
+            renamed = f"{stem.replace('.', '_')}{'' if '.' in stem else '_2'}.{end}"
+            ends = f"a sample's key ends at the first dot of a name, so that {name} is the image {suffix} of {base}"
+            remedy = f"rename it, and what belongs to it, as {renamed}"
+            detail = f"{ends}; {remedy}" if has_dots else f"{ends}, which has {base}.{group.image}; {remedy}"
+            reason = "dotted_key" if has_dots else "second_image"
+            yield Reject(self._key(tar, f"{group.name}.{suffix}"), f"{tar}/{group.name}.{suffix}", reason, detail)
+
     def _sample(self, group: _Group, *, tar: str, is_new: bool) -> Sample | Reject:
         key, where = self._key(tar, group.name), f"{tar}/{group.name}"
-        members = ", ".join([*group.files, *group.ignored])
+        members = ", ".join([*group.files, *group.other_images, *group.ignored])
         if not is_new:
             detail = f"an earlier sample of the tar has the key, or its members ({members}) do not stand together"
             return Reject(key, where, "duplicate_key", detail)
@@ -164,13 +229,21 @@ class WebDatasetSource:
         except ValueError as error:
             return Reject(key, where, "bad_metadata", f".json: {error}")
         try:
-            captions, weights = self._captions(record, group.files.get("txt"))
+            label = self._label(record, group)
+        except ValueError as error:
+            return Reject(key, where, "bad_label", str(error))
+        if self.cfg.label and label is None:
+            return Reject(key, where, "no_label", f"no {self.cfg.label}; its members are {members}")
+        if self.cfg.condition and not group.condition:
+            return Reject(key, where, "no_condition", f"no {self.cfg.condition}; its members are {members}")
+        try:
+            captions, weights = self._captions(record, group.files.get("txt"), label=label)
         except ValueError as error:
             return Reject(key, where, "bad_caption", str(error))
         if not captions:
-            looked = ", ".join(self.cfg.captions or (*CAPTION_FIELDS, "txt"))
+            looked = ", ".join(self.cfg.captions or (*caption_columns({}), "txt"))
             return Reject(key, where, "no_caption", f"none of {looked} has one; its members are {members}")
-        used = {*(self.cfg.captions or CAPTION_FIELDS), WEIGHTS_FIELD, self.cfg.group}
+        used = {*caption_columns(self.cfg.captions), WEIGHTS_FIELD, self.cfg.group, self.cfg.label}
         meta = {name: value for name, value in record.items() if name not in used}
         meta |= {"file_name": f"{where}.{group.image}"} | ({"ignored": group.ignored} if group.ignored else {})
         subject = record.get(self.cfg.group) if self.cfg.group else None
@@ -181,12 +254,28 @@ class WebDatasetSource:
             captions,
             meta,
             caption_weights=weights,
+            label=label,
+            condition=group.files[group.condition] if group.condition else None,
         )
 
-    def _captions(self, record: Record, text: bytes | None) -> tuple[tuple[str, ...], tuple[float, ...]]:
+    def _label(self, record: Record, group: _Group) -> str | None:
+        """The name of the class. Raises ValueError for one that is neither a number nor one of `classes`."""
+        member = group.files.get(self.cfg.label)
+        label = label_of(record.get(self.cfg.label) if member is None else member.decode("utf-8-sig"))
+        if label is None or label in self.cfg.classes or (is_number(label) and not self.cfg.classes):
+            return label
+        if is_number(label) and int(label) < len(self.cfg.classes):
+            return self.cfg.classes[int(label)]
+        raise ValueError(
+            f"the class {label!r} is neither a number nor one of source.classes; list the names of all classes there"
+        )
+
+    def _captions(
+        self, record: Record, text: bytes | None, *, label: str | None
+    ) -> tuple[tuple[str, ...], tuple[float, ...]]:
         if "txt" in self.cfg.captions and text is not None:
             record = record | {"txt": text.decode("utf-8-sig")}
-        captions, weights = captions_of(record, wanted=self.cfg.captions)
+        captions, weights = captions_of(record, wanted=self.cfg.captions, label=label)
         if not captions and not self.cfg.captions and text is not None:
             return clean_captions([text.decode("utf-8-sig")]), ()
         return captions, weights
@@ -197,7 +286,13 @@ class WebDatasetSource:
     def _check_first(self, setting: str) -> None:
         """Refuse tars whose first samples all lack an image or a caption: a wrong setting, found before any work."""
         items = list(itertools.islice(self.read("00000"), PEEKED))
-        for reason, lacking in {"no_image": "an image", "no_caption": "a caption"}.items():
+        lacking_by = {
+            "no_image": "an image",
+            "dotted_key": "an image",
+            "no_caption": "a caption",
+            "no_label": "a class",
+        }
+        for reason, lacking in {**lacking_by, "no_condition": "a conditioning image"}.items():
             if items and all(isinstance(item, Reject) and item.reason == reason for item in items):
                 first = items[0]
                 assert isinstance(first, Reject)
@@ -278,12 +373,8 @@ def _split(name: str) -> tuple[str, str]:
     return (folder + slash + stem, suffix.lower()) if stem and suffix else ("", "")
 
 
-def _add(group: _Group, suffix: str, *, size: int, data: Callable[[], bytes]) -> None:
-    is_image = f".{suffix}" in IMAGE_SUFFIXES
-    if (is_image and group.image) or (not is_image and suffix not in ("txt", "json")):
-        group.ignored.append(suffix)
-    elif size > MAX_FILE_BYTES:
-        group.too_large = group.too_large or suffix
-    else:
-        group.files[suffix] = data()
-        group.image = suffix if is_image else group.image
+def _is_condition(suffix: str, wanted: str) -> bool:
+    """Whether a member's suffix is the one that is wanted, with or without that of an image format."""
+    return suffix == wanted or (
+        suffix.rpartition(".")[0] == wanted and f".{suffix.rpartition('.')[2]}" in IMAGE_SUFFIXES
+    )

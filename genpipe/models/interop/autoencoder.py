@@ -22,7 +22,7 @@ from genpipe.models.dc_autoencoder import (
     ToLatents,
 )
 from genpipe.models.interop.tensors import Names, joined, split
-from genpipe.models.ldm_autoencoder import GROUPS, GridAttention, LdmConfig
+from genpipe.models.ldm_autoencoder import GROUPS, LdmAttention, LdmConfig
 from genpipe.models.quantizer import Kl, Vq
 
 _ONLY: dict[str, dict[str, tuple[Any, ...]]] = {
@@ -47,7 +47,7 @@ _LEGACY = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out
 
 _INNER: dict[type[nn.Module], dict[str, str]] = {
     ResBlock: {"skip": "conv_shortcut"},
-    GridAttention: {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "out": "to_out.0"},
+    LdmAttention: {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "out": "to_out.0"},
     LinearAttention: {
         **{"q": "attn.to_q", "k": "attn.to_k", "v": "attn.to_v", "out": "attn.to_out", "norm": "attn.norm_out"},
         **{f"scales.{i}.0": f"attn.to_qkv_multiscale.{i}.proj_in" for i in range(4)},

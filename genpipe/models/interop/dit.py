@@ -2,7 +2,7 @@
 
 Theirs embeds 1,000 t with half of 256 frequencies stepped by 1 / 127 of the range, the paper's code (and ours) by
 1 / 128: `downscale_freq_shift` 1 against 0. Weights that were trained as the paper's, as the published ones were, are
-right with 0. Classes enter as one-hot vectors [B, classes + 1], the last for none.
+right with 0.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _BLOCK: dict[str, tuple[str, ...]] = {
 _EMBEDDING = {
     "time_in.up": "timestep_embedder.linear_1",
     "time_in.down": "timestep_embedder.linear_2",
-    "vector_in": "class_embedder.embedding_table",
+    "labels_in": "class_embedder.embedding_table",
 }
 _SHARED = re.compile(r"transformer_blocks\.\d+\.norm1\.emb\.")
 _INPUTS = ("attention.qkv", "mlp.up", "patches_out")
@@ -61,7 +61,7 @@ def config_from_diffusers(config: Mapping[str, Any]) -> DiTConfig:
 
 
 def from_diffusers(state: Mapping[str, Tensor], cfg: DiTConfig) -> dict[str, Tensor]:
-    """State of our DiT of `cfg` with vectors of classes + 1, from that of diffusers'.
+    """State of our class-conditional DiT of `cfg`, from that of diffusers'.
 
     Raises ValueError naming keys that are missing or left over; and where their time and class embeddings, of which
     they keep one per block, are not all the same.
@@ -74,9 +74,7 @@ def from_diffusers(state: Mapping[str, Tensor], cfg: DiTConfig) -> dict[str, Ten
     sizes = _sizes(state, cfg)
     with torch.device("meta"):
         ours = DiT(cfg, **sizes).state_dict()
-    found = joined(state, {key: _theirs(key) for key in ours if key != "vector_in.bias"})
-    table = found["vector_in.weight"]
-    found |= {"vector_in.weight": table.T.contiguous(), "vector_in.bias": table.new_zeros(table.shape[1])}
+    found = joined(state, {key: _theirs(key) for key in ours})
     found["patches_in.weight"] = found["patches_in.weight"].flatten(1)
     patch = (cfg.patch_size**2, sizes["out_channels"])
     for part in ("weight", "bias"):  # rows by cell then channel, ours by channel then cell
@@ -88,7 +86,6 @@ def from_diffusers(state: Mapping[str, Tensor], cfg: DiTConfig) -> dict[str, Ten
 def to_diffusers(state: Mapping[str, Tensor], cfg: DiTConfig) -> dict[str, Tensor]:
     """Inverse of `from_diffusers`."""
     ours = {key: _reordered(key, tensor) for key, tensor in state.items()}
-    ours["vector_in.weight"] = (ours["vector_in.weight"] + ours.pop("vector_in.bias")[:, None]).T.contiguous()
     ours["patches_in.weight"] = ours["patches_in.weight"].unflatten(1, (-1, cfg.patch_size, cfg.patch_size))
     for part in ("weight", "bias"):
         rows = ours[f"patches_out.{part}"].unflatten(0, (-1, cfg.patch_size**2))
@@ -101,7 +98,7 @@ def to_diffusers(state: Mapping[str, Tensor], cfg: DiTConfig) -> dict[str, Tenso
 
 
 def _sizes(state: Mapping[str, Tensor], cfg: DiTConfig) -> dict[str, int]:
-    """Channels in and out, and the width of vectors. Raises ValueError if the tensors that say them are missing."""
+    """Channels in and out, and the number of classes. Raises ValueError if the tensors that say them are missing."""
     names = (
         "pos_embed.proj.weight",
         "proj_out_2.weight",
@@ -113,7 +110,7 @@ def _sizes(state: Mapping[str, Tensor], cfg: DiTConfig) -> dict[str, int]:
     return {
         "in_channels": patches_in.shape[1],
         "out_channels": len(patches_out) // cfg.patch_size**2,
-        "vector_dim": len(table),
+        "classes": len(table) - 1,
     }
 
 

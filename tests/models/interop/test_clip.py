@@ -206,11 +206,12 @@ class Visual(nn.Module):
     def __init__(self, size: int, patch: int, width: int, embed_dim: int, activation: type[nn.Module]) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(3, width, kernel_size=patch, stride=patch, bias=False)
-        self.class_embedding = nn.Parameter(torch.randn(width))
-        self.positional_embedding = nn.Parameter(torch.randn((size // patch) ** 2 + 1, width))
+        scale = width**-0.5
+        self.class_embedding = nn.Parameter(scale * torch.randn(width))
+        self.positional_embedding = nn.Parameter(scale * torch.randn((size // patch) ** 2 + 1, width))
         self.ln_pre, self.ln_post = nn.LayerNorm(width), nn.LayerNorm(width)
         self.transformer = Transformer(width, 2, width // 64, activation)
-        self.proj = nn.Parameter(torch.randn(width, embed_dim))
+        self.proj = nn.Parameter(scale * torch.randn(width, embed_dim))
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv1(x).flatten(2).transpose(1, 2)
@@ -229,7 +230,19 @@ class OpenAI(nn.Module):
         self.positional_embedding = nn.Parameter(torch.randn(12, 64))
         self.ln_final = nn.LayerNorm(64)
         self.text_projection = nn.Parameter(torch.randn(64, 24))
-        self.logit_scale = nn.Parameter(torch.tensor(3.0))
+        self.logit_scale = nn.Parameter(torch.tensor(1 / 0.07).log())
+
+    def initialize_parameters(self) -> None:
+        """Of the text tower; what it does not name is as torch makes it."""
+        nn.init.normal_(self.token_embedding.weight, std=0.02)
+        nn.init.normal_(self.positional_embedding, std=0.01)
+        width, blocks = 64, self.transformer.resblocks
+        for block in blocks:
+            nn.init.normal_(block.attn.in_proj_weight, std=width**-0.5)
+            nn.init.normal_(block.attn.out_proj.weight, std=width**-0.5 * (2 * len(blocks)) ** -0.5)
+            nn.init.normal_(block.mlp.c_fc.weight, std=(2 * width) ** -0.5)
+            nn.init.normal_(block.mlp.c_proj.weight, std=width**-0.5 * (2 * len(blocks)) ** -0.5)
+        nn.init.normal_(self.text_projection, std=width**-0.5)
 
     def encode_text(self, text: Tensor) -> tuple[Tensor, Tensor]:
         mask = torch.full((12, 12), -torch.inf).triu(1)
@@ -265,6 +278,19 @@ def test_openai_weights_give_the_same_embeddings_and_states(library: str) -> Non
     assert again.keys() == state.keys()
     assert all(torch.equal(again[name], tensor) and again[name].is_contiguous() for name, tensor in state.items())
     assert foreign.config_from_open_clip(foreign.config_to_open_clip(*read)) == read
+
+
+def test_fresh_weights_are_drawn_as_openais() -> None:
+    """Tensor by tensor: deviations within five standard errors, zeros where theirs are zeros, the same scale."""
+    torch.manual_seed(0)
+    theirs = OpenAI()
+    theirs.initialize_parameters()
+    cfg, sizes = foreign.config_from_openai(theirs.state_dict())
+    expected = foreign.from_openai(theirs.state_dict(), cfg)
+    for name, found in CLIP(cfg, **sizes).state_dict().items():
+        their_std, std = expected[name].std(correction=0), found.std(correction=0)
+        assert abs(std - their_std) <= 5 * their_std / found.numel() ** 0.5, name
+        assert found.mean().item() == pytest.approx(expected[name].mean().item(), abs=0.1), name
 
 
 def test_half_precision_and_untrained_entries_of_openais_archives() -> None:
