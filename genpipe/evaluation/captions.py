@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from difflib import get_close_matches
 
 import numpy as np
 import pyarrow as pa
@@ -12,9 +11,6 @@ import pyarrow.parquet as pq
 
 from genpipe.data.shard_dataset import ShardDataset
 from genpipe.data.shards import INDEX_SUFFIX
-
-NEAREST_AMONG = 20_000
-"""Captions that a mistyped one is compared with: comparing takes some 10 us each."""
 
 
 def captions_by_shard(dataset: ShardDataset) -> Iterator[tuple[range, pa.ListArray]]:
@@ -50,27 +46,7 @@ def rows_with_captions(dataset: ShardDataset, captions: Sequence[str]) -> tuple[
     return np.concatenate(samples), np.concatenate(numbers)
 
 
-def check_captions(dataset: ShardDataset, captions: Sequence[str], *, setting: str) -> None:
-    """Raise ValueError unless every one of `captions` is one of the dataset's; it names the nearest there is."""
-    distinct = list(dict.fromkeys(captions))
-    _, numbers = rows_with_captions(dataset, distinct)
-    for number in sorted(set(range(len(distinct))) - set(numbers.tolist())):
-        caption = distinct[number]
-        near = get_close_matches(caption, _some_captions(dataset), n=1)
-        hint = f"; the nearest is {near[0]!r}" if near else ""
-        raise ValueError(f"{setting}: no {dataset.split} sample has the caption {caption!r}{hint}")
-
-
 def _captions(dataset: ShardDataset, shard: str) -> pa.ListArray:
     column = pq.read_table(dataset.folder / f"{shard}{INDEX_SUFFIX}", columns=["captions"], use_threads=False)[0]
     captions = column.combine_chunks()
     return captions.combine_chunks() if isinstance(captions, pa.ChunkedArray) else captions
-
-
-def _some_captions(dataset: ShardDataset) -> list[str]:
-    found: list[str] = []
-    for _, lists in captions_by_shard(dataset):
-        found += lists.flatten().slice(0, NEAREST_AMONG - len(found)).to_pylist()
-        if len(found) >= NEAREST_AMONG:
-            break
-    return found

@@ -40,7 +40,7 @@ def config(metrics: Mapping[str, Any], **settings: Any) -> Config:
 
 def given(cfg: Config, inputs: Mapping[str, Artifact]) -> dict[str, Artifact]:
     """Those of the inputs that the stage takes, as a pipeline gives them."""
-    return {role: inputs[role] for role in evaluate.roles(cfg)}
+    return {role: inputs[role] for role, takes in evaluate.roles(cfg).items() if not takes.optional}
 
 
 def run(cfg: Config, inputs: Mapping[str, Artifact], out: Path) -> dict[str, float]:
@@ -81,7 +81,7 @@ def test_only_what_the_metrics_ask_for_is_taken(inputs: dict[str, Artifact], tmp
     assert evaluate.roles(cfg).keys() == {"shard", "autoencoder"}
     assert run(cfg, inputs, tmp_path) == {"reconstruction/psnr": 100, "reconstruction/ssim": pytest.approx(1)}
     everything = config({"retrieval": {}, "heldout": {}, "grid": {}})
-    assert evaluate.roles(everything).keys() == {"sample", "shard", "clip", "features", "trained"}
+    assert evaluate.roles(everything).keys() == {"sample", "grid_sample", "shard", "clip", "features", "trained"}
     assert evaluate.roles(everything)["trained"].several
 
 

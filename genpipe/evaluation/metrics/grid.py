@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -10,16 +10,18 @@ import numpy as np
 from PIL import Image
 from pydantic import Field
 
-from genpipe.artifacts import Artifact, Role, committed
+from genpipe.artifacts import Artifact, Role
 from genpipe.config import Config
 from genpipe.data.image_batches import image_batch
+from genpipe.data.shard_dataset import ShardDataset
 from genpipe.data.shards import Split
-from genpipe.evaluation.captions import check_captions, first_captions, rows_with_captions
+from genpipe.evaluation.captions import first_captions, rows_with_captions
 from genpipe.evaluation.grids import hwc, labeled_grid
 from genpipe.evaluation.metrics.metric import REFERENCE, SAMPLE, Evaluation, Measure, Partial
 from genpipe.evaluation.reference import open_splits
 from genpipe.storage import Storage
 
+CHOSEN = "grid_sample"
 FILES: dict[Split, str] = {"train": "grid.png", "heldout": "heldout.png"}
 EXAMPLES: dict[Split, str] = {"train": "training example", "heldout": "held-out example"}
 CELL = 96
@@ -28,39 +30,38 @@ LOOKED_AT = 4096
 
 
 class GridConfig(Config):
-    """`grid.png`, pictures of captions of training samples, and `heldout.png`, of others: a row for each caption."""
+    """`grid.png`, pictures of captions of training samples, and `heldout.png`, of others: a row for each caption.
+
+    They are the first captions of the samples, or those of the role `grid_sample` where that has some of a split: its
+    own instance of `sample` can draw captions that the configuration names.
+    """
 
     kind: Literal["grid"] = "grid"
-    captions: tuple[str, ...] = Field((), description="of grid.png; default: the first `rows` that were drawn")
-    rows: int = Field(12, ge=1, description="captions of a picture whose captions are not named")
+    rows: int = Field(12, ge=1, description="captions of a picture")
     each: int = Field(1, ge=1, description="generated pictures of each caption, as far as there are so many")
 
     def roles(self) -> dict[str, Role]:
-        """Pictures and the reference."""
-        return {**SAMPLE, **REFERENCE}
+        """Pictures, chosen ones perhaps, and the reference."""
+        return {**SAMPLE, **REFERENCE, CHOSEN: Role("samples", optional=True)}
 
     def names(self, inputs: Mapping[str, Artifact]) -> list[str]:
         """None: it is for people."""
         return []
 
     def check_inputs(self, inputs: Mapping[str, Artifact]) -> None:
-        """Raise ValueError for a caption that the data, or the pictures, do not have, once there are any."""
-        for role in ("shard", "sample") if self.captions else ():
-            if committed(inputs[role]) is not None and (splits := open_splits(inputs[role])):
-                check_captions(
-                    next(iter(splits.values())), self.captions, setting=f"metrics.grid.captions (role {role})"
-                )
+        """Any pictures can be shown."""
 
     def parts(self, evaluation: Evaluation) -> list[str]:
-        """One for each split of the pictures."""
-        return list(evaluation.samples)
+        """One for each split that there are pictures of."""
+        return list(_shown(evaluation))
 
     def measure(self, evaluation: Evaluation) -> Measure:
-        """Draws one picture a part."""
+        """Makes one picture a part."""
+        shown = {str(split): (split, dataset) for split, dataset in _shown(evaluation).items()}
 
         def drawn(part: str, out: Path) -> Partial:
-            split: Split = "train" if part == "train" else "heldout"
-            Image.fromarray(self._picture(split, evaluation)).save(out / FILES[split])
+            split, dataset = shown[part]
+            Image.fromarray(self._picture(split, dataset, evaluation)).save(out / FILES[split])
             return {}
 
         return drawn
@@ -69,34 +70,42 @@ class GridConfig(Config):
         """Nothing to count."""
         return {}
 
-    def _picture(self, split: Split, evaluation: Evaluation) -> np.ndarray:
+    def _picture(self, split: Split, dataset: ShardDataset, evaluation: Evaluation) -> np.ndarray:
         """uint8 [H, W, 3]."""
-        size, reference = evaluation.size, evaluation.reference
-        prompts, rows = self._chosen(split, evaluation)
-        columns = {}
-        positions = np.asarray([places[0] for places in rows])
-        originals = reference.match(prompts).originals(positions, within=reference.range_of(split))
-        if (originals >= 0).any():
-            real = hwc(reference.images(np.maximum(originals, 0), size=size))
-            columns[EXAMPLES[split]] = [
-                image if row >= 0 else np.full_like(image, 255) for image, row in zip(real, originals, strict=True)
-            ]
-        for number in range(max(len(places) for places in rows)):
-            chosen = np.asarray([places[min(number, len(places) - 1)] for places in rows])
-            images = hwc(image_batch(evaluation.samples[split], chosen, size=size))
-            columns["generated" if number == 0 else f"generated ({number + 1})"] = [
-                image if number < len(places) else np.full_like(image, 255)
-                for image, places in zip(images, rows, strict=True)
-            ]
-        cells = list(zip(*columns.values(), strict=True))
-        return labeled_grid(cells, captions=prompts, columns=list(columns), cell=max(CELL, size))
-
-    def _chosen(self, split: Split, evaluation: Evaluation) -> tuple[list[str], list[list[int]]]:
-        """The captions, and the generated pictures of each."""
-        dataset = evaluation.samples[split]
-        first = next(iter(evaluation.samples))
-        prompts = list(dict.fromkeys(self.captions)) if split == first else []
-        if not prompts:
-            prompts = list(dict.fromkeys(first_captions(dataset, range(min(len(dataset), LOOKED_AT)))))[: self.rows]
+        looked_at = range(min(len(dataset), LOOKED_AT))
+        prompts = list(dict.fromkeys(first_captions(dataset, looked_at)))[: self.rows]
         samples, numbers = rows_with_captions(dataset, prompts)
-        return prompts, [samples[numbers == number][: self.each].tolist() for number in range(len(prompts))]
+        generated = [samples[numbers == number][: self.each].tolist() for number in range(len(prompts))]
+        size = min(dataset.image(0).shape[:2])
+        columns = dict(_real(split, prompts, generated, evaluation, size=size))
+        for number in range(max(map(len, generated))):
+            there = [number < len(rows) for rows in generated]
+            images = image_batch(
+                dataset, np.asarray([rows[min(number, len(rows) - 1)] for rows in generated]), size=size
+            )
+            columns["generated" if number == 0 else f"generated ({number + 1})"] = _blanked(hwc(images), there)
+        rows = list(zip(*columns.values(), strict=True))
+        return labeled_grid(rows, captions=prompts, columns=list(columns), cell=max(CELL, size))
+
+
+def _shown(evaluation: Evaluation) -> dict[Split, ShardDataset]:
+    """The generated pictures of each split: the chosen ones where there are some."""
+    chosen = open_splits(evaluation.inputs[CHOSEN]) if CHOSEN in evaluation.inputs else {}
+    return {**evaluation.samples, **chosen}
+
+
+def _real(
+    split: Split, prompts: Sequence[str], generated: Sequence[Sequence[int]], evaluation: Evaluation, *, size: int
+) -> Iterator[tuple[str, list[np.ndarray]]]:
+    """The column of real pictures, if any of the prompts is a caption of the reference."""
+    reference = evaluation.reference
+    positions = np.asarray([rows[0] for rows in generated])
+    originals = reference.match(prompts).originals(positions, within=reference.range_of(split))
+    if (originals >= 0).any():
+        images = hwc(reference.images(np.maximum(originals, 0), size=size))
+        yield EXAMPLES[split], _blanked(images, (originals >= 0).tolist())
+
+
+def _blanked(images: Sequence[np.ndarray], there: Sequence[bool]) -> list[np.ndarray]:
+    """White where there is no picture."""
+    return [image if is_there else np.full_like(image, 255) for image, is_there in zip(images, there, strict=True)]

@@ -64,23 +64,26 @@ def test_real_pictures_stand_beside_generated_ones(inputs: dict[str, Artifact], 
     assert cells(tmp_path / "heldout.png", rows=2, columns=2) == [[COLORS["pink"], DARKER["pink"]], [WHITE, (1, 2, 3)]]
 
 
-def test_captions_may_be_named_and_have_several_pictures(inputs: dict[str, Artifact], tmp_path: Path) -> None:
-    measured(GridConfig(captions=("red", "blue"), each=2, rows=1), inputs, tmp_path)
+def test_chosen_pictures_stand_in_for_the_first(gallery: Gallery, inputs: dict[str, Artifact], tmp_path: Path) -> None:
+    chosen = [(flat(DARKER[name]), name) for name in ("green", "red", "red")]
+    inputs = inputs | {"grid_sample": gallery.shards({"train": chosen}, kind="samples", name="chosen")}
+    measured(GridConfig(each=2), inputs, tmp_path)
     assert cells(tmp_path / "grid.png", rows=2, columns=3) == [
-        [COLORS["red"], DARKER["red"], WHITE],
-        [COLORS["blue"], DARKER["blue"], DARKER["blue"]],
+        [COLORS["green"], DARKER["green"], WHITE],
+        [COLORS["red"], DARKER["red"], DARKER["red"]],
     ]
-    cells(tmp_path / "heldout.png", rows=1, columns=2)
+    cells(tmp_path / "heldout.png", rows=2, columns=2)
 
 
-def test_captions_that_are_not_there_are_found_before_anything_is_made(
-    gallery: Gallery, inputs: dict[str, Artifact]
+def test_rows_are_as_many_as_were_asked_for(inputs: dict[str, Artifact], tmp_path: Path) -> None:
+    measured(GridConfig(rows=1), inputs, tmp_path)
+    assert cells(tmp_path / "grid.png", rows=1, columns=2) == [[COLORS["blue"], DARKER["blue"]]]
+
+
+def test_pictures_of_prompts_of_nobody_stand_alone(
+    gallery: Gallery, inputs: dict[str, Artifact], tmp_path: Path
 ) -> None:
-    planned = inputs["sample"].model_copy(update={"uri": str(gallery.store / "not-made-yet")})
-    with pytest.raises(ValueError, match=r"metrics\.grid\.captions .*shard.*'gren'; the nearest is 'green'"):
-        GridConfig(captions=("red", "gren")).check_inputs({**inputs, "sample": planned})
-    GridConfig(captions=("red", "green")).check_inputs({**inputs, "sample": planned})
-    with pytest.raises(ValueError, match=r"metrics\.grid\.captions .*sample.*'green'"):
-        GridConfig(captions=("red", "green")).check_inputs(inputs)
-    nothing = inputs["shard"].model_copy(update={"uri": str(gallery.store / "nor-this")})
-    GridConfig(captions=("gren",)).check_inputs({"sample": planned, "shard": nothing})
+    inputs = inputs | {"sample": gallery.shards({"heldout": [(flat((1, 2, 3)), "nobody's")]}, kind="samples")}
+    measured(GridConfig(), inputs, tmp_path)
+    assert cells(tmp_path / "heldout.png", rows=1, columns=1) == [[(1, 2, 3)]]
+    assert not (tmp_path / "grid.png").exists()
