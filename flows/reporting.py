@@ -58,7 +58,9 @@ class StageResult:
 class Reporter(Protocol):
     """Told of every change, from several threads: a stage is `waiting`, `running` (its progress with it), or ended."""
 
-    def update(self, stage: str, status: str, *, progress: Progress | None = None, message: str = "") -> None: ...
+    def update(self, stage: str, status: str, *, progress: Progress | None = None, message: str = "") -> None:
+        """Take note of an instance's new status, of its progress, or of both."""
+        ...
 
 
 class PlainReporter:
@@ -70,6 +72,7 @@ class PlainReporter:
         self.said: dict[str, tuple[str, float]] = {}
 
     def update(self, stage: str, status: str, *, progress: Progress | None = None, message: str = "") -> None:
+        """Print a line if the status is new, or the last progress was printed a while ago."""
         before, at = self.said.get(stage, ("waiting", -math.inf))
         if status == before and (progress is None or time.monotonic() - at < self.EVERY_SECONDS):
             return

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,10 +21,23 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, ValidationError, model_validator
 
 
-class Config(BaseModel):
-    """Base of every configuration block: immutable, and strict about unknown keys."""
+class _Where:
+    """Marks a setting that says where something is."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+
+WHERE = _Where()
+Location = Annotated[str, WHERE]
+"""A path or URI of something outside the pipeline.
+
+A relative path is taken from the folder of the file that it is written in (of an override: the working folder), `~` is
+the home folder. It is left out of the fingerprint, where a digest must stand for what lies there.
+"""
+
+
+class Config(BaseModel):
+    """Base of every configuration block: immutable, and strict about unknown keys and about numbers that are none."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     @model_validator(mode="before")
     @classmethod
@@ -149,12 +163,40 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Tree:
 
 
 def parse(model: type[M], tree: Tree, *, prefix: str = "") -> M:
-    """Check `tree` against `model`; raises ConfigError with one line for each fault."""
+    """Check `tree` against `model`, and resolve its locations; raises ConfigError with one line for each fault."""
     try:
-        return model.model_validate(tree.values)
+        return _located(model.model_validate(tree.values), tree, ())
     except ValidationError as error:
         lines = [_explain(model, tree, prefix, fault) for fault in error.errors()]
         raise ConfigError("\n".join(lines)) from None
+
+
+def _located(config: M, tree: Tree, at: Loc) -> M:
+    """`config` with every `Location` absolute."""
+    found: dict[str, Any] = {}
+    for name, info in type(config).model_fields.items():
+        value = getattr(config, name)
+        here = WHERE in info.metadata and isinstance(value, str)
+        found[name] = _absolute(value, tree.origin_of((*at, name))) if here else _located_in(value, tree, (*at, name))
+    changes = {name: value for name, value in found.items() if value != getattr(config, name)}
+    return config.model_copy(update=changes) if changes else config
+
+
+def _located_in(value: Any, tree: Tree, at: Loc) -> Any:
+    if isinstance(value, BaseModel):
+        return _located(value, tree, at)
+    if isinstance(value, Mapping):
+        return {key: _located_in(inner, tree, (*at, str(key))) for key, inner in value.items()}
+    if isinstance(value, tuple):
+        return tuple(_located_in(inner, tree, at) for inner in value)
+    return value
+
+
+def _absolute(location: str, origin: str) -> str:
+    if "://" in location or not location:
+        return location
+    folder = Path(origin).parent if Path(origin).is_file() else Path()
+    return os.path.normpath((folder / Path(location).expanduser()).absolute())
 
 
 def resolved(config: BaseModel, *, without: frozenset[str] = frozenset()) -> dict[str, Any]:
@@ -166,13 +208,15 @@ def changed(config: BaseModel, *, without: frozenset[str] = frozenset()) -> dict
     """The settings of `config` that differ from their defaults, as JSON values; of such blocks also the `kind`.
 
     Top-level keys in `without` are left out. Two configurations of one class that differ give different values, and a
-    setting that is added later, with a default, changes none.
+    setting that is added later, with a default, changes none. Locations are left out.
     """
     dumped = config.model_dump(mode="json")
     found = {}
     for name, info in type(config).model_fields.items():
         value = getattr(config, name)
-        if name not in without and (name == "kind" or value != info.get_default(call_default_factory=True)):
+        if name in without or WHERE in info.metadata:
+            continue
+        if name == "kind" or value != info.get_default(call_default_factory=True):
             found[name] = _changed_in(value, dumped[name])
     return found
 
@@ -207,7 +251,7 @@ def _read(path: Path, seen: tuple[Path, ...]) -> Tree:
     if path.resolve() in (p.resolve() for p in seen):
         raise ConfigError(f"{path}: `base` runs in a circle: {' -> '.join(str(p) for p in (*seen, path))}")
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except FileNotFoundError:
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1)
         hint = f"; did you mean {path.parent / near[0]}?" if near else ""
@@ -220,6 +264,29 @@ def _read(path: Path, seen: tuple[Path, ...]) -> Tree:
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected a mapping of settings, got {type(values).__name__}")
     return _resolve_bases(values, path, (*seen, path))
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that stands twice in a mapping, of which YAML itself would keep the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """As the base class does. Raises ConstructorError where a key stands twice."""
+        seen: dict[Any, yaml.Node] = {}
+        for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                continue
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                first = seen[key].start_mark.line + 1
+                raise yaml.constructor.ConstructorError(
+                    None,
+                    None,
+                    f"{key!r} stands here again after line {first}; join the two blocks",
+                    key_node.start_mark,
+                )
+            seen[key] = key_node
+        mapping: dict[Any, Any] = super().construct_mapping(node, deep=deep)
+        return mapping
 
 
 def _resolve_bases(values: dict[str, Any], path: Path, seen: tuple[Path, ...]) -> Tree:
@@ -270,13 +337,22 @@ def _parse_override(text: str) -> Tree:
     if not eq or not all(keys):
         raise ConfigError(f"override {text!r}: write it as path=value, e.g. stages.decoder.train.optim.lr=1e-3")
     try:
-        leaf = yaml.safe_load(value)
+        leaf = _typed(value)
     except yaml.YAMLError as error:
         raise ConfigError(f"override {text!r}: the value is not valid YAML: {error}") from None
     origin = {(*keys, *inner): f"override {text!r}" for inner in _leaves(leaf)}
     for key in reversed(keys):
         leaf = {key: leaf}
     return Tree(leaf, origin)
+
+
+def _typed(value: str) -> Any:
+    """What an override's value stands for: YAML in brackets, braces or quotes, else all of it as one scalar."""
+    if value[:1] in ("[", "{", '"', "'"):
+        return yaml.load(value, _Loader)
+    loader = _Loader("")
+    tag = loader.resolve(yaml.ScalarNode, value, (True, False))
+    return loader.construct_object(yaml.ScalarNode(tag, value))
 
 
 def _leaves(value: Any) -> Iterator[Loc]:
@@ -305,6 +381,8 @@ def _explain(model: type[BaseModel], tree: Tree, prefix: str, fault: Any) -> str
         return f"{where}: expected a block of settings here, got {fault['input']!r}"
     if fault["type"].startswith("union_tag"):
         return _explain_kind(tree.origin_of((*loc, "kind")), dotted, fault)
+    if fault["type"] == "string_type" and isinstance(fault["input"], int | float):
+        return f"{where}: expected text, got the number {fault['input']!r}; write it in quotes"
     message = fault["msg"].removeprefix("Value error, ")
     got = "" if isinstance(fault["input"], Mapping) else f", got {fault['input']!r}"
     return f"{where}: {message[0].lower()}{message[1:]}{got}"

@@ -7,14 +7,14 @@ from pathlib import Path
 
 from pydantic import Field
 
-from genpipe.config import Config
+from genpipe.config import Config, Location
 from genpipe.storage import open_storage, read_file
 
 
 class PinnedFile(Config):
     """A file from outside the pipeline that numbers depend on."""
 
-    weights: str = Field(description="path or s3:// URI of the file")
+    weights: Location = Field(description="path or s3:// URI of the file")
     sha256: str = Field(pattern="^[0-9a-f]{64}$", description="of the file, in hexadecimal; see `sha256sum FILE`")
 
 

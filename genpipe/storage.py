@@ -16,6 +16,8 @@ from pathlib import Path, PurePosixPath
 from stat import S_ISREG
 from typing import Any, NamedTuple, Protocol, TypeVar
 
+from typing_extensions import override
+
 T = TypeVar("T")
 BODY_ATTEMPTS = 3
 
@@ -34,23 +36,51 @@ class Entry(NamedTuple):
 class Storage(Protocol):
     """Named bytes.
 
-    A key that is not there raises FileNotFoundError, refused access PermissionError, a service that cannot be
-    reached or keeps failing ConnectionError; each names the key. `read_range` gives exactly `length` bytes
-    from `offset` on, or raises OSError.
+    A key that is not there raises FileNotFoundError, refused access PermissionError, and a service that cannot be
+    reached or keeps failing ConnectionError; each names the key.
     """
 
     uri: str
 
-    def read(self, key: str) -> bytes: ...
-    def read_range(self, key: str, *, offset: int, length: int) -> bytes: ...
-    def stat(self, key: str) -> Entry: ...
-    def write(self, key: str, data: bytes) -> None: ...
-    def upload(self, key: str, path: Path) -> None: ...
-    def download(self, key: str, path: Path) -> None: ...
-    def list(self, prefix: str = "") -> Iterator[Entry]: ...
-    def folders(self) -> Iterator[str]: ...
-    def delete(self, key: str) -> None: ...
-    def delete_all(self, prefix: str = "") -> None: ...
+    def read(self, key: str) -> bytes:
+        """The whole content."""
+        ...
+
+    def read_range(self, key: str, *, offset: int, length: int) -> bytes:
+        """Exactly `length` bytes from `offset` on; raises OSError where there are fewer."""
+        ...
+
+    def stat(self, key: str) -> Entry:
+        """Size and version, without the content."""
+        ...
+
+    def write(self, key: str, data: bytes) -> None:
+        """Put `data` in the place of what is there."""
+        ...
+
+    def upload(self, key: str, path: Path) -> None:
+        """Put a local file's content in the place of what is there."""
+        ...
+
+    def download(self, key: str, path: Path) -> None:
+        """Write the content to a local file, whose folder is made if need be."""
+        ...
+
+    def list(self, prefix: str = "") -> Iterator[Entry]:
+        """Everything whose key begins with `prefix`, also below it."""
+        ...
+
+    def folders(self) -> Iterator[str]:
+        """The names of the folders right below, without looking into them."""
+        ...
+
+    def delete(self, key: str) -> None:
+        """Delete one object, if it is there."""
+        ...
+
+    def delete_all(self, prefix: str = "") -> None:
+        """Delete everything whose key begins with `prefix`."""
+        ...
 
 
 def open_storage(uri: str) -> Storage:
@@ -101,42 +131,49 @@ def open_object(storage: Storage, entry: Entry, *, block: int) -> io.BufferedRea
     return io.BufferedReader(_RangeFile(storage, entry), block)
 
 
-class LocalStorage:
+class LocalStorage(Storage):
     """A folder."""
 
     def __init__(self, uri: str) -> None:
         self.root = Path(uri).absolute()
         self.uri = str(self.root)
 
+    @override
     def read(self, key: str) -> bytes:
         with self._open(key) as file:
             return file.read()
 
+    @override
     def read_range(self, key: str, *, offset: int, length: int) -> bytes:
         with self._open(key) as file:
             file.seek(offset)
             return _whole(file.read(length) or b"", uri=self.uri, key=key, offset=offset, length=length)
 
+    @override
     def stat(self, key: str) -> Entry:
         path = self._path(key)
         if path.is_dir():
             raise FileNotFoundError(f"{path} is a folder")
         return _entry(key, path.stat())
 
+    @override
     def write(self, key: str, data: bytes) -> None:
         with _replacing(self._path(key)) as temporary, temporary.open("wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
 
+    @override
     def upload(self, key: str, path: Path) -> None:
         with _replacing(self._path(key)) as temporary:
             shutil.copyfile(path, temporary)
 
+    @override
     def download(self, key: str, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(self._path(key), path)
 
+    @override
     def list(self, prefix: str = "") -> Iterator[Entry]:
         """Links are followed, also those to folders, unless they lead back to where the walk came from.
 
@@ -144,14 +181,16 @@ class LocalStorage:
         """
         return self._list(prefix, follow=True)
 
+    @override
     def folders(self) -> Iterator[str]:
-        """The names of the folders right below, without looking into them."""
         if self.root.is_dir():
             yield from sorted(path.name for path in self.root.iterdir() if path.is_dir())
 
+    @override
     def delete(self, key: str) -> None:
         self._path(key).unlink(missing_ok=True)
 
+    @override
     def delete_all(self, prefix: str = "") -> None:
         for entry in list(self._list(prefix, follow=False)):
             self.delete(entry.key)
@@ -181,7 +220,7 @@ class LocalStorage:
         return self.root / check_key(key)
 
 
-class S3Storage:
+class S3Storage(Storage):
     """A prefix of an S3 bucket. Large files go up and down in concurrent parts; failing requests are repeated."""
 
     def __init__(self, uri: str) -> None:
@@ -194,46 +233,55 @@ class S3Storage:
         retries: Any = {"max_attempts": 8, "mode": "adaptive"}
         self.client = boto3.client("s3", config=BotoConfig(retries=retries, max_pool_connections=32))
 
+    @override
     def read(self, key: str) -> bytes:
         return self._get(key)
 
+    @override
     def read_range(self, key: str, *, offset: int, length: int) -> bytes:
         if not length:
             return b""
         data = self._get(key, Range=f"bytes={offset}-{offset + length - 1}")
         return _whole(data, uri=self.uri, key=key, offset=offset, length=length)
 
+    @override
     def stat(self, key: str) -> Entry:
         head = self._call(key, lambda: self.client.head_object(Bucket=self.bucket, Key=self._key(key)))
         return Entry(key, head["ContentLength"], head["ETag"].strip('"'))
 
+    @override
     def write(self, key: str, data: bytes) -> None:
         self._call(key, lambda: self.client.put_object(Bucket=self.bucket, Key=self._key(key), Body=data))
 
+    @override
     def upload(self, key: str, path: Path) -> None:
         self._call(key, lambda: self.client.upload_file(str(path), self.bucket, self._key(key)))
 
+    @override
     def download(self, key: str, path: Path) -> None:
         with _replacing(path) as temporary:
             self._call(key, lambda: self.client.download_file(self.bucket, self._key(key), str(temporary)))
 
+    @override
     def list(self, prefix: str = "") -> Iterator[Entry]:
         for page in self._pages(prefix):
             for item in page:
                 if not item["Key"].endswith("/"):  # an empty object with which some tools mark a folder
                     yield Entry(item["Key"].removeprefix(self.prefix), item["Size"], item["ETag"].strip('"'))
 
+    @override
     def folders(self) -> Iterator[str]:
-        """The names of the folders right below, without looking into them."""
         lister = self.client.get_paginator("list_objects_v2")
         pages = iter(lister.paginate(Bucket=self.bucket, Prefix=self.prefix, Delimiter="/"))
         while page := self._call("", lambda: next(pages, None)):
             for item in page.get("CommonPrefixes", ()):
                 yield item["Prefix"].removeprefix(self.prefix).rstrip("/")
 
+    @override
     def delete(self, key: str) -> None:
         self._call(key, lambda: self.client.delete_object(Bucket=self.bucket, Key=self._key(key)))
 
+    @override
     def delete_all(self, prefix: str = "") -> None:
         for page in list(self._pages(prefix)):
             names: Any = {"Objects": [{"Key": item["Key"]} for item in page], "Quiet": True}

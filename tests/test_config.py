@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from pydantic import Field, model_validator
 
 from genpipe import config
-from genpipe.config import Config, ConfigError, StageConfig
+from genpipe.config import Config, ConfigError, Location, StageConfig
 
 
 class Folder(Config):
@@ -270,9 +270,140 @@ def test_resolved_holds_every_default_and_nothing_left_out() -> None:
         "precision": "bf16",
         "steps": [1, 2],
         "rate": 0.1,
+        "observe": {"gates": {}},
     }
     assert Model.model_validate(resolved) == Model(samples=2)
 
 
 def test_flatten() -> None:
     assert config.flatten({"a": {"b": 1, "c": {}}, "d": [1]}) == {"a.b": 1, "a.c": {}, "d": [1]}
+
+
+blocks = st.fixed_dictionaries(
+    {"samples": st.integers(0, 3).map(lambda n: 2 * n)},
+    optional={
+        "source": st.one_of(
+            st.fixed_dictionaries({"kind": st.just("folder"), "path": st.sampled_from(["data", "more"])}),
+            st.fixed_dictionaries(
+                {"kind": st.just("table"), "url": st.sampled_from(["data", "x"])},
+                optional={"columns": st.integers(1, 3)},
+            ),
+        ),
+        "other": st.one_of(st.none(), st.fixed_dictionaries({"kind": st.just("folder"), "path": st.just("data")})),
+        "layers": st.fixed_dictionaries({}, optional={"width": st.sampled_from([64, 128]), "depth": st.integers(1, 3)}),
+        "steps": st.lists(st.integers(0, 2), max_size=3),
+        "rate": st.sampled_from([0.1, 0.2, 1]),
+    },
+)
+
+
+@given(blocks, blocks)
+def test_changed_settings_differ_exactly_if_the_configurations_do(one: dict[str, Any], other: dict[str, Any]) -> None:
+    first, second = Model.model_validate(one), Model.model_validate(other)
+    assert (config.changed(first) == config.changed(second)) == (first == second)
+    assert json.loads(json.dumps(config.changed(first))) == config.changed(first)
+
+
+def test_changed_settings_leave_defaults_out_and_name_kinds() -> None:
+    assert config.changed(Model(samples=2)) == {"samples": 2}
+    table = Model.model_validate({"samples": 2, "source": {"kind": "table", "url": "x"}, "layers": {"width": 64}})
+    assert config.changed(table) == {"samples": 2, "source": {"kind": "table", "url": "x"}}
+    watched = Model.model_validate({"samples": 2, "observe": {"gates": {"psnr": {"min": 20}}}})
+    assert config.changed(watched, without=config.UNFINGERPRINTED) == {"samples": 2}
+
+
+def test_a_setting_that_is_added_later_changes_nothing() -> None:
+    class Later(Model):
+        invented: float = 0.5
+
+    assert config.changed(Later(samples=4, rate=0.3)) == config.changed(Model(samples=4, rate=0.3))
+
+
+class Placed(Config):
+    store: Location = "here"
+    sources: tuple[Pinned, ...] = ()
+
+
+class Pinned(Config):
+    weights: Location
+    sha256: str = ""
+
+
+Placed.model_rebuild()
+
+
+def test_locations_are_taken_from_where_they_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a file from its folder, also in a base; in an override from the working folder; a URI as it is."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/someone")
+    write(tmp_path, "bases/base.yaml", "store: ../runs/x")
+    path = write(
+        tmp_path, "mine/mine.yaml", "base: ../bases/base.yaml\nsources: [{weights: w.bin}, {weights: ~/w.bin}]"
+    )
+    tree = config.load(path)
+    placed = config.parse(Placed, tree)
+    assert placed.store == str(tmp_path / "runs/x")
+    assert [s.weights for s in placed.sources] == [str(tmp_path / "mine/w.bin"), "/home/someone/w.bin"]
+    assert config.parse(Placed, config.load(path, ["store=out"])).store == str(tmp_path / "out")
+    assert config.parse(Placed, config.load(path, ["store=s3://bucket/a"])).store == "s3://bucket/a"
+
+
+def test_where_something_lies_is_no_part_of_what_it_is() -> None:
+    here, there = (Placed(store=place, sources=(Pinned(weights=place, sha256="ab"),)) for place in ("/a", "/b"))
+    assert config.changed(here) == config.changed(there) == {"sources": [{"sha256": "ab"}]}
+
+
+def test_a_key_that_stands_twice_is_refused_with_its_lines(tmp_path: Path) -> None:
+    path = write(tmp_path, "twice.yaml", "samples: 2\nlayers:\n  depth: 1\nsamples: 4\n")
+    with pytest.raises(ConfigError) as error:
+        read(path)
+    assert all(said in str(error.value) for said in (str(path), "'samples'", "line 1", "line 4"))
+
+
+def test_anchors_and_merges_are_no_repetition(tmp_path: Path) -> None:
+    path = write(tmp_path, "merged.yaml", "samples: 2\nlayers: &layers {depth: 3}\nobserve: {}\n")
+    assert read(path).layers.depth == 3
+    path = write(tmp_path, "more.yaml", "samples: 2\nlayers: {<<: {depth: 3, width: 8}, width: 16}\n")
+    assert read(path).layers == Layers(depth=3, width=16)
+
+
+@pytest.mark.parametrize("value", [".inf", "-.inf", ".nan"])
+def test_numbers_that_are_none_are_refused_by_name(tmp_path: Path, value: str) -> None:
+    path = write(tmp_path, "infinite.yaml", f"samples: 2\nrate: {value}\n")
+    with pytest.raises(ConfigError) as error:
+        read(path)
+    assert f"{path}: rate" in str(error.value) and "finite" in str(error.value)
+
+
+class Texts(Config):
+    text: str = ""
+    number: float = 0.0
+    flag: bool = False
+    many: tuple[str, ...] = ()
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("text=a #1 fan", Texts(text="a #1 fan")),
+        ("text=key: value", Texts(text="key: value")),
+        ("text=- item", Texts(text="- item")),
+        ("text=*star", Texts(text="*star")),
+        ("text='quoted'", Texts(text="quoted")),
+        ("text=a=b", Texts(text="a=b")),
+        ("number=1e-3", Texts(number=1e-3)),
+        ("number=3", Texts(number=3)),
+        ("flag=true", Texts(flag=True)),
+        ("many=[a, 'b #2']", Texts(many=("a", "b #2"))),
+    ],
+)
+def test_overrides_are_taken_as_they_are_typed(tmp_path: Path, typed: str, meant: Texts) -> None:
+    path = write(tmp_path, "texts.yaml", "{}")
+    assert config.parse(Texts, config.load(path, [typed])) == meant
+
+
+def test_a_number_where_text_belongs_is_told_with_the_remedy(tmp_path: Path) -> None:
+    path = write(tmp_path, "number.yaml", "text: 10\n")
+    with pytest.raises(ConfigError) as error:
+        config.parse(Texts, config.load(path))
+    assert f"{path}: text" in str(error.value) and "quotes" in str(error.value)

@@ -1,4 +1,4 @@
-"""How the small images look that an upsampler is trained on: worse than clean ones, as those that it will be given.
+"""What is done to the small images that an upsampler is trained on, so that it copes with those that a model draws.
 
 Shapes: B batch, C = 3 channels (RGB), H and W pixels, K side of a blur kernel. Images are in [-1, 1].
 """
@@ -24,6 +24,9 @@ RESAMPLINGS = ("bilinear", "bicubic", "area")
 BSR_RADIUS = 10
 """Of the blurs of BSR: kernels of 21 pixels, the largest of the paper."""
 
+JPEG_SHARE = 0.9
+"""Of the images that BSR compresses on the way (BSRGAN's code: jpeg_prob); all are compressed at the end."""
+
 
 class Clean(Config):
     """The small image as it is."""
@@ -32,7 +35,11 @@ class Clean(Config):
 
 
 class Blur(Config):
-    """Gaussian blur of some of the small images (Ho et al. 2022, cascaded diffusion, section 4.2; unCLIP's first)."""
+    """Gaussian blur of some of the small images.
+
+    The defaults are those of Ho et al. 2022 (cascaded diffusion, section 4.2); unCLIP's first upsampler has kernels of
+    3 x 3 pixels with sigma 0.6 (Ramesh et al. 2022, appendix C), which is `sigma: [0.6, 0.6]`.
+    """
 
     kind: Literal["blur"]
     share: float = Field(0.5, ge=0, le=1, description="of the images")
@@ -40,14 +47,20 @@ class Blur(Config):
 
 
 class BSR(Config):
-    """Blurs, resizing, noise and JPEG in random order (Zhang et al. 2021, section 3.4; unCLIP's second upsampler).
+    """Blurs, resizing, noise and JPEG in random order: Zhang et al. 2021 (BSRGAN), section 3.4, by default.
 
-    Without the paper's model of a camera's sensor, and with one order and one way of resizing per batch.
+    Latent diffusion's milder form (Rombach et al. 2022, appendix D.6.1, and its bsrgan_light.py), which unCLIP's second
+    upsampler was trained with, is `noise: [2, 8], quality: [80, 95], blur: 0.25`. Without the model of a camera's
+    sensor, without the halving beforehand and the shifted kernels of theirs, and with one order and one way of
+    resizing a batch.
     """
 
     kind: Literal["bsr"]
     noise: Range = Field((2.0, 25.0), description="standard deviation of the Gaussian noise, of 255")
     quality: tuple[int, int] = Field((30, 95), description="of the JPEG compressions")
+    blur: PositiveFloat = Field(
+        1.0, description="factor on the blurs: on sigma of the round ones, sigma^2 of the others"
+    )
 
 
 DegradationConfig = Annotated[
@@ -56,7 +69,7 @@ DegradationConfig = Annotated[
 
 
 def shrink(images: Tensor, *, size: int) -> Tensor:
-    """Images [B, C, H, W] as [B, C, size, size] on the 8-bit grid that a stored image has.
+    """Images [B, C, H, W] in [-1, 1] as [B, C, size, size], on the 8-bit grid that a stored image has.
 
     Averaged over boxes where `size` divides their sides, else bicubic with antialiasing.
     """
@@ -68,10 +81,10 @@ def shrink(images: Tensor, *, size: int) -> Tensor:
 
 
 def degrade(images: Tensor, cfg: Clean | Blur | BSR, *, size: int, generator: torch.Generator | None) -> Tensor:
-    """Square images [B, C, H, H] as small and worse ones [B, C, size, size], in [-1, 1] on the 8-bit grid.
+    """Square images [B, C, H, H] in [-1, 1] as small and worse ones [B, C, size, size], in [-1, 1] on the 8-bit grid.
 
-    All that is random is decided by the generator, for each image on its own but for what `BSR` says; the meta device
-    has none. To be called outside of autocast, whose bf16 is too coarse for a cosine transform.
+    The generator decides all that is random, for each image on its own except for what `BSR` says; on the meta device
+    there is none. Call it outside of autocast, whose bf16 is too coarse for a cosine transform.
     """
     if isinstance(cfg, BSR):
         return _bsr(images, cfg, size=size, generator=generator)
@@ -79,7 +92,7 @@ def degrade(images: Tensor, cfg: Clean | Blur | BSR, *, size: int, generator: to
     if isinstance(cfg, Clean):
         return small
     sigma, chosen = _uniform(cfg.sigma, small, generator), _uniform((0.0, 1.0), small, generator) < cfg.share
-    radius = math.ceil(2 * cfg.sigma[1] - 0.5)  # of 1 for sigma up to 0.6: the paper's 3 x 3
+    radius = math.ceil(2 * cfg.sigma[1] - 0.5)  # 1 for sigma up to 0.6: the 3 x 3 of both papers
     blurred = blur(small, gaussian_kernels(sigma, radius=radius))
     return to_float(to_uint8(torch.where(chosen[:, None, None, None], blurred, small)))
 
@@ -95,7 +108,7 @@ def _bsr(images: Tensor, cfg: BSR, *, size: int, generator: torch.Generator | No
     ratio = images.shape[-1] / size
     for step in order:
         if step == "blur":
-            images = blur(images, _random_kernels(images, ratio=ratio, generator=generator))
+            images = blur(images, _random_kernels(images, ratio=ratio, factor=cfg.blur, generator=generator))
         elif step == "resize":
             side = round(images.shape[-1] / dice.uniform(1.0, 2.0 * ratio))
             images = _resampled(images, max(size // 2, side), dice)
@@ -104,13 +117,15 @@ def _bsr(images: Tensor, cfg: BSR, *, size: int, generator: torch.Generator | No
         elif step == "noise":
             images = add_noise(images, _uniform(cfg.noise, images, generator) / 127.5, generator=generator)
         else:
-            images = jpeg(images, _uniform(cfg.quality, images, generator).round())
+            chosen = _uniform((0.0, 1.0), images, generator) < JPEG_SHARE
+            compressed = jpeg(images, _uniform(cfg.quality, images, generator).round())
+            images = torch.where(chosen[:, None, None, None], compressed, images)
         images = images.clamp(-1.0, 1.0)
     return to_float(to_uint8(jpeg(images, _uniform(cfg.quality, images, generator).round())))
 
 
 def blur(images: Tensor, kernels_BKK: Tensor) -> Tensor:
-    """Each image [B, C, H, W] with its own kernel; the border is repeated outwards."""
+    """Images [B, C, H, W], each under its own kernel of odd side K; the border is repeated outwards."""
     batch, channels = images.shape[:2]
     radius = kernels_BKK.shape[-1] // 2
     padded = F.pad(images, (radius,) * 4, mode="replicate").flatten(0, 1)[None]
@@ -121,7 +136,11 @@ def blur(images: Tensor, kernels_BKK: Tensor) -> Tensor:
 def gaussian_kernels(
     sigma_B: Tensor, *, radius: int, other_B: Tensor | None = None, angle_B: Tensor | None = None
 ) -> Tensor:
-    """Normalized Gaussians [B, K, K], K = 2 radius + 1: `sigma` along an axis at `angle`, `other` across it."""
+    """Gaussians [B, K, K] that sum to 1, K = 2 radius + 1, fp32.
+
+    Of standard deviation `sigma_B` [B], in pixels, along an axis at `angle_B` [B], in radians, and `other_B` [B] across
+    it; without these two they are round.
+    """
     other = sigma_B if other_B is None else other_B
     angle = torch.zeros_like(sigma_B) if angle_B is None else angle_B
     span = torch.arange(-radius, radius + 1, device=sigma_B.device, dtype=torch.float32)
@@ -133,7 +152,7 @@ def gaussian_kernels(
 
 
 def add_noise(images: Tensor, level_B: Tensor, *, generator: torch.Generator | None) -> Tensor:
-    """Gaussian noise of standard deviation `level`, of each image as gray, as colored, or in between.
+    """Gaussian noise of standard deviation `level_B` [B] on images [B, 3, H, W]: gray, colored, or in between.
 
     Two in five images have the same noise in all channels, two in five independent noise, the others a random mix.
     """
@@ -146,12 +165,15 @@ def add_noise(images: Tensor, level_B: Tensor, *, generator: torch.Generator | N
     return images + level_B[:, None, None, None] * mixed
 
 
-def _random_kernels(images: Tensor, *, ratio: float, generator: torch.Generator | None) -> Tensor:
-    """Half isotropic, half not, of the widths of Zhang et al. 2021's code for images that are `ratio` times smaller."""
+def _random_kernels(images: Tensor, *, ratio: float, factor: float, generator: torch.Generator | None) -> Tensor:
+    """Half isotropic, half not, of the widths of BSRGAN's code for images that get `ratio` times smaller.
+
+    `factor` is on the numbers that it is on in latent-diffusion's bsrgan_light.py: a sigma, and the others' variances.
+    """
     draws = torch.rand(4, len(images), generator=generator, device=images.device)
-    isotropic = (2.0 + 0.2 * ratio) * draws[1]
+    isotropic = factor * (2.0 + 0.2 * ratio) * draws[1]
     # These two are variances, there.
-    sides = ((4.0 + ratio) * draws[1:3]).sqrt()
+    sides = (factor * (4.0 + ratio) * draws[1:3]).sqrt()
     round_ones = draws[0] < 0.5
     return gaussian_kernels(
         torch.where(round_ones, isotropic, sides[0]).clamp(min=0.1),

@@ -1,4 +1,4 @@
-"""What JPEG loses, on a GPU and for a whole batch: the quantization of its cosine transform, without the coding.
+"""JPEG's losses for a batch, on any device: the quantization of its cosine transform, without the entropy coding.
 
 Shapes: B batch, H and W pixels; planes are [B, H, W] in [0, 255].
 """
@@ -34,7 +34,7 @@ TO_RGB = ((1.0, 0.0, 1.402), (1.0, -0.344136, -0.714136), (1.0, 1.772, 0.0))
 
 
 def jpeg(images_B3HW: Tensor, quality_B: Tensor) -> Tensor:
-    """Images in [-1, 1] as they come out of JPEG with this quality (1 to 100, whole numbers), on the 8-bit grid.
+    """Images [B, 3, H, W] in [-1, 1] as JPEG returns them, fp32 on the 8-bit grid; quality_B [B] is 1 to 100, whole.
 
     As libjpeg: its scaling of the standard's tables, colors at half the resolution, interpolated when read.
     """

@@ -53,18 +53,19 @@ def scale_at(
     return torch.where((t >= low) & (t <= high), 1.0 + (scale - 1.0) * growth, torch.ones_like(t))
 
 
-def thresholded(x0: Tensor, *, kind: Threshold, bound: float, percentile: float) -> Tensor:
+def thresholded(x0: Tensor, *, kind: Threshold, bound: float, percentile: float, largest: float = math.inf) -> Tensor:
     """Keep x0 [B, ...] within [-bound, bound], where guidance pushes it out; Saharia et al. 2022 (Imagen), sec. 2.3.
 
-    static: clip. dynamic: clip each sample to [-s, s], s the `percentile` of its magnitudes but at least
-    `bound`, and divide by s / bound. `bound` is 1 for pixels; standardized latents reach some 4.
+    static: clip. dynamic: clip each sample to [-s, s], s the `percentile` of its magnitudes but at least `bound` and
+    at most `largest` (diffusers' sample_max_value), and divide by s / bound. `bound` is 1 for pixels; standardized
+    latents reach some 4. Raises ValueError for another kind.
     """
     if kind == "none":
         return x0
     if kind == "static":
         return x0.clamp(-bound, bound)
     if kind == "dynamic":
-        limit = expand_like(_percentile(x0.abs().flatten(1), percentile).clamp(min=bound), x0)
+        limit = expand_like(_percentile(x0.abs().flatten(1), percentile).clamp(bound, largest), x0)
         return torch.minimum(torch.maximum(x0, -limit), limit) * (bound / limit)
     raise ValueError(f"unknown threshold {kind!r}: use 'none', 'static' or 'dynamic'")
 

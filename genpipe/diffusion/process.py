@@ -5,20 +5,43 @@ Shape legend: B batch, C channels; x is [B, C, ...]. Times t lie in [0, 1], nois
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
 import torch
-from pydantic import Field, PositiveFloat, model_validator
+from pydantic import Field, NonNegativeFloat, PositiveFloat, model_validator
 from torch import Tensor
 
 from genpipe.config import Config
 from genpipe.diffusion.guidance import GuidanceSchedule, Threshold, guided, scale_at, thresholded
 from genpipe.diffusion.losses import diffusion_loss, edm_weight, min_snr_weight
-from genpipe.diffusion.parameterizations import SIGMA_DATA, Predict, check_predict, network_input, target, to_x0
-from genpipe.diffusion.samplers import Denoise, Variance, ddim, ddpm, heun
-from genpipe.diffusion.schedules import Schedule, add_noise, alpha_sigma, check_shift, expand_like, network_time
-from genpipe.diffusion.solvers import dpmpp_2m, dpmpp_2m_sde, unipc
+from genpipe.diffusion.parameterizations import (
+    SIGMA_DATA,
+    Predict,
+    check_predict,
+    network_input,
+    target,
+    to_noise,
+    to_x0,
+)
+from genpipe.diffusion.samplers import Denoise, Estimate, Variance, ddim, ddpm, heun, invert
+from genpipe.diffusion.schedules import (
+    BETAS,
+    STEPS,
+    TABLES,
+    Schedule,
+    ScheduleName,
+    Table,
+    add_noise,
+    alpha_sigma,
+    check_shift,
+    expand_like,
+    network_time,
+    steps_of,
+)
+from genpipe.diffusion.solvers import dpmpp_2m, dpmpp_2m_sde, dpmpp_sde, unipc
 from genpipe.diffusion.times import NORMAL, TimeGrid, TimeSampling, sample_t, timesteps
 from genpipe.diffusion.variance import variational_loss
 
@@ -31,14 +54,17 @@ Input and time are what `network_input` and `network_time` make of x_t and t; on
 FIXED_TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
 """Where held-out losses are measured, so that they compare across runs."""
 
-VLB_WEIGHT = 1.0
-"""Of one term of the bound, in bits, beside the squared error: 0.001 for each of 1,000 (Nichol & Dhariwal, eq. 16)."""
+VLB_WEIGHT = 0.001
+"""Of the bound, in bits, beside the squared error (Nichol & Dhariwal 2021, eq. 16). One term stands for all steps."""
 
 
 class DiffusionConfig(Config):
     """Schedule, what the network predicts, and how training times are drawn and weighted."""
 
-    schedule: Schedule = "flow"
+    schedule: ScheduleName = "flow"
+    steps: int = Field(STEPS, ge=2, description="of a schedule that is a table of betas")
+    beta_start: float | None = Field(None, gt=0, lt=1, description="of linear and scaled_linear; none: as published")
+    beta_end: float | None = Field(None, gt=0, lt=1, description="of linear and scaled_linear; none: as published")
     predict: Predict = "flow"
     sigma_data: PositiveFloat = Field(
         SIGMA_DATA, description="of schedule edm: the data's standard deviation; 1 if standardized, 0.5 for pixels"
@@ -53,6 +79,7 @@ class DiffusionConfig(Config):
 
     @model_validator(mode="after")
     def _defined(self) -> DiffusionConfig:
+        self._check_table()
         check_predict(self.predict, schedule=self.schedule)
         check_shift(self.shift, schedule=self.schedule)
         if self.min_snr_gamma is not None and self.weighting != "none":
@@ -69,6 +96,29 @@ class DiffusionConfig(Config):
             )
         return self
 
+    def _check_table(self) -> None:
+        if self.steps != STEPS and self.schedule not in TABLES:
+            raise ValueError(
+                f"steps has no effect on schedule={self.schedule!r}, which is no table: leave it out, or use one of "
+                f"{', '.join(TABLES)}"
+            )
+        if (self.beta_start, self.beta_end) != (None, None) and self.schedule not in BETAS:
+            raise ValueError(
+                f"beta_start and beta_end have no effect on schedule={self.schedule!r}: leave them out, or use one of "
+                f"{', '.join(BETAS)}"
+            )
+
+    @property
+    def noise_schedule(self) -> Schedule:
+        """The schedule as functions take it: by its name, or a table where its steps or betas are others."""
+        table = Table(self.schedule, self.steps, self.beta_start, self.beta_end) if self.schedule in TABLES else None
+        return self.schedule if table is None or table == Table(table.name) else table
+
+    @property
+    def discrete(self) -> bool:
+        """Whether the network knows the times i / steps alone."""
+        return self.time_sampling == "discrete"
+
     def channels(self, data: int) -> int:
         """How many channels the network has to give for data of so many."""
         return 2 * data if self.variance == "learned" else data
@@ -77,12 +127,25 @@ class DiffusionConfig(Config):
 class SamplerConfig(Config):
     """How a sample is drawn."""
 
-    kind: Literal["ddpm", "ddim", "euler", "euler_ancestral", "heun", "dpmpp_2m", "dpmpp_2m_sde", "unipc"] = "ddim"
+    kind: Literal[
+        "ddpm", "ddim", "euler", "euler_ancestral", "heun", "dpmpp_2m", "dpmpp_2m_sde", "dpmpp_sde", "unipc"
+    ] = "ddim"
     steps: int = Field(25, ge=1)
-    timesteps: TimeGrid = Field("uniform", description="where the steps end: evenly in t, or by sigma or log-SNR")
-    shift: float = Field(1.0, gt=0, description="above 1 spends more of the steps at high noise")
+    timesteps: TimeGrid | None = Field(
+        None,
+        description="where the steps end: uniform, in t; trailing, leading, linspace: at steps of the table; karras, "
+        "logsnr: by the noise; none: trailing for a model of discrete times, else uniform",
+    )
+    shift: float = Field(1.0, gt=0, description="of uniform: above 1 spends more of the steps at high noise")
     eta: float = Field(0.0, ge=0, le=1, description="of ddim: share of the noise of ancestral sampling")
-    variance: Variance = Field("small", description="of ddpm: the step's variance; learned: as the model says")
+    variance: Variance = Field(
+        "small", description="of ddpm: the step's; learned: as the model says; analytic: the best for unit variance"
+    )
+    lower_order_final: bool = Field(False, description="of dpmpp_2m, dpmpp_2m_sde, unipc: last step of first order")
+    s_churn: NonNegativeFloat = Field(0.0, description="of heun: noise added over all the steps; Karras et al. 2022")
+    s_tmin: NonNegativeFloat = Field(0.0, description="of s_churn: least sigma / alpha at which it acts")
+    s_tmax: PositiveFloat | None = Field(None, description="of s_churn: largest sigma / alpha; none: no bound")
+    s_noise: PositiveFloat = Field(1.0, description="of s_churn: standard deviation of the noise")
     guidance_scale: float = Field(1.0, ge=0, description="1 is the conditional model alone")
     guidance_schedule: GuidanceSchedule = Field("constant", description="or growing as the noise goes, mean kept")
     guidance_interval: tuple[float, float] = Field((0.0, 1.0), description="times at which there is guidance")
@@ -90,29 +153,65 @@ class SamplerConfig(Config):
     threshold: Threshold = Field("none", description="keeps x0 in bounds: clipped, or scaled down by its largest")
     threshold_bound: PositiveFloat = Field(1.0, description="1 for pixels; standardized latents reach some 4")
     threshold_percentile: float = Field(0.995, gt=0, le=1, description="of dynamic: the share kept within the bound")
+    threshold_max: PositiveFloat | None = Field(
+        None, description="of dynamic: what is larger is clipped and not scaled down; none: no bound"
+    )
 
     @model_validator(mode="after")
     def _has_effect(self) -> SamplerConfig:
-        if self.eta and self.kind != "ddim":
-            raise ValueError(f"eta has no effect on kind={self.kind!r}: leave it out, or use kind='ddim'")
-        if self.variance != "small" and self.kind != "ddpm":
-            raise ValueError(f"variance has no effect on kind={self.kind!r}: leave it out, or use kind='ddpm'")
-        if self.shift != 1.0 and self.timesteps != "uniform":
+        for setting, kinds in OF_KINDS.items():
+            if getattr(self, setting) != type(self).model_fields[setting].default and self.kind not in kinds:
+                raise ValueError(
+                    f"{setting} has no effect on kind={self.kind!r}: leave it out, or use kind={' or '.join(kinds)}"
+                )
+        if self.s_churn == 0.0 and (self.s_tmin, self.s_tmax, self.s_noise) != (0.0, None, 1.0):
+            raise ValueError("s_tmin, s_tmax and s_noise have no effect without s_churn: set it, or leave them out")
+        if self.shift != 1.0 and self.timesteps not in (None, "uniform"):
             raise ValueError(f"shift has no effect on timesteps={self.timesteps!r}: leave it out, or use 'uniform'")
+        if self.threshold_max is not None and self.threshold != "dynamic":
+            raise ValueError(
+                f"threshold_max has no effect on threshold={self.threshold!r}: leave it out, or use 'dynamic'"
+            )
+        if self.threshold_max is not None and self.threshold_max < self.threshold_bound:
+            raise ValueError("threshold_max is less than threshold_bound, to which all is scaled down: raise it")
         low, high = self.guidance_interval
         if not 0 <= low <= high <= 1:
             raise ValueError("guidance_interval is two times in [0, 1], the lower first")
         return self
 
 
+OF_KINDS = {
+    "eta": ("ddim",),
+    "variance": ("ddpm",),
+    "lower_order_final": ("dpmpp_2m", "dpmpp_2m_sde", "unipc"),
+    "s_churn": ("heun",),
+}
+"""The kinds of sampler that a setting is for."""
+
+
 def check_sampler(sampler: SamplerConfig, diffusion: DiffusionConfig) -> None:
     """Raise ValueError for a sampler that does not fit what the model was trained with."""
-    check_shift(sampler.shift, schedule=diffusion.schedule)
+    check_shift(sampler.shift, schedule=diffusion.noise_schedule)
+    sampling_times(sampler, diffusion)
     if sampler.variance == "learned" and diffusion.variance != "learned":
         raise ValueError(
             "sampler.variance='learned' needs a model that learned it: set diffusion.variance='learned', or "
-            "sampler.variance to 'small' or 'large'"
+            "sampler.variance to 'small', 'large' or 'analytic'"
         )
+
+
+def sampling_times(sampler: SamplerConfig, diffusion: DiffusionConfig) -> Tensor:
+    """The times at which a sampler stops, fp32 [steps + 1] on the CPU: as set, or the model's own.
+
+    Raises ValueError as `timesteps` does.
+    """
+    return timesteps(
+        sampler.steps,
+        schedule=diffusion.noise_schedule,
+        grid=sampler.timesteps or ("trailing" if diffusion.discrete else "uniform"),
+        shift=sampler.shift,
+        discrete=diffusion.discrete,
+    )
 
 
 def training_loss(model: Model, x0: Tensor, cfg: DiffusionConfig, *, generator: torch.Generator) -> Tensor:
@@ -120,7 +219,7 @@ def training_loss(model: Model, x0: Tensor, cfg: DiffusionConfig, *, generator: 
     t_B = sample_t(
         len(x0),
         kind=cfg.time_sampling,
-        schedule=cfg.schedule,
+        schedule=cfg.noise_schedule,
         generator=generator,
         device=x0.device,
         mean=cfg.time_mean,
@@ -128,7 +227,8 @@ def training_loss(model: Model, x0: Tensor, cfg: DiffusionConfig, *, generator: 
         shift=cfg.shift,
     )
     noise = torch.randn(x0.shape, generator=generator, device=x0.device)
-    return loss_at(model, x0, cfg, t_B=t_B, noise=noise, weight=_weight(cfg, t_B), vlb_weight=VLB_WEIGHT)
+    vlb_weight = VLB_WEIGHT * steps_of(cfg.noise_schedule)
+    return loss_at(model, x0, cfg, t_B=t_B, noise=noise, weight=_weight(cfg, t_B), vlb_weight=vlb_weight)
 
 
 def fixed_time_losses(
@@ -157,15 +257,15 @@ def loss_at(
     The squared error of the prediction times `weight` [B]; if the variance is learned, plus `vlb_weight` times the
     bound's term in bits (L_hybrid; Nichol & Dhariwal 2021, eq. 16).
     """
-    alpha, sigma = alpha_sigma(t_B, cfg.schedule)
-    x_t = add_noise(x0, noise=noise, t=t_B, schedule=cfg.schedule)
+    alpha, sigma = alpha_sigma(t_B, cfg.noise_schedule)
+    x_t = add_noise(x0, noise=noise, t=t_B, schedule=cfg.noise_schedule)
     pred, fraction = _predictions(model, x_t, cfg, t_B=t_B, sigma=sigma)
     tgt = target(cfg.predict, x0=x0, noise=noise, alpha=alpha, sigma=sigma, sigma_data=cfg.sigma_data)
     loss = diffusion_loss(pred, tgt, weight=weight)
     if fraction.shape[1] == 0 or vlb_weight == 0.0:
         return loss
     x0_pred = _x0(pred.detach().float(), x_t, cfg, alpha=alpha, sigma=sigma)
-    bits = variational_loss(x0=x0, x_t=x_t, x0_pred=x0_pred, fraction=fraction, t_B=t_B, schedule=cfg.schedule)
+    bits = variational_loss(x0=x0, x_t=x_t, x0_pred=x0_pred, fraction=fraction, t_B=t_B, schedule=cfg.noise_schedule)
     return loss + vlb_weight * bits
 
 
@@ -173,7 +273,7 @@ def denoiser(model: Model, cfg: DiffusionConfig) -> Denoise:
     """The network as an estimate of x0, whatever it predicts; the fraction of a learned variance stays behind it."""
 
     def denoise(x_t: Tensor, t_B: Tensor) -> Tensor:
-        alpha, sigma = alpha_sigma(t_B, cfg.schedule)
+        alpha, sigma = alpha_sigma(t_B, cfg.noise_schedule)
         pred, fraction = _predictions(model, x_t, cfg, t_B=t_B, sigma=sigma)
         x0 = _x0(pred.float(), x_t, cfg, alpha=alpha, sigma=sigma)
         return torch.cat([x0, fraction.float()], dim=1) if fraction.shape[1] else x0
@@ -181,30 +281,64 @@ def denoiser(model: Model, cfg: DiffusionConfig) -> Denoise:
     return denoise
 
 
+def estimator(model: Model, cfg: DiffusionConfig) -> Estimate:
+    """The network as an estimate of x0 and noise at a state whose levels are those of one time, told another.
+
+    Of a predicted x0 the noise is read at the time that the network is told, because at t = 0 it cannot be read.
+    """
+
+    def estimate(x_t: Tensor, t_B: Tensor, told_B: Tensor) -> tuple[Tensor, Tensor]:
+        alpha, sigma = alpha_sigma(t_B, cfg.noise_schedule)
+        pred = _predictions(model, x_t, cfg, t_B=told_B, sigma=sigma)[0].float()
+        x0 = _x0(pred, x_t, cfg, alpha=alpha, sigma=sigma)
+        if cfg.predict == "x0":
+            alpha, sigma = alpha_sigma(told_B, cfg.noise_schedule)
+        noise = to_noise(cfg.predict, pred=pred, x_t=x_t, alpha=alpha, sigma=sigma, sigma_data=cfg.sigma_data)
+        return x0, noise
+
+    return estimate
+
+
 def sample(
     denoise: Denoise,
     noise: Tensor,
     cfg: SamplerConfig,
     *,
-    schedule: Schedule,
+    diffusion: DiffusionConfig,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Draw x0 of the shape of `noise` [B, C, ...], which is standard normal.
+    """Draw x0 of the shape of `noise` [B, C, ...], which is standard normal, from a model of `diffusion`.
 
-    Deterministic given the noise for ddim with eta 0, euler, heun, dpmpp_2m and unipc; the others draw more from
-    `generator` and raise ValueError without one.
+    Deterministic given the noise for ddim with eta 0, euler, heun without churn, dpmpp_2m and unipc; the others draw
+    more from `generator` and raise ValueError without one.
     """
-    ts = timesteps(cfg.steps, schedule=schedule, grid=cfg.timesteps, shift=cfg.shift)
+    schedule, ts = diffusion.noise_schedule, sampling_times(cfg, diffusion)
     # As large as x_t is for data of unit variance: 1 but on edm, where it is 80.
     x = noise * torch.hypot(*alpha_sigma(ts[0], schedule)).item()
     bounded = denoise if cfg.threshold == "none" else _bounded(denoise, cfg)
-    if cfg.kind == "ddpm":
-        return ddpm(bounded, x, ts, schedule=schedule, generator=generator, variance=cfg.variance)
-    if cfg.kind in ("ddim", "euler", "euler_ancestral"):
-        eta = {"ddim": cfg.eta, "euler": 0.0, "euler_ancestral": 1.0}[cfg.kind]
-        return ddim(bounded, x, ts, schedule=schedule, generator=generator, eta=eta)
-    sampler = {"heun": heun, "dpmpp_2m": dpmpp_2m, "dpmpp_2m_sde": dpmpp_2m_sde, "unipc": unipc}[cfg.kind]
-    return sampler(bounded, x, ts, schedule=schedule, generator=generator)
+    return _sampler(cfg, discrete=diffusion.discrete)(bounded, x, ts, schedule=schedule, generator=generator)
+
+
+def inverted(
+    model: Model, x0: Tensor, cfg: SamplerConfig, *, diffusion: DiffusionConfig, refinements: int = 0
+) -> Tensor:
+    """The noise [B, C, ...], of unit size, from which `sample` with kind ddim and eta 0 comes near x0 [B, C, ...].
+
+    Over the sampler's times, and with its threshold; `refinements` as in `samplers.invert`. Raises ValueError for
+    another kind of sampler: only ddim's steps are inverted.
+    """
+    if cfg.kind not in ("ddim", "euler") or cfg.eta > 0:
+        raise ValueError(f"kind={cfg.kind!r} with eta={cfg.eta} cannot be inverted: use kind='ddim' with eta=0")
+    schedule, ts = diffusion.noise_schedule, sampling_times(cfg, diffusion)
+    x = invert(
+        estimator(model, diffusion),
+        x0,
+        ts.flip(0),
+        schedule=schedule,
+        bounded=partial(_thresholded, cfg=cfg),
+        refinements=refinements,
+    )
+    return x / torch.hypot(*alpha_sigma(ts[0], schedule)).item()
 
 
 def with_guidance(conditional: Model, both: Model, *, cfg: SamplerConfig) -> Model:
@@ -229,8 +363,8 @@ def _predictions(
     model: Model, x_t: Tensor, cfg: DiffusionConfig, *, t_B: Tensor, sigma: Tensor
 ) -> tuple[Tensor, Tensor]:
     """What the network says of x_t: its prediction [B, C, ...] and, if learned, the variance's fraction [B, C, ...]."""
-    given = network_input(x_t, sigma=sigma, schedule=cfg.schedule, sigma_data=cfg.sigma_data)
-    out, channels = model(given, network_time(t_B, cfg.schedule)), x_t.shape[1]
+    given = network_input(x_t, sigma=sigma, schedule=cfg.noise_schedule, sigma_data=cfg.sigma_data)
+    out, channels = model(given, network_time(t_B, cfg.noise_schedule)), x_t.shape[1]
     if out.shape[1] != cfg.channels(channels):
         raise ValueError(
             f"diffusion.variance={cfg.variance!r} takes {cfg.channels(channels)} channels for data of {channels}, but "
@@ -246,7 +380,7 @@ def _x0(pred: Tensor, x_t: Tensor, cfg: DiffusionConfig, *, alpha: Tensor, sigma
 def _weight(cfg: DiffusionConfig, t_B: Tensor) -> Tensor | None:
     if cfg.min_snr_gamma is None and cfg.weighting == "none":
         return None
-    alpha, sigma = alpha_sigma(t_B, cfg.schedule)
+    alpha, sigma = alpha_sigma(t_B, cfg.noise_schedule)
     if cfg.min_snr_gamma is None:
         return edm_weight(cfg.predict, alpha=alpha, sigma=sigma, sigma_data=cfg.sigma_data)
     return min_snr_weight(cfg.predict, alpha=alpha, sigma=sigma, gamma=cfg.min_snr_gamma, sigma_data=cfg.sigma_data)
@@ -260,14 +394,42 @@ def _scale(t_B: Tensor, x: Tensor, cfg: SamplerConfig) -> float | Tensor:
     return expand_like(scale, x)
 
 
+def _sampler(cfg: SamplerConfig, *, discrete: bool) -> Callable[..., Tensor]:
+    """The function of samplers or solvers that `cfg` names, with its settings."""
+    if cfg.kind == "ddpm":
+        return partial(ddpm, variance=cfg.variance)
+    if cfg.kind in ("ddim", "euler", "euler_ancestral"):
+        return partial(ddim, eta={"ddim": cfg.eta, "euler": 0.0, "euler_ancestral": 1.0}[cfg.kind])
+    if cfg.kind == "heun":
+        return partial(
+            heun,
+            s_churn=cfg.s_churn,
+            s_tmin=cfg.s_tmin,
+            s_tmax=math.inf if cfg.s_tmax is None else cfg.s_tmax,
+            s_noise=cfg.s_noise,
+            discrete=discrete,
+        )
+    if cfg.kind == "dpmpp_sde":
+        return partial(dpmpp_sde, discrete=discrete)
+    solver = {"dpmpp_2m": dpmpp_2m, "dpmpp_2m_sde": dpmpp_2m_sde, "unipc": unipc}[cfg.kind]
+    return partial(solver, lower_order_final=cfg.lower_order_final)
+
+
 def _bounded(denoise: Denoise, cfg: SamplerConfig) -> Denoise:
     """The estimate of x0 kept within bounds."""
 
     def bounded(x_t: Tensor, t_B: Tensor) -> Tensor:
         out, channels = denoise(x_t, t_B), x_t.shape[1]
-        x0 = thresholded(
-            out[:, :channels], kind=cfg.threshold, bound=cfg.threshold_bound, percentile=cfg.threshold_percentile
-        )
-        return torch.cat([x0, out[:, channels:]], dim=1)
+        return torch.cat([_thresholded(out[:, :channels], cfg=cfg), out[:, channels:]], dim=1)
 
     return bounded
+
+
+def _thresholded(x0: Tensor, *, cfg: SamplerConfig) -> Tensor:
+    return thresholded(
+        x0,
+        kind=cfg.threshold,
+        bound=cfg.threshold_bound,
+        percentile=cfg.threshold_percentile,
+        largest=math.inf if cfg.threshold_max is None else cfg.threshold_max,
+    )

@@ -1,29 +1,54 @@
 """Noise schedules: x_t = alpha(t) x0 + sigma(t) noise for times t from 0 (data) to 1 (noise).
 
 Two functions say all about a schedule: `alpha_sigma` gives the levels at a time, `time_at` the time of a
-ratio of levels. Everything here is elementwise on tensors of any shape.
+ratio of levels. Everything here is elementwise on tensors of any shape. A schedule is a name, or a `Table`.
 """
 
 from __future__ import annotations
 
 import math
 from functools import lru_cache
-from typing import Literal
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
-Schedule = Literal[
+ScheduleName = Literal[
     "cosine", "flow", "edm", "linear", "scaled_linear", "cosine_iddpm", "linear_zsnr", "scaled_linear_zsnr"
 ]
-Tabled = Literal["linear", "scaled_linear", "cosine_iddpm", "linear_zsnr", "scaled_linear_zsnr"]
+TableName = Literal["linear", "scaled_linear", "cosine_iddpm", "linear_zsnr", "scaled_linear_zsnr"]
 
-PURE_NOISE: frozenset[Schedule] = frozenset({"cosine", "flow", "linear_zsnr", "scaled_linear_zsnr"})
+TABLES: tuple[TableName, ...] = get_args(TableName)
+
+PURE_NOISE: frozenset[ScheduleName] = frozenset({"cosine", "flow", "linear_zsnr", "scaled_linear_zsnr"})
 """Schedules that end in alpha = 0 (zero terminal SNR): there x_1 says nothing about x0."""
 
-NODES = 1000
-"""Steps of the discrete schedules: step i of 0 ... 999 is t = (i + 1) / 1000."""
+STEPS = 1000
+"""Steps of the tables as they are published, and times of a schedule that is none where times are discrete."""
+
+BETAS: dict[TableName, tuple[float, float]] = {
+    "linear": (1e-4, 0.02),
+    "linear_zsnr": (1e-4, 0.02),
+    "scaled_linear": (8.5e-4, 0.012),
+    "scaled_linear_zsnr": (8.5e-4, 0.012),
+}
+"""The first and the last beta: Ho et al. 2020, section 4; latent-diffusion's txt2img-1p4B-eval.yaml."""
+
+
+class Table(NamedTuple):
+    """A schedule of betas with a number of steps, or a first and last beta, other than the published ones.
+
+    `start` and `end` of None are those of BETAS; cosine_iddpm has none.
+    """
+
+    name: TableName
+    steps: int = STEPS
+    start: float | None = None
+    end: float | None = None
+
+
+Schedule = ScheduleName | Table
 
 SIGMA_MIN, SIGMA_MAX, RHO = 0.002, 80.0, 7.0
 """Karras et al. 2022, table 1: the range of sigma and the exponent of its spacing."""
@@ -36,7 +61,8 @@ def alpha_sigma(t: Tensor, schedule: Schedule) -> tuple[Tensor, Tensor]:
     et al. 2022). edm: alpha = 1, sigma^(1/7) linear in t from 0.002 at t = 1/1000 to 80 (Karras et al. 2022,
     eq. 5), and from 0 before that.
 
-    The others are tables of 1,000 steps read between the steps by a smooth cubic, sigma^2 = 1 - alpha^2.
+    The others are tables, of N = 1,000 steps where `Table` says nothing else: step i of 0 ... N - 1 is t = (i + 1) / N.
+    Between the steps they are read by a smooth cubic, sigma^2 = 1 - alpha^2.
     linear: betas from 1e-4 to 0.02 (DDPM; Ho et al. 2020). scaled_linear: sqrt(beta) linear, betas from
     8.5e-4 to 0.012 (latent diffusion). cosine_iddpm: alpha^2 = cos^2 with offset 0.008, betas up to 0.999
     (Nichol & Dhariwal 2021, eq. 17). linear_zsnr, scaled_linear_zsnr: these with alpha shifted and scaled to
@@ -72,23 +98,38 @@ def time_at(alpha: Tensor, sigma: Tensor, schedule: Schedule) -> Tensor:
 def network_time(t: Tensor, schedule: Schedule) -> Tensor:
     """What a network is told of time `t`: a number in [0, 1] of the shape of `t`, which it embeds times 1000.
 
-    cosine, flow: t. Tables: t - 1/1000, so that times 1000 it is the step's index 0 ... 999, as networks of
-    other libraries are told. edm: ln sigma, moved from [ln 0.002, ln 80] to [0, 1]; this is the paper's c_noise
-    = ln(sigma) / 4 in other units.
+    cosine, flow: t. Tables: times 1000 it is the step's index 0, 1, ... (t - 1/1000 for the usual 1,000 steps), as
+    networks of other libraries are told. edm: ln sigma, moved from [ln 0.002, ln 80] to [0, 1]; this is the
+    paper's c_noise = ln(sigma) / 4 in other units.
     """
     if schedule in ("cosine", "flow"):
         return t
     if schedule == "edm":
         low, high = math.log(SIGMA_MIN), math.log(SIGMA_MAX)
         return ((_edm_sigma(t).clamp(min=SIGMA_MIN).log() - low) / (high - low)).clamp(0.0, 1.0)
-    return (t - 1.0 / NODES).clamp(min=0.0)
+    steps = steps_of(schedule)
+    return (t - 1.0 / steps).clamp(min=0.0) * (steps / STEPS)
+
+
+def steps_of(schedule: Schedule) -> int:
+    """How many steps the schedule's table has, which are the times i / steps; 1,000 where it is no table."""
+    return schedule.steps if isinstance(schedule, Table) else STEPS
+
+
+def ends_in_noise(schedule: Schedule) -> bool:
+    """Whether alpha is 0 at t = 1 (zero terminal SNR)."""
+    return (schedule.name if isinstance(schedule, Table) else schedule) in PURE_NOISE
 
 
 def sigma_range(schedule: Schedule) -> tuple[float, float]:
-    """sigma / alpha at t = 1/1000 and at t = 1, there at most 80: where samplers space their steps by noise."""
-    alpha, sigma = alpha_sigma(torch.tensor([1.0 / NODES, 1.0], dtype=torch.float64, device="cpu"), schedule)
-    low, high = (sigma / alpha).clamp(max=SIGMA_MAX).tolist()
-    return low, high
+    """sigma / alpha at the first step, t = 1/1000, and at t = 1: between these, samplers space their steps by noise.
+
+    Karras et al. 2022's largest sigma, 80, stands for an end in pure noise or near it, where alpha is below 1e-3.
+    """
+    ends = torch.tensor([1.0 / steps_of(schedule), 1.0], dtype=torch.float64, device="cpu")
+    alpha, sigma = alpha_sigma(ends, schedule)
+    low, high = (sigma / alpha).tolist()
+    return low, SIGMA_MAX if alpha[1] < 1e-3 else high
 
 
 def shifted(t: Tensor, *, schedule: Schedule, shift: float) -> Tensor:
@@ -110,7 +151,7 @@ def check_shift(shift: float, *, schedule: Schedule) -> None:
     """Raise ValueError for a shift that is not positive, or leads past the end of the schedule."""
     if shift <= 0:
         raise ValueError(f"shift must be positive, got {shift}")
-    if shift != 1.0 and schedule not in PURE_NOISE:
+    if shift != 1.0 and not ends_in_noise(schedule):
         raise ValueError(
             f"shift={shift} leads past the end of schedule={schedule!r}, which is not pure noise: use one of "
             f"{', '.join(sorted(PURE_NOISE))}, or to train more at high noise time_sampling='log_normal' with a "
@@ -136,59 +177,64 @@ _EDM_LOW, _EDM_HIGH = SIGMA_MIN ** (1 / RHO), SIGMA_MAX ** (1 / RHO)
 
 
 def _edm_sigma(t: Tensor) -> Tensor:
-    first = 1.0 / NODES
+    first = 1.0 / STEPS
     above = _EDM_LOW + (t - first) / (1.0 - first) * (_EDM_HIGH - _EDM_LOW)
     return torch.where(t < first, t / first * _EDM_LOW, above) ** RHO
 
 
 def _edm_time(sigma: Tensor) -> Tensor:
-    first = 1.0 / NODES
+    first = 1.0 / STEPS
     root = sigma ** (1 / RHO)
     above = first + (root - _EDM_LOW) / (_EDM_HIGH - _EDM_LOW) * (1.0 - first)
     return torch.where(root < _EDM_LOW, root / _EDM_LOW * first, above).clamp(max=1.0)
 
 
 @lru_cache
-def _table(schedule: Tabled) -> np.ndarray:
-    """alpha at t = 0, 1/1000, ... 1 and its slope per step there, fp64 [2, 1001]."""
-    if schedule in ("linear", "linear_zsnr"):
-        betas = np.linspace(1e-4, 0.02, NODES)
-    elif schedule in ("scaled_linear", "scaled_linear_zsnr"):
-        betas = np.linspace(8.5e-4**0.5, 0.012**0.5, NODES) ** 2
-    elif schedule == "cosine_iddpm":
-        alpha_bar = np.cos((np.arange(NODES + 1) / NODES + 0.008) / 1.008 * np.pi / 2) ** 2
+def _table(table: Table) -> np.ndarray:
+    """alpha at t = 0, 1/N, ... 1 and its slope per step there, fp64 [2, N + 1]."""
+    steps = table.steps
+    if table.name == "cosine_iddpm":
+        alpha_bar = np.cos((np.arange(steps + 1) / steps + 0.008) / 1.008 * np.pi / 2) ** 2
         betas = np.minimum(1.0 - alpha_bar[1:] / alpha_bar[:-1], 0.999)
     else:
-        raise ValueError(f"unknown schedule {schedule!r}: use one of {', '.join(Schedule.__args__)}")  # type: ignore[attr-defined]
+        start, end = BETAS[table.name]
+        start, end = start if table.start is None else table.start, end if table.end is None else table.end
+        power = 2 if table.name.startswith("scaled_") else 1
+        betas = np.linspace(start ** (1 / power), end ** (1 / power), steps) ** power
     alpha = np.sqrt(np.cumprod(1.0 - betas))
-    if schedule in PURE_NOISE:
+    if ends_in_noise(table):
         alpha = (alpha - alpha[-1]) * alpha[0] / (alpha[0] - alpha[-1])
     alpha = np.concatenate([[1.0], alpha])
     return np.stack([alpha, np.gradient(alpha, edge_order=2)])
 
 
-def _table_on(device: torch.device, schedule: Tabled) -> Tensor:
+def _table_on(device: torch.device, schedule: TableName | Table) -> Tensor:
     """A fresh copy: a tensor that is kept would be a fake one if it was first asked for when planning."""
-    return torch.tensor(_table(schedule), device="cpu").to(device, non_blocking=True)
+    table = schedule if isinstance(schedule, Table) else Table(schedule)
+    if table.name not in TABLES:
+        raise ValueError(f"unknown schedule {table.name!r}: use one of {', '.join(get_args(ScheduleName))}")
+    return torch.tensor(_table(table), device="cpu").to(device, non_blocking=True)
 
 
-def _alpha_of_table(t: Tensor, schedule: Tabled) -> Tensor:
+def _alpha_of_table(t: Tensor, schedule: TableName | Table) -> Tensor:
     """alpha at `t` in fp64, exact at the steps."""
     nodes, slopes = _table_on(t.device, schedule)
-    position = (t.double() * NODES).clamp(0.0, float(NODES))
-    index = position.long().clamp(max=NODES - 1)
+    last = nodes.shape[0] - 1
+    position = (t.double() * last).clamp(0.0, float(last))
+    index = position.long().clamp(max=last - 1)
     return _cubic(position - index, nodes=nodes, slopes=slopes, index=index)[0]
 
 
-def _time_in_table(alpha: Tensor, schedule: Tabled) -> Tensor:
+def _time_in_table(alpha: Tensor, schedule: TableName | Table) -> Tensor:
     """The time at which the table has `alpha`, both fp64: its interval, then Newton's iteration in there."""
     nodes, slopes = _table_on(alpha.device, schedule)
-    index = (torch.searchsorted(-nodes, -alpha, right=True) - 1).clamp(0, NODES - 1)
+    last = nodes.shape[0] - 1
+    index = (torch.searchsorted(-nodes, -alpha, right=True) - 1).clamp(0, last - 1)
     within = (nodes[index] - alpha) / (nodes[index] - nodes[index + 1])
     for _ in range(4):  # nearly linear between two steps: four leave rounding errors
         value, slope = _cubic(within, nodes=nodes, slopes=slopes, index=index)
         within = within - (value - alpha) / slope
-    return (index + within.clamp(0.0, 1.0)) / NODES
+    return (index + within.clamp(0.0, 1.0)) / last
 
 
 def _cubic(f: Tensor, *, nodes: Tensor, slopes: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,10 +7,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from genpipe.diffusion.schedules import NODES, RHO, Schedule, shifted, sigma_range, time_at
+from genpipe.diffusion.schedules import RHO, Schedule, shifted, sigma_range, steps_of, time_at
 
 TimeSampling = Literal["uniform", "logit_normal", "log_normal", "discrete"]
-TimeGrid = Literal["uniform", "trailing", "karras", "logsnr"]
+TimeGrid = Literal["uniform", "trailing", "leading", "linspace", "karras", "logsnr"]
 
 NORMAL: dict[TimeSampling, tuple[float, float]] = {"logit_normal": (0.0, 1.0), "log_normal": (-1.2, 1.2)}
 """Mean and standard deviation in the papers: SD3's rf/lognorm(0, 1); Karras et al. 2022, table 1."""
@@ -31,13 +31,16 @@ def sample_t(
 
     uniform: U(0, 1). logit_normal: sigmoid of N(mean, std^2), Esser et al. 2024 (SD3) eq. 19: more weight on
     the middle times, where the velocity is hardest to tell. log_normal: ln(sigma / alpha) is N(mean, std^2),
-    Karras et al. 2022, table 1. discrete: uniform over the 1,000 steps of the tables. `mean` and `std` are
-    the papers' (NORMAL) where none is given; `shift` as in `schedules.shifted`.
+    Karras et al. 2022, table 1. discrete: uniform over the steps of the table, `steps_of(schedule)`. `mean` and
+    `std` are the papers' (NORMAL) where none is given; `shift` as in `schedules.shifted`.
+
+    Raises ValueError for an unknown kind, and as `shifted` does.
     """
     if kind == "uniform":
         t = torch.rand(n, generator=generator, device=device)
     elif kind == "discrete":
-        t = torch.randint(1, NODES + 1, (n,), generator=generator, device=device) / NODES
+        steps = steps_of(schedule)
+        t = torch.randint(1, steps + 1, (n,), generator=generator, device=device) / steps
     elif kind in NORMAL:
         center, spread = NORMAL[kind]
         normal = torch.randn(n, generator=generator, device=device)
@@ -48,29 +51,39 @@ def sample_t(
     return shifted(t, schedule=schedule, shift=shift)
 
 
-def timesteps(steps: int, *, schedule: Schedule, grid: TimeGrid = "uniform", shift: float = 1.0) -> Tensor:
-    """Sampling times 1 = t_0 > ... > t_steps = 0, fp32 [steps + 1] on the CPU.
+def timesteps(
+    steps: int, *, schedule: Schedule, grid: TimeGrid = "uniform", shift: float = 1.0, discrete: bool = False
+) -> Tensor:
+    """Sampling times 1 = t_0 > ... > t_steps = 0, fp32 [steps + 1] on the CPU; only `leading` starts and ends inside.
 
-    uniform: evenly in t, then `shifted`: a shift above 1 spends more steps at high noise. trailing: evenly,
-    rounded to the steps of the tables (Lin et al. 2023, sec. 3.3). karras: evenly in sigma^(1/7) (Karras et al.
-    2022, eq. 5), logsnr: evenly in ln sigma, with sigma standing for sigma / alpha; both over `sigma_range`,
-    then to 0. On a schedule that ends in pure noise their first time is moved to 1.
+    uniform: evenly in t, then `shifted`: a shift above 1 spends more steps at high noise. Three grids stop at steps
+    of the table alone, evenly and rounded (Lin et al. 2023, table 2): trailing from its last step; linspace from its
+    last to its first (Nichol & Dhariwal 2021, section 4; GLIDE's and Karlo's); leading at the indices 1, 1 + c, ...
+    with c = N // steps, and then at index 0 instead of t = 0 (latent-diffusion's make_ddim_timesteps). karras:
+    evenly in sigma^(1/7) (Karras et al. 2022, eq. 5), logsnr: evenly in ln sigma, with sigma standing for sigma /
+    alpha; both over `sigma_range`, then to 0. On a schedule that ends in pure noise their first time is moved to 1.
 
-    Raises ValueError for fewer than one step, for more `trailing` steps than there are, and for a shift of
-    another grid than uniform.
+    `discrete` says that the network knows the steps of the table alone: karras and logsnr are rounded to them
+    (Karras et al. 2022, table 1, iDDPM), uniform is refused.
+
+    Raises ValueError for fewer than one step, for more steps than the grid has, for a shift of another grid than
+    uniform, and for uniform times of a discrete model.
     """
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
     if shift != 1.0 and grid != "uniform":
         raise ValueError(f"shift={shift} has no effect on timesteps={grid!r}: use timesteps='uniform', or shift=1")
     if grid == "uniform":
+        if discrete:
+            raise ValueError(
+                "timesteps='uniform' stops between the steps that a model of time_sampling='discrete' was trained at: "
+                "use 'trailing' (its default), 'linspace', 'leading', 'karras' or 'logsnr'"
+            )
         t = torch.linspace(1.0, 0.0, steps + 1, dtype=torch.float64, device="cpu")
         return shifted(t, schedule=schedule, shift=shift).float()
-    if grid == "trailing":
-        if steps > NODES:
-            raise ValueError(f"timesteps='trailing' has {NODES} times to stop at, steps={steps} asks for more")
-        t = NODES - torch.arange(steps + 1, dtype=torch.float64, device="cpu") * (NODES / steps)
-        return (t.round() / NODES).float()
+    table = steps_of(schedule)
+    if grid in ("trailing", "leading", "linspace"):
+        return _of_table(steps, table, grid).float()
     low, high = sigma_range(schedule)
     share = torch.linspace(0.0, 1.0, steps, dtype=torch.float64, device="cpu")
     if grid == "karras":
@@ -78,4 +91,33 @@ def timesteps(steps: int, *, schedule: Schedule, grid: TimeGrid = "uniform", shi
     else:
         sigma = high ** (1 - share) * low**share
     t = time_at(torch.ones_like(sigma), sigma, schedule)
-    return torch.cat([t.new_ones(1), t[1:], t.new_zeros(1)]).float()
+    t = torch.cat([t.new_ones(1), t[1:], t.new_zeros(1)])
+    return rounded(t, table, grid=grid).float() if discrete else t.float()
+
+
+def rounded(t: Tensor, table: int, *, grid: TimeGrid) -> Tensor:
+    """Times as the nearest of the 1/table, 2/table, ... 1 and 0; ValueError where two become one."""
+    near = (t * table).round()
+    near[:-1].clamp_(min=1)
+    if len(near.unique()) < len(near):
+        raise ValueError(
+            f"timesteps={grid!r} rounds {len(t) - 1} steps to {len(near.unique()) - 1} of the model's {table} times: "
+            "lower steps, or use 'trailing'"
+        )
+    return near / table
+
+
+def _of_table(steps: int, table: int, grid: TimeGrid) -> Tensor:
+    """The grids that stop at steps of the table, fp64 [steps + 1]."""
+    most = table - 1 if grid == "leading" else table
+    if steps > most:
+        raise ValueError(f"timesteps={grid!r} has {most} times to stop at, steps={steps} asks for more")
+    k = torch.arange(steps, dtype=torch.float64, device="cpu")
+    if grid == "trailing":
+        index, end = (table - k * (table / steps)).round() - 1, -1.0
+    elif grid == "linspace":
+        index, end = (k * ((table - 1) / max(steps - 1, 1))).round().flip(0), -1.0
+        index[0] = table - 1  # of a single step, too
+    else:
+        index, end = (k * (table // steps) + 1).flip(0), 0.0
+    return (torch.cat([index, index.new_full((1,), end)]) + 1) / table

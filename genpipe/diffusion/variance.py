@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from genpipe.diffusion.schedules import NODES, Schedule, alpha_sigma, expand_like
+from genpipe.diffusion.schedules import Schedule, alpha_sigma, expand_like, steps_of
 
 
 class Posterior(NamedTuple):
@@ -27,6 +27,7 @@ class Posterior(NamedTuple):
     large: Tensor
 
     def mean(self, x_t: Tensor, x0: Tensor) -> Tensor:
+        """The Gaussian's mean [B, ...] for x_t, x0 [B, ...]; the levels are [B] or numbers []."""
         return expand_like(self.of_x, x_t) * x_t + expand_like(self.of_x0, x_t) * x0
 
 
@@ -47,16 +48,28 @@ def interpolated_log_variance(fraction: Tensor, *, small: Tensor, large: Tensor)
     return share * expand_like(large, fraction).log() + (1.0 - share) * expand_like(small, fraction).log()
 
 
+def analytic_variance(step: Posterior, x0: Tensor) -> Tensor:
+    """The best variance of a step for data of unit variance, as large as the error of `x0` [B, ...]; fp32 [B].
+
+    Var(x_s | x_t) = small + of_x0^2 Var(x0 | x_t), and on average over the dimensions Var(x0 | x_t) is 1 less the mean
+    square of its estimate (Bao et al. 2022, Analytic-DPM, in terms of x0). Theirs is averaged over the data
+    beforehand, ours over the dimensions of each sample: right for the many of an embedding or an image.
+    """
+    error = (1.0 - x0.square().flatten(1).mean(1)).clamp(min=0.0)
+    return (step.small + step.of_x0.square() * error).float()
+
+
 def variational_loss(
     *, x0: Tensor, x_t: Tensor, x0_pred: Tensor, fraction: Tensor, t_B: Tensor, schedule: Schedule
 ) -> Tensor:
     """The bound's term at `t_B` in bits per dimension, fp32 [B]: how far the model's step is from the posterior.
 
-    KL(q(x_s | x_t, x0) || p(x_s | x_t)) for the step to s = t - 1/1000, and for the last step, to 0, the negative
-    log-likelihood of 8-bit data in [-1, 1] (Nichol & Dhariwal 2021, eq. 4-7). Give `x0_pred` detached: the
-    gradient then reaches the variance's `fraction` alone (their section 3.1). All [B, ...] but t_B [B].
+    KL(q(x_s | x_t, x0) || p(x_s | x_t)) for the step to s, one step of the table before t (t - 1/1000 where it has
+    1,000), and for the last step, to 0, the negative log-likelihood of 8-bit data in [-1, 1] (Nichol & Dhariwal 2021,
+    eq. 4-7). Give `x0_pred` detached: the gradient then reaches the variance's `fraction` alone (their section 3.1).
+    All [B, ...] but t_B [B].
     """
-    step = 1.0 / NODES
+    step = 1.0 / steps_of(schedule)
     t = t_B.double()
     last = t < 1.5 * step
     step_t = _step(t, torch.where(last, torch.zeros_like(t), t - step), schedule=schedule)

@@ -97,7 +97,7 @@ def _draw(
 ) -> Tensor:
     """Standardized embeddings [B, D] from a diffusion prior that has its captions bound."""
     noise = torch.randn(text.embed.shape, generator=generator, device=text.embed.device)
-    return sample(denoiser(model, diffusion), noise, sampler, schedule=diffusion.schedule, generator=generator)
+    return sample(denoiser(model, diffusion), noise, sampler, diffusion=diffusion, generator=generator)
 
 
 @torch.no_grad()

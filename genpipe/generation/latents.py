@@ -44,4 +44,4 @@ def sample_latents(
         cfg=sampler,
     )
     noise = torch.randn((len(embed), *shape), generator=generator, device=embed.device)
-    return sample(denoiser(model, diffusion), noise, sampler, schedule=diffusion.schedule, generator=generator)
+    return sample(denoiser(model, diffusion), noise, sampler, diffusion=diffusion, generator=generator)

@@ -118,7 +118,7 @@ def upsample(
     shape = (len(large), space.channels(large.shape[1]), side, side)
     noise = torch.randn(shape, generator=generator, device=large.device)
     model = in_pieces(upsampler, noisy, level=level)
-    x0 = sample(denoiser(model, diffusion), noise, sampler, schedule=diffusion.schedule, generator=generator)
+    x0 = sample(denoiser(model, diffusion), noise, sampler, diffusion=diffusion, generator=generator)
     return space.decode(x0, low_res=large).clamp(-1, 1)
 
 

@@ -21,10 +21,9 @@ from pydantic import Field
 
 from genpipe import config
 from genpipe.artifacts import Role
-from genpipe.config import Config, ConfigError, StageConfig, Tree
+from genpipe.config import Config, ConfigError, Location, StageConfig, Tree
 from genpipe.pipeline.spec import TrackingConfig
 from genpipe.stages import load_stage
-from genpipe.storage import local_path
 
 
 class RayConfig(Config):
@@ -39,7 +38,7 @@ class PipelineConfig(Config):
     """A pipeline: its stages and where they run, store and record."""
 
     name: str
-    store: str = Field(description="a folder or s3://bucket/prefix for artifacts and unfinished work")
+    store: Location = Field(description="a folder or s3://bucket/prefix for artifacts and unfinished work")
     tracking: TrackingConfig = TrackingConfig()
     ray: RayConfig = RayConfig()
     stages: dict[str, dict[str, Any]]
@@ -122,8 +121,6 @@ def load_pipeline(path: str, overrides: Sequence[str] = ()) -> Pipeline:
     """
     tree = config.load(path, overrides)
     cfg = config.parse(PipelineConfig, tree)
-    if (folder := local_path(cfg.store)) is not None:  # absolute, because workers have working folders of their own
-        cfg = cfg.model_copy(update={"store": str(folder.expanduser().absolute())})
     if cfg.store.startswith("s3://") and not cfg.tracking.uri:
         raise ConfigError(f"{path}: tracking.uri: required when the store is on S3; name an MLflow server")
     faults: list[str] = []

@@ -177,10 +177,11 @@ def _differences(manifest: Manifest, identity: Mapping[str, Any], settings: Mapp
     found = []
     if then["version"] != now["version"]:
         found.append(f"the stage's version: {then['version']} -> {now['version']}")
-    before, after = ({k: v for k, v in config.flatten(s).items() if k.split(".")[0] not in UNFINGERPRINTED}
-                     for s in (manifest.config, settings))  # fmt: skip
-    found += [f"{key}: {before.get(key, '(unset)')} -> {after.get(key, '(unset)')}"
-              for key in sorted(before.keys() | after.keys()) if before.get(key) != after.get(key)]  # fmt: skip
+    then_set, now_set = (config.flatten(each["settings"]) for each in (then, now))
+    before, after = config.flatten(manifest.config), config.flatten(settings)
+    for key in sorted(then_set.keys() | now_set.keys()):
+        if then_set.get(key) != now_set.get(key) and before.get(key) != after.get(key):
+            found.append(f"{key}: {before.get(key, '(unset)')} -> {after.get(key, '(unset)')}")
     found += [f"its input {role} changed" if role in then["inputs"] and role in now["inputs"] else
               f"its input {role} is {'new' if role in now['inputs'] else 'gone'}"
               for role in sorted(then["inputs"].keys() | now["inputs"].keys())

@@ -48,6 +48,7 @@ class StageSpec(Config):
 
     @classmethod
     def read(cls, uri: str) -> StageSpec:
+        """The spec that `write` stored. Raises FileNotFoundError."""
         return cls.model_validate_json(read_file(uri))
 
 
@@ -87,4 +88,5 @@ def read_progress(work: str) -> Progress | None:
 
 
 def write_progress(work: str, progress: Progress) -> None:
+    """Replace the progress under `work`."""
     open_storage(work).write("progress.json", progress.model_dump_json().encode())

@@ -9,10 +9,10 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from genpipe.diffusion.samplers import Denoise
-from genpipe.diffusion.schedules import Schedule, alpha_sigma, time_at
+from genpipe.diffusion.samplers import Denoise, Estimate
+from genpipe.diffusion.schedules import Schedule, ScheduleName, alpha_sigma, time_at
 
-SCHEDULES: tuple[Schedule, ...] = get_args(Schedule)
+SCHEDULES: tuple[ScheduleName, ...] = get_args(ScheduleName)
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,20 @@ class Mixture:
             return (posterior[..., None] * means).sum(1)
 
         return denoise
+
+    def estimator(self, schedule: Schedule) -> Estimate:
+        """That of a network that predicts the noise: E[noise | x_t] at the time it is told, and x0 at that of x."""
+        denoise = self.denoiser(schedule)
+
+        def estimate(x: Tensor, t: Tensor, told: Tensor) -> tuple[Tensor, Tensor]:
+            x0, (alpha, sigma) = denoise(x, told), [level[:, None] for level in alpha_sigma(told, schedule)]
+            noise = (x - alpha * x0) / sigma
+            if not torch.equal(t, told):
+                alpha, sigma = [level[:, None] for level in alpha_sigma(t, schedule)]
+                x0 = (x - sigma * noise) / alpha
+            return x0, noise
+
+        return estimate
 
 
 GAUSSIAN = Mixture(torch.tensor([[0.7]]), torch.ones(1), 0.6)

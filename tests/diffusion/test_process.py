@@ -21,13 +21,15 @@ from genpipe.diffusion.process import (
     check_sampler,
     denoiser,
     fixed_time_losses,
+    inverted,
     loss_at,
     sample,
+    sampling_times,
     training_loss,
     with_guidance,
 )
-from genpipe.diffusion.schedules import Schedule, add_noise, alpha_sigma, network_time
-from genpipe.diffusion.times import TimeSampling
+from genpipe.diffusion.schedules import ScheduleName, add_noise, alpha_sigma, network_time
+from genpipe.diffusion.times import TimeGrid, TimeSampling, sample_t
 
 KINDS = get_args(SamplerConfig.model_fields["kind"].annotation)
 UNIT = Mixture(torch.zeros(1, 2), torch.ones(1), 1.0)
@@ -37,7 +39,11 @@ def gen(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def allowed(predict: Predict, schedule: Schedule) -> bool:
+def continuous(schedule: ScheduleName) -> DiffusionConfig:
+    return DiffusionConfig(schedule=schedule, predict="x0", time_sampling="uniform")
+
+
+def allowed(predict: Predict, schedule: ScheduleName) -> bool:
     try:
         check_predict(predict, schedule=schedule)
     except ValueError:
@@ -68,7 +74,7 @@ def perfect(data: Mixture, cfg: DiffusionConfig, *, times: Tensor) -> Model:
 
 
 @pytest.mark.parametrize(("predict", "schedule"), PAIRS)
-def test_denoiser_undoes_what_the_network_is_given_and_asked(predict: Predict, schedule: Schedule) -> None:
+def test_denoiser_undoes_what_the_network_is_given_and_asked(predict: Predict, schedule: ScheduleName) -> None:
     cfg = DiffusionConfig(schedule=schedule, predict=predict, sigma_data=0.6)
     times = torch.tensor([0.05, 0.3, 0.6, 0.9])
     x_t = torch.randn(4, 1, generator=gen())
@@ -77,7 +83,7 @@ def test_denoiser_undoes_what_the_network_is_given_and_asked(predict: Predict, s
 
 
 @pytest.mark.parametrize(("predict", "schedule"), PAIRS)
-def test_perfect_network_has_the_least_loss_there_can_be(predict: Predict, schedule: Schedule) -> None:
+def test_perfect_network_has_the_least_loss_there_can_be(predict: Predict, schedule: ScheduleName) -> None:
     """On x0 that is the posterior's variance, s^2 sigma^2 / (alpha^2 s^2 + sigma^2); on others times a known factor."""
     cfg = DiffusionConfig(schedule=schedule, predict=predict, sigma_data=0.6)
     x0 = 0.7 + 0.6 * torch.randn(50_000, 1, generator=gen())
@@ -100,7 +106,7 @@ def test_perfect_network_has_the_least_loss_there_can_be(predict: Predict, sched
 
 @pytest.mark.parametrize("time_sampling", get_args(TimeSampling))
 @pytest.mark.parametrize(("predict", "schedule"), PAIRS)
-def test_training_loss_is_finite_and_repeats(predict: Predict, schedule: Schedule, time_sampling: str) -> None:
+def test_training_loss_is_finite_and_repeats(predict: Predict, schedule: ScheduleName, time_sampling: str) -> None:
     net = nn.Linear(3, 2)
     model: Model = lambda x, t: net(torch.cat([x, t[:, None]], dim=1))  # noqa: E731
     x0 = torch.randn(512, 2, generator=gen())
@@ -115,7 +121,7 @@ def test_training_loss_is_finite_and_repeats(predict: Predict, schedule: Schedul
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_loss_without_data(schedule: Schedule) -> None:
+def test_loss_without_data(schedule: ScheduleName) -> None:
     """On the meta device, as when a run is only planned."""
     predict: Predict = "edm" if schedule == "edm" else "v"
     learned = schedule not in ("flow", "edm")
@@ -232,11 +238,11 @@ class TestLearnedVariance:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("grid", ["uniform", "trailing", "karras", "logsnr"])
-def test_every_sampler_draws_the_data_on_every_schedule(schedule: Schedule, kind: str, grid: str) -> None:
+def test_every_sampler_draws_the_data_on_every_schedule(schedule: ScheduleName, kind: str, grid: str) -> None:
     """From standard normal noise, through a network that predicts what suits the schedule."""
     cfg = SamplerConfig(kind=kind, steps=100, timesteps=grid)  # type: ignore[arg-type]
     z = torch.randn(2000, 2, generator=gen())
-    x = sample(UNIT.denoiser(schedule), z, cfg, schedule=schedule, generator=gen(1))
+    x = sample(UNIT.denoiser(schedule), z, cfg, diffusion=continuous(schedule), generator=gen(1))
     torch.testing.assert_close(x.mean(0), torch.zeros(2), atol=0.09, rtol=0)
     torch.testing.assert_close(torch.cov(x.T), torch.eye(2), atol=0.18, rtol=0)
 
@@ -249,7 +255,7 @@ def test_thresholds_keep_samples_in_bounds() -> None:
         (SamplerConfig(steps=3, threshold="static"), 1.0),
         (SamplerConfig(steps=3, threshold="dynamic", threshold_bound=2.0), 2.0),
     ):
-        torch.testing.assert_close(sample(denoise, z, cfg, schedule="flow"), torch.full((4, 2), expected))
+        torch.testing.assert_close(sample(denoise, z, cfg, diffusion=DiffusionConfig()), torch.full((4, 2), expected))
 
 
 def test_thresholds_leave_a_learned_variance_alone() -> None:
@@ -260,7 +266,7 @@ def test_thresholds_leave_a_learned_variance_alone() -> None:
         return torch.cat([3.0 * torch.ones_like(x), torch.full_like(x, 7.0)], dim=1)
 
     cfg = SamplerConfig(kind="ddpm", variance="learned", steps=2, threshold="static")
-    large = sample(denoise, torch.zeros(4, 2), cfg, schedule="linear", generator=gen())
+    large = sample(denoise, torch.zeros(4, 2), cfg, diffusion=continuous("linear"), generator=gen())
     assert large.isfinite().all() and seen == [1.0, 0.5]
     torch.testing.assert_close(large, torch.ones(4, 2))
 
@@ -301,12 +307,19 @@ REFUSED_DIFFUSION = [
     ({"time_sampling": "uniform", "time_mean": 0.5}, "no effect on time_sampling='uniform'"),
     ({"variance": "learned"}, "variance='fixed'"),
     ({"schedule": "edm", "predict": "edm", "variance": "learned"}, "variance='fixed'"),
+    ({"steps": 1100}, "no table"),
+    ({"schedule": "cosine_iddpm", "predict": "v", "beta_end": 0.01}, "beta_end have no effect"),
 ]
 REFUSED_SAMPLERS = [
     ({"kind": "heun", "eta": 0.5}, "eta has no effect"),
     ({"variance": "large"}, "variance has no effect"),
     ({"timesteps": "karras", "shift": 3.0}, "shift has no effect"),
     ({"guidance_interval": (0.8, 0.2)}, "lower first"),
+    ({"lower_order_final": True}, "dpmpp_2m or dpmpp_2m_sde or unipc"),
+    ({"s_churn": 40.0}, "kind=heun"),
+    ({"kind": "heun", "s_noise": 1.003}, "without s_churn"),
+    ({"threshold": "static", "threshold_max": 2.0}, "use 'dynamic'"),
+    ({"threshold": "dynamic", "threshold_max": 0.5}, "raise it"),
 ]
 
 
@@ -330,6 +343,65 @@ def test_samplers_that_do_not_fit_the_model() -> None:
         check_sampler(SamplerConfig(kind="ddpm", variance="learned"), DiffusionConfig())
 
 
+class TestDiscreteTimes:
+    """A model that was trained at the steps of its table is asked there alone."""
+
+    CFG = DiffusionConfig(schedule="cosine_iddpm", predict="x0", time_sampling="discrete")
+
+    @pytest.mark.parametrize("steps", [1, 3, 7, 27, 64, 250, 333, 1000])
+    @pytest.mark.parametrize("table", [1000, 1100])
+    def test_are_the_default(self, steps: int, table: int) -> None:
+        cfg = self.CFG.model_copy(update={"steps": table})
+        told = []
+
+        def model(x: Tensor, t: Tensor) -> Tensor:
+            told.append(1000 * t[0].item())
+            return x
+
+        sampler = SamplerConfig(steps=steps)
+        sample(denoiser(model, cfg), torch.zeros(1, 2), sampler, diffusion=cfg)
+        assert len(told) == steps
+        assert told[0] == pytest.approx(table - 1, abs=1e-3)
+        assert max(abs(index - round(index)) for index in told) < 1e-3
+
+    def test_trained_and_sampled_times_are_the_same(self) -> None:
+        trained = sample_t(20_000, kind="discrete", schedule="cosine_iddpm", generator=gen(), device="cpu").unique()
+        assert torch.equal(trained, sampling_times(SamplerConfig(steps=1000), self.CFG)[:-1].flip(0))
+
+    @pytest.mark.parametrize("grid", ["karras", "logsnr"])
+    def test_of_grids_by_noise_are_the_nearest(self, grid: TimeGrid) -> None:
+        exact = sampling_times(SamplerConfig(steps=12, timesteps=grid), continuous("linear"))
+        cfg = DiffusionConfig(schedule="linear", predict="x0", time_sampling="discrete")
+        found = sampling_times(SamplerConfig(steps=12, timesteps=grid), cfg)
+        torch.testing.assert_close(found * 1000, (exact * 1000).round(), atol=1e-3, rtol=0)
+
+    @pytest.mark.parametrize(
+        ("settings", "message"),
+        [
+            ({"timesteps": "uniform"}, "'trailing'"),
+            ({"shift": 2.0}, "past the end"),
+            ({"timesteps": "logsnr", "steps": 400}, "lower steps"),
+            ({"steps": 1001}, "1000 times"),
+            ({"timesteps": "leading", "steps": 1000}, "999 times"),
+        ],
+    )
+    def test_what_does_not_fit_is_refused_with_what_does(self, settings: dict[str, object], message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            check_sampler(SamplerConfig(**settings), self.CFG)  # type: ignore[arg-type]
+
+
+def test_an_image_comes_back_from_its_inverse() -> None:
+    x0 = 0.7 + 0.6 * torch.randn(32, 1, generator=gen())
+    for cfg in (continuous("flow"), DiffusionConfig(schedule="linear", predict="v", time_sampling="discrete")):
+        times = sampling_times(SamplerConfig(steps=20), cfg)
+        model = perfect(GAUSSIAN, cfg, times=times[:-1])
+        z = inverted(model, x0, SamplerConfig(steps=20), diffusion=cfg, refinements=60)
+        again = sample(denoiser(model, cfg), z, SamplerConfig(steps=20), diffusion=cfg)
+        torch.testing.assert_close(again, x0, atol=2e-3, rtol=0)
+    with pytest.raises(ValueError, match="kind='ddim'"):
+        inverted(model, x0, SamplerConfig(kind="ddpm"), diffusion=cfg)
+
+
 def test_noise_of_the_data_is_as_large_as_the_schedule_says() -> None:
     """A sampler's start: what add_noise makes of unit data at t = 1 has its size."""
     starts = []
@@ -340,6 +412,6 @@ def test_noise_of_the_data_is_as_large_as_the_schedule_says() -> None:
             starts.append(x.std())
             return x
 
-        sample(denoise, z, SamplerConfig(steps=1), schedule=schedule)
+        sample(denoise, z, SamplerConfig(steps=1), diffusion=continuous(schedule))
         noised = add_noise(torch.randn(100_000, 1, generator=gen(1)), noise=z, t=torch.ones(100_000), schedule=schedule)
         torch.testing.assert_close(starts[-1], noised.std(), rtol=0.02, atol=0)

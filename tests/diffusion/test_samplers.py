@@ -8,12 +8,12 @@ from itertools import pairwise
 
 import pytest
 import torch
-from analytic import GAUSSIAN, SCHEDULES, TWO, even_in_log_snr, gaussian_flow
+from analytic import GAUSSIAN, SCHEDULES, TWO, Mixture, even_in_log_snr, gaussian_flow
 from torch import Tensor
 
 from genpipe.diffusion.samplers import ddim, ddpm, heun, invert
-from genpipe.diffusion.schedules import Schedule, alpha_sigma
-from genpipe.diffusion.solvers import dpmpp_2m, dpmpp_2m_sde, unipc
+from genpipe.diffusion.schedules import Schedule, alpha_sigma, time_at
+from genpipe.diffusion.solvers import dpmpp_2m, dpmpp_2m_sde, dpmpp_sde, unipc
 from genpipe.diffusion.times import timesteps
 
 Sampler = Callable[..., Tensor]
@@ -27,6 +27,8 @@ STOCHASTIC: list[tuple[Sampler, dict[str, object]]] = [
     (ddim, {"eta": 0.5}),
     (ddim, {"eta": 1.0}),
     (dpmpp_2m_sde, {}),
+    (dpmpp_sde, {}),
+    (heun, {"s_churn": 40.0}),
 ]
 HIGH, LOW = 10.0, 0.1
 
@@ -158,12 +160,73 @@ def test_stochastic_samplers_need_a_generator_and_repeat_with_it(sampler: Sample
     assert draw(3).std() > 0
 
 
+@pytest.mark.parametrize("settings", [{}, {"s_tmin": 0.05, "s_tmax": 50.0, "s_noise": 1.003}])
+def test_churn_is_algorithm_2_of_karras(settings: dict[str, float]) -> None:
+    """Written out in sigma, with the settings of their table 5 for ImageNet; sigma does not rise above its end."""
+    z, denoise = torch.randn(64, 1, generator=gen()), GAUSSIAN.denoiser("edm")
+    ts = timesteps(18, schedule="edm")
+    sigmas = alpha_sigma(ts.double(), "edm")[1].tolist()
+
+    def at(x: Tensor, sigma: float) -> Tensor:
+        one = torch.ones(64, dtype=torch.float64)
+        return denoise(x, time_at(one, sigma * one, "edm"))
+
+    low, high, scale = (
+        settings.get(name, default) for name, default in (("s_tmin", 0), ("s_tmax", 1e9), ("s_noise", 1))
+    )
+    x, draws = 80.0 * z.double(), gen(1)
+    for sigma, sigma_next in pairwise(sigmas):
+        gamma = min(40.0 / 18, math.sqrt(2) - 1) if low <= sigma <= high else 0.0
+        raised = min(sigma * (1 + gamma), 80.0)
+        if raised > sigma * (1 + 1e-9):
+            noise = torch.randn(64, 1, generator=draws)
+            x = x + math.sqrt(raised**2 - sigma**2) * scale * noise
+        slope = (x - at(x, raised)) / raised
+        start, x = x, x + (sigma_next - raised) * slope
+        if sigma_next > 0:
+            x = start + (sigma_next - raised) * 0.5 * (slope + (x - at(x, sigma_next)) / sigma_next)
+    found = heun(denoise, 80.0 * z, ts, schedule="edm", generator=gen(1), s_churn=40.0, **settings)
+    torch.testing.assert_close(found, x.float(), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(("sampler", "options"), [(heun, {"s_churn": 40.0}), (dpmpp_sde, {})])
+def test_steps_of_the_table_alone(sampler: Sampler, options: dict[str, object]) -> None:
+    """A model of discrete times is asked at steps of its table, half-way and with churn, too; and draws the data."""
+    ideal, seen = GAUSSIAN.denoiser("linear"), []
+
+    def denoise(x: Tensor, t: Tensor) -> Tensor:
+        seen.append(t[0].item() * 1000)
+        return ideal(x, t)
+
+    ts = timesteps(40, schedule="linear", grid="karras", discrete=True)
+    z = torch.randn(8000, 1, generator=gen())
+    x = sampler(denoise, z, ts, schedule="linear", generator=gen(1), discrete=True, **options)
+    assert max(abs(t - round(t)) for t in seen) < 1e-3
+    assert len({round(t) for t in seen}) > 40
+    assert x.mean() == pytest.approx(0.7, abs=0.03)
+    assert x.std() == pytest.approx(0.6, abs=0.03)
+
+
+def test_analytic_variance_is_exact_in_few_steps() -> None:
+    """Of Gaussian data of unit variance each step's distribution is Gaussian: no other variance draws it in five."""
+    unit = Mixture(torch.zeros(1, 256), torch.ones(1), 1.0)
+    ts = timesteps(5, schedule="cosine_iddpm", grid="trailing")
+    z = torch.randn(400, 256, generator=gen())
+
+    def deviation(variance: str) -> float:
+        x = ddpm(unit.denoiser("cosine_iddpm"), z, ts, schedule="cosine_iddpm", generator=gen(1), variance=variance)  # type: ignore[arg-type]
+        return x.std().item()
+
+    assert deviation("analytic") == pytest.approx(deviation("large"), abs=0.02)
+    assert deviation("small") < 0.8
+
+
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("steps", [2, 10])
 def test_sampling_from_an_inverted_image_returns_it(steps: int, schedule: Schedule) -> None:
     x = 0.7 + 0.6 * torch.randn(32, 1, generator=gen())
     denoise, ts = GAUSSIAN.denoiser(schedule), timesteps(steps, schedule=schedule)
-    state = invert(denoise, x, ts.flip(0), schedule=schedule, refinements=100)
+    state = invert(GAUSSIAN.estimator(schedule), x, ts.flip(0), schedule=schedule, refinements=100)
     torch.testing.assert_close(ddim(denoise, state, ts, schedule=schedule), x, atol=2e-4, rtol=0)
 
 
@@ -175,7 +238,7 @@ def test_usual_inversion_comes_near(schedule: Schedule) -> None:
 
     def gaps(steps: int) -> tuple[float, float]:
         ts = timesteps(steps, schedule=schedule)
-        state = invert(denoise, x, ts.flip(0), schedule=schedule)
+        state = invert(GAUSSIAN.estimator(schedule), x, ts.flip(0), schedule=schedule)
         again = ddim(denoise, state, ts, schedule=schedule)
         return (again - x).abs().max().item(), (state - z).abs().max().item()
 

@@ -13,10 +13,10 @@ from scipy import stats
 from scipy.interpolate import CubicSpline
 
 from genpipe.diffusion.schedules import (
-    NODES,
     PURE_NOISE,
     SIGMA_MAX,
     SIGMA_MIN,
+    STEPS,
     Schedule,
     add_noise,
     alpha_sigma,
@@ -69,10 +69,10 @@ def test_noise_grows_and_variance_is_preserved(schedule: Schedule) -> None:
 @pytest.mark.parametrize("schedule", TABLES)
 def test_tables_are_smooth_between_their_steps(schedule: Schedule) -> None:
     """Half way between two steps they are where scipy's spline through all steps is."""
-    nodes = torch.arange(0, NODES + 1, dtype=torch.float64) / NODES
+    nodes = torch.arange(0, STEPS + 1, dtype=torch.float64) / STEPS
     alpha, _ = alpha_sigma(nodes, schedule)
-    between, _ = alpha_sigma(nodes[5:-5] + 0.5 / NODES, schedule)
-    spline = CubicSpline(nodes.numpy(), alpha.numpy())((nodes[5:-5] + 0.5 / NODES).numpy())
+    between, _ = alpha_sigma(nodes[5:-5] + 0.5 / STEPS, schedule)
+    spline = CubicSpline(nodes.numpy(), alpha.numpy())((nodes[5:-5] + 0.5 / STEPS).numpy())
     torch.testing.assert_close(between, torch.from_numpy(spline), atol=1e-7, rtol=0)
 
 
@@ -95,16 +95,16 @@ def test_times_beyond_the_ends_are_the_ends(schedule: Schedule) -> None:
 
 def test_edm_is_karras_spacing() -> None:
     """Karras et al. 2022, eq. 5: step i of N is (max^(1/7) + i / (N - 1) (min^(1/7) - max^(1/7)))^7."""
-    i = torch.arange(NODES, dtype=torch.float64)
+    i = torch.arange(STEPS, dtype=torch.float64)
     high, low = SIGMA_MAX ** (1 / 7), SIGMA_MIN ** (1 / 7)
-    expected = (high + i / (NODES - 1) * (low - high)) ** 7
-    _, sigma = alpha_sigma((NODES - i) / NODES, "edm")
+    expected = (high + i / (STEPS - 1) * (low - high)) ** 7
+    _, sigma = alpha_sigma((STEPS - i) / STEPS, "edm")
     torch.testing.assert_close(sigma, expected)
     assert sigma_range("edm") == pytest.approx((SIGMA_MIN, SIGMA_MAX))
 
 
 def test_network_is_told_the_index_of_a_step() -> None:
-    t = (torch.arange(NODES) + 1) / NODES
+    t = (torch.arange(STEPS) + 1) / STEPS
     for schedule in TABLES:
         torch.testing.assert_close(1000 * network_time(t, schedule), torch.arange(1000.0), atol=1e-4, rtol=0)
     for schedule in ("cosine", "flow"):
@@ -170,9 +170,9 @@ def test_log_normal_noise_levels(schedule: Schedule) -> None:
 
 
 def test_discrete_times_are_the_steps_all_equally() -> None:
-    index = times(100_000, kind="discrete") * NODES
+    index = times(100_000, kind="discrete") * STEPS
     torch.testing.assert_close(index, index.round(), atol=1e-3, rtol=0)
-    counts = torch.bincount(index.round().long(), minlength=NODES + 1)
+    counts = torch.bincount(index.round().long(), minlength=STEPS + 1)
     assert counts[0] == 0
     assert stats.chisquare(counts[1:]).pvalue > 0.01
 

@@ -60,7 +60,7 @@ class EmojiConfig(Config):
 
     kind: Literal["emoji"]
     styles: tuple[Style, ...] = Field(("twemoji", "openmoji"), min_length=1)
-    size: int = Field(128, ge=16, le=1024, description="side in pixels at which the artwork is rasterised")
+    size: int = Field(128, ge=16, le=1024, description="side in pixels at which the artwork is rasterized")
     skin_tones: bool = Field(False, description="also the variants that differ in skin tone only")
 
 
@@ -93,7 +93,7 @@ class EmojiSource:
         return part_names(-(-len(self._emoji) // self.part_size))
 
     def read(self, part: str) -> Iterator[Sample | Reject]:
-        """Rasterise a part: PNG on white, `size` x `size`. Artwork that serves several emoji is used once.
+        """Rasterize a part: PNG on white, `size` x `size`. Artwork that serves several emoji is used once.
 
         Thirty family emoji of Twemoji are four silhouettes, and Saint Martin flies the flag of France: the
         same image under several captions teaches no difference, so all but the most general are rejects.

@@ -11,7 +11,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from genpipe.config import Config
+from genpipe.config import Config, Location
 from genpipe.data.classes import class_names
 from genpipe.data.samples import Reject, Sample, clean_captions
 from genpipe.data.sources.captions import (
@@ -48,7 +48,7 @@ class FolderConfig(Config):
     """A folder of images; subfolders are included, hidden files and folders are not."""
 
     kind: Literal["folder"]
-    path: str = Field(min_length=1, description="folder of images, or s3://bucket/prefix; `~` is expanded")
+    path: Location = Field(min_length=1, description="folder of images, or s3://bucket/prefix; `~` is expanded")
     captions: CaptionFields = Field(
         {}, description="metadata fields, or templates ('a photo of a {label}'), to weights; default: text, caption, "
         "captions, else prompt or description, else the .txt beside the image",

@@ -11,7 +11,7 @@ from typing import Any, Self
 import pyarrow as pa
 from pydantic import Field, model_validator
 
-from genpipe.config import Config
+from genpipe.config import Config, Location
 from genpipe.data.classes import class_names
 from genpipe.data.samples import Reject
 from genpipe.data.sources.captions import (
@@ -33,7 +33,9 @@ from genpipe.storage import Entry
 class TableConfig(Config):
     """What the kinds of tables have in common: where they are, and which columns mean what."""
 
-    path: str = Field(min_length=1, description="table, folder of tables, pattern such as *.parquet, or s3:// of these")
+    path: Location = Field(
+        min_length=1, description="table, folder of tables, pattern such as *.parquet, or s3:// of these"
+    )
     captions: CaptionFields = Field(
         {}, description="columns, or templates ('a photo of a {label}'), to weights; default: text, caption, captions, "
         "else prompt or description",

@@ -17,7 +17,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from genpipe.config import Config
+from genpipe.config import Config, Location
 from genpipe.data.classes import is_number
 from genpipe.data.samples import Reject, Sample, clean_captions
 from genpipe.data.sources.captions import (
@@ -57,7 +57,7 @@ class WebDatasetConfig(Config):
     """Samples are the members that share a name up to its first dot: an image with a `.json`, a `.txt`, or both."""
 
     kind: Literal["webdataset"]
-    path: str = Field(
+    path: Location = Field(
         min_length=1, description="tar, folder of tars, pattern such as {000..123}.tar, or s3:// of these"
     )
     captions: CaptionFields = Field(
