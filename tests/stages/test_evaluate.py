@@ -6,17 +6,23 @@ import random
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 from gallery import Gallery, pictures, unit
+from PIL import Image
 from pydantic import ValidationError
 
 from genpipe import artifacts
 from genpipe.artifacts import Artifact
+from genpipe.config import ConfigError
 from genpipe.stages import evaluate
 from genpipe.stages.evaluate import Config
 from genpipe.storage import open_storage
+
+if TYPE_CHECKING:
+    from conftest import TinyPipeline
 
 CAPTIONS = [f"picture {i}" for i in range(12)]
 
@@ -109,3 +115,26 @@ def test_settings_say_what_is_wrong_with_them() -> None:
     for metrics in ({}, {"gird": {}}, {"a b": {"kind": "grid"}}, {"a/b": {"kind": "grid"}}, {"grid": {"row": 3}}):
         with pytest.raises(ValidationError):
             config(metrics)
+
+
+def test_the_tiny_pipeline_is_scored(tiny: TinyPipeline) -> None:
+    scores = tiny.run("evaluate")
+    manifest = artifacts.verify(scores.uri)
+    found, counts = manifest.metrics, tiny.run("shard").meta["samples"]
+    assert found["pool"] == counts["train"] + counts["heldout"]
+    assert (found["train/pictures"], found["heldout/pictures"]) == (16, 4)
+    for split in ("train", "heldout"):
+        recalls = [found[f"{split}/recall_at_{k}"] for k in (1, 5, 10)]
+        assert 0 <= recalls[0] <= recalls[1] <= recalls[2] <= 1
+    assert {"autoencoder/psnr", "clip/loss", "prior/loss", "decoder/loss", "upsampler/psnr"} <= found.keys()
+    for name, rows in (("grid.png", 12), ("heldout.png", 4)):
+        picture = np.asarray(Image.open(Path(scores.uri, name)))
+        assert picture.shape[0] > rows * 96 and picture.shape[1] > 2 * 96
+        assert picture.std() > 0
+
+
+def test_a_gate_that_no_metric_has_is_found_by_the_plan(tiny: TinyPipeline) -> None:
+    with pytest.raises(ConfigError, match=r"stages\.evaluate: observe\.gates: .*'train/recall_at_11'.*recall_at_1"):
+        tiny.plan("stages.evaluate.observe.gates={train/recall_at_11: {min: 0.5}}")
+    gated = "stages.evaluate.observe.gates={train/recall_at_10: {min: 0.5}}"
+    assert tiny.plan(gated)["evaluate"].artifact.fingerprint == tiny.plan()["evaluate"].artifact.fingerprint
