@@ -10,9 +10,10 @@ import signal
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ from genpipe.pipeline.plan import Planned, plan, spec_of
 from genpipe.pipeline.spec import StageSpec
 from genpipe.storage import local_path
 from genpipe.tracking.registry import resolve
-from genpipe.tracking.runs import claim_stage_run, fail_stage_run, pipeline_run
+from genpipe.tracking.runs import fail_stage_run, pipeline_run, try_claim
 from genpipe.tracking.store import check as check_mlflow
 
 RETRY_SECONDS = 3
@@ -52,7 +53,6 @@ class _Run:
     plans: dict[str, Planned]
     reporter: Reporter
     overrides: Sequence[str] = ()
-    places: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,7 @@ class _Place:
     cluster: jobs.Cluster | None
     pipeline_run_id: str
     links: dict[str, str]
+    turns: dict[str, int]
 
 
 _prepared: ContextVar[_Run] = ContextVar("prepared")
@@ -164,7 +165,7 @@ def stage_task(stage: str) -> StageResult:
         run.reporter.update(stage, "cached", message=planned.why)
         return result
     assert place.cluster is not None, "a plan with work to do has a cluster"
-    with place.cluster.turn(stage, planned.instance.cfg.resources, order=run.places[stage]):
+    with place.cluster.turn(stage, planned.instance.cfg.resources, order=place.turns[stage]):
         started = time.monotonic()
         spec = _spec(place, planned)
         run.reporter.update(stage, "running", message=planned.why)
@@ -193,7 +194,7 @@ def _spec(place: _Place, planned: Planned) -> StageSpec:
     target = planned.artifact.model_copy(update={"meta": promised})
     planned = replace(planned, inputs=inputs, artifact=target)
     spec = spec_of(planned, place.run.pipeline, pipeline_run_id=place.pipeline_run_id, links=place.links)
-    return spec.model_copy(update={"run_id": claim_stage_run(spec)})
+    return spec.model_copy(update={"run_id": try_claim(spec)})
 
 
 def _result(planned: Planned, status: Status, *, seconds: float) -> StageResult:
@@ -222,7 +223,7 @@ def _prepare(
     pipeline = load_pipeline(path, overrides)
     plans = plan(pipeline, only=only, resolve=lambda uri: resolve(uri, tracking_uri=pipeline.tracking_uri))
     by_name = {planned.name: planned for planned in plans}
-    return _Run(pipeline, by_name, reporter or PlainReporter(), overrides, longest_path_first(plans))
+    return _Run(pipeline, by_name, reporter or PlainReporter(), overrides)
 
 
 def _prepare_one(
@@ -300,11 +301,12 @@ def _run_stages(run: _Run) -> list[StageResult]:
                 pipeline.tracking_uri, experiment=pipeline.experiment, name=flow_run.name, tags=tags, files=files
             )
         )
+        turns = stack.enter_context(ThreadPoolExecutor(1)).submit(longest_path_first, list(run.plans.values()))
         cluster = None
         if any(planned.status == "run" for planned in run.plans.values()):
             runtime_env = pipeline.cfg.ray.runtime_env
             cluster = stack.enter_context(jobs.cluster(pipeline.cfg.ray.address, runtime_env=runtime_env))
-        stack.callback(_place.reset, _place.set(_Place(run, cluster, parent.run_id, links)))
+        stack.callback(_place.reset, _place.set(_Place(run, cluster, parent.run_id, links, turns.result())))
         futures = _submit(run)
         try:
             results = [_outcome(run, name, future) for name, future in futures.items()]

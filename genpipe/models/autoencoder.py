@@ -35,7 +35,7 @@ TILE, OVERLAP = 512, 128
 """Pixels of a side of the tiles that large images are cut into, and of what neighbors share."""
 
 TILED_ABOVE = 1024
-"""Pixels of the longer side above which images are encoded and decoded in tiles, outside of training."""
+"""Pixels of the longer side above which images are encoded and decoded in tiles, in eval mode."""
 
 LOGVAR_RANGE = (-30.0, 20.0)
 
@@ -53,10 +53,12 @@ class IdentityConfig(Config):
 
     @property
     def latent_channels(self) -> int:
+        """The channels of an image."""
         return self.image_channels
 
     @property
     def bottleneck(self) -> Plain:
+        """None: latents are what the image is."""
         return Plain(kind="plain")
 
 
@@ -104,7 +106,7 @@ class Autoencoder(nn.Module):
         """Images in [-1, 1], sides divisible by the factor -> (mean, logvar), each a latent grid in fp32.
 
         A latent sample is mean + exp(logvar / 2) noise; without a KL bottleneck logvar is -30, which is no noise.
-        Outside of training, large images are encoded in tiles.
+        In eval mode large images are encoded in tiles.
         """
         sides, factor = tuple(images_BCHW.shape[-2:]), self.cfg.factor
         if any(side % factor for side in sides):
@@ -126,7 +128,7 @@ class Autoencoder(nn.Module):
     def decode(self, latents: Tensor, *, fp32: bool = False) -> Tensor:
         """Latent grid -> fp32 images, about [-1, 1]; `fp32` also computes in fp32, whatever autocast says.
 
-        Outside of training, large images are decoded in tiles.
+        In eval mode large images are decoded in tiles.
         """
         if self._in_tiles(max(latents.shape[-2:]) * self.cfg.factor):
             sizes = {"tile": _cells(TILE, self.cfg.factor), "overlap": _cells(OVERLAP, self.cfg.factor)}
@@ -145,7 +147,7 @@ class Autoencoder(nn.Module):
         return self.decoder(vectors).float()
 
     def _in_tiles(self, pixels: int) -> bool:
-        return pixels > TILED_ABOVE and not torch.is_grad_enabled() and self.cfg.factor > 1
+        return pixels > TILED_ABOVE and not self.training and self.cfg.factor > 1
 
     def forward(self, images_BCHW: Tensor, *, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(reconstruction, mean, logvar) through a posterior sample; `noise` has the shape of the latents."""

@@ -20,5 +20,6 @@ class ResBlock(ResidualBlock):
         self.skip = nn.Identity() if channels_in == channels_out else nn.Conv2d(channels_in, channels_out, 1)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
+        """Grid [B, channels_in, H, W] -> [B, channels_out, H, W]."""
         h = self.conv1(F.silu(self.norm1(x_BCHW)))
         return self.skip(x_BCHW) + self.conv2(F.silu(self.norm2(h)))

@@ -81,6 +81,7 @@ class ChannelNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(channels))
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
+        """Grid [B, C, H, W], normalized in fp32."""
         scale = torch.rsqrt(x_BCHW.float().square().mean(1, keepdim=True) + 1e-5)
         return (x_BCHW * scale) * self.weight[:, None, None] + self.bias[:, None, None]
 
@@ -95,6 +96,7 @@ class Block(ResidualBlock):
         self.norm = ChannelNorm(channels)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
+        """Grid [B, C, H, W] -> the same shape."""
         return x_BCHW + self.norm(self.conv2(F.silu(self.conv1(x_BCHW))))
 
 
@@ -118,6 +120,7 @@ class LinearAttention(ResidualBlock):
         self.norm = ChannelNorm(channels)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
+        """Grid [B, C, H, W] -> the same shape; the attention itself is computed in fp32."""
         qkv = torch.cat([self.q(x_BCHW), self.k(x_BCHW), self.v(x_BCHW)], dim=1)
         scales = torch.cat([qkv, *(scale(qkv) for scale in self.scales)], dim=1)
         # Heads are consecutive thirds of the concatenation, whatever they were projected as: the published order.
@@ -143,6 +146,7 @@ class GatedConv(ResidualBlock):
         self.norm = ChannelNorm(channels)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
+        """Grid [B, C, H, W] -> the same shape."""
         value, gate = self.depth(F.silu(self.widen(x_BCHW))).chunk(2, dim=1)
         return x_BCHW + self.norm(self.narrow(value * F.silu(gate)))
 
@@ -158,6 +162,7 @@ class Down(nn.Module):
         self.conv = nn.Conv2d(channels_in, made, 3, stride=stride, padding=1)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
+        """Grid [B, channels_in, H, W] -> [B, channels_out, H / 2, W / 2]."""
         h = self.conv(x_BCHW)
         h = F.pixel_unshuffle(h, 2) if self.folds else h
         if self.channels_out is None:
@@ -175,6 +180,7 @@ class Up(nn.Module):
         self.conv = nn.Conv2d(channels_in, 4 * channels_out if self.folds else channels_out, 3, padding=1)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
+        """Grid [B, channels_in, H, W] -> [B, channels_out, 2H, 2W]."""
         if self.folds:
             h = F.pixel_shuffle(self.conv(x_BCHW), 2)
         else:
@@ -191,6 +197,7 @@ class ToLatents(nn.Module):
         self.conv = nn.Conv2d(channels, channels_out, 3, padding=1)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
+        """Features [B, channels, H, W] -> [B, channels_out, H, W]."""
         h = self.conv(x_BCHW)
         averages = x_BCHW.unflatten(1, (self.latents, -1)).mean(2)
         return h + F.pad(averages, (0, 0, 0, 0, 0, h.shape[1] - self.latents))
@@ -205,6 +212,7 @@ class FromLatents(nn.Module):
         self.conv = nn.Conv2d(latents, channels, 3, padding=1)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
+        """Latents [B, latents, H, W] -> features [B, channels, H, W]."""
         return self.conv(x_BCHW) + x_BCHW.repeat_interleave(self.repeats, dim=1)
 
 

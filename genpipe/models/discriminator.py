@@ -52,6 +52,7 @@ class Discriminator(nn.Module):
             self.apply(_initialize)
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
+        """Images [B, C, H, W] in [-1, 1] -> logits [B, 1, h, w] in fp32."""
         return self.net(images_BCHW).float()
 
 

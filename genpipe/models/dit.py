@@ -104,6 +104,7 @@ class DiTBlock(ResidualBlock):
             zeroed(self.cross_attention.out)
 
     def forward(self, x_BLD: Tensor, conditions: DiTConditions) -> Tensor:
+        """Tokens [B, L, D] -> the same shape."""
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(conditions.vector)[:, None].chunk(
             6, dim=-1
         )

@@ -179,6 +179,7 @@ class Mlp(nn.Module):
         self.down = nn.Linear(hidden, width)
 
     def forward(self, x_BLD: Tensor) -> Tensor:
+        """x [..., D] -> [..., D]."""
         hidden = self.up(x_BLD)
         if self.activation == "quick_gelu":
             return self.down(hidden * torch.sigmoid(1.702 * hidden))
@@ -217,6 +218,7 @@ class TransformerBlock(ResidualBlock):
         self.mlp = Mlp(width, ratio=mlp_ratio, activation=activation)
 
     def forward(self, x_BLD: Tensor, *, mask: Tensor | None = None, cache: KeyValueCache | None = None) -> Tensor:
+        """x [B, L, D] -> [B, L, D]; `mask` and `cache` as in `Attention`."""
         x_BLD = x_BLD + self.attention(self.attention_norm(x_BLD), mask=mask, cache=cache)
         return x_BLD + self.mlp(self.mlp_norm(x_BLD))
 
@@ -240,6 +242,7 @@ class LevelEmbedding(nn.Module):
         self.down = nn.Linear(width, width)
 
     def forward(self, level_B: Tensor) -> Tensor:
+        """Levels [B] in [0, 1] -> [B, width]."""
         return self.down(F.silu(self.up(sinusoid(1000.0 * level_B, dim=self.frequencies))))
 
 
@@ -277,6 +280,7 @@ class Rotary:
         self.cos_LE, self.sin_LE = angles.cos(), angles.sin()
 
     def __call__(self, x_BHLE: Tensor) -> Tensor:
+        """Queries or keys [B, H, L, E], turned by the coordinates of their tokens."""
         first, second = x_BHLE.chunk(2, dim=-1)
         cos, sin = self.cos_LE.to(x_BHLE.dtype), self.sin_LE.to(x_BHLE.dtype)
         return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1)

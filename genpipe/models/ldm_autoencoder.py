@@ -47,6 +47,7 @@ class LdmConfig(Config):
 
     @property
     def widths(self) -> list[int]:
+        """Channels of each level, finest first."""
         return [self.width * m for m in self.multipliers]
 
     @model_validator(mode="after")
@@ -73,6 +74,7 @@ class LdmAttention(ResidualBlock):
         self.out = nn.Linear(channels, channels)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
+        """Grid [B, C, H, W] -> the same shape."""
         tokens_B1LC = self.norm(x_BCHW).flatten(2).transpose(1, 2).unsqueeze(1)
         attended_B1LC = attend(self.q(tokens_B1LC), self.k(tokens_B1LC), self.v(tokens_B1LC))
         return x_BCHW + self.out(attended_B1LC).squeeze(1).transpose(1, 2).unflatten(2, x_BCHW.shape[-2:])
@@ -85,6 +87,7 @@ class LdmDownsample(nn.Conv2d):
         super().__init__(channels, channels, 3, stride=2)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
+        """Grid [B, C, H, W] -> [B, C, H / 2, W / 2]."""
         return super().forward(F.pad(x_BCHW, (0, 1, 0, 1)))
 
 
@@ -95,6 +98,7 @@ class LdmUpsample(nn.Conv2d):
         super().__init__(channels, channels, 3, padding=1)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
+        """Grid [B, C, H, W] -> [B, C, 2H, 2W]."""
         return super().forward(F.interpolate(x_BCHW, scale_factor=2.0, mode="nearest"))
 
 

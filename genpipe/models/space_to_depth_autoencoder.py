@@ -42,6 +42,7 @@ class FoldedConfig(Config):
 
     @property
     def widths(self) -> list[int]:
+        """Channels of each level, finest first."""
         return [self.width * m for m in self.multipliers]
 
 
@@ -54,6 +55,7 @@ class AttentionBlock(ResidualBlock):
         self.attention = Attention(channels, heads=1)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
+        """Grid [B, C, H, W] -> the same shape."""
         tokens = self.norm(x_BCHW).flatten(2).transpose(1, 2)
         return x_BCHW + self.attention(tokens).transpose(1, 2).unflatten(2, x_BCHW.shape[-2:])
 

@@ -91,6 +91,7 @@ class Cell(nn.Module):
         self.resize: nn.Module | None = None
 
     def forward(self, x_BCHW: Tensor, conditions: UNetConditions) -> Tensor:
+        """Grid [B, C, H, W] -> the grid after the block, its attention and its resizing."""
         x_BCHW = self.block(x_BCHW, conditions)
         if self.attention is not None:
             x_BCHW = self.attention(x_BCHW, conditions)

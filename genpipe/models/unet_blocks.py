@@ -51,6 +51,7 @@ class UNetResBlock(ResidualBlock):
         self.skip = nn.Identity() if channels_in == channels_out else nn.Conv2d(channels_in, channels_out, 1)
 
     def forward(self, x_BCHW: Tensor, conditions: UNetConditions) -> Tensor:
+        """Grid [B, channels_in, H, W] -> [B, channels_out, H, W], or half or twice H and W."""
         h = self._resized(F.silu(self.norm1(x_BCHW)))
         h = self.conv1(h)
         levels = self.modulation(conditions.vector)[:, :, None, None]
@@ -75,6 +76,7 @@ class UNetDownsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
 
     def forward(self, x_BCHW: Tensor, conditions: UNetConditions) -> Tensor:
+        """Grid [B, C, H, W] -> [B, C, H / 2, W / 2]."""
         return self.conv(x_BCHW)
 
 
@@ -86,6 +88,7 @@ class UNetUpsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x_BCHW: Tensor, conditions: UNetConditions) -> Tensor:
+        """Grid [B, C, H, W] -> [B, C, 2H, 2W]."""
         return self.conv(F.interpolate(x_BCHW, scale_factor=2.0, mode="nearest"))
 
 
@@ -102,6 +105,7 @@ class GridAttention(ResidualBlock):
         zeroed(self.attention.out)
 
     def forward(self, x_BCHW: Tensor, conditions: UNetConditions) -> Tensor:
+        """Grid [B, C, H, W] -> the same shape."""
         tokens = as_tokens(self.norm(x_BCHW))
         mask = None if conditions.context_mask is None else joint_mask(conditions.context_mask, tokens=tokens.shape[1])
         return x_BCHW + as_grid(self.attention(tokens, mask=mask, context=conditions.context), like=x_BCHW)
@@ -118,6 +122,7 @@ class SpatialTransformer(ResidualBlock):
         self.tokens_out = zeroed(nn.Linear(channels, channels))
 
     def forward(self, x_BCHW: Tensor, conditions: UNetConditions) -> Tensor:
+        """Grid [B, C, H, W] -> the same shape."""
         tokens = self.tokens_in(as_tokens(self.norm(x_BCHW)))
         for block in self.blocks:
             tokens = block(tokens, conditions)
@@ -139,6 +144,7 @@ class ContextBlock(nn.Module):
         self.mlp = GatedMlp(width)
 
     def forward(self, x_BLC: Tensor, conditions: UNetConditions) -> Tensor:
+        """Tokens [B, L, C] -> the same shape."""
         x_BLC = x_BLC + self.self_attention(self.self_norm(x_BLC))
         mask = None if conditions.context_mask is None else conditions.context_mask[:, None, None]
         assert conditions.context is not None, "UNet checks it"
@@ -155,6 +161,7 @@ class GatedMlp(nn.Module):
         self.down = nn.Linear(4 * width, width)
 
     def forward(self, x_BLC: Tensor) -> Tensor:
+        """Tokens [B, L, C] -> the same shape."""
         x, gate = self.up(x_BLC).chunk(2, dim=-1)
         return self.down(x * F.gelu(gate))
 

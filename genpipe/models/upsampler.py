@@ -61,6 +61,7 @@ class ModulatedBlock(ResidualBlock):
         nn.init.zeros_(self.conv2.weight)
 
     def forward(self, x_BDHW: Tensor, *, vector: Tensor) -> Tensor:
+        """Grid [B, D, H, W] and conditioning vector [B, D] -> the same grid shape."""
         h = self.conv1(F.silu(self.norm1(x_BDHW)))
         shift, scale = self.modulation(vector)[:, :, None, None].chunk(2, dim=1)
         return x_BDHW + self.conv2(F.silu(self.norm2(h) * (1 + scale) + shift))

@@ -64,12 +64,14 @@ class LevelQuantizer(nn.Module):
         self.bottom = Quantizer(bottleneck, cfg.bottom_channels)
 
     def forward(self, latents: Tensor, *, generator: torch.Generator | None = None) -> Quantized:
+        """The packed grid [B, T + 4C, H, W], each level quantized with its own codebook."""
         top, bottom = unpack(latents, top_channels=self.top_channels)
         above, below = self.top(top, generator=generator), self.bottom(bottom, generator=generator)
         counts = {"top_": above.counts[""], "bottom_": below.counts[""]}
         return Quantized(pack(above.vectors, below.vectors), above.loss + below.loss, counts)
 
     def update(self) -> None:
+        """Update both codebooks, as `Quantizer.update`."""
         self.top.update()
         self.bottom.update()
 
@@ -83,6 +85,7 @@ class Residual(ResidualBlock):
         self.conv2 = nn.Conv2d(hidden, width, 1)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
+        """Grid [B, width, H, W] -> the same shape."""
         return x_BCHW + self.conv2(F.relu(self.conv1(F.relu(x_BCHW))))
 
 
@@ -108,6 +111,7 @@ class HierarchicalEncoder(nn.Module):
         return self.down(images)
 
     def top(self, features: Tensor) -> Tensor:
+        """Moments of the top level, [B, moments T, H, W], of `features`."""
         return self.to_top(self.down_again(features))
 
     def bottom(self, features: Tensor, top: Tensor) -> Tensor:
@@ -131,6 +135,7 @@ class HierarchicalDecoder(nn.Module):
         )
 
     def forward(self, latents: Tensor) -> Tensor:
+        """Packed latents [B, T + 4C, H, W] -> images [B, C, 8H, 8W]."""
         top, bottom = unpack(latents, top_channels=self.top_channels)
         return self.up(torch.cat([self.raise_top(top), bottom], dim=1))
 

@@ -23,7 +23,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from genpipe.artifacts import Artifact
 from genpipe.training.objective import Batch, Objective, Step
-from genpipe.training.optim import TrainConfig, optimizer_bytes
+from genpipe.training.optim import optimizer_bytes
+from genpipe.training.settings import TrainConfig
 
 BYTES = 4
 """Of a parameter, a gradient and an average, which are kept in fp32 whatever the precision of the products."""
@@ -63,26 +64,42 @@ def cost_of(stage: ModuleType, cfg: Any, inputs: Mapping[str, Artifact]) -> Cost
     train: TrainConfig = cfg.train
     batch_size = train.micro_batch(cfg.resources.workers)
     objective = on_meta(stage, cfg, inputs)
+    train.check_trainable(objective.trainable)
     with META:
         batch: Batch = stage.example_batch(cfg, inputs, batch_size=batch_size)
         names = objective.active(train.samples) if train.samples else ()  # weights that stay as they begin
-        steps = [_step(objective, name, batch, train) for name in names]
+        steps = {name: _step(objective, name, batch, train) for name in names}
     parameters = {part: _count(module) for part, module in objective.trainable.items()}
     trained, frozen = sum(parameters.values()), _frozen(objective)
     return Cost(
         parameters=parameters,
         frozen=frozen,
-        flops=sum(flops for flops, _ in steps) / batch_size,
+        flops=sum(flops / train.every(name) for name, (flops, _) in steps.items()) / batch_size,
         memory={
             "weights": BYTES * (trained + frozen),
             "gradients": BYTES * trained,
-            "optimizer": sum(optimizer_bytes(module, train.optim) for module in objective.trainable.values()),
+            "optimizer": sum(
+                optimizer_bytes(module, train.of(name).optim) for name, module in objective.trainable.items()
+            ),
             "averages": BYTES * trained,
-            "activations": max((peak for _, peak in steps), default=0),
+            "activations": max((peak for _, peak in steps.values()), default=0),
         },
         samples=train.samples,
         workers=cfg.resources.workers,
     )
+
+
+def training_flops(stage: ModuleType, cfg: Any, inputs: Mapping[str, Artifact]) -> float:
+    """FLOPs of a whole training, as `cost_of` counts them, in a fraction of its time: no memory is looked at."""
+    train: TrainConfig = cfg.train
+    batch_size = train.micro_batch(cfg.resources.workers)
+    objective = on_meta(stage, cfg, inputs)
+    total = 0.0
+    with META:
+        batch: Batch = stage.example_batch(cfg, inputs, batch_size=batch_size)
+        for name in objective.active(train.samples) if train.samples else ():
+            total += _flops(objective, name, batch, train) / train.every(name)
+    return total * train.samples / batch_size
 
 
 def on_meta(stage: ModuleType, cfg: Any, inputs: Mapping[str, Artifact]) -> Objective:
@@ -104,20 +121,27 @@ def _promised(artifact: Artifact) -> Artifact:
 
 def _step(objective: Objective, part: str, batch: Batch, train: TrainConfig) -> tuple[int, int]:
     """(FLOPs, bytes alive at the peak beside weights and gradients) of one micro-batch of a part."""
-    for name, module in objective.trainable.items():
-        module.requires_grad_(name == part)
+    flops = _flops(objective, part, batch, train)
+    for module in objective.trainable.values():
         for p in module.parameters():
             p.grad = torch.zeros_like(p)  # to be added to, as all but the first micro-batch of a step do
-    with FlopCounterMode(display=False) as counter:
-        _run(objective, part, batch, train)
     with _Alive() as alive:  # by itself, as the counter keeps what passes through checkpoints
         _run(objective, part, batch, train)
-    return counter.get_total_flops(), alive.peak
+    return flops, alive.peak
+
+
+def _flops(objective: Objective, part: str, batch: Batch, train: TrainConfig) -> int:
+    """FLOPs of one micro-batch of a part, forward and backward."""
+    for name, module in objective.trainable.items():
+        module.requires_grad_(name == part)
+    with FlopCounterMode(display=False) as counter:
+        _run(objective, part, batch, train)
+    return counter.get_total_flops()
 
 
 def _run(objective: Objective, part: str, batch: Batch, train: TrainConfig) -> None:
     """One micro-batch of a part, forward and backward."""
-    with _AsOnAGpu(bf16=train.precision == "bf16"):
+    with _AsOnAGpu(bf16=train.precision != "fp32"):
         loss, _ = objective.loss(part, batch, Step(samples_seen=train.samples, generator=torch.Generator()))
         # By the engine itself: `backward` would turn the mode off, but checkpointed blocks are computed again in it.
         run_backward = torch.autograd.Variable._execution_engine.run_backward

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from genpipe.pipeline.costs import cost_of
+from genpipe.pipeline.costs import training_flops
 from genpipe.pipeline.plan import Planned
 from genpipe.stages import is_training
 
@@ -14,8 +14,7 @@ def work(planned: Planned) -> float:
     stage, cfg = planned.instance.stage, planned.instance.cfg
     if planned.status == "cached" or not is_training(stage):
         return 0.0
-    cost = cost_of(stage, cfg, planned.inputs)
-    return cost.flops * cost.samples / cfg.resources.workers
+    return training_flops(stage, cfg, planned.inputs) / cfg.resources.workers
 
 
 def longest_path_first(plans: Sequence[Planned]) -> dict[str, int]:

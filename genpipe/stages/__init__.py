@@ -20,7 +20,8 @@ A *training* stage adds
 A *data* stage adds
 
     parts(cfg, inputs) -> list[str]                      its units of work, stable across runs
-    class Worker:  __init__(cfg, inputs), __call__(part, out) -> stats     one part to files in folder `out`
+    class Worker:  __init__(cfg, inputs), __call__(part, out) -> stats     one part to files in folder `out`; may have
+                   `environment: dict[str, str]`, what it found on its machine, for the manifest and the run
     finalize(cfg, inputs, results, out) -> (meta, metrics)                 after all parts, given their stats in order
 
 and may add `source_digest(cfg) -> str`, a digest of what it reads from outside the pipeline, and

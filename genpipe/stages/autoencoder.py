@@ -41,8 +41,8 @@ from genpipe.models.lpips import SMALLEST as SMALLEST_FOR_LPIPS
 from genpipe.models.quantizer import codebook_use
 from genpipe.pinned_files import PinnedFile
 from genpipe.training.objective import Batch, Metrics, ObserveTraining, Step, Validation
-from genpipe.training.optim import TrainConfig
 from genpipe.training.plateau import Settled, Settling
+from genpipe.training.settings import TrainConfig
 from genpipe.weights import InitialWeights, load_initial_weights, save_weights
 
 VERSION = 1
@@ -78,6 +78,8 @@ class LpipsConfig(PinnedFile):
 
 
 class Config(StageConfig):
+    """An autoencoder, the losses that it is trained with, and over how many images its latents are measured."""
+
     image_size: int = Field(64, ge=8)
     crop: Crop = Field("center", description="where squares are cut from images that are stored with another shape")
     model: AutoencoderConfig = FoldedConfig()
@@ -93,10 +95,12 @@ class Config(StageConfig):
 
 
 def roles(cfg: Config) -> dict[str, Role]:
+    """Images: shards, or generated samples."""
     return {"shard": Role("shards", "samples")}
 
 
 def check_inputs(cfg: Config, inputs: Mapping[str, Artifact]) -> dict[str, Any]:
+    """The latents that it promises. Raises ValueError where sizes do not fit one another."""
     check_image_size(inputs["shard"], cfg.image_size, setting="image_size")
     if cfg.image_size % cfg.model.factor:
         raise ValueError(f"image_size {cfg.image_size} is not a multiple of the model's factor {cfg.model.factor}")
@@ -115,6 +119,7 @@ def check_inputs(cfg: Config, inputs: Mapping[str, Artifact]) -> dict[str, Any]:
 
 
 def data(cfg: Config, inputs: Mapping[str, Artifact]) -> Data:
+    """Square images of both splits, cropped as configured in training."""
     return image_data(inputs["shard"], size=cfg.image_size, crop=cfg.crop, seed=cfg.train.seed)
 
 
@@ -124,6 +129,7 @@ def example_batch(cfg: Config, inputs: Mapping[str, Artifact], *, batch_size: in
 
 
 def objective(cfg: Config, inputs: Mapping[str, Artifact], device: torch.device) -> Objective:
+    """What to train: the autoencoder, and a discriminator where one is configured."""
     return Objective(cfg, device)
 
 
@@ -146,6 +152,7 @@ class Objective:
         self.inception = load_inception(cfg.fid, device=device) if cfg.fid and device.type != "meta" else None
 
     def active(self, samples_seen: int) -> Sequence[str]:
+        """The autoencoder, and the discriminator once it has started."""
         if self.settling:
             self.settling.look(samples_seen)
         return tuple(self.trainable) if self._adversarial(samples_seen) else ("autoencoder",)
@@ -157,6 +164,7 @@ class Objective:
         return samples_seen >= start if isinstance(start, int) else self.settling is not None and self.settling.settled
 
     def loss(self, name: str, batch: Batch, step: Step) -> tuple[Tensor, Metrics]:
+        """Reconstruction, bottleneck and adversarial losses; of the discriminator its hinge loss (Lim & Ye 2017)."""
         images = to_float(batch["images"])
         if name == "discriminator":
             return self._discriminator_loss(images, step)
@@ -207,12 +215,14 @@ class Objective:
         return recon, self.cfg.kl_weight * kl, {"kl": kl.detach()}
 
     def after_step(self) -> None:
+        """Move the codebook by what the step noted, and look for the plateau."""
         if self.model.quantizer is not None:
             self.model.quantizer.update()
         if self.settling:
             self.settling.update()
 
     def validate(self, batches: Iterable[Batch], generator: torch.Generator) -> Validation:
+        """PSNR, SSIM and, where configured, LPIPS and rFID of held-out images; some beside their originals."""
         scores = ReconstructionScores(lpips=self.lpips, inception=self.inception)
         counts: dict[str, Tensor] = {}
         pictures: dict[str, np.ndarray] = {}
@@ -232,11 +242,13 @@ class Objective:
 
 
 def export(objective: Objective, cfg: Config, inputs: Mapping[str, Artifact], folder: Path) -> dict[str, Any]:
-    save_weights(objective.model, folder, kind="autoencoder", config=cfg.model, sizes={}, extra={})
+    """Write the weights; the meta gets the latents' statistics by channel."""
+    model = objective.model.eval()
+    save_weights(model, folder, kind="autoencoder", config=cfg.model, sizes={}, extra={})
     if isinstance(cfg.model, IdentityConfig):  # pixels stay in [-1, 1], which samplers may then clip to
         channels = cfg.model.latent_channels
         return {"latent_mean": [0.0] * channels, "latent_std": [1.0] * channels}
-    return latent_moments(objective.model, data(cfg, inputs).train, cfg)
+    return latent_moments(model, data(cfg, inputs).train, cfg)
 
 
 def latent_moments(model: Autoencoder, split: SampleSet, cfg: Config) -> dict[str, list[float]]:

@@ -37,7 +37,7 @@ from genpipe.generation.conditions import TOKENIZER_FILE
 from genpipe.models.clip import CLIP, CLIPConfig, keep_patches
 from genpipe.models.contrastive import encode_in_chunks
 from genpipe.training.objective import Batch, Metrics, ObserveTraining, Step, Validation
-from genpipe.training.optim import TrainConfig
+from genpipe.training.settings import TrainConfig
 from genpipe.weights import InitialWeights, load_initial_weights, save_weights
 
 VERSION = 1
@@ -60,6 +60,8 @@ class ClipVocabulary(Block):
 
 
 class Config(StageConfig):
+    """Both towers, the tokenizer, and what validation measures beside retrieval."""
+
     model: CLIPConfig = CLIPConfig()
     crop: Crop = Field("center", description="where squares are cut from images that are stored with another shape")
     context_length: int = Field(32, ge=4, description="tokens of a caption, first and last included")
@@ -78,10 +80,12 @@ class Config(StageConfig):
 
 
 def roles(cfg: Config) -> dict[str, Role]:
+    """Images with captions: shards, or generated samples with their prompts."""
     return {"shard": Role("shards", "samples")}
 
 
 def check_inputs(cfg: Config, inputs: Mapping[str, Artifact]) -> dict[str, Any]:
+    """The embeddings that it promises. Raises ValueError where sizes do not fit one another."""
     check_image_size(inputs["shard"], cfg.model.image_size, setting="model.image_size")
     if cfg.train.micro_batch_size is not None:
         raise ValueError("train.micro_batch_size: the contrastive loss compares the whole batch at once, so it "
@@ -104,6 +108,7 @@ def example_batch(cfg: Config, inputs: Mapping[str, Artifact], *, batch_size: in
 
 
 def data(cfg: Config, inputs: Mapping[str, Artifact]) -> Data:
+    """Images with the tokens of one caption each, of both splits."""
     return Data(train=_split(cfg, inputs, "train"), heldout=_split(cfg, inputs, "heldout"))
 
 
@@ -138,6 +143,7 @@ class Captioned:
     classes: tuple[str, ...] = ()
 
     def __call__(self, indices: np.ndarray, positions: np.ndarray) -> Batch:
+        """The batch of these samples at these positions of the stream."""
         crops = crop_draws(positions, crop=self.crop, seed=self.seed or 0)
         (images,), indices = read_images(self.dataset, indices, sizes=(self.size,), draws=crops)
         draws = np.zeros(len(indices)) if self.seed is None else caption_draws(positions, seed=self.seed)
@@ -170,6 +176,7 @@ def _train_tokenizer(uri: str, fingerprint: str, vocab_size: int, captions: int)
 
 
 def objective(cfg: Config, inputs: Mapping[str, Artifact], device: torch.device) -> Objective:
+    """What to train; on the meta device no tokenizer is read."""
     return Objective(cfg, None if device.type == "meta" else _tokenizer(cfg, inputs), device)
 
 
@@ -197,9 +204,11 @@ class Objective:
             self.prompts = torch.from_numpy(prompts).to(device)
 
     def active(self, samples_seen: int) -> Sequence[str]:
+        """Both towers, as one module."""
         return ("clip",)
 
     def loss(self, name: str, batch: Batch, step: Step) -> tuple[Tensor, Metrics]:
+        """The contrastive loss of the global batch, gathered over ranks (Radford et al. 2021, figure 3)."""
         images, tokens, size = batch["images"], batch["tokens"], self.cfg.tower_batch_size
         patches = [self._patches(images, step.generator)] if self.cfg.patch_dropout else []
         image_embed = encode_in_chunks(self._image_embed, images, *patches, size=size)
@@ -218,9 +227,11 @@ class Objective:
         return keep_patches(images, patches=patches, drop=drop, generator=generator)
 
     def after_step(self) -> None:
+        """Keep the scale of the logits at most 100."""
         self.model.clamp_logit_scale_()
 
     def validate(self, batches: Iterable[Batch], generator: torch.Generator) -> Validation:
+        """Loss and retrieval among the held-out pairs, and zero-shot accuracy where classes are configured."""
         embeds, labels = [], []
         for batch in batches:
             embeds.append(self.model(to_float(batch["images"]), batch["tokens"]))
@@ -245,6 +256,7 @@ def _zero_shot(images: Tensor, labels: Tensor, classes: Tensor) -> dict[str, flo
 
 
 def export(objective: Objective, cfg: Config, inputs: Mapping[str, Artifact], folder: Path) -> dict[str, Any]:
+    """Write weights and tokenizer; the meta gets the image embeddings' statistics by dimension."""
     tokenizer = _tokenizer(cfg, inputs)
     tokenizer.save(folder / TOKENIZER_FILE)
     save_weights(objective.model, folder, kind="clip", config=cfg.model, sizes=objective.sizes, extra={})

@@ -34,7 +34,7 @@ from genpipe.generation.latents import decoder_model, sample_latents
 from genpipe.models.autoencoder import Autoencoder
 from genpipe.models.decoder import Decoder, DecoderConfig
 from genpipe.training.objective import Batch, Metrics, ObserveTraining, Step, Validation
-from genpipe.training.optim import TrainConfig
+from genpipe.training.settings import TrainConfig
 from genpipe.weights import InitialWeights, load_initial_weights, load_weights, save_weights
 
 VERSION = 1

@@ -19,6 +19,7 @@ from genpipe.config import StageConfig
 from genpipe.data.loader import sequential
 from genpipe.evaluation.metrics import MetricConfig
 from genpipe.evaluation.metrics.metric import Evaluation, Measure, Metric
+from genpipe.models.precision import autocast, products_of
 from genpipe.stages import is_training, load_stage
 from genpipe.storage import Storage, join, open_storage
 from genpipe.training.loop import seeded, to_device
@@ -138,7 +139,7 @@ def validate(artifact: Artifact, device: torch.device) -> dict[str, float]:
     held = stage.data(cfg, manifest.inputs).heldout
     size, limit = cfg.train.validation_batch, cfg.observe.heldout_samples
     batches = sequential(held.length, batch_size=size, collate=held.collate, limit=limit)
-    with torch.no_grad(), torch.autocast(device.type, dtype=torch.bfloat16, enabled=cfg.train.precision == "bf16"):
+    with torch.no_grad(), autocast(device, products_of(cfg.train.precision, device)):
         moved = (to_device(batch, device) for _, batch in batches)
         found: dict[str, float] = objective.validate(moved, seeded(device, cfg.train.seed, "validate")).metrics
     return found

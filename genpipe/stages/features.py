@@ -29,6 +29,7 @@ from genpipe.generation.conditions import TOKENIZER_FILE, latent_statistics
 from genpipe.lineage import check_lineage, content_digest
 from genpipe.models.autoencoder import Autoencoder
 from genpipe.models.clip import CLIP
+from genpipe.models.precision import Precision, autocast, products_of
 from genpipe.weights import load_weights
 
 VERSION = 4
@@ -45,7 +46,7 @@ BAD_SAMPLES = "bad_samples.parquet"
 class Config(StageConfig):
     batch_size: int = Field(64, ge=1, description="images, or captions, of one forward pass")
     dtype: Literal["float16", "float32"] = "float16"
-    precision: Literal["bf16", "fp32"] = Field("fp32", description="of the encoders")
+    precision: Precision = Field("auto", description="of the encoders' products")
     latent_samples: bool = Field(
         False, description="cache the latents' variances too, and train on samples instead of means"
     )
@@ -86,6 +87,8 @@ class Worker:
     def __init__(self, cfg: Config, inputs: Mapping[str, Artifact]) -> None:
         self.cfg = cfg
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.products = products_of(cfg.precision, self.device)
+        self.environment = {"precision_used": self.products}
         self.shard = inputs["shard"]
         clip, autoencoder = fetch(inputs["clip"]), fetch(inputs["autoencoder"])
         self.clip = cast(CLIP, load_weights(clip, kind="clip", device=self.device).module)
@@ -97,7 +100,7 @@ class Worker:
 
     @torch.no_grad()
     def __call__(self, part: str, out: Path) -> dict[str, Any]:
-        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.cfg.precision == "bf16"):
+        with autocast(self.device, self.products):
             if part == NULL_TEXT:
                 write_null_text(out, self._texts([[""]]))
                 return {"samples": 0, "captions": 0, "damaged": []}

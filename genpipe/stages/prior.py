@@ -30,7 +30,7 @@ from genpipe.models.autoregressive_prior import AutoregressivePrior, Autoregress
 from genpipe.models.pca_quantizer import principal_components
 from genpipe.models.prior import DiffusionPriorConfig, Prior, PriorConfig, build_prior
 from genpipe.training.objective import Batch, Metrics, ObserveTraining, Step, Validation
-from genpipe.training.optim import TrainConfig
+from genpipe.training.settings import TrainConfig
 from genpipe.weights import InitialWeights, load_initial_weights, save_weights
 
 VERSION = 1

@@ -42,7 +42,7 @@ from genpipe.models.autoencoder import Autoencoder
 from genpipe.models.precision import fp32
 from genpipe.models.upsampler import ConvolutionalConfig, UpsamplerConfig, build_upsampler
 from genpipe.training.objective import Batch, Metrics, ObserveTraining, Step, Validation
-from genpipe.training.optim import TrainConfig
+from genpipe.training.settings import TrainConfig
 from genpipe.weights import InitialWeights, load_initial_weights, load_weights, save_weights
 
 VERSION = 1

@@ -1,7 +1,7 @@
 """The loop: one for every training stage, on one process or many.
 
-Randomness of a step derives from (seed, part, position in the stream), gradients are averaged by DDP, metrics
-leave the device every `log_every` steps. Nothing between forward and optimizer step waits for the device.
+Randomness of a step derives from (seed, name of the trainable module, position in the stream), gradients are averaged
+by DDP, metrics leave the device every `log_every` steps. Nothing between forward and optimizer step waits for it.
 """
 
 from __future__ import annotations
@@ -20,10 +20,12 @@ from torch.nn.parallel import DistributedDataParallel
 from genpipe.config import Resources
 from genpipe.data.loader import Batches, Data, sequential
 from genpipe.data.order import order_of
+from genpipe.models.precision import Products, autocast, products_of
 from genpipe.training.bad_samples import Damage
+from genpipe.training.meter import Meter
 from genpipe.training.objective import Batch, Metrics, Objective, ObserveTraining, Step, Validation
-from genpipe.training.optim import TrainConfig, lr_scale
 from genpipe.training.runtime import Runtime
+from genpipe.training.settings import TrainConfig, lr_scale
 from genpipe.training.state import TrainState
 
 
@@ -35,13 +37,18 @@ def train(
     Starts from the runtime's newest checkpoint if there is one: N steps and k + resume + (N - k) steps give the
     same weights, bitwise on CPU. Every rank returns; metrics and pictures of the validation are rank 0's.
 
-    Raises FloatingPointError when a loss or gradient stops being finite, before such weights are saved;
-    Interrupted when the runtime asked for a stop, after a checkpoint.
+    Raises ValueError where `cfg.trainable` names a module that the objective does not train; FloatingPointError when a
+    loss or gradient stops being finite, before such weights are saved; Interrupted when the runtime asked for a stop,
+    after a checkpoint.
     """
+    cfg.check_trainable(objective.trainable)
     state = TrainState.fresh(objective.trainable, cfg)
-    state.resume(rt)
-    forward = {part: _wrap(objective, part, module) for part, module in objective.trainable.items()}
-    meter = _Meter(rt, cfg, state.step)
+    if not state.resume(rt):
+        state.products = _agreed_products(cfg, rt)
+    if rt.rank == 0:
+        rt.log_environment({"precision_used": state.products})
+    forward = {name: _wrap(objective, name, module) for name, module in objective.trainable.items()}
+    meter = Meter(rt, global_batch_size=cfg.global_batch_size, step=state.step)
     micro_batch = cfg.micro_batch(rt.world_size)
     saved_at = time.monotonic()
     sources = data.train.sources or {"": range(data.train.length)}
@@ -70,7 +77,7 @@ def train(
                 _log_validation(validate(objective, data, cfg, rt, state, observe), rt, state)
             if not last and state.step % observe.log_every:
                 continue
-            meter.report(state, batches.wait_seconds, damage.report())  # before a save, as it raises on bad values
+            meter.report(state, waited=batches.wait_seconds, bad_samples=damage.report())  # raises, so before a save
             stop, due = _agreed(rt, rt.should_stop(), time.monotonic() - saved_at > resources.checkpoint_seconds)
             if not last and (stop or due):
                 if rt.rank == 0:
@@ -93,15 +100,15 @@ class Interrupted(Exception):
 def validate(
     objective: Objective, data: Data, cfg: TrainConfig, rt: Runtime, state: TrainState, observe: ObserveTraining
 ) -> Validation:
-    """Validate the EMA weights on the first `heldout_samples` held-out samples, on rank 0; the others wait."""
+    """Validate the EMA weights on `heldout_samples` held-out samples, on rank 0; the others wait."""
     result = Validation({})
     if rt.rank == 0:
         with ExitStack() as stack:
-            for part, module in objective.trainable.items():
-                stack.enter_context(state.emas[part].swapped())
+            for name, module in objective.trainable.items():
+                stack.enter_context(state.emas[name].swapped())
                 module.eval()
                 stack.callback(module.train)
-            stack.enter_context(autocast(cfg, rt))
+            stack.enter_context(autocast(rt.device, state.products))
             held = data.heldout
             batches = sequential(
                 held.length,
@@ -118,11 +125,6 @@ def validate(
     return result
 
 
-def autocast(cfg: TrainConfig, rt: Runtime) -> torch.autocast:
-    """bf16 matrix products where the configuration asks for them."""
-    return torch.autocast(rt.device.type, dtype=torch.bfloat16, enabled=cfg.precision == "bf16")
-
-
 def seeded(device: torch.device, *identity: object) -> torch.Generator:
     """A generator whose seed is a hash of `identity`."""
     digest = hashlib.sha256(repr(identity).encode()).digest()
@@ -130,24 +132,25 @@ def seeded(device: torch.device, *identity: object) -> torch.Generator:
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
+    """The batch on `device`, copied behind the host's back where its memory is pinned."""
     return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
 
 
-class _PartLoss(nn.Module):
-    """One part's loss as a module, which is what DDP wraps."""
+class _Loss(nn.Module):
+    """The loss of one trainable module as a module itself, which is what DDP wraps."""
 
-    def __init__(self, objective: Objective, part: str, module: nn.Module) -> None:
+    def __init__(self, objective: Objective, name: str, module: nn.Module) -> None:
         super().__init__()
         self.module = module
         self.objective = objective
-        self.part = part
+        self.name = name
 
     def forward(self, batch: Batch, step: Step) -> tuple[Tensor, Metrics]:
-        return self.objective.loss(self.part, batch, step)
+        return self.objective.loss(self.name, batch, step)
 
 
-def _wrap(objective: Objective, part: str, module: nn.Module) -> nn.Module:
-    loss = _PartLoss(objective, part, module)
+def _wrap(objective: Objective, name: str, module: nn.Module) -> nn.Module:
+    loss = _Loss(objective, name, module)
     trained = any(p.requires_grad for p in module.parameters())  # DDP takes no other
     if trained and dist.is_initialized() and dist.get_world_size() > 1:
         return DistributedDataParallel(loss, forward_sync_buffers=False)
@@ -161,34 +164,45 @@ def _step(
     stream: Iterator[tuple[int, Batch]],
     cfg: TrainConfig,
     rt: Runtime,
-    meter: _Meter,
+    meter: Meter,
 ) -> None:
-    """One optimizer step of every active part on the same global batch."""
+    """One optimizer step of every module whose turn it is, all on the same global batch."""
     accumulate = cfg.global_batch_size // (cfg.micro_batch(rt.world_size) * rt.world_size)
     micro = [(position, to_device(batch, rt.device)) for position, batch in _take(stream, accumulate)]
-    scale = lr_scale(cfg, samples_seen=state.samples_seen)
-    for part in objective.active(state.samples_seen):
-        for name, module in objective.trainable.items():
-            module.requires_grad_(name == part)
+    for name in objective.active(state.samples_seen):
+        if state.step % cfg.every(name):
+            continue
+        for other, module in objective.trainable.items():
+            module.requires_grad_(other == name)
         for i, (position, batch) in enumerate(micro):
-            step = Step(state.samples_seen, seeded(rt.device, cfg.seed, part, position))
+            step = Step(state.samples_seen, seeded(rt.device, cfg.seed, name, position))
             partial = rt.world_size > 1 and i < len(micro) - 1
-            with forward[part].no_sync() if partial else nullcontext():  # type: ignore[operator]
-                with autocast(cfg, rt):
-                    loss, metrics = forward[part](batch, step)
+            with forward[name].no_sync() if partial else nullcontext():  # type: ignore[operator]
+                with autocast(rt.device, state.products):
+                    loss, metrics = forward[name](batch, step)
                 (loss / accumulate).backward()
-            meter.add({f"{part}/loss": loss.detach(), **{f"{part}/{k}": v for k, v in metrics.items()}})
-        norm = nn.utils.clip_grad_norm_(objective.trainable[part].parameters(), cfg.grad_clip)
-        meter.add({f"{part}/grad_norm": norm.detach()})
-        for optimizer in state.optimizers[part]:
+            meter.add({f"{name}/loss": loss.detach(), **{f"{name}/{k}": v for k, v in metrics.items()}})
+        meter.add({f"{name}/grad_norm": _clip(objective.trainable[name], cfg.grad_clip)})
+        scale = lr_scale(cfg.of(name), samples_seen=state.samples_seen)
+        for optimizer in state.optimizers[name]:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * scale
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+        meter.rates[name] = cfg.of(name).optim.lr * scale
         objective.after_step()
-        state.emas[part].update()
+        state.emas[name].update()
     state.samples_seen += cfg.global_batch_size
     state.step += 1
+
+
+def _clip(module: nn.Module, most: float | None) -> Tensor:
+    """The norm of a module's gradients, which are scaled down where it is more than `most`."""
+    parameters = [p for p in module.parameters() if p.grad is not None]
+    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    if most is not None:
+        nn.utils.clip_grads_with_norm_(parameters, most, norm)
+    return norm.detach()
 
 
 def _take(stream: Iterator[tuple[int, Batch]], n: int) -> Iterable[tuple[int, Batch]]:
@@ -209,46 +223,13 @@ def _agreed(rt: Runtime, *flags: bool) -> list[bool]:
     return [bool(flag) for flag in answer.tolist()]
 
 
+def _agreed_products(cfg: TrainConfig, rt: Runtime) -> Products:
+    """The precision of products that rank 0 finds: ranks on unlike machines must not differ."""
+    [bf16] = _agreed(rt, rt.rank == 0 and products_of(cfg.precision, rt.device) == "bf16")
+    return "bf16" if bf16 else "fp32"
+
+
 def _log_validation(result: Validation, rt: Runtime, state: TrainState) -> None:
     if rt.rank == 0:
         rt.log({f"heldout/{k}": v for k, v in result.metrics.items()}, samples_seen=state.samples_seen)
         rt.log_images(result.images, samples_seen=state.samples_seen)
-
-
-class _Meter:
-    """Sums metrics on the device and brings their means to the host when asked."""
-
-    def __init__(self, rt: Runtime, cfg: TrainConfig, step: int) -> None:
-        self.rt = rt
-        self.cfg = cfg
-        self.sums: dict[str, Tensor] = {}
-        self.counts: dict[str, int] = {}
-        self.last = (time.monotonic(), step, 0.0)
-
-    def add(self, metrics: Metrics) -> None:
-        for name, value in metrics.items():
-            self.sums[name] = self.sums[name] + value.float() if name in self.sums else value.float()
-            self.counts[name] = self.counts.get(name, 0) + 1
-
-    def report(self, state: TrainState, waited: float, bad_samples: int) -> None:
-        """Log the means since the last report. Raises FloatingPointError if one is not finite."""
-        means = torch.stack([total / self.counts[name] for name, total in self.sums.items()])
-        if self.rt.world_size > 1:
-            dist.all_reduce(means)
-            means /= self.rt.world_size
-        values = dict(zip(self.sums, means.tolist(), strict=True))
-        if bad := [name for name, value in values.items() if not math.isfinite(value)]:
-            raise FloatingPointError(
-                f"{', '.join(bad)} is not finite after {state.samples_seen} samples; lower train.optim.lr or "
-                "train.grad_clip, or set train.precision=fp32 (the last checkpoint is from before this)"
-            )
-        now = (time.monotonic(), state.step, waited)
-        seconds, steps, waiting = (a - b for a, b in zip(now, self.last, strict=True))
-        values["samples_per_second"] = steps * self.cfg.global_batch_size / seconds
-        values["step_seconds"] = seconds / steps
-        values["data_wait_share"] = waiting / seconds
-        values["bad_samples"] = float(bad_samples)
-        values["lr_scale"] = lr_scale(self.cfg, samples_seen=state.samples_seen)
-        if self.rt.rank == 0:
-            self.rt.log(values, samples_seen=state.samples_seen)
-        self.sums, self.counts, self.last = {}, {}, now

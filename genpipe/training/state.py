@@ -10,9 +10,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from genpipe.models.precision import Products
 from genpipe.training.ema import Ema
-from genpipe.training.optim import TrainConfig, build_optimizers
+from genpipe.training.optim import build_optimizers
 from genpipe.training.runtime import Runtime
+from genpipe.training.settings import TrainConfig
 
 STATE_FILE = "state.pt"
 
@@ -26,13 +28,16 @@ class TrainState:
     emas: dict[str, Ema]
     samples_seen: int = 0
     step: int = 0
+    products: Products = "fp32"
+    """The precision of matrix products, which a run keeps to its end."""
 
     @classmethod
     def fresh(cls, trainable: dict[str, nn.Module], cfg: TrainConfig) -> TrainState:
+        """The state before the first step: each module's optimizers as `cfg` says, averages of the first weights."""
         return cls(
             trainable=trainable,
-            optimizers={part: build_optimizers(module, cfg.optim) for part, module in trainable.items()},
-            emas={part: Ema(module, decay=cfg.ema_decay) for part, module in trainable.items()},
+            optimizers={name: build_optimizers(module, cfg.of(name).optim) for name, module in trainable.items()},
+            emas={name: Ema(module, decay=cfg.ema_decay) for name, module in trainable.items()},
         )
 
     def save(self, rt: Runtime) -> None:
@@ -40,24 +45,26 @@ class TrainState:
         state = {
             "samples_seen": self.samples_seen,
             "step": self.step,
-            "trainable": {part: module.state_dict() for part, module in self.trainable.items()},
-            "optimizers": {part: [o.state_dict() for o in group] for part, group in self.optimizers.items()},
-            "emas": {part: ema.state_dict() for part, ema in self.emas.items()},
+            "products": self.products,
+            "trainable": {name: module.state_dict() for name, module in self.trainable.items()},
+            "optimizers": {name: [o.state_dict() for o in group] for name, group in self.optimizers.items()},
+            "emas": {name: ema.state_dict() for name, ema in self.emas.items()},
         }
         with tempfile.TemporaryDirectory() as folder:
             torch.save(state, Path(folder, STATE_FILE))
             rt.save(Path(folder), samples_seen=self.samples_seen)
 
-    def resume(self, rt: Runtime) -> None:
-        """Take up the newest whole checkpoint, if there is one."""
+    def resume(self, rt: Runtime) -> bool:
+        """Go on from the newest intact checkpoint; False if there is none."""
         folder = rt.latest()
         if folder is None:
-            return
+            return False
         state = torch.load(folder / STATE_FILE, map_location=rt.device, weights_only=True)
         shutil.rmtree(folder)
-        self.samples_seen, self.step = state["samples_seen"], state["step"]
-        for part, module in self.trainable.items():
-            module.load_state_dict(state["trainable"][part])
-            self.emas[part].load_state_dict(state["emas"][part])
-            for optimizer, saved in zip(self.optimizers[part], state["optimizers"][part], strict=True):
+        self.samples_seen, self.step, self.products = state["samples_seen"], state["step"], state["products"]
+        for name, module in self.trainable.items():
+            module.load_state_dict(state["trainable"][name])
+            self.emas[name].load_state_dict(state["emas"][name])
+            for optimizer, saved in zip(self.optimizers[name], state["optimizers"][name], strict=True):
                 optimizer.load_state_dict(saved)
+        return True

@@ -309,17 +309,18 @@ def test_neighboring_tiles_fade_into_one_another() -> None:
         torch.testing.assert_close(faded[0, 0], line.expand(5, -1) if axis else line[:, None].expand(-1, 5))
 
 
-def test_large_images_go_in_tiles_outside_of_training(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Seen by what the networks are given: no more than a tile, unless gradients are on or the image is small."""
+def test_large_images_go_in_tiles_in_eval_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seen by what the networks are given: no more than a tile, unless the model trains or the image is small."""
     model = local_model()
     sides: list[int] = []
     model.decoder.register_forward_pre_hook(lambda _, args: sides.append(max(args[0].shape[-2:])))
     model.encoder.down.register_forward_pre_hook(lambda _, args: sides.append(max(args[0].shape[-2:])))
     for name, pixels in (("TILED_ABOVE", 64), ("TILE", 32), ("OVERLAP", 16)):
         monkeypatch.setattr(f"genpipe.models.autoencoder.{name}", pixels)
-    for side, grad, encoded, decoded in ((64, False, 64, 8), (96, False, 32, 4), (96, True, 96, 12)):
+    for side, training, encoded, decoded in ((64, False, 64, 8), (96, False, 32, 4), (96, True, 96, 12)):
         sides.clear()
-        with torch.set_grad_enabled(grad):
+        model.train(training)
+        with torch.no_grad():
             latents, _ = model.encode(torch.zeros(1, 3, 32, side))
             assert latents.shape == (1, model.cfg.latent_channels, 4, side // 8)
             assert max(sides) == encoded

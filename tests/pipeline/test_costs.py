@@ -14,10 +14,11 @@ from torch.nn import functional as F
 from genpipe.config import Resources
 from genpipe.models.convolutions import ResBlock
 from genpipe.models.layers import recomputed
-from genpipe.pipeline.costs import Cost, cost_of
+from genpipe.pipeline.costs import Cost, cost_of, training_flops
 from genpipe.training.loop import seeded
 from genpipe.training.objective import Batch, Metrics, Step, Validation
-from genpipe.training.optim import TrainConfig, build_optimizers, optimizer_bytes
+from genpipe.training.optim import build_optimizers, optimizer_bytes
+from genpipe.training.settings import TrainConfig
 
 BATCH, WIDTH, HIDDEN, HEADS, TOKENS = 6, 32, 48, 4, 10
 
@@ -61,7 +62,7 @@ def stage(side: int) -> ModuleType:
     """A stage of such an objective on images [3, side, side]."""
     module = ModuleType("toy")
     module.objective = lambda cfg, inputs, device: Objective()  # type: ignore[attr-defined]
-    module.example = lambda cfg, inputs, *, batch_size: {  # type: ignore[attr-defined]
+    module.example_batch = lambda cfg, inputs, *, batch_size: {  # type: ignore[attr-defined]
         "images": torch.zeros(batch_size, 3, side, side)
     }
     return module
@@ -83,7 +84,9 @@ def test_arithmetic_by_hand() -> None:
     linear = 2 * cells * WIDTH * 3 * WIDTH + 2 * cells * WIDTH * HIDDEN
     attention = 2 * 2 * cells * cells * WIDTH  # q k and scores v
     # Images need no gradient. Attention in blocks computes the scores once more on its way back: five products.
-    assert cost().flops == pytest.approx(2 * conv + 3 * linear + attention + 2.5 * attention)
+    flops = 2 * conv + 3 * linear + attention + 2.5 * attention
+    assert cost().flops == pytest.approx(flops)
+    assert training_flops(stage(5), config(), {}) == pytest.approx(600 * flops)
 
 
 def test_parameters_and_what_follows_from_them() -> None:

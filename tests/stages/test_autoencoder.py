@@ -108,6 +108,19 @@ def test_squared_error(lpips_file: dict[str, str]) -> None:
     assert "lpips" in made.validate([batch], torch.Generator()).metrics
 
 
+def test_the_discriminator_learns_from_the_reconstructions_that_it_judges(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of images that are reconstructed in tiles outside of training, too."""
+    for name, pixels in (("TILED_ABOVE", 8), ("TILE", 8), ("OVERLAP", 4)):
+        monkeypatch.setattr(f"genpipe.models.autoencoder.{name}", pixels)
+    made = make(adversarial={"start": 0, "model": {"width": 8, "layers": 2}})
+    seen: list[Tensor] = []
+    made.discriminator.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
+    made.loss("autoencoder", batch_of(0), step_at(0))
+    made.loss("discriminator", batch_of(0), step_at(0))
+    judged, _, learned = seen
+    assert torch.equal(judged, learned)
+
+
 def test_the_discriminator_sees_reconstructions_and_moves_nothing_else() -> None:
     made = make(adversarial={"start": 0, "model": {"width": 8, "layers": 2}}, model={"bottleneck": {"kind": "vq"}})
     before = {name: tensor.clone() for name, tensor in made.model.state_dict().items()}

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from genpipe.config import Resources
-from genpipe.launch.run_stage import latest_checkpoint, save_checkpoint
+from genpipe.launch.checkpoints import latest_checkpoint, save_checkpoint
 from genpipe.pipeline.spec import StageSpec
 from genpipe.stages import load_stage
 from genpipe.training.loop import train
@@ -32,6 +32,7 @@ class FolderRuntime:
     logged: dict[int, dict[str, float]] = field(default_factory=dict)
     pictures: list[str] = field(default_factory=list)
     files: dict[str, str] = field(default_factory=dict)
+    environment: dict[str, str] = field(default_factory=dict)
 
     def log(self, metrics: dict[str, float], *, samples_seen: int) -> None:
         assert self.rank == 0, "only rank 0 logs"
@@ -43,6 +44,10 @@ class FolderRuntime:
     def log_file(self, path: Path) -> None:
         assert self.rank == 0, "only rank 0 logs"
         self.files[path.name] = path.read_text()
+
+    def log_environment(self, facts: dict[str, str]) -> None:
+        assert self.rank == 0, "only rank 0 logs"
+        self.environment |= facts
 
     def save(self, folder: Path, *, samples_seen: int) -> None:
         save_checkpoint(str(self.work), folder, samples_seen=samples_seen)
@@ -60,29 +65,29 @@ class FolderRuntime:
 def train_stage(
     spec: StageSpec, rt: FolderRuntime, *, resources: Resources | None = None
 ) -> tuple[Objective, Validation]:
-    """Train a stage as `launch.execute.train_rank` does, with this runtime."""
+    """Train a stage as `launch.rank.train_rank` does, with this runtime."""
     stage = load_stage(spec.stage)
     cfg = stage.Config.model_validate(spec.config)
-    objective = build(spec)
+    objective = build(spec, device=rt.device)
     result = train(objective, stage.data(cfg, spec.inputs), cfg.train, rt, resources or cfg.resources, cfg.observe)
     return objective, result
 
 
-def build(spec: StageSpec) -> Objective:
-    """The objective of a training stage with its initial weights, on the CPU."""
+def build(spec: StageSpec, *, device: torch.device = CPU) -> Objective:
+    """The objective of a training stage with its initial weights."""
     stage = load_stage(spec.stage)
     cfg = stage.Config.model_validate(spec.config)
     torch.manual_seed(cfg.train.seed)
-    objective: Objective = stage.objective(cfg, spec.inputs, CPU)
+    objective: Objective = stage.objective(cfg, spec.inputs, device)
     return objective
 
 
 def weights(objective: Objective) -> dict[str, Tensor]:
-    """Every tensor of every part, by dotted name."""
+    """Every tensor of every trainable module, by dotted name."""
     return {
-        f"{part}.{name}": tensor.detach().clone()
-        for part, module in objective.trainable.items()
-        for name, tensor in module.state_dict().items()
+        f"{name}.{key}": tensor.detach().clone()
+        for name, module in objective.trainable.items()
+        for key, tensor in module.state_dict().items()
     }
 
 

@@ -3,57 +3,17 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch.distributed as dist
 import torch.multiprocessing as mp
-from folder_runtime import FolderRuntime
+from rank_processes import SAMPLES, Outcome, count_damage
 
-from genpipe.data.image_batches import Images
 from genpipe.data.images import encode
-from genpipe.data.loader import Batches
-from genpipe.data.order import order, order_of
-from genpipe.data.shard_dataset import ShardDataset
+from genpipe.data.order import order
 from genpipe.data.shards import ShardWriter
-from genpipe.training.bad_samples import Damage
 
-SAMPLES, DAMAGED = 60, {3, 20, 41}
-
-
-@dataclass
-class Outcome:
-    counts: list[int]
-    error: str
-    files: dict[str, str]
-
-
-def run_rank(rank: int, folder: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    rt = FolderRuntime(Path(folder), rank=rank, world_size=2)
-    dataset = ShardDataset(Path(folder), split="train")
-    batches = Batches(
-        Images(dataset, 8),
-        order=order_of(dataset.sources(), weights={}, seed=0),
-        global_batch_size=4,
-        micro_batch_size=2,
-        rank=rank,
-        world_size=2,
-        start=0,
-        prefetch=1,
-    )
-    damage = Damage(batches, rt, length=len(dataset), max_share=0.04, start=0)
-    outcome = Outcome([], "", {})
-    try:
-        for _ in range(SAMPLES):
-            next(batches)
-            outcome.counts.append(damage.report())
-    except ValueError as error:
-        outcome.error = str(error)
-    outcome.files = rt.files
-    Path(folder, f"outcome-{rank}").write_text(json.dumps(vars(outcome)))
-    dist.destroy_process_group()
+DAMAGED = {3, 20, 41}
 
 
 def test_ranks_count_together_and_stop_together(tmp_path: Path) -> None:
@@ -62,7 +22,7 @@ def test_ranks_count_together_and_stop_together(tmp_path: Path) -> None:
             image = b"nothing" if i in DAMAGED else encode(np.full((8, 8, 3), i, np.uint8), format="png")
             facts = {"group": "g", "format": "png", "height": 8, "width": 8, "captions": ["c"], "meta": {}}
             writer.write(f"key-{i}", image=image, **facts)  # type: ignore[arg-type]
-    mp.spawn(run_rank, args=(str(tmp_path),), nprocs=2)
+    mp.spawn(count_damage, args=(str(tmp_path),), nprocs=2)
     outcomes = [Outcome(**json.loads((tmp_path / f"outcome-{rank}").read_text())) for rank in (0, 1)]
 
     read = order(np.arange(SAMPLES), n=SAMPLES, seed=0)

@@ -18,7 +18,7 @@ from genpipe.config import Resources
 from genpipe.data.order import order
 from genpipe.pipeline.spec import StageSpec
 from genpipe.stages import load_stage
-from genpipe.training import state
+from genpipe.training import loop, state
 from genpipe.training.loop import Interrupted, seeded
 from genpipe.training.objective import Step
 
@@ -26,7 +26,10 @@ if TYPE_CHECKING:
     from conftest import TinyPipeline
 
 BATCH = 16
-SHORT = ("samples=128", f"global_batch_size={BATCH}", "micro_batch_size=8", "log_every=1", "validate_every=0")
+SHORT = (
+    *("train.samples=128", f"train.global_batch_size={BATCH}", "train.micro_batch_size=8"),
+    *("observe.log_every=1", "observe.validate_every=0"),
+)
 ADVERSARIAL = "stages.autoencoder.adversarial={start: 48, model: {width: 8, layers: 2}}"
 
 
@@ -38,7 +41,7 @@ def _full_precision() -> None:
 def short(tiny: TinyPipeline, stage: str, *overrides: str) -> StageSpec:
     """Eight steps of a stage: the autoencoder with its discriminator from the fourth on, the prior with Muon."""
     special = {"autoencoder": (ADVERSARIAL,), "prior": ("stages.prior.train.optim.kind=muon",)}
-    settings = [f"stages.{stage}.train.{setting}" for setting in SHORT]
+    settings = [f"stages.{stage}.{setting}" for setting in SHORT]
     return tiny.spec(stage, *settings, *special.get(stage, ()), *overrides)
 
 
@@ -80,12 +83,53 @@ def test_the_discriminator_joins_late(tiny: TinyPipeline, tmp_path: Path) -> Non
     assert all(values["autoencoder/adaptive_weight"] > 0 for at, values in rt.logged.items() if at >= 64)
 
 
-@pytest.mark.parametrize("stage", ["autoencoder", "decoder"])
-def test_the_loop_is_gradient_descent(
-    tiny: TinyPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
+def test_a_resumed_run_keeps_the_precision_that_it_began_with(
+    tiny: TinyPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Against the textbook: gradients of each part's own loss by its own weights alone, clipped and applied."""
-    settings = ("samples=96", "micro_batch_size=16", "precision=fp32", "ema_decay=0", "grad_clip=0.1", "decay=linear")
+    """Moved to a machine where `auto` would decide otherwise."""
+    spec = short(tiny, "decoder")
+    monkeypatch.setattr(loop, "products_of", lambda precision, device: "bf16")
+    straight = FolderRuntime(tmp_path / "straight")
+    expected, _ = train_stage(spec, straight)
+    with pytest.raises(Interrupted):
+        train_stage(spec, FolderRuntime(tmp_path / "cut", stop_at=5 * BATCH))
+    monkeypatch.setattr(loop, "products_of", lambda precision, device: "fp32")
+    second = FolderRuntime(tmp_path / "cut")
+    found, _ = train_stage(spec, second)
+    assert straight.environment == second.environment == {"precision_used": "bf16"}
+    one, other = weights(expected), weights(found)
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    plain = FolderRuntime(tmp_path / "plain")
+    unlike, _ = train_stage(spec, plain)
+    assert plain.environment == {"precision_used": "fp32"}
+    assert any(not torch.equal(one[name], tensor) for name, tensor in weights(unlike).items())
+
+
+def test_a_module_may_have_its_own_optimizer_schedule_and_cadence(tiny: TinyPipeline, tmp_path: Path) -> None:
+    own = "stages.autoencoder.train.trainable.discriminator={optim: {lr: 1e-4}, decay: constant, every: 3}"
+    schedule = "stages.autoencoder.train={decay: linear, warmup_samples: 0, optim: {lr: 1e-3}}"
+    rt = FolderRuntime(tmp_path / "own")
+    train_stage(short(tiny, "autoencoder", schedule, own), rt)
+    steps = sorted(rt.logged)
+    assert [at for at in steps if "discriminator/loss" in rt.logged[at]] == [64, 112], "steps 3 and 6, counted from 0"
+    assert all(rt.logged[at]["discriminator/lr"] == pytest.approx(1e-4) for at in (64, 112))
+    rates = [rt.logged[at]["autoencoder/lr"] for at in steps]
+    assert rates == pytest.approx([1e-3 * (1 - done / 128) for done in range(0, 128, BATCH)]), "linear, to 0"
+
+
+def test_settings_of_a_module_that_is_not_trained_are_refused(tiny: TinyPipeline, tmp_path: Path) -> None:
+    spec = short(tiny, "prior", "stages.prior.train.trainable.critic.every=2")
+    with pytest.raises(ValueError, match=r"train\.trainable\.critic: .*it trains prior"):
+        train_stage(spec, FolderRuntime(tmp_path))
+
+
+@pytest.mark.parametrize(("stage", "clip"), [("autoencoder", 0.1), ("decoder", 0.1), ("decoder", None)])
+def test_the_loop_is_gradient_descent(
+    tiny: TinyPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str, clip: float | None
+) -> None:
+    """Against the textbook: gradients of each module's own loss by its own weights alone, clipped and applied."""
+    settings = ("samples=96", "micro_batch_size=16", "precision=fp32", "ema_decay=0", "decay=linear")
+    settings += (f"grad_clip={'null' if clip is None else clip}",)
     spec = short(tiny, stage, *(f"stages.{stage}.train.{setting}" for setting in settings))
     monkeypatch.setattr(state, "build_optimizers", sgd)
     found, _ = train_stage(spec, FolderRuntime(tmp_path))
@@ -95,12 +139,12 @@ def test_the_loop_is_gradient_descent(
     for seen in range(0, 96, BATCH):
         positions = np.arange(seen, seen + BATCH)
         batch = train.collate(order(positions, n=train.length, seed=cfg.train.seed), positions)
-        for part in objective.active(seen):
-            parameters = list(objective.trainable[part].parameters())
-            loss, _ = objective.loss(part, batch, Step(seen, seeded(CPU, cfg.train.seed, part, seen)))
+        for name in objective.active(seen):
+            parameters = list(objective.trainable[name].parameters())
+            loss, _ = objective.loss(name, batch, Step(seen, seeded(CPU, cfg.train.seed, name, seen)))
             gradients = torch.autograd.grad(loss, parameters)
             norm = torch.cat([g.flatten() for g in gradients]).norm()
-            rate = SGD_RATE * (1 - seen / 96) * min(1.0, 0.1 / norm.item())
+            rate = SGD_RATE * (1 - seen / 96) * (min(1.0, clip / norm.item()) if clip else 1.0)
             with torch.no_grad():
                 for p, gradient in zip(parameters, gradients, strict=True):
                     p -= rate * gradient
@@ -158,7 +202,7 @@ def test_validation_and_checkpoints_leave_training_as_it_is(tiny: TinyPipeline, 
     """Looking often must not change what is looked at."""
     quiet, busy = FolderRuntime(tmp_path / "quiet"), FolderRuntime(tmp_path / "busy")
     one, _ = train_stage(short(tiny, "decoder"), quiet)
-    every = f"stages.decoder.train.validate_every={BATCH}"
+    every = f"stages.decoder.observe.validate_every={BATCH}"
     other, _ = train_stage(short(tiny, "decoder", every), busy, resources=Resources(checkpoint_seconds=1e-9))
     assert sum("heldout/loss" in values for values in busy.logged.values()) == 8
     assert busy.pictures.count("samples") == 8
@@ -180,7 +224,7 @@ def test_metrics_are_means_over_the_steps_between(tiny: TinyPipeline, tmp_path: 
     """Logged every 4 steps or every one: the same numbers."""
     fine, coarse = FolderRuntime(tmp_path / "fine"), FolderRuntime(tmp_path / "coarse")
     train_stage(short(tiny, "prior"), fine)
-    train_stage(short(tiny, "prior", "stages.prior.train.log_every=4"), coarse)
+    train_stage(short(tiny, "prior", "stages.prior.observe.log_every=4"), coarse)
     assert sorted(coarse.logged) == [64, 128]
     for name in ("prior/loss", "prior/grad_norm"):
         losses = [values[name] for _, values in sorted(fine.logged.items())]
@@ -216,8 +260,9 @@ def test_training_improves_the_heldout_metric(
     """After 30 steps the fixed-noise held-out number is better than after one."""
     values = {}
     for samples in (BATCH, 30 * BATCH):
-        settings = ("ema_decay=0.5", "warmup_samples=0", "validate_every=0", f"samples={samples}")
-        spec = tiny.spec(stage, *(f"stages.{stage}.train.{setting}" for setting in settings))
+        settings = ("ema_decay=0.5", "warmup_samples=0", f"samples={samples}")
+        quiet = f"stages.{stage}.observe.validate_every=0"
+        spec = tiny.spec(stage, quiet, *(f"stages.{stage}.train.{setting}" for setting in settings))
         _, result = train_stage(spec, FolderRuntime(tmp_path / str(samples)))
         values[samples] = result.metrics[metric]
     assert (values[30 * BATCH] < values[BATCH]) == falls
@@ -226,7 +271,7 @@ def test_training_improves_the_heldout_metric(
 def test_losses_fall_over_training(tiny: TinyPipeline, tmp_path: Path) -> None:
     for stage in ("autoencoder", "clip"):
         rt = FolderRuntime(tmp_path / stage)
-        train_stage(tiny.spec(stage, f"stages.{stage}.train.log_every=1"), rt)
+        train_stage(tiny.spec(stage, f"stages.{stage}.observe.log_every=1"), rt)
         losses = [values[f"{stage}/loss"] for _, values in sorted(rt.logged.items())]
         assert sum(losses[-5:]) < sum(losses[:5])
 

@@ -27,7 +27,8 @@ from genpipe.models.space_to_depth_autoencoder import FoldedConfig
 from genpipe.models.unet import UNetConfig
 from genpipe.models.upsampler import ConvolutionalConfig, UNetUpsamplerConfig, build_upsampler
 from genpipe.models.vqvae2 import HierarchicalConfig
-from genpipe.training.optim import AdamW, Muon, TrainConfig, build_optimizers, lr_scale
+from genpipe.training.optim import AdamW, Muon, build_optimizers
+from genpipe.training.settings import TrainConfig, lr_scale
 
 NORMS = (nn.LayerNorm, nn.GroupNorm, ChannelNorm)
 

@@ -2,68 +2,36 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.multiprocessing as mp
-from folder_runtime import FolderRuntime, build, sgd, train_stage, weights
+from folder_runtime import FolderRuntime
+from rank_processes import RANKS, train_recorded, train_stages
 from torch import Tensor
 
 from genpipe import artifacts
 from genpipe.artifacts import Artifact
-from genpipe.launch.local import run_local
 from genpipe.pipeline.spec import StageSpec
-from genpipe.training import loop, state
 
 if TYPE_CHECKING:
     from conftest import TinyPipeline
 
 STAGES = ("autoencoder", "clip", "prior", "decoder", "upsampler")
-RANKS = 2
-SETTINGS = ("samples=64", "global_batch_size=16", "log_every=1", "validate_every=0", "precision=fp32")
+SETTINGS = (
+    *("train.samples=64", "train.global_batch_size=16", "train.precision=fp32"),
+    *("observe.log_every=1", "observe.validate_every=0"),
+)
 
 
 def spec_of(tiny: TinyPipeline, stage: str) -> StageSpec:
     """Four steps in fp32; micro-batches of 4, but for CLIP, whose loss compares the whole batch: chunks of 3."""
-    settings = SETTINGS if stage == "clip" else (*SETTINGS, "micro_batch_size=4")
+    settings = SETTINGS if stage == "clip" else (*SETTINGS, "train.micro_batch_size=4")
     adversarial = ["stages.autoencoder.adversarial={start: 16, model: {width: 8, layers: 2}}"]
     extra = {"autoencoder": adversarial, "clip": ["stages.clip.tower_batch_size=3"]}.get(stage, [])
-    return tiny.spec(stage, *(f"stages.{stage}.train.{setting}" for setting in settings), *extra)
-
-
-def train_recorded(spec: StageSpec, rt: FolderRuntime) -> dict[str, Any]:
-    """Train, and keep what the steps' generators were seeded with."""
-    seeds: list[tuple[Any, ...]] = []
-    seeded = loop.seeded
-
-    def recording(device: torch.device, *identity: object) -> torch.Generator:
-        seeds.append(identity)
-        return seeded(device, *identity)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "seeded", recording)
-        patch.setattr(state, "build_optimizers", sgd)
-        objective, result = train_stage(spec, rt)
-    record = {"weights": weights(objective), "initial": weights(build(spec))}
-    return {**record, "seeds": seeds, "logged": rt.logged, "metrics": result.metrics}
-
-
-def run_rank(rank: int, specs: dict[str, str], folder: str) -> None:
-    """One of two processes: train every stage and leave the results in `folder`."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=RANKS)
-    for stage, spec in specs.items():
-        rt = FolderRuntime(Path(folder, stage), rank=rank, world_size=RANKS)
-        record = train_recorded(StageSpec.model_validate_json(spec), rt)
-        torch.save(record, Path(folder, f"{stage}-{rank}.pt"))
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(RANKS)}
-    artifact = run_local(StageSpec.model_validate_json(specs["upsampler"]))
-    Path(folder, f"artifact-{rank}.json").write_text(artifact.model_dump_json())
-    dist.destroy_process_group()
+    return tiny.spec(stage, *(f"stages.{stage}.{setting}" for setting in settings), *extra)
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +43,7 @@ def specs(tiny: TinyPipeline) -> dict[str, StageSpec]:
 def folder(specs: dict[str, StageSpec], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What two processes left that trained every stage together."""
     folder = tmp_path_factory.mktemp("ranks")
-    mp.spawn(run_rank, args=({s: spec.model_dump_json() for s, spec in specs.items()}, str(folder)), nprocs=RANKS)
+    mp.spawn(train_stages, args=({s: spec.model_dump_json() for s, spec in specs.items()}, str(folder)), nprocs=RANKS)
     return folder
 
 
@@ -115,7 +83,7 @@ def test_two_ranks_train_as_one(both: dict[str, list[dict[str, Any]]], stage: st
 def test_noise_belongs_to_the_micro_batch_and_not_to_the_rank(
     both: dict[str, list[dict[str, Any]]], stage: str
 ) -> None:
-    """(seed, part, position) of every micro-batch: the two ranks together draw what one process draws."""
+    """(seed, name, position) of every micro-batch: the two ranks together draw what one process draws."""
     alone, *ranks = ([tuple(seed) for seed in record["seeds"] if seed[-1] != "validate"] for record in both[stage])
     assert sorted(ranks[0] + ranks[1]) == sorted(alone)
     assert not set(ranks[0]) & set(ranks[1])

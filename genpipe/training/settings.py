@@ -1,0 +1,105 @@
+"""What a training run is configured with, and its learning rate over time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from genpipe.config import Config
+from genpipe.data.loader import check_batch_sizes
+from genpipe.models.precision import Precision
+from genpipe.training.optim import AdamW, OptimConfig
+
+Decay = Literal["constant", "linear", "cosine"]
+
+
+class TrainableConfig(Config):
+    """How one trainable module is optimized where that differs from the others; what is not given is as in `train`."""
+
+    optim: OptimConfig | None = Field(None, description="an optimizer of its own; nothing of `train.optim` is kept")
+    warmup_samples: int | None = Field(None, ge=0)
+    decay: Decay | None = None
+    final_lr: float | None = Field(None, ge=0, le=1)
+    every: int = Field(1, ge=1, description="steps of the run between updates of this module")
+
+
+class TrainConfig(Config):
+    """One training run. Progress is counted in samples, so that batch size and ranks may change."""
+
+    samples: int = Field(ge=0, description="samples to train on, repeats included; 0: weights stay as they begin")
+    global_batch_size: int = Field(gt=0, description="samples of one optimizer step, over all ranks")
+    micro_batch_size: int | None = Field(None, gt=0, description="samples of a forward pass; default: a rank's share")
+    optim: OptimConfig = AdamW()
+    warmup_samples: int = Field(0, ge=0, description="samples over which the learning rate rises to its peak")
+    decay: Decay = "cosine"
+    final_lr: float = Field(0.0, ge=0, le=1, description="share of the learning rate that is left at the end")
+    trainable: dict[str, TrainableConfig] = Field(
+        default_factory=dict, description="by name of a trainable module: an optimizer, schedule or cadence of its own"
+    )
+    grad_clip: float | None = Field(
+        1.0, gt=0, allow_inf_nan=False, description="largest gradient norm of a trainable module; null: no clipping"
+    )
+    ema_decay: float = Field(0.999, ge=0, lt=1)
+    precision: Precision = Field("auto", description="of matrix products; auto: bf16 where the hardware is fast at it")
+    seed: int = 0
+    source_weights: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]] = Field(
+        default_factory=dict, description="share of the training samples from each source of a mix; default: by size"
+    )
+    max_bad_share: float = Field(0.01, ge=0, le=1, description="share of damaged samples beyond which training stops")
+
+    @model_validator(mode="after")
+    def _batches_fit(self) -> TrainConfig:
+        if self.micro_batch_size and self.global_batch_size % self.micro_batch_size:
+            raise ValueError(
+                f"micro_batch_size {self.micro_batch_size} does not divide global_batch_size {self.global_batch_size}"
+            )
+        return self
+
+    def of(self, name: str) -> TrainConfig:
+        """The settings of the trainable module `name`: its own where it has some, otherwise these."""
+        own = self.trainable.get(name, TrainableConfig())
+        given = {key: value for key in ("optim", "warmup_samples", "decay", "final_lr")
+                 if (value := getattr(own, key)) is not None}  # fmt: skip
+        return self.model_copy(update=given)
+
+    def every(self, name: str) -> int:
+        """Steps of the run between updates of the trainable module `name`."""
+        return self.trainable.get(name, TrainableConfig()).every
+
+    def check_trainable(self, names: Iterable[str]) -> None:
+        """Raise ValueError if `trainable` names a module that is not among those that are trained."""
+        names = list(names)
+        if unknown := [name for name in self.trainable if name not in names]:
+            raise ValueError(
+                f"train.trainable.{unknown[0]}: this stage trains nothing of that name; it trains {', '.join(names)}"
+            )
+
+    def micro_batch(self, world_size: int) -> int:
+        """Samples of one forward pass on one rank."""
+        return self.micro_batch_size or max(1, self.global_batch_size // world_size)
+
+    def check_ranks(self, world_size: int) -> None:
+        """Raise ValueError, with values that work, unless a step divides evenly over this many ranks."""
+        check_batch_sizes(self.global_batch_size, micro_batch_size=self.micro_batch(world_size), world_size=world_size)
+
+    @property
+    def validation_batch(self) -> int:
+        """Samples of one forward pass of validation: not a matter of ranks, as its noise is drawn by batch."""
+        return self.micro_batch_size or min(self.global_batch_size, 64)
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return math.ceil(self.samples / self.global_batch_size)
+
+
+def lr_scale(cfg: TrainConfig, *, samples_seen: int) -> float:
+    """The learning rate at `samples_seen` as a share of its peak: linear warm-up, then decay to `final_lr`."""
+    warm = min(1.0, (samples_seen + cfg.global_batch_size) / cfg.warmup_samples) if cfg.warmup_samples else 1.0
+    span = max(1, cfg.samples - cfg.warmup_samples)
+    done = min(1.0, max(0.0, (samples_seen - cfg.warmup_samples) / span))
+    shape = {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[cfg.decay]
+    return warm * (cfg.final_lr + (1 - cfg.final_lr) * shape)

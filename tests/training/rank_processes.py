@@ -1,0 +1,92 @@
+"""What the processes of tests with several ranks do: a module that spawned processes can import by name."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from folder_runtime import FolderRuntime, build, sgd, train_stage, weights
+
+from genpipe.data.image_batches import Images
+from genpipe.data.loader import Batches
+from genpipe.data.order import order_of
+from genpipe.data.shard_dataset import ShardDataset
+from genpipe.launch.local import run_local
+from genpipe.pipeline.spec import StageSpec
+from genpipe.training import loop, state
+from genpipe.training.bad_samples import Damage
+
+RANKS = 2
+SAMPLES = 60
+
+
+def train_recorded(spec: StageSpec, rt: FolderRuntime) -> dict[str, Any]:
+    """Train, and keep what the steps' generators were seeded with."""
+    seeds: list[tuple[Any, ...]] = []
+    seeded = loop.seeded
+
+    def recording(device: torch.device, *identity: object) -> torch.Generator:
+        seeds.append(identity)
+        return seeded(device, *identity)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "seeded", recording)
+        patch.setattr(state, "build_optimizers", sgd)
+        objective, result = train_stage(spec, rt)
+    record = {"weights": weights(objective), "initial": weights(build(spec))}
+    return {**record, "seeds": seeds, "logged": rt.logged, "metrics": result.metrics}
+
+
+def train_stages(rank: int, specs: dict[str, str], folder: str) -> None:
+    """One of two processes: train every stage and leave the results in `folder`."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=RANKS)
+    for stage, spec in specs.items():
+        rt = FolderRuntime(Path(folder, stage), rank=rank, world_size=RANKS)
+        record = train_recorded(StageSpec.model_validate_json(spec), rt)
+        torch.save(record, Path(folder, f"{stage}-{rank}.pt"))
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(RANKS)}
+    artifact = run_local(StageSpec.model_validate_json(specs["upsampler"]))
+    Path(folder, f"artifact-{rank}.json").write_text(artifact.model_dump_json())
+    dist.destroy_process_group()
+
+
+@dataclass
+class Outcome:
+    counts: list[int]
+    error: str
+    files: dict[str, str]
+
+
+def count_damage(rank: int, folder: str) -> None:
+    """One of two processes: count the damage that both meet and leave an `Outcome` in `folder`."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=RANKS)
+    rt = FolderRuntime(Path(folder), rank=rank, world_size=RANKS)
+    dataset = ShardDataset(Path(folder), split="train")
+    batches = Batches(
+        Images(dataset, 8),
+        order=order_of(dataset.sources(), weights={}, seed=0),
+        global_batch_size=4,
+        micro_batch_size=2,
+        rank=rank,
+        world_size=RANKS,
+        start=0,
+        prefetch=1,
+    )
+    damage = Damage(batches, rt, length=len(dataset), max_share=0.04, start=0)
+    outcome = Outcome([], "", {})
+    try:
+        for _ in range(SAMPLES):
+            next(batches)
+            outcome.counts.append(damage.report())
+    except ValueError as error:
+        outcome.error = str(error)
+    outcome.files = rt.files
+    Path(folder, f"outcome-{rank}").write_text(json.dumps(vars(outcome)))
+    dist.destroy_process_group()
