@@ -14,7 +14,7 @@ from genpipe.data.features import FeatureDataset
 from genpipe.data.image_batches import Crop, Images
 from genpipe.data.loader import Batch, Data, SampleSet
 from genpipe.data.order import caption_draws, normal, uniform
-from genpipe.data.shard_dataset import open_shards
+from genpipe.data.shard_dataset import ShardDataset, open_shards
 from genpipe.data.shards import Split
 from genpipe.lineage import check_made_from
 
@@ -30,14 +30,41 @@ def check_image_size(shard: Artifact, size: int, *, setting: str) -> None:
         )
 
 
-def image_data(shard: Artifact, *, size: int, crop: Crop = "center", seed: int = 0) -> Data:
-    """The images alone, as uint8 [B, 3, size, size]: what stages without captions train on."""
+def image_data(
+    shard: Artifact,
+    *,
+    size: int | None,
+    crop: Crop = "center",
+    seed: int = 0,
+    labels: bool = False,
+    condition: bool = False,
+) -> Data:
+    """Images without captions: `image_batches.Images`.
+
+    They are squares of `size`, of training samples cut at `crop`; or whole as they are stored, where every batch has
+    images of one size, if `size` is None. With `labels` and `condition` batches have class labels and conditioning
+    images too. Raises ValueError for shards that do not have what is asked for.
+    """
+    if labels and not shard.meta.get("classes"):
+        raise ValueError(f"{shard.uri}: its samples have no class labels; give shards of a source that has some")
 
     def split(name: Split, crop: Crop) -> SampleSet:
         dataset = open_shards(shard, split=name)
-        return SampleSet(len(dataset), Images(dataset, size, crop, seed), dataset.sources())
+        if condition and not dataset.has_conditions:
+            raise ValueError(f"{shard.uri}: not all {name} samples have a conditioning image; shard a source that has")
+        images = Images(dataset, size, crop, seed, labels=labels, condition=condition)
+        return SampleSet(len(dataset), images, dataset.sources(), () if size else _buckets(dataset))
 
     return Data(train=split("train", crop), heldout=split("heldout", "center"))
+
+
+def _buckets(dataset: ShardDataset) -> tuple[np.ndarray, ...]:
+    """The samples of each stored size. Raises ValueError where an index does not say what that is."""
+    sizes = dataset.sizes()
+    unknown = sizes.get((0, 0))
+    if unknown is not None:
+        raise ValueError(f"{dataset.folder}: no size is known of {dataset.key(int(unknown[0]))}; shard again")
+    return tuple(sizes.values())
 
 
 @dataclass(frozen=True)

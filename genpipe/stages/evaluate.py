@@ -16,7 +16,7 @@ from pydantic import Field, StringConstraints, field_validator
 
 from genpipe.artifacts import Artifact, Role, fetch, read_manifest
 from genpipe.config import StageConfig
-from genpipe.data.loader import sequential
+from genpipe.data.loader import sample_batches
 from genpipe.evaluation.metrics import MetricConfig
 from genpipe.evaluation.metrics.metric import Evaluation, Measure, Metric
 from genpipe.models.precision import autocast, products_of
@@ -136,11 +136,14 @@ def validate(artifact: Artifact, device: torch.device) -> dict[str, float]:
     trained = objective.trainable[artifact.kind]
     trained.load_state_dict(load_weights(fetch(artifact), kind=artifact.kind, device=device).module.state_dict())
     trained.eval()
-    held = stage.data(cfg, manifest.inputs).heldout
-    size, limit = cfg.train.validation_batch, cfg.observe.heldout_samples
-    batches = sequential(held.length, batch_size=size, collate=held.collate, limit=limit)
+    batches = sample_batches(
+        stage.data(cfg, manifest.inputs).heldout,
+        count=cfg.observe.heldout_samples,
+        batch_size=cfg.train.validation_batch,
+        weights=cfg.train.source_weights,
+    )
     with torch.no_grad(), autocast(device, products_of(cfg.train.precision, device)):
-        moved = (to_device(batch, device) for _, batch in batches)
+        moved = (to_device(batch, device) for batch in batches)
         found: dict[str, float] = objective.validate(moved, seeded(device, cfg.train.seed, "validate")).metrics
     return found
 

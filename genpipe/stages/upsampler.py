@@ -15,7 +15,7 @@ from genpipe.artifacts import Artifact, Role, fetch
 from genpipe.config import StageConfig
 from genpipe.data.degradations import Clean, DegradationConfig, degrade, shrink
 from genpipe.data.image_batches import to_float, to_uint8
-from genpipe.data.loader import Data, SampleSet, sequential
+from genpipe.data.loader import Data, SampleSet, sample_batches
 from genpipe.data.train_sets import check_image_size, image_data
 from genpipe.diffusion.process import (
     DiffusionConfig,
@@ -38,6 +38,7 @@ from genpipe.generation.upsampling import (
     upsample,
     upsampler_model,
 )
+from genpipe.lineage import content_digest
 from genpipe.models.autoencoder import Autoencoder
 from genpipe.models.precision import fp32
 from genpipe.models.upsampler import ConvolutionalConfig, UpsamplerConfig, build_upsampler
@@ -49,6 +50,9 @@ VERSION = 1
 MAKES = "upsampler"
 HEADLINES = ("psnr", "psnr_bicubic")
 
+LEAST_RESIDUAL = 1 / 127.5
+"""Floor under the residual's deviation: one of the 256 levels of a pixel, below which is rounding."""
+
 
 class ObserveUpsampler(ObserveTraining):
     """How an upsampler is watched: the pictures that validation draws, and with which sampler."""
@@ -58,6 +62,12 @@ class ObserveUpsampler(ObserveTraining):
 
 
 class Config(StageConfig):
+    """What is enlarged to what, and how it is trained.
+
+    Noise augmentation is that of cascaded diffusion (Ho et al. 2022); unCLIP has none: set `noise_aug` to 0 for its
+    upsamplers, here and in their system.
+    """
+
     low_size: int = Field(64, ge=8, description="side of the images that it is given")
     image_size: int = Field(128, ge=16, description="side of the images that it makes")
     crop: int = Field(64, ge=8, description="side of the training crops, in large pixels")
@@ -75,17 +85,23 @@ class Config(StageConfig):
 
 
 def roles(cfg: Config) -> dict[str, Role]:
+    """The images to train on, and the autoencoder whose latents are drawn, if they are."""
     autoencoder = {"autoencoder": Role("autoencoder")} if cfg.target == "latents" else {}
     return {"shard": Role("shards", "samples"), **autoencoder}
 
 
 def check_inputs(cfg: Config, inputs: Mapping[str, Artifact]) -> dict[str, Any]:
+    """The sides of what goes in and comes out. Raises ValueError for sizes that do not fit one another."""
     check_image_size(inputs["shard"], cfg.image_size, setting="image_size")
     check_sampler(cfg.observe.sampler, cfg.diffusion)
     if cfg.image_size <= cfg.low_size:
         raise ValueError(f"image_size {cfg.image_size} is not larger than low_size {cfg.low_size}")
     multiple = cfg.model.grid_multiple
-    meta: dict[str, Any] = {"low_size": cfg.low_size, "image_size": cfg.image_size}
+    meta: dict[str, Any] = {
+        "low_size": cfg.low_size,
+        "image_size": cfg.image_size,
+        "diffusion": cfg.diffusion.model_dump(mode="json"),
+    }
     if cfg.target == "latents":
         autoencoder = inputs["autoencoder"]
         multiple *= _factor(autoencoder)
@@ -100,6 +116,7 @@ def check_inputs(cfg: Config, inputs: Mapping[str, Artifact]) -> dict[str, Any]:
 
 
 def data(cfg: Config, inputs: Mapping[str, Artifact]) -> Data:
+    """Images at the size that is made."""
     return image_data(inputs["shard"], size=cfg.image_size)
 
 
@@ -109,6 +126,7 @@ def example_batch(cfg: Config, inputs: Mapping[str, Artifact], *, batch_size: in
 
 
 def objective(cfg: Config, inputs: Mapping[str, Artifact], device: torch.device) -> Objective:
+    """What to train; on the meta device nothing is read."""
     return Objective(cfg, _space(cfg, inputs, device), device)
 
 
@@ -130,14 +148,15 @@ def _factor(autoencoder: Artifact) -> int:
     return factor
 
 
-def residual_std(split: SampleSet, cfg: Config) -> float:
-    """Standard deviation of what enlarging loses, over the first training images."""
+def residual_std(samples: SampleSet, cfg: Config) -> float:
+    """Standard deviation of what enlarging loses, over training images that stand for all; no less than the floor."""
     squares, count = 0.0, 0
-    for _, batch in sequential(split.length, batch_size=64, collate=split.collate, limit=cfg.statistics_samples):
+    weights = cfg.train.source_weights
+    for batch in sample_batches(samples, count=cfg.statistics_samples, batch_size=64, weights=weights, repeat=True):
         images = to_float(batch["images"])
         residual = images - enlarge(shrink(images, size=cfg.low_size), size=cfg.image_size)
         squares, count = squares + residual.double().square().sum().item(), count + residual.numel()
-    return max(1e-3, (squares / count) ** 0.5)
+    return max(LEAST_RESIDUAL, (squares / count) ** 0.5)
 
 
 class Objective:
@@ -153,9 +172,11 @@ class Objective:
         self.trainable: dict[str, nn.Module] = {"upsampler": self.model}
 
     def active(self, samples_seen: int) -> Sequence[str]:
+        """The upsampler, always."""
         return ("upsampler",)
 
     def loss(self, name: str, batch: Batch, step: Step) -> tuple[Tensor, Metrics]:
+        """The loss of random crops of a batch of images."""
         cfg, images = self.cfg, to_float(batch["images"])
         with fp32(images.device):
             low = degrade(images, cfg.degradation, size=cfg.low_size, generator=step.generator)
@@ -167,9 +188,10 @@ class Objective:
         return training_loss(model, x0, cfg.diffusion, generator=step.generator).mean(), {}
 
     def after_step(self) -> None:
-        pass
+        """Nothing: no parameter is constrained."""
 
     def validate(self, batches: Iterable[Batch], generator: torch.Generator) -> Validation:
+        """Losses at fixed times without noise on low_res; PSNR and pictures of the first samples."""
         losses: list[dict[str, Tensor]] = []
         sampled, baseline = [], []
         pictures: dict[str, np.ndarray] = {}
@@ -230,10 +252,11 @@ def random_crops(images: Sequence[Tensor], *, side: int, generator: torch.Genera
 
 
 def export(objective: Objective, cfg: Config, inputs: Mapping[str, Artifact], folder: Path) -> dict[str, Any]:
+    """Write the weights, with where they draw; one that draws latents names its autoencoder by content."""
     extra = {
         "diffusion": cfg.diffusion.model_dump(mode="json"),
         "target": cfg.target,
         "residual_std": objective.space.residual_std if isinstance(objective.space, PixelSpace) else None,
     }
     save_weights(objective.model, folder, kind="upsampler", config=cfg.model, sizes=objective.sizes, extra=extra)
-    return {}
+    return {"made_from": {"autoencoder": content_digest(inputs["autoencoder"])}} if cfg.target == "latents" else {}

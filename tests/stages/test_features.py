@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from genpipe.generation.system import check_lineage
 
 from genpipe import artifacts
 from genpipe.artifacts import Artifact
@@ -20,7 +21,6 @@ from genpipe.data.order import caption_draws
 from genpipe.data.shard_dataset import ShardDataset
 from genpipe.data.tokenizer import CaptionTokenizer
 from genpipe.generation.conditions import Statistics
-from genpipe.generation.system import check_lineage
 from genpipe.launch.local import run_local
 from genpipe.pipeline.spec import StageSpec
 from genpipe.stages import features, load_stage

@@ -18,7 +18,7 @@ from genpipe.data.image_batches import image_batch, to_float
 from genpipe.data.shard_dataset import ShardDataset
 from genpipe.data.tokenizer import CaptionTokenizer
 from genpipe.generation.conditions import Text
-from genpipe.generation.system import GenerationConfig, Generator
+from genpipe.generation.systems import load_system
 from genpipe.stages import is_training, load_stage, upsampler
 from genpipe.storage import open_storage
 from genpipe.training.objective import Batch
@@ -208,11 +208,11 @@ def test_a_decoder_may_give_dropped_captions_the_encoders_own_null_text(
 
 def test_an_upsampler_may_draw_latents(tiny: TinyPipeline, made: dict[str, Artifact]) -> None:
     """Of images twice as large as those that the autoencoder was trained on."""
-    artifact = tiny.run("upsampler", "stages.upsampler.target=latents", "stages.upsampler.train.samples=32")
-    assert artifact.meta["autoencoder"] == made["autoencoder"].fingerprint
-    system = Generator({**made, "upsampler": artifact}, device=CPU)
+    settings = ("stages.upsampler.target=latents", "stages.upsampler.train.samples=32")
+    assert tiny.run("upsampler", *settings).meta["autoencoder"] == made["autoencoder"].fingerprint
+    system: Any = load_system(tiny.run("system", *settings), device=CPU)
     low = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    large = system.enlarge(low, GenerationConfig(), generator=torch.Generator().manual_seed(0))[-1]
+    large = system.cascade.enlarge(low, generator=torch.Generator().manual_seed(0))[-1]
     assert large.shape == (2, 3, 32, 32) and large.isfinite().all()
 
 
