@@ -29,7 +29,7 @@ from genpipe.diffusion.process import (
     training_loss,
 )
 from genpipe.evaluation.grids import hwc, tile
-from genpipe.evaluation.metrics import mean_losses
+from genpipe.evaluation.validation import mean_losses
 from genpipe.generation.conditions import Given, Text, embed_statistics, latent_statistics
 from genpipe.generation.latents import Dropped, decoder_model, sample_latents
 from genpipe.models.autoencoder import Autoencoder

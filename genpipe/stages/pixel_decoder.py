@@ -21,7 +21,7 @@ from genpipe.data.loader import Data
 from genpipe.data.train_sets import check_image_size, image_data
 from genpipe.diffusion.process import DiffusionConfig, SamplerConfig, check_sampler, fixed_time_losses, training_loss
 from genpipe.evaluation.grids import hwc, tile
-from genpipe.evaluation.metrics import mean_losses
+from genpipe.evaluation.validation import mean_losses
 from genpipe.generation.conditions import Given
 from genpipe.generation.latents import Dropped, decoder_model, sample_latents
 from genpipe.models.decoder import Decoder, DecoderConfig, check_conditions

@@ -17,7 +17,7 @@ from genpipe.data.features import FeatureDataset
 from genpipe.data.loader import Data
 from genpipe.data.train_sets import cached_data, example_features
 from genpipe.diffusion.process import DiffusionConfig, SamplerConfig, check_sampler, fixed_time_losses, training_loss
-from genpipe.evaluation.metrics import cosine, mean_losses, unrelated
+from genpipe.evaluation.validation import cosine, mean_losses, unrelated
 from genpipe.generation.conditions import Text, embed_statistics
 from genpipe.generation.embeds import (
     code_losses,

@@ -26,7 +26,7 @@ from genpipe.diffusion.process import (
 )
 from genpipe.evaluation.fidelity import psnr
 from genpipe.evaluation.grids import hwc, tile
-from genpipe.evaluation.metrics import mean_losses
+from genpipe.evaluation.validation import mean_losses
 from genpipe.generation.conditions import latent_statistics
 from genpipe.generation.upsampling import (
     LatentSpace,
