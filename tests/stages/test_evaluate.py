@@ -133,6 +133,24 @@ def test_the_tiny_pipeline_is_scored(tiny: TinyPipeline) -> None:
         assert picture.std() > 0
 
 
+def test_three_seeds_are_scored_side_by_side(tiny: TinyPipeline) -> None:
+    """In the store of the tiny pipeline, whose first decoder is the first of the three."""
+    seeds = type(tiny)(tiny.store, tiny.shapes, tiny.config.with_name("seeds-tiny.yaml"))
+    scores = [artifacts.verify(seeds.run(f"evaluate@{seed}").uri) for seed in range(3)]
+    assert len({manifest.artifact.fingerprint for manifest in scores}) == 3
+    assert scores[0].inputs["sample"].fingerprint == tiny.plan()["sample"].artifact.fingerprint
+    for manifest in scores:
+        assert {"train/recall_at_10", "decoder.0/loss", "decoder.2/loss"} <= manifest.metrics.keys()
+    assert len({manifest.metrics["train/cosine"] for manifest in scores}) == 3
+
+
+def test_a_class_conditional_system_is_scored(pixel_tiny: TinyPipeline) -> None:
+    """Without a CLIP and without captions to compare."""
+    scores = pixel_tiny.run("evaluate")
+    assert {name.split("/")[0] for name in artifacts.verify(scores.uri).metrics} == {"decoder"}
+    assert np.asarray(Image.open(Path(scores.uri, "grid.png"))).std() > 0
+
+
 def test_a_gate_that_no_metric_has_is_found_by_the_plan(tiny: TinyPipeline) -> None:
     with pytest.raises(ConfigError, match=r"stages\.evaluate: observe\.gates: .*'train/recall_at_11'.*recall_at_1"):
         tiny.plan("stages.evaluate.observe.gates={train/recall_at_11: {min: 0.5}}")
