@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -82,3 +83,10 @@ def survivors(processes: Iterable[psutil.Process], *, seconds: float = 20.0) -> 
     """The command lines of those processes that are still there after `seconds`."""
     _, alive = psutil.wait_procs(list(processes), timeout=seconds)
     return [" ".join(p.cmdline()) for p in alive if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens on."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])

@@ -14,6 +14,7 @@ from genpipe.launch import jobs
 from genpipe.pipeline.graph import load_pipeline
 from genpipe.storage import open_storage
 from genpipe.tracking.store import check as check_mlflow
+from genpipe.tracking.store import redacted
 
 if TYPE_CHECKING:
     import torch
@@ -35,7 +36,7 @@ class Finding(NamedTuple):
 
 def examine(config: str | None) -> list[Finding]:
     """Look at the machine, and at the addresses that a pipeline's configuration names."""
-    findings = [*_python(), *_machine()]
+    findings = [*_python(), *_machine(), _prefect()]
     if config is not None:
         findings += _addresses(config)
     return findings
@@ -71,6 +72,13 @@ def _machine() -> Iterator[Finding]:
     yield from _products(torch.device("cuda" if gpus else "cpu"))
 
 
+def _prefect() -> Finding:
+    """Whether a run can start a Prefect server of its own."""
+    from flows import server
+
+    return _tried("Prefect", server.described(), server.check_home)
+
+
 def _cores() -> int:
     """Those that this process may use, where the system can say so."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -101,7 +109,7 @@ def _addresses(config: str) -> Iterator[Finding]:
     pipeline = load_pipeline(config)
     store, address = pipeline.cfg.store, pipeline.cfg.ray.address
     yield _tried("store", store, lambda: _probe(store))
-    yield _tried("MLflow", pipeline.tracking_uri, lambda: check_mlflow(pipeline.tracking_uri))
+    yield _tried("MLflow", redacted(pipeline.tracking_uri), lambda: check_mlflow(pipeline.tracking_uri))
     if address:
         yield _tried("Ray", address, lambda: jobs.connect(address))
     else:

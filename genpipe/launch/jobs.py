@@ -1,7 +1,8 @@
 """Stages as jobs of a Ray cluster, or of the local Ray that a run starts for itself.
 
-A stage is submitted as a job whose id follows from its fingerprint, so that whoever submits it again finds the one
-that runs. What a job (`launch/ray.py`) tells its submitter lies in the stage's work folder: progress, and the error.
+Whoever wants an artifact that a job is already making adopts that job, whose metadata names the artifact. An attempt's
+id follows from the fingerprint and the number of attempts so far, so that two who submit at once submit the same job.
+What a job (`launch/ray.py`) tells its submitter lies in the stage's work folder: progress, and the error.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from genpipe import artifacts
 from genpipe.config import Resources
-from genpipe.launch.failure import JobLost, StageError, first_line, read_failure
+from genpipe.launch.failure import JobLost, StageError, first_line, last_attempt, read_failure
 from genpipe.launch.local_ray import TUNING, authorization, get, local_head
 from genpipe.launch.resource_queue import Turns
 from genpipe.pipeline.spec import Progress, StageSpec, read_progress
@@ -54,6 +55,7 @@ class Cluster:
 
     @property
     def embedded(self) -> bool:
+        """Whether it is a local Ray that ends with this run."""
         return bool(self.capacity)
 
     @contextmanager
@@ -75,7 +77,8 @@ class Cluster:
     def run(self, spec: StageSpec, *, report: Report) -> str:
         """Submit a stage, or adopt the job that already runs it, and wait for its artifact; the job's id.
 
-        `report` gets the progress, None before the first. Raises StageError, JobLost, or Stopped after `interrupt`.
+        `report` gets the progress, None before the first. Raises StageError, JobLost, or Stopped after `interrupt` or
+        where somebody else stopped the job.
         """
         job = self._submit(spec)
         self.jobs.add(job)
@@ -102,14 +105,18 @@ class Cluster:
                 )
 
     def _submit(self, spec: StageSpec) -> str:
-        for attempt in itertools.count(1):
+        """The job that makes the artifact of `spec`: one that runs already, or a new attempt."""
+        begun = last_attempt(spec.work)  # read first: whoever began it since is in the list of jobs
+        for job in jobs_of(self.client, artifact=spec.target.uri):
+            return job
+        for attempt in itertools.count(begun + 1):
             job = job_id(spec, attempt)
             if _status(self.client, job) is None:
                 return self._submit_as(spec, job)
             there = self.client.get_job_info(job)
             ours = (there.metadata or {}).get("artifact") == spec.target.uri  # not of a like stage in another store
             if ours and not there.status.is_terminal():
-                return job
+                return job  # somebody submitted it in between
         raise AssertionError("unreachable")
 
     def _submit_as(self, spec: StageSpec, job: str) -> str:
@@ -149,23 +156,29 @@ class Cluster:
                 return
             if self.interrupted.is_set():
                 break
+            if str(status) == "STOPPED":
+                raise Stopped(f"the job {job} was stopped; run it again to resume")
             raise self._failure(spec, job)
         raise Stopped(f"{spec.name} was stopped")
 
     def _failure(self, spec: StageSpec, job: str) -> StageError:
-        """The error that the job left; the job's log is put beside it."""
-        told = read_failure(spec.work, job)
+        """The error that the job reported; the job's log is put beside it."""
+        failure = read_failure(spec.work, job)
         try:
             log = self.client.get_job_logs(job)
         except (OSError, RuntimeError) as error:
-            log = f"the log of {job} is gone: {first_line(error)}"
-        open_storage(spec.work).write("job.log", log.encode())
-        where = join(spec.work, "job.log")
-        if told is None:
-            tail = "\n".join(log.strip().splitlines()[-20:])
-            return JobLost(f"the job {job} died; its log: {where}", details=tail)
-        kind = JobLost if told.infrastructure else StageError
-        return kind(f"{told.message} (log: {where})", details=told.traceback)
+            log = f"the log of {job} cannot be read: {first_line(error)}"
+        where = f"log: {join(spec.work, 'job.log')}"
+        try:
+            open_storage(spec.work).write("job.log", log.encode())
+        except OSError as error:
+            where = f"its log cannot be kept: {first_line(error)}"
+        if failure is None:
+            lines = log.strip().splitlines()[-20:]
+            last = f": {lines[-1]}" if lines else ""
+            return JobLost(f"the job {job} exited without reporting an error{last} ({where})", details="\n".join(lines))
+        kind = JobLost if failure.infrastructure else StageError
+        return kind(f"{failure.message} ({where})", details=failure.traceback)
 
 
 @contextmanager
@@ -214,7 +227,7 @@ def connect(address: str, *, token: str = "") -> JobSubmissionClient:
 
 
 def job_id(spec: StageSpec, attempt: int) -> str:
-    """The submission id of an attempt at a stage: the same whoever submits it."""
+    """The submission id of an attempt: the same whoever submits it, and another for each attempt on any Ray."""
     return f"genpipe-{spec.target.kind}-{spec.target.fingerprint[:16]}-{attempt}"
 
 

@@ -1,8 +1,14 @@
-"""Run a stage in this process, or under torchrun in as many as it started."""
+"""Run a stage in this process, or under torchrun in as many as it started, with torch alone.
+
+`python -m genpipe.launch.local CONFIG STAGE [PATH=VALUE]...` runs one stage of a pipeline on inputs that are committed,
+with neither Ray nor Prefect nor MLflow; under torchrun it is `torchrun --nproc-per-node 8 -m genpipe.launch.local ...`.
+Without MLflow, or with `tracking.uri=jsonl`, its metrics are lines of `metrics.jsonl` in the store's folder `runs/`.
+"""
 
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Sequence
 
 import torch
@@ -10,8 +16,11 @@ import torch.distributed as dist
 
 from genpipe import artifacts
 from genpipe.artifacts import Artifact
+from genpipe.config import ConfigError
 from genpipe.launch.rank import train_rank
 from genpipe.launch.run_stage import PartWorker, execute
+from genpipe.pipeline.graph import load_pipeline
+from genpipe.pipeline.plan import plan, spec_of
 from genpipe.pipeline.spec import Progress, StageSpec, write_progress
 from genpipe.stages import is_training, load_stage
 
@@ -29,9 +38,11 @@ class LocalLauncher:
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
 
     def train(self, spec: StageSpec, run_id: str) -> None:
+        """Train as this process's rank, with the ranks that torchrun started beside it."""
         train_rank(spec, run_id, rank=self.rank, world_size=self.world_size, device=self.device)
 
     def map(self, spec: StageSpec, parts: Sequence[str]) -> None:
+        """Call the stage's worker on one part after the other."""
         worker = PartWorker(spec)
         for done, part in enumerate(parts):
             write_progress(spec.work, Progress(done=done, total=len(parts), unit="parts"))
@@ -50,3 +61,44 @@ def run_local(spec: StageSpec) -> Artifact:
     artifact = artifacts.committed(spec.target)
     assert artifact is not None, "rank 0 committed it, or raised"
     return artifact
+
+
+def spec_of_stage(config: str, stage: str, overrides: Sequence[str] = ()) -> StageSpec:
+    """What is to be run for one instance of a pipeline.
+
+    Raises ConfigError if the configuration is wrong or an input is not committed.
+    """
+    pipeline = load_pipeline(config, overrides)
+    plans = {planned.name: planned for planned in plan(pipeline, only=[stage])}
+    absent = [name for name in plans[stage].instance.needs if plans[name].status == "run"]
+    if absent:
+        raise ConfigError(
+            f"{config}: stages.{stage}: its input {absent[0]} is not committed for this configuration; run "
+            f"`python -m genpipe.launch.local {config} {absent[0]}` first, or name another artifact with "
+            f"stages.{stage}.inputs.ROLE=URI"
+        )
+    return spec_of(plans[stage], pipeline)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """The command; the exit status."""
+    if len(arguments) < 2:
+        print("usage: python -m genpipe.launch.local CONFIG STAGE [PATH=VALUE]...", file=sys.stderr)
+        return 2
+    config, stage, *overrides = arguments
+    try:
+        artifact = run_local(spec_of_stage(config, stage, overrides))
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if int(os.environ.get("RANK", 0)) == 0:
+        manifest = artifacts.read_manifest(artifact.uri)
+        assert manifest is not None, "run_local returns a committed artifact"
+        print(f"{stage}: {artifact.uri}")
+        for name, value in sorted(manifest.metrics.items()):
+            print(f"  {name} {value:.4g}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

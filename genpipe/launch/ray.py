@@ -18,7 +18,7 @@ from types import FrameType
 from typing import Any
 
 from genpipe.config import Resources
-from genpipe.launch.failure import JobLost, StageError, first_line, read_failure, report_failure
+from genpipe.launch.failure import BEGUN, JobLost, StageError, begin_attempt, first_line, read_failure, report_failure
 from genpipe.launch.local_ray import TUNING
 from genpipe.pipeline.spec import Progress, StageSpec, write_progress
 from genpipe.storage import join, open_storage
@@ -56,9 +56,9 @@ class RayLauncher:
             with _insisting():
                 trainer.fit()
         except TrainingFailedError as error:
-            self._raise_told(spec)
+            self._raise_failure(spec)
             raise JobLost(f"Ray Train gave up: {first_line(error)}") from error
-        self._raise_told(spec)
+        self._raise_failure(spec)
 
     def map(self, spec: StageSpec, parts: Sequence[str]) -> None:
         """Map the parts on Ray Data, one actor a worker; a part is tried again `max_failures` times."""
@@ -85,13 +85,22 @@ class RayLauncher:
                     rate = count / (time.monotonic() - started)
                     write_progress(spec.work, Progress(done=count, total=len(parts), unit="parts", rate=rate))
         except RayError as error:
-            self._raise_told(spec)
+            self._raise_failure(spec)
             raise JobLost(f"Ray Data gave up: {first_line(error)}") from error
 
-    def _raise_told(self, spec: StageSpec) -> None:
-        told = read_failure(spec.work, self.job)
-        if told is not None and not told.infrastructure:
-            raise StageError(told.message, details=told.traceback)
+    def _raise_failure(self, spec: StageSpec) -> None:
+        """Raise what the stage itself failed of, if a worker has reported that."""
+        failure = read_failure(spec.work, self.job)
+        if failure is not None and not failure.infrastructure:
+            raise StageError(failure.message, details=failure.traceback)
+
+
+def _infrastructure() -> tuple[type[Exception], ...]:
+    """Exceptions that say that a part of the cluster is gone, whoever of the stage's processes meets them."""
+    from ray.exceptions import RayError
+    from torch.distributed import DistError
+
+    return RayError, DistError
 
 
 def _train_rank(config: dict[str, Any]) -> None:
@@ -101,12 +110,12 @@ def _train_rank(config: dict[str, Any]) -> None:
     from genpipe.launch.rank import train_rank
 
     spec, job = StageSpec.model_validate(config["spec"]), config["job"]
-    told = read_failure(spec.work, job)
-    if told is not None and not told.infrastructure:
+    failure = read_failure(spec.work, job)
+    if failure is not None and not failure.infrastructure:
         return  # the fault is the stage's own, so a restarted group has nothing to try
     context = ray.train.get_context()
     try:
-        with report_failure(spec, job):
+        with report_failure(spec, job, infrastructure=_infrastructure()):
             train_rank(
                 spec,
                 config["run_id"],
@@ -115,8 +124,8 @@ def _train_rank(config: dict[str, Any]) -> None:
                 device=ray.train.torch.get_device(),
             )
     except Exception:
-        told = read_failure(spec.work, job)
-        if told is None or told.infrastructure or context.get_world_size() > 1:
+        failure = read_failure(spec.work, job)
+        if failure is None or failure.infrastructure or context.get_world_size() > 1:
             raise  # other ranks may be waiting for this one; Ray Train ends them
 
 
@@ -129,24 +138,28 @@ class _MapPart:
         self.spec = StageSpec.model_validate(spec)
         self.job = job
         self.resources = Resources.model_validate(self.spec.config["resources"])
-        with report_failure(self.spec, job):
+        with report_failure(self.spec, job, infrastructure=_infrastructure()):
             self.worker = PartWorker(self.spec)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        with report_failure(self.spec, self.job):
+        with report_failure(self.spec, self.job, infrastructure=_infrastructure()):
             for part in map(str, batch["item"]):
                 self._begin(part)
                 self.worker(part)
         return batch
 
     def _begin(self, part: str) -> None:
-        """Count this attempt in the work folder, as Ray Data itself would try for ever. Raises StageError."""
-        begun, lives = open_storage(join(self.spec.work, "begun", self.job, part)), self.resources.max_failures
+        """Count in the work folder that the part begins, as Ray Data would restart its worker for ever.
+
+        Raises StageError once it has killed more workers than `resources.max_failures` allows.
+        """
+        begun = open_storage(join(self.spec.work, f"{BEGUN}{self.job}", part))
+        lives = self.resources.max_failures
         died = len(list(begun.list()))
         if died > lives:
             raise StageError(
-                f"{part} has ended its worker {died} times, by its memory or with its machine (resources.max_failures "
-                f"is {lives}); give a worker more memory, or smaller parts, or raise resources.max_failures"
+                f"{part} has killed its worker {died} times, by its memory or with its machine (resources.max_failures "
+                f"is {lives}); give workers more memory, make parts smaller, or raise resources.max_failures"
             )
         begun.write(str(died), b"")
 
@@ -156,8 +169,9 @@ def drive(spec_uri: str, job: str) -> int:
     os.environ.update({key: value for key, value in TUNING.items() if key not in os.environ})
     spec = StageSpec.read(spec_uri)
     spec = spec.model_copy(update={"links": {**spec.links, "ray_job": job}})
+    begin_attempt(spec.work, job)
     try:
-        with report_failure(spec, job):
+        with report_failure(spec, job, infrastructure=_infrastructure()):
             import ray
 
             from genpipe.launch.run_stage import execute

@@ -19,7 +19,7 @@ from genpipe.launch.process import set_up_process
 from genpipe.pipeline.spec import StageSpec
 from genpipe.stages import is_training, load_stage
 from genpipe.storage import open_storage
-from genpipe.tracking.runs import StageRun, open_stage_run
+from genpipe.tracking.recording import StageRun, records_of
 
 ENVIRONMENT = "environment"
 """Where the stats of a part hold what its worker found on its machine."""
@@ -41,7 +41,7 @@ def execute(spec: StageSpec, launcher: Launcher) -> Artifact:
     """Run a stage and commit its artifact, or return the one that is committed already.
 
     What an earlier attempt left (checkpoints, finished parts) is taken up. Raises whatever the stage raises;
-    its MLflow run is then marked failed, and nothing is committed.
+    its run is then marked failed, and nothing is committed.
     """
     done = artifacts.committed(spec.target)
     if done is not None:
@@ -49,7 +49,7 @@ def execute(spec: StageSpec, launcher: Launcher) -> Artifact:
     stage = load_stage(spec.stage)
     cfg: StageConfig = stage.Config.model_validate(spec.config)
     stage.check_inputs(cfg, spec.inputs)
-    with open_stage_run(spec) as run:
+    with records_of(spec.tracking_uri).open_stage_run(spec) as run:
         if is_training(stage):
             launcher.train(spec, run.run_id)
         else:
@@ -87,6 +87,7 @@ def _map_parts(spec: StageSpec, stage: ModuleType, cfg: StageConfig, launcher: L
         if hasattr(stage, "merge_parts"):
             results = stage.merge_parts(cfg, open_storage(spec.target.uri), results, Path(folder))
         meta, metrics = stage.finalize(cfg, spec.inputs, results, Path(folder))
+        _check_source(spec, stage, cfg)
         run.log(metrics, samples_seen=0)
         commit(
             spec,
@@ -96,6 +97,15 @@ def _map_parts(spec: StageSpec, stage: ModuleType, cfg: StageConfig, launcher: L
             metrics=metrics,
             environment=environment,
             run_id=run.run_id,
+        )
+
+
+def _check_source(spec: StageSpec, stage: ModuleType, cfg: StageConfig) -> None:
+    """Raise ValueError if what a stage read is no longer what its artifact's fingerprint stands for."""
+    if hasattr(stage, "source_digest") and stage.source_digest(cfg) != spec.identity["source"]:
+        raise ValueError(
+            f"stages.{spec.name}: its source changed while it was read, so that samples may be missing or there twice; "
+            "run it again when it no longer changes"
         )
 
 
@@ -147,6 +157,7 @@ class PartWorker:
         self.work = stage.Worker(cfg, spec.inputs)
 
     def __call__(self, part: str) -> None:
+        """Make one part and put its files in place."""
         with tempfile.TemporaryDirectory() as folder:
             stats = {**self.work(part, Path(folder)), ENVIRONMENT: getattr(self.work, "environment", {})}
             artifacts.add_part(self.spec.target.uri, part, Path(folder), stats)

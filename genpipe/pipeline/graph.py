@@ -22,7 +22,7 @@ from pydantic import Field
 from genpipe import config
 from genpipe.artifacts import Role
 from genpipe.config import Config, ConfigError, Location, StageConfig, Tree
-from genpipe.pipeline.spec import TrackingConfig
+from genpipe.pipeline.spec import TrackingConfig, sqlite_uri
 from genpipe.stages import load_stage
 
 
@@ -88,7 +88,7 @@ class Pipeline:
     @property
     def tracking_uri(self) -> str:
         """Where MLflow records: the configured server or database, or SQLite in the store."""
-        return self.cfg.tracking.uri or f"sqlite:///{Path(self.cfg.store).absolute()}/mlflow.db"
+        return self.cfg.tracking.uri or sqlite_uri(Path(self.cfg.store, "mlflow.db"))
 
     @property
     def experiment(self) -> str:

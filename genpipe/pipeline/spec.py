@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from pydantic import Field
@@ -14,8 +15,13 @@ from genpipe.storage import join, open_storage, read_file
 class TrackingConfig(Config):
     """Where runs are recorded."""
 
-    uri: str = Field("", description="an MLflow tracking URI; default: SQLite in the store's folder")
+    uri: str = Field("", description="an MLflow tracking URI, or jsonl; default: SQLite in the store's folder")
     experiment: str = Field("", description="the MLflow experiment; default: the pipeline's name")
+
+
+def sqlite_uri(file: Path) -> str:
+    """The URI of an SQLite file: a % or ? in its path would mean something else there."""
+    return "sqlite:///" + str(file.absolute()).replace("%", "%25").replace("?", "%3F")
 
 
 class StageSpec(Config):

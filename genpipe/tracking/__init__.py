@@ -1,1 +1,1 @@
-"""The only room that imports MLflow."""
+"""What a run records: in MLflow, of which this is the only room that imports it, or in files of the store."""

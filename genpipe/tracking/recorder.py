@@ -1,4 +1,4 @@
-"""Records that are written behind the back of the work they tell about."""
+"""Records that are written in the background of the work that they tell about."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class Recorder:
     """A thread that writes points and calls functions, in the order they were put.
 
     `put` never waits. Writing is retried through an outage; records are lost, with a warning, only when the buffer is
-    full, when they are `refused`, or when the other side stays away at the end. `sense` gives further points when it
-    has some. Nothing of this raises: a record is not worth the work that it tells about.
+    full, when they are `refused`, or when the other side stays away at the end: then `keep` gets the points. `sense`
+    gives further points when it has some. Nothing of this raises: a record is not worth the work that it tells about.
     """
 
     CAPACITY = 1000
@@ -41,11 +41,15 @@ class Recorder:
         write: Callable[[list[Point]], Any],
         refused: Callable[[Exception], bool],
         sense: Callable[[], list[Point]] | None = None,
+        keep: Callable[[list[Point]], Any] | None = None,
+        pause_seconds: float | None = None,
         label: str,
     ) -> None:
         self.write = write
         self.refused = refused
         self.sense = sense
+        self.keep = keep
+        self.pause_seconds = self.PAUSE_SECONDS if pause_seconds is None else pause_seconds
         self.label = label
         self.items: queue.Queue[Item] = queue.Queue(self.CAPACITY)
         self.closing = threading.Event()
@@ -55,6 +59,7 @@ class Recorder:
         self.thread.start()
 
     def put(self, item: Item) -> None:
+        """Have the thread write some points, or call a function."""
         try:
             self.items.put_nowait(item)
         except queue.Full:
@@ -85,7 +90,7 @@ class Recorder:
             self._flush(points)
             if last and self.items.empty():
                 return
-            self.closing.wait(self.PAUSE_SECONDS)
+            self.closing.wait(self.pause_seconds)
 
     def _waiting(self) -> Iterator[Item]:
         while True:
@@ -95,22 +100,24 @@ class Recorder:
                 return
 
     def _flush(self, points: list[Point]) -> None:
-        if points:
-            self._persist(lambda: self.write(points))
+        if points and not self._persist(lambda: self.write(points)) and self.keep is not None:
+            try:
+                self.keep(points)
+            except Exception as error:
+                self._warn(f"metrics could not be kept elsewhere: {_reason(error)}")
 
-    def _persist(self, write: Callable[[], Any]) -> None:
-        """Call `write` until it works, its record is refused, or the deadline passes."""
+    def _persist(self, write: Callable[[], Any]) -> bool:
+        """Call `write` until it works (True), its record is refused, or the deadline passes."""
         pause, longest = self.RETRY_SECONDS
         while True:
             try:
                 write()
-                return
+                return True
             except Exception as error:
-                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
                 if self.refused(error) or time.monotonic() > self.deadline:
-                    self._warn(f"a record is lost: {reason}")
-                    return
-                self._warn(f"no answer, trying again: {reason}")
+                    self._warn(f"a record is lost: {_reason(error)}")
+                    return False
+                self._warn(f"no answer, trying again: {_reason(error)}")
             self.closing.wait(min(pause, max(0.0, self.deadline - time.monotonic())))
             pause = min(2 * pause, longest)
 
@@ -119,3 +126,7 @@ class Recorder:
         if kind not in self.warned:
             self.warned.add(kind)
             print(f"{self.label}: {message}", file=sys.stderr, flush=True)
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -6,7 +6,7 @@ import re
 
 from genpipe.artifacts import Artifact
 from genpipe.pipeline.plan import resolve_uri
-from genpipe.tracking.store import check, client_of, first_line
+from genpipe.tracking.store import check, client_of, first_line, redacted
 
 MODEL = re.compile(r"models:/(?P<name>[^/@]+)(?:@(?P<alias>[^/@]+)|/(?P<version>[0-9]+))")
 
@@ -33,7 +33,9 @@ def resolve(uri: str, *, tracking_uri: str) -> Artifact:
         model_id = version.model_id or version.source.removeprefix("models:/")
         tags = client.get_logged_model(model_id).tags
     except MlflowException as error:
-        raise ValueError(f"{uri}: not to be had from MLflow at {tracking_uri}: {first_line(error)}") from error
+        raise ValueError(
+            f"{uri}: not found in MLflow at {redacted(tracking_uri)}: {redacted(first_line(error), of=tracking_uri)}"
+        ) from None
     if "genpipe.artifact" not in tags:
-        raise ValueError(f"{uri}: not a model of genpipe's (it has no tag genpipe.artifact)")
+        raise ValueError(f"{uri}: not a model that genpipe made (it has no tag genpipe.artifact)")
     return resolve_uri(tags["genpipe.artifact"])

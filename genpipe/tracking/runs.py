@@ -1,8 +1,8 @@
 """What MLflow remembers: a run for each pipeline run, and one run for each stage fingerprint.
 
 A stage's run is found again by its fingerprint, so a retry, a resume or another pipeline run goes on in the same
-one. While a stage works, a thread of its own writes what was logged: work never waits for MLflow, and an outage
-costs records, not training.
+one. While a stage works, a thread of its own writes what was logged: work never waits for MLflow. Where MLflow is gone
+for good, the stage goes on, and its records are kept in the store as those of `tracking/jsonl.py`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,15 +21,17 @@ import numpy as np
 
 from genpipe import artifacts
 from genpipe.artifacts import Artifact
-from genpipe.config import flatten
+from genpipe.config import UNFINGERPRINTED, flatten
 from genpipe.stages import is_training, load_stage
+from genpipe.tracking import jsonl
 from genpipe.tracking.recorder import Point, Recorder
-from genpipe.tracking.store import check, client_of, experiment_id_of, first_line, is_refused
+from genpipe.tracking.store import check, client_of, experiment_id_of, first_line, is_refused, redacted
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
     from genpipe.pipeline.spec import StageSpec
+    from genpipe.tracking.recording import StageRun
 
 FINGERPRINT = "genpipe.fingerprint"
 MAX_TAG = 5000
@@ -43,8 +46,8 @@ def pipeline_run(
 ) -> Iterator[PipelineRun]:
     """The MLflow run of one pipeline run, under which the stages' runs nest.
 
-    `files` (the configuration) are logged with it. An exception marks it failed, a stop marks it killed.
-    Raises ValueError where MLflow is unreachable.
+    `files` (the configuration) are logged with it. An exception marks it failed, an interruption killed. Raises
+    ValueError where MLflow cannot be reached at the start; later it may go away.
     """
     check(uri)
     client = client_of(uri)
@@ -58,7 +61,19 @@ def pipeline_run(
     except BaseException as error:
         _end(client, parent.run_id, error)
         raise
-    client.set_terminated(parent.run_id, parent.status)
+    with _outages_reported(f"the end of the MLflow run {parent.run_id} is not recorded"):
+        client.set_terminated(parent.run_id, parent.status)
+
+
+@contextmanager
+def _outages_reported(what: str) -> Iterator[None]:
+    """In the block, trouble with MLflow costs a line on standard error and nothing else."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        yield
+    except MlflowException as error:
+        print(f"{what}: {first_line(error)}", file=sys.stderr, flush=True)
 
 
 class PipelineRun:
@@ -72,40 +87,40 @@ class PipelineRun:
 
     def summarize(self, rows: Sequence[Mapping[str, Any]], *, images: Sequence[Path] = ()) -> None:
         """Log the table of stages (each row names its `stage`, `status` and `run_id`) and sample images."""
-        self.client.log_dict(self.run_id, {"stages": [dict(row) for row in rows]}, "summary.json")
-        for row in rows:
-            self.client.set_tag(self.run_id, f"genpipe.status.{row['stage']}", row["status"])
-            if row.get("run_id"):
-                self.client.set_tag(self.run_id, f"genpipe.run.{row['stage']}", row["run_id"])
-        for image in images:
-            self.client.log_artifact(self.run_id, str(image), "samples")
         if any(row["status"] in ("failed", "skipped") for row in rows):
             self.status = "FAILED"
+        with _outages_reported("the summary is not recorded in MLflow"):
+            self.client.log_dict(self.run_id, {"stages": [dict(row) for row in rows]}, "summary.json")
+            for row in rows:
+                self.client.set_tag(self.run_id, f"genpipe.status.{row['stage']}", row["status"])
+                if row.get("run_id"):
+                    self.client.set_tag(self.run_id, f"genpipe.run.{row['stage']}", row["run_id"])
+            for image in images:
+                self.client.log_artifact(self.run_id, str(image), "samples")
 
     def end_stages(self, error: BaseException) -> None:
-        """End the stages' runs that `error` stopped: a job that is killed, or has no time, does not come to say so."""
-        from mlflow.exceptions import MlflowException
-
+        """End the stages' runs that `error` stopped: a job that is killed, or has no time, cannot do so itself."""
         query = f"tags.`mlflow.parentRunId` = '{self.run_id}' and attributes.status = 'RUNNING'"
-        try:
-            runs = self.client.search_runs([self.experiment_id], query)
-        except MlflowException as trouble:
-            print(f"runs of stages could not be ended: {first_line(trouble)}", file=sys.stderr, flush=True)
-            return
-        for run in runs:
-            _end(self.client, run.info.run_id, error)
+        with _outages_reported("runs of stages could not be ended"):
+            for run in self.client.search_runs([self.experiment_id], query):
+                _end(self.client, run.info.run_id, error)
 
 
 @contextmanager
 def open_stage_run(spec: StageSpec) -> Iterator[StageRun]:
     """The run of `spec`'s fingerprint: the one its submitter claimed, or found or created here.
 
-    An exception marks it failed with its text in the tag `genpipe.error`, a stop marks it killed; both are raised
-    on. Otherwise `StageRun.finish` is what ends it.
+    An exception marks it failed with its text in the tag `genpipe.error`, an interruption killed; both are raised on.
+    Otherwise `StageRun.finish` is what ends it. Where MLflow does not answer, the run is recorded in the store.
     """
-    run = StageRun(spec, spec.run_id or claim_stage_run(spec), watch_system=not is_training(load_stage(spec.stage)))
+    run_id = spec.run_id or try_claim(spec)
+    if not run_id:
+        with jsonl.open_stage_run(spec) as records:
+            yield records
+        return
+    run = MlflowRun(spec, run_id, watch_system=not is_training(load_stage(spec.stage)))
     if job := spec.links.get("ray_job"):
-        run.put(lambda client: client.set_tag(run.run_id, "genpipe.ray_job", job))
+        run.set_tags({"ray_job": job})
     try:
         yield run
     except BaseException as error:
@@ -115,17 +130,37 @@ def open_stage_run(spec: StageSpec) -> Iterator[StageRun]:
     run.close()
 
 
+def attach(spec: StageSpec, run_id: str) -> StageRun:
+    """The run that `open_stage_run` opened in another process, for rank 0 of a training stage."""
+    return MlflowRun(spec, run_id, watch_system=True) if run_id else jsonl.attach(spec, run_id)
+
+
+def try_claim(spec: StageSpec) -> str:
+    """As `claim_stage_run`, but empty where MLflow does not answer: the stage is then recorded in the store alone."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return claim_stage_run(spec)
+    except MlflowException as error:
+        if is_refused(error):
+            raise
+        where = jsonl.runs_uri(spec)
+        print(f"{spec.name}: no answer from MLflow; recording in {where}: {first_line(error)}", file=sys.stderr)
+        return ""
+
+
 def fail_stage_run(spec: StageSpec, message: str) -> None:
-    """Mark the run of `spec` failed if it still counts as running: its job died before it could say so."""
+    """Mark the run of `spec` failed if it still counts as running: its job died before it could do so."""
     client = client_of(spec.tracking_uri)
-    run_id = _find(client, experiment_id_of(client, spec.tracking_uri, spec.experiment), spec.target.fingerprint)
-    if run_id and client.get_run(run_id).info.status == "RUNNING":
-        client.set_tag(run_id, "genpipe.error", message[:MAX_TAG])
-        client.set_terminated(run_id, "FAILED")
+    with _outages_reported(f"the failure of {spec.name} is not recorded in MLflow"):
+        run_id = _find(client, experiment_id_of(client, spec.tracking_uri, spec.experiment), spec.target.fingerprint)
+        if run_id and client.get_run(run_id).info.status == "RUNNING":
+            client.set_tag(run_id, "genpipe.error", message[:MAX_TAG])
+            client.set_terminated(run_id, "FAILED")
 
 
-class StageRun:
-    """A stage's run, open for records. Logging returns at once; a thread writes."""
+class MlflowRun:
+    """A stage's run in MLflow. Logging returns at once; a thread writes."""
 
     def __init__(self, spec: StageSpec, run_id: str, *, watch_system: bool) -> None:
         self.spec = spec
@@ -134,15 +169,12 @@ class StageRun:
             write=self._write_points,
             refused=is_refused,
             sense=_System(spec.tracking_uri, run_id) if watch_system else None,
-            label=f"MLflow at {spec.tracking_uri}",
+            keep=partial(jsonl.append_points, spec),
+            label=f"MLflow at {redacted(spec.tracking_uri)}",
         )
 
-    @classmethod
-    def attach(cls, spec: StageSpec, run_id: str) -> StageRun:
-        """The run that `open_stage_run` opened in another process, for rank 0 of a training stage."""
-        return cls(spec, run_id, watch_system=True)
-
     def log(self, metrics: Mapping[str, float], *, samples_seen: int) -> None:
+        """Log metrics with samples seen as MLflow's step."""
         now = time.time_ns() // 1_000_000
         self.recorder.put([Point(name, float(value), now, samples_seen) for name, value in metrics.items()])
 
@@ -264,7 +296,7 @@ def _stage_tags(spec: StageSpec) -> dict[str, str]:
         "genpipe.stage": spec.stage,
         "genpipe.pipeline": spec.pipeline,
         "genpipe.artifact": spec.target.uri,
-        "genpipe.resources": _json(spec.config.get("resources", {})),
+        **{f"genpipe.{block}": _json(spec.config.get(block, {})) for block in sorted(UNFINGERPRINTED)},
         "mlflow.parentRunId": spec.pipeline_run_id,
         "mlflow.source.name": "genpipe",
         "mlflow.source.git.commit": spec.git_revision.removesuffix("-dirty"),
@@ -278,7 +310,7 @@ def _stage_tags(spec: StageSpec) -> dict[str, str]:
 def _log_params(client: MlflowClient, run_id: str, config: Mapping[str, Any]) -> None:
     from mlflow.entities import Param
 
-    settings = flatten({key: value for key, value in config.items() if key != "resources"})
+    settings = flatten({key: value for key, value in config.items() if key not in UNFINGERPRINTED})
     params = [Param(key[:250], str(value)[:MAX_PARAM]) for key, value in settings.items()]
     for start in range(0, len(params), PARAMS_A_CALL):
         client.log_batch(run_id, params=params[start : start + PARAMS_A_CALL])
@@ -356,14 +388,10 @@ def _log_model(client: MlflowClient, run_id: str, spec: StageSpec, artifact: Art
 
 
 def _end(client: MlflowClient, run_id: str, error: BaseException) -> None:
-    """End a run that did not finish; `error` is on its way to the caller, so tracking trouble is only told."""
-    from mlflow.exceptions import MlflowException
-
-    try:
+    """End a run that did not finish; `error` is on its way to the caller."""
+    with _outages_reported(f"MLflow run {run_id} could not be ended"):
         client.set_tag(run_id, "genpipe.error", f"{type(error).__name__}: {error}"[:MAX_TAG])
         client.set_terminated(run_id, "FAILED" if isinstance(error, Exception) else "KILLED")
-    except MlflowException as trouble:
-        print(f"MLflow run {run_id} could not be ended: {first_line(trouble)}", file=sys.stderr, flush=True)
 
 
 def _tags(tags: Mapping[str, str]) -> dict[str, str]:

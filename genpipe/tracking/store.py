@@ -16,7 +16,7 @@ import urllib.request
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit, urlunsplit
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -32,7 +32,8 @@ REACH_SECONDS = 5.0
 def check(uri: str) -> None:
     """Make sure that MLflow answers at `uri`, creating an SQLite store that is not there yet.
 
-    Raises ValueError with the remedy after about 5 seconds at most.
+    A login comes from MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, MLFLOW_TRACKING_TOKEN, ~/.netrc or the
+    URI, and is never printed. Raises ValueError with the remedy, after about 5 seconds at most.
     """
     scheme = uri.split(":", 1)[0]
     if scheme in ("http", "https"):
@@ -44,20 +45,32 @@ def check(uri: str) -> None:
     else:
         raise ValueError(
             f"tracking.uri: {uri!r} is not an MLflow tracking URI; write http://host:5000, sqlite:///path/mlflow.db "
-            "or leave it empty for SQLite in the store"
+            "or leave it empty for SQLite in the store (jsonl is for single stages: python -m genpipe.launch.local)"
         )
     from mlflow.exceptions import MlflowException
 
     try:
         client_of(uri).search_experiments(max_results=1)
     except MlflowException as error:
-        raise ValueError(f"tracking.uri: MLflow at {uri} does not work: {first_line(error)}") from error
+        where, said = redacted(uri), first_line(error)
+        if getattr(error, "get_http_status_code", int)() in (401, 403) or " 401 " in said or " 403 " in said:
+            raise ValueError(f"tracking.uri: MLflow at {where} asks for another login; {LOGIN}") from None
+        raise ValueError(f"tracking.uri: MLflow at {where} does not work: {said}") from None
+
+
+LOGIN = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
+
+
+def redacted(text: str, *, of: str = "") -> str:
+    """A URI, or a text about the URI `of`, without the password in it."""
+    password = urlsplit(of or text).password
+    return text.replace(f":{password}@", ":***@") if password else text
 
 
 def serve_ui(uri: str, *, port: int) -> None:
     """Serve MLflow's UI on 127.0.0.1 until interrupted; where `uri` is a server, only say where it is."""
     if uri.startswith("http"):
-        print(f"the runs are at {uri}")
+        print(f"the runs are at {redacted(uri)}")
         return
     check(uri)
     environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
@@ -68,10 +81,18 @@ def serve_ui(uri: str, *, port: int) -> None:
 
 @cache
 def client_of(uri: str) -> MlflowClient:
-    """The client of this process for the MLflow at `uri`."""
+    """The client of this process for the MLflow at `uri`.
+
+    A login in the URI of a server goes where MLflow looks for one otherwise, so that no message shows it.
+    """
     from mlflow import MlflowClient
 
     logging.getLogger("alembic").setLevel(logging.WARNING)
+    parts = urlsplit(uri)
+    if parts.scheme in ("http", "https") and parts.username:
+        os.environ["MLFLOW_TRACKING_USERNAME"] = unquote(parts.username)
+        os.environ["MLFLOW_TRACKING_PASSWORD"] = unquote(parts.password or "")
+        uri = _without_login(uri)
     return MlflowClient(uri)
 
 
@@ -81,7 +102,7 @@ def experiment_id_of(client: MlflowClient, uri: str, name: str) -> str:
 
     experiment = client.get_experiment_by_name(name)
     if experiment is None:
-        beside = Path(uri.removeprefix("sqlite:///")).absolute().parent / "mlartifacts"
+        beside = _sqlite_path(uri).absolute().parent / "mlartifacts"
         location = beside.as_uri() if uri.startswith("sqlite:") else None
         try:
             kind = {"mlflow.experimentKind": "custom_model_development"}  # opens the UI's pages for model training
@@ -113,20 +134,32 @@ def first_line(error: BaseException) -> str:
 
 
 def _check_server(uri: str) -> None:
+    bare = _without_login(uri)
     try:
-        with urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=REACH_SECONDS) as response:
+        with urllib.request.urlopen(f"{bare.rstrip('/')}/health", timeout=REACH_SECONDS) as response:
             response.read()
     except urllib.error.HTTPError as error:
-        raise ValueError(f"tracking.uri: {uri} answers, but not as MLflow does ({error})") from None
+        if error.code not in (401, 403):  # the client has the login
+            raise ValueError(f"tracking.uri: {bare} answers, but not as MLflow does ({error})") from None
     except OSError as error:
         raise ValueError(
-            f"tracking.uri: no MLflow at {uri} ({first_line(error)}); start it (mlflow server), correct the "
+            f"tracking.uri: no MLflow at {bare} ({first_line(error)}); start it (mlflow server), correct the "
             "address, or leave tracking.uri empty for SQLite in the store"
         ) from None
 
 
+def _without_login(uri: str) -> str:
+    parts = urlsplit(uri)
+    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
+
+
+def _sqlite_path(uri: str) -> Path:
+    """The file of an SQLite URI, in which % and ? are written as %25 and %3F."""
+    return Path(unquote(uri.removeprefix("sqlite:///").partition("?")[0]))
+
+
 def _check_sqlite(uri: str) -> None:
-    path = Path(uri.removeprefix("sqlite:///"))
+    path = _sqlite_path(uri)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         connection = sqlite3.connect(path, timeout=REACH_SECONDS)
@@ -142,12 +175,38 @@ def _check_sqlite(uri: str) -> None:
 
 
 def _check_database(uri: str) -> None:
-    parts = urlsplit(uri)
-    if parts.hostname is None or parts.port is None:
-        return
+    """Try what MLflow would try for two minutes: the driver, the address, and a connection."""
+    from sqlalchemy import create_engine, make_url
+    from sqlalchemy.exc import SQLAlchemyError
+
+    where = redacted(uri)
     try:
-        socket.create_connection((parts.hostname, parts.port), REACH_SECONDS).close()
-    except OSError as error:
+        url = make_url(uri)
+        url.get_dialect().import_dbapi()
+    except ModuleNotFoundError as error:
+        package = DRIVERS.get(error.name or "", error.name)
         raise ValueError(
-            f"tracking.uri: no database at {parts.hostname}:{parts.port} ({error}); start it or correct the address"
+            f"tracking.uri: {where} needs the Python package {package}: pip install {package} (of PostgreSQL write "
+            "postgresql+psycopg2://, which is what MLflow is tested with)"
         ) from None
+    except SQLAlchemyError as error:
+        raise ValueError(f"tracking.uri: {where} is not a database's URI: {first_line(error)}") from None
+    if url.host and url.port:
+        try:
+            socket.create_connection((url.host, url.port), REACH_SECONDS).close()
+        except OSError as error:
+            raise ValueError(
+                f"tracking.uri: no database at {url.host}:{url.port} ({error}); start it or correct the address"
+            ) from None
+    engine = create_engine(url)
+    try:
+        engine.connect().close()
+    except SQLAlchemyError as error:
+        said = redacted(first_line(error), of=uri)
+        raise ValueError(f"tracking.uri: {where} cannot be used: {said}") from None
+    finally:
+        engine.dispose()
+
+
+DRIVERS = {"psycopg2": "psycopg2-binary", "psycopg": "psycopg[binary]", "MySQLdb": "mysqlclient"}
+"""The package of a module where their names differ."""

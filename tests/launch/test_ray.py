@@ -91,7 +91,7 @@ def test_every_part_is_mapped_once_though_an_actor_is_killed(ray: Cluster, toys:
 
 def test_a_part_that_always_kills_its_actor_is_given_up_and_named(ray: Cluster, toys: Toys) -> None:
     spec = toys.spec("toy_data", parts=2, deadly="part-1", resources={"max_failures": 1})
-    with pytest.raises(StageError, match=r"^part-1 has ended its worker 2 times.*raise resources.max_failures \(log: "):
+    with pytest.raises(StageError, match=r"^part-1 has killed its worker 2 times.*resources.max_failures \(log: "):
         run(ray, spec)
 
 
@@ -156,6 +156,58 @@ def test_a_stage_that_fails_says_so_once(ray: Cluster, toys: Toys, data: Artifac
     assert artifacts.find(spec.target.uri) is None
 
 
+def test_a_failure_does_not_outlive_its_attempt(ray: Cluster, toys: Toys, data: Artifact, tmp_path: Path) -> None:
+    """Mended, it runs: on the same Ray, and on a new one, which knows nothing of the attempts on others."""
+    full = tmp_path / "full"
+    full.touch()
+    spec = toys.line(data, fail_while=str(full))
+    failed = pytest.raises(StageError, match="No space left on device")
+    with failed:
+        run(ray, spec)
+    with cluster() as other:
+        with failed:
+            run(other, spec)
+        full.unlink()
+        assert run(other, spec) == on_ray.job_id(spec, 3)
+    assert artifact_of(spec).fingerprint == spec.target.fingerprint
+
+
+def test_an_interrupted_part_has_not_failed(ray: Cluster, toys: Toys, tmp_path: Path) -> None:
+    """With no failure allowed, so that counting the interruption as one would end it."""
+    pause = tmp_path / "pause"
+    pause.touch()
+    spec = toys.spec("toy_data", parts=1, wait_while=str(pause), resources={"max_failures": 0})
+    own = Cluster(ray.client, runtime_env={}, capacity=ray.capacity)
+    stopped: list[Exception] = []
+
+    def submit() -> None:
+        try:
+            run(own, spec)
+        except on_ray.Stopped as error:
+            stopped.append(error)
+
+    thread = threading.Thread(target=submit)
+    thread.start()
+    wait_for(lambda: list(Path(spec.work).glob("begun/*/part-0/*")))
+    own.interrupt(stop_jobs=True)
+    thread.join(20)
+    assert stopped
+    pause.unlink()
+    run(ray, spec)
+    assert artifact_of(spec).meta["samples"] == 100
+
+
+def test_a_job_that_somebody_stops_is_stopped_and_not_lost(ray: Cluster, toys: Toys, data: Artifact) -> None:
+    spec = toys.line(data, samples=4000, step_seconds=0.05, train={"seed": 5})
+
+    def stop(progress: Progress | None) -> None:
+        if progress:
+            ray.client.stop_job(on_ray.job_id(spec, 1))
+
+    with pytest.raises(on_ray.Stopped, match="was stopped; run it again to resume"):
+        ray.run(spec, report=stop)
+
+
 def test_a_failing_part_is_named(ray: Cluster, toys: Toys) -> None:
     spec = toys.spec("toy_data", parts=2, fail="part-1")
     with pytest.raises(StageError, match=r"^part-1 cannot be read; replace the file \(log: "):
@@ -189,7 +241,7 @@ def test_a_killed_driver_is_a_lost_job_and_the_next_attempt_goes_on(ray: Cluster
             for process in drivers(spec):
                 process.kill()
 
-    with pytest.raises(JobLost, match="died; its log: "):
+    with pytest.raises(JobLost, match="exited without reporting an error"):
         ray.run(spec, report=kill_driver)
     assert run(ray, spec) == on_ray.job_id(spec, 2)
     steps = [step for step, _ in history(toys, spec, "line/pid")]

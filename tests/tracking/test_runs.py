@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import socket
+import json
 from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
-from toybox import Toys
+from toybox import Toys, free_port
 
 from genpipe import artifacts
 from genpipe.launch.local import run_local
 from genpipe.pipeline.spec import StageSpec
 from genpipe.tracking import store
+from genpipe.tracking.jsonl import runs_uri
+from genpipe.tracking.recorder import Recorder
 from genpipe.tracking.runs import claim_stage_run, fail_stage_run, open_stage_run, pipeline_run
 
 
@@ -55,7 +57,7 @@ def test_a_training_run_holds_params_metrics_images_and_tags(
     assert (run.info.status, run.info.run_name) == ("FINISHED", "toy_line")
     assert run.data.params["train.optim.lr"] == "0.05"
     assert run.data.params["train.global_batch_size"] == "4"
-    assert not any(name.startswith("resources") for name in run.data.params), "they do not identify a run"
+    assert not any(name.startswith(("resources", "observe")) for name in run.data.params), "they do not identify a run"
     tags = run.data.tags
     assert (tags["genpipe.git_revision"], tags["mlflow.source.git.commit"]) == ("abc-dirty", "abc")
     assert (tags["genpipe.ray_job"], tags["genpipe.prefect_flow_run"]) == ("job-1", "brave-cat")
@@ -126,6 +128,28 @@ def test_a_retry_goes_on_in_the_same_run(
     assert done.data.tags["mlflow.parentRunId"] == "second"
 
 
+def test_a_stage_outlives_an_mlflow_that_is_gone(
+    toys: Toys,
+    trained: tuple[StageSpec, StageSpec],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Gone before the stage begins, and gone while it trains: it commits, and its metrics are in the store."""
+    monkeypatch.setattr(Recorder, "CLOSE_SECONDS", 1.0)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    gone = f"http://127.0.0.1:{free_port()}"
+    data = artifacts.find(trained[0].target.uri)
+    assert data is not None
+    for seed, run_id in ((11, ""), (12, "claimed-before-it-went")):
+        spec = toys.line(data, train={"seed": seed}).model_copy(update={"tracking_uri": gone, "run_id": run_id})
+        run_local(spec)
+        lines = [json.loads(line) for line in Path(runs_uri(spec), "metrics.jsonl").read_text().splitlines()]
+        losses = [line["samples_seen"] for line in lines if "line/loss" in line.get("metrics", {})]
+        assert losses == [20, 40, 60, 80]
+    assert "no answer from MLflow" in capsys.readouterr().err
+    fail_stage_run(spec, "no MLflow to say it to")
+
+
 def test_a_job_that_died_silently_is_marked_failed(client: MlflowClient, toys: Toys) -> None:
     spec = toys.spec("toy_data", slope=3.0)
     claim_stage_run(spec)
@@ -178,30 +202,6 @@ def test_long_and_many_settings_are_recorded(client: MlflowClient, toys: Toys) -
     params = client.get_run(run_id).data.params
     assert sum(name.startswith("setting_") for name in params) == 250
     assert len(params["setting_0"]) == 6000
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
-
-
-def test_unusable_addresses_are_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store, "REACH_SECONDS", 1.0)
-    port = free_port()
-    with pytest.raises(ValueError, match=rf"tracking.uri: no MLflow at http://127.0.0.1:{port} .*start it"):
-        store.check(f"http://127.0.0.1:{port}")
-    silent = socket.create_server(("127.0.0.1", 0))  # takes connections and never answers
-    with silent, pytest.raises(ValueError, match=r"tracking.uri: no MLflow at .* \(timed out\)"):
-        store.check(f"http://127.0.0.1:{silent.getsockname()[1]}")
-    with pytest.raises(ValueError, match=rf"tracking.uri: no database at 127.0.0.1:{port}"):
-        store.check(f"postgresql+psycopg2://user@127.0.0.1:{port}/mlflow")
-    broken = tmp_path / "mlflow.db"
-    broken.write_bytes(b"not a database, " * 100)
-    with pytest.raises(ValueError, match=r"mlflow.db cannot be used as MLflow's SQLite file"):
-        store.check(f"sqlite:///{broken}")
-    with pytest.raises(ValueError, match=r"tracking.uri: 'localhost:5000' is not an MLflow tracking URI"):
-        store.check("localhost:5000")
 
 
 def test_a_deleted_experiment_is_explained(client: MlflowClient, toys: Toys) -> None:

@@ -26,6 +26,7 @@ class Config(StageConfig):
     fail: str = ""
     die_once: str = ""
     deadly: str = ""
+    wait_while: str = ""
 
 
 def roles(cfg: Config) -> dict[str, Role]:
@@ -46,6 +47,8 @@ class Worker:
 
     def __call__(self, part: str, out: Path) -> dict[str, Any]:
         time.sleep(self.cfg.seconds)
+        while self.cfg.wait_while and os.path.exists(self.cfg.wait_while):
+            time.sleep(0.1)
         if self.cfg.fail == part:
             raise ValueError(f"{part} cannot be read; replace the file")
         if self.cfg.deadly == part:

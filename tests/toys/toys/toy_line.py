@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -28,6 +29,7 @@ class Config(StageConfig):
     width: int = 1
     step_seconds: float = 0.0
     fail: str = ""
+    fail_while: str = ""
     train: TrainConfig
     observe: ObserveTraining = ObserveTraining()
 
@@ -72,6 +74,8 @@ class Objective:
     def loss(self, name: str, batch: Batch, step: Step) -> tuple[Tensor, Metrics]:
         if self.cfg.fail:
             raise ValueError(self.cfg.fail)
+        if self.cfg.fail_while and os.path.exists(self.cfg.fail_while):
+            raise OSError(errno.ENOSPC, "No space left on device", self.cfg.fail_while)
         time.sleep(self.cfg.step_seconds)
         return (self.model(batch["x"]) - batch["y"]).square().mean(), {"pid": torch.tensor(float(os.getpid()))}
 

@@ -1,0 +1,134 @@
+"""Addresses of MLflow: what works at once, and what is explained within seconds."""
+
+from __future__ import annotations
+
+import base64
+import http.server
+import io
+import json
+import socket
+import sys
+import threading
+import time
+import types
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from toybox import free_port
+
+from genpipe.pipeline.spec import sqlite_uri
+from genpipe.tracking import store
+
+
+def test_unusable_addresses_are_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store, "REACH_SECONDS", 1.0)
+    port = free_port()
+    with pytest.raises(ValueError, match=rf"tracking.uri: no MLflow at http://127.0.0.1:{port} .*start it"):
+        store.check(f"http://127.0.0.1:{port}")
+    silent = socket.create_server(("127.0.0.1", 0))  # takes connections and never answers
+    with silent, pytest.raises(ValueError, match=r"tracking.uri: no MLflow at .* \(timed out\)"):
+        store.check(f"http://127.0.0.1:{silent.getsockname()[1]}")
+    monkeypatch.setitem(sys.modules, "psycopg2", types.ModuleType("psycopg2"))  # as if the driver were installed
+    with pytest.raises(ValueError, match=rf"tracking.uri: no database at 127.0.0.1:{port}"):
+        store.check(f"postgresql+psycopg2://user@127.0.0.1:{port}/mlflow")
+    broken = tmp_path / "mlflow.db"
+    broken.write_bytes(b"not a database, " * 100)
+    with pytest.raises(ValueError, match=r"mlflow.db cannot be used as MLflow's SQLite file"):
+        store.check(f"sqlite:///{broken}")
+    with pytest.raises(ValueError, match=r"tracking.uri: 'localhost:5000' is not an MLflow tracking URI"):
+        store.check("localhost:5000")
+
+
+@pytest.mark.parametrize("name", ["with space", "100%", "feature%2Flogin", "a?mode=memory", "a#b", "ünï"])
+def test_a_store_may_have_any_path(tmp_path: Path, name: str) -> None:
+    """Database and files lie where the path says, and nowhere else."""
+    uri = sqlite_uri(tmp_path / name / "mlflow.db")
+    begun = time.monotonic()
+    store.check(uri)
+    client = store.client_of(uri)
+    run = client.create_run(store.experiment_id_of(client, uri, "runs"))
+    client.log_stream(run.info.run_id, io.BytesIO(b"x"), "file.txt")
+    assert [file.path for file in client.list_artifacts(run.info.run_id)] == ["file.txt"]
+    assert (tmp_path / name / "mlflow.db").stat().st_size > 0
+    assert list((tmp_path / name).glob("mlartifacts/**/file.txt"))
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and tmp_path / name not in path.parents]
+    assert time.monotonic() - begun < 60, "no retries"
+
+
+class Guarded(http.server.BaseHTTPRequestHandler):
+    """As much of an MLflow behind basic authentication as a check asks of one; /health asks for the login, too."""
+
+    LOGIN = "Basic " + base64.b64encode(b"user:s3cret").decode()
+
+    def do_GET(self) -> None:
+        known = self.headers.get("Authorization") == self.LOGIN
+        body = json.dumps({"experiments": []}).encode() if known else b"You are not authenticated."
+        self.send_response(200 if known else 401)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    do_POST = do_GET
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+@pytest.fixture
+def guarded(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    for name in ("USERNAME", "PASSWORD", "TOKEN"):
+        monkeypatch.setenv(f"MLFLOW_TRACKING_{name}", "")  # so that what the test sets is undone, too
+        monkeypatch.delenv(f"MLFLOW_TRACKING_{name}")
+    store.client_of.cache_clear()
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Guarded)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"127.0.0.1:{server.server_port}"
+    server.shutdown()
+    store.client_of.cache_clear()
+
+
+def test_an_mlflow_behind_a_login_takes_it_from_the_environment_or_the_uri(
+    guarded: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ValueError, match=r"asks for another login; set MLFLOW_TRACKING_USERNAME and"):
+        store.check(f"http://{guarded}")
+    with pytest.raises(ValueError) as error:
+        store.check(f"http://user:wr0ng@{guarded}")
+    assert "wr0ng" not in str(error.value) and f"http://user:***@{guarded}" in str(error.value)
+    monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "user")
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "s3cret")
+    store.check(f"http://{guarded}")
+    monkeypatch.delenv("MLFLOW_TRACKING_USERNAME")
+    monkeypatch.delenv("MLFLOW_TRACKING_PASSWORD")
+    store.check(f"http://user:s3cret@{guarded}")
+
+
+def test_an_mlflow_behind_a_login_takes_it_from_netrc(
+    guarded: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "netrc").write_text("machine 127.0.0.1 login user password s3cret\n")
+    (tmp_path / "netrc").chmod(0o600)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    store.check(f"http://{guarded}")
+
+
+def test_no_message_shows_a_password() -> None:
+    with pytest.raises(ValueError) as error:
+        store.check(f"http://user:s3cret@127.0.0.1:{free_port()}")
+    assert "s3cret" not in str(error.value)
+    assert store.redacted("postgresql+psycopg2://me:s3cret@db:5432/x") == "postgresql+psycopg2://me:***@db:5432/x"
+    assert store.redacted("sqlite:////a/b.db") == "sqlite:////a/b.db"
+
+
+def test_a_database_without_its_driver_names_the_package(tmp_path: Path) -> None:
+    begun = time.monotonic()
+    with pytest.raises(ValueError, match=r"needs the Python package psycopg.*pip install") as error:
+        store.check("postgresql://me:s3cret@127.0.0.1:1/mlflow")
+    assert "s3cret" not in str(error.value)
+    with pytest.raises(ValueError, match="mysqlclient"):
+        store.check("mysql://127.0.0.1/mlflow")
+    with pytest.raises(ValueError, match="not a database's URI"):
+        store.check("postgresq://127.0.0.1/mlflow")
+    assert time.monotonic() - begun < 10, "before MLflow tries for minutes"
