@@ -252,15 +252,15 @@ def export(objective: Objective, cfg: Config, inputs: Mapping[str, Artifact], fo
     save_weights(model, folder, kind="autoencoder", config=cfg.model, sizes={}, extra={})
     if isinstance(cfg.model, IdentityConfig):  # pixels stay in [-1, 1], which samplers may then clip to
         channels = cfg.model.latent_channels
-        return {"latent_mean": [0.0] * channels, "latent_std": [1.0] * channels, "latent_sample_std": [1.0] * channels}
+        return {"latent_mean": [0.0] * channels, "latent_std": [1.0] * channels}
     return latent_moments(model, data(cfg, inputs).train, cfg)
 
 
 def latent_moments(model: Autoencoder, samples: SampleSet, cfg: Config) -> dict[str, list[float]]:
-    """The latents' statistics by channel, over training images that stand for all, taken as training takes them.
+    """`latent_mean` and `latent_std` by channel, over training images that stand for all, taken as training takes them.
 
-    `latent_mean`, `latent_std` of the posterior means, and `latent_sample_std` of samples from the posteriors, which
-    LDM standardizes with (Rombach et al. 2022, appendix G); alike without a KL bottleneck.
+    The deviation is that of samples from the posteriors, whether they or their means are trained on (Rombach et al.
+    2022, appendix G): the variance of the means and the mean of the variances.
     """
     device = next(model.parameters()).device
     moments = Moments()
@@ -268,8 +268,4 @@ def latent_moments(model: Autoencoder, samples: SampleSet, cfg: Config) -> dict[
     for batch in sample_batches(samples, count=cfg.statistics_samples, batch_size=64, weights=weights, repeat=True):
         mean, logvar = model.encode(to_float(batch["images"].to(device)))
         moments.add(mean, variance=logvar.exp())
-    return {
-        "latent_mean": moments.mean(),
-        "latent_std": moments.std(),
-        "latent_sample_std": moments.std(sampled=True),
-    }
+    return {"latent_mean": moments.mean(), "latent_std": moments.std()}
