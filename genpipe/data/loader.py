@@ -21,6 +21,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from genpipe.data.order import bucket_order, order_of, spread
 from genpipe.data.prefetch import prefetched
 from genpipe.data.samples import Reject
 from genpipe.data.shard_dataset import collect_damaged
@@ -36,12 +37,19 @@ class SampleSet(NamedTuple):
 
     `collate(indices, positions)` takes int64 arrays [B]: which samples, and at which global positions of the
     training stream they stand, so that a choice (caption, crop) can depend on the position alone. With loader
-    processes it is pickled. `sources` are the ranges of indices that come from each source of a mix.
+    processes it is pickled. `sources` are the ranges of indices that come from each source of a mix. `buckets` are the
+    samples, ascending int64 [N], of each size of images, if they cannot share a batch.
     """
 
     length: int
     collate: Collate
     sources: Mapping[str, range] = MappingProxyType({})
+    buckets: tuple[np.ndarray, ...] = ()
+
+    @property
+    def ranges(self) -> Mapping[str, range]:
+        """The sources, or all samples as one source named ""."""
+        return self.sources or {"": range(self.length)}
 
 
 class Data(NamedTuple):
@@ -49,6 +57,23 @@ class Data(NamedTuple):
 
     train: SampleSet
     heldout: SampleSet
+
+
+def training_order(
+    data: Data, *, weights: Mapping[str, float], seed: int, run: int
+) -> Callable[[np.ndarray], np.ndarray]:
+    """The sample at each position of the stream that trains on `data`; see `Order` and, for buckets, `BucketOrder`.
+
+    With buckets `run` positions, from each multiple of it on, hold samples of one size: of a micro-batch, or of a
+    whole step where micro-batches follow from the number of ranks, which the order must not do.
+
+    Raises ValueError for weights that do not fit the sources, or that leave nothing to validate on.
+    """
+    train = data.train
+    spread(data.heldout.ranges, count=1, weights=weights, repeat=False)  # refuses now what validation would later
+    if train.buckets:
+        return bucket_order(train.ranges, train.buckets, weights=weights, seed=seed, run=run)
+    return order_of(train.ranges, weights=weights, seed=seed)
 
 
 class Batches(Iterator[tuple[int, Batch]]):
@@ -139,12 +164,21 @@ class Batches(Iterator[tuple[int, Batch]]):
         return loaded
 
 
-def sequential(n: int, *, batch_size: int, collate: Collate, limit: int | None = None) -> Iterator[tuple[int, Batch]]:
-    """`(position, batch)` of the samples 0, 1, ... once, at most `limit` of them; the last may be short."""
-    stop = n if limit is None else min(n, limit)
-    for first in range(0, stop, batch_size):
-        indices = np.arange(first, min(first + batch_size, stop), dtype=np.int64)
-        yield first, collate(indices, indices)
+def sample_batches(
+    samples: SampleSet, *, count: int, batch_size: int, weights: Mapping[str, float], repeat: bool = False
+) -> Iterator[Batch]:
+    """Batches of about `count` samples that stand for all: `order.spread` says which. The last may be short.
+
+    For what is measured over a part of the data: statistics, which take samples as often as training does
+    (`repeat`), and validation, which takes each once. The same batches each time. Images of another size come in
+    another batch.
+    """
+    indices = spread(samples.ranges, count=count, weights=weights, repeat=repeat)
+    for bucket in samples.buckets or (indices,):
+        positions = np.flatnonzero(np.isin(indices, bucket))
+        for first in range(0, len(positions), batch_size):
+            some = positions[first : first + batch_size]
+            yield samples.collate(indices[some], some)
 
 
 def check_batch_sizes(global_batch_size: int, *, micro_batch_size: int, world_size: int) -> None:

@@ -1,6 +1,8 @@
 """Read shards by index, where they are: a sample is one `pread` in a folder, one ranged GET under S3.
 
 Shape legend: B samples, N samples of a shard, C = 3 channels (RGB), H height, W width.
+
+A sample's image, and its conditioning image if it has one, are its *members*.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -28,14 +30,16 @@ from genpipe.data.block_cache import BlockCache, Files, LocalFiles, Piece, Remot
 from genpipe.data.images import ImageError, decode
 from genpipe.data.order import pick
 from genpipe.data.samples import Reject
-from genpipe.data.shards import INDEX_SUFFIX, Split
+from genpipe.data.shards import CONDITION, INDEX_SUFFIX, NO_LABEL, Split
 from genpipe.storage import local_path
 
 CACHE_GB = "GENPIPE_CACHE_GB"
 DEFAULT_CACHE_GB = 20.0
+Member = Literal["image", "condition"]
 BLOCK_BITS = tarfile.BLOCKSIZE.bit_length() - 1
 TOLD = 20
 """Skipped samples that a dataset names on stderr."""
+MEMBERS: tuple[Member, ...] = ("image", "condition")
 
 _TEXTS = ("key", "group", "captions", "caption_weights")
 _noticed: ContextVar[list[Reject] | None] = ContextVar("noticed", default=None)
@@ -56,7 +60,8 @@ def collect_damaged() -> Iterator[list[Reject]]:
 class ShardDataset:
     """The samples of one split, shard after shard in the order of their names. Thread-safe; pickled as its arguments.
 
-    In memory are 12 bytes a sample; the text of a shard (keys, groups, captions) joins at its first use, in Arrow.
+    In memory are 12 bytes a sample, 4 more with class labels and 8 more with conditioning images; the text of a shard
+    (keys, groups, captions) joins at its first use, in Arrow.
     `files` are the tars if they are not beside the indexes in `folder`; `only` names a single shard to open.
 
     Raises ValueError if the folder holds no shard of this split, or an index that its tar does not bear out.
@@ -71,16 +76,17 @@ class ShardDataset:
             raise ValueError(f"{self.folder} holds no {split} shards (looked for {only or split + '-*'}{INDEX_SUFFIX})")
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
             every = zip(indexes, pool.map(_read_index, indexes), strict=True)
-        filled = {path.name.removesuffix(INDEX_SUFFIX): index for path, index in every if len(index.offsets)}
+        filled = {path.name.removesuffix(INDEX_SUFFIX): index for path, index in every if len(index.sizes)}
         if not filled:
             raise ValueError(f"{self.folder}: the {split} shards hold no samples any more; shard again")
         self._numbers = {name: number for number, name in enumerate(filled)}
         self._names, self._tars = list(filled), [f"{name}.tar" for name in filled]
         self._check_sizes([index.end for index in filled.values()])
-        self._offsets = np.concatenate([index.offsets for index in filled.values()])  # in blocks of the tar
-        self._lengths = np.concatenate([index.lengths for index in filled.values()])
+        self._places = {member: _joined([index.places.get(member) for index in filled.values()]) for member in MEMBERS}
+        labels = [index.labels for index in filled.values()]
+        self._labels = np.concatenate(labels) if any((own != NO_LABEL).any() for own in labels) else None
         self._sizes = np.concatenate([index.sizes for index in filled.values()])
-        self._starts = np.cumsum([0, *(len(index.offsets) for index in filled.values())])
+        self._starts = np.cumsum([0, *(len(index.sizes) for index in filled.values())])
         self._sources = self._ranges([index.source for index in filled.values()])
         self._texts: dict[int, pa.Table] = {}
         self._described: set[int] = set()  # shards whose tar was seen to be the one that the index describes
@@ -91,7 +97,13 @@ class ShardDataset:
         return partial(ShardDataset, split=self.split, files=self.files, only=self.only), (self.folder,)
 
     def __len__(self) -> int:
+        """The samples of all shards."""
         return int(self._starts[-1])
+
+    @property
+    def has_conditions(self) -> bool:
+        """Whether every sample has a conditioning image."""
+        return self._places["condition"] is not None
 
     def shards(self) -> list[str]:
         """Names of the shards, without `.tar`, in the order of the dataset."""
@@ -127,41 +139,60 @@ class ShardDataset:
         options = self.captions(i)
         return options[pick(draw, count=len(options), weights=self.caption_weights(i))]
 
+    def labels(self, indices: np.ndarray) -> np.ndarray:
+        """int64 [B]: the places of the samples' classes in the list `classes` of the artifact's meta, -1 for none."""
+        if self._labels is None:
+            return np.full(len(indices), NO_LABEL, np.int64)
+        labels: np.ndarray = self._labels[indices].astype(np.int64)
+        return labels
+
     def image(self, i: int) -> np.ndarray:
         """uint8 [H, W, C]: one read and one decode. Raises ImageError if the bytes are damaged."""
         return decode(self.image_bytes(i))
 
-    def image_bytes(self, i: int) -> bytes:
-        """The encoded image.
+    def image_bytes(self, i: int, *, member: Member = "image") -> bytes:
+        """The encoded image, or conditioning image.
 
         Raises FileNotFoundError if the tar is gone, OSError if it ends early, ValueError if it is another than the
         index describes.
         """
         self._shard_of(i)
-        return next(self.images_bytes(np.asarray([i])))
+        return next(self.images_bytes(np.asarray([i]), member=member))
 
-    def images_bytes(self, indices: np.ndarray) -> Iterator[bytes]:
+    def images_bytes(self, indices: np.ndarray, *, member: Member = "image") -> Iterator[bytes]:
         """The encoded images of int64 [B], one after the other; `image_bytes` says what it raises."""
+        places = self._places[member]
+        assert places is not None, "asked for conditioning images that are not there"
         shards = np.searchsorted(self._starts, indices, side="right") - 1
         if new := set(shards.tolist()) - self._described:
             self._check_headers({shard: int(indices[shards == shard][0]) for shard in new})
         tars = [self._tars[shard] for shard in shards.tolist()]
-        offsets = self._offsets[indices] * np.int64(tarfile.BLOCKSIZE)
-        return self._read(zip(tars, offsets.tolist(), self._lengths[indices].tolist(), strict=True))
+        blocks, lengths = places[indices].T
+        offsets = blocks * np.int64(tarfile.BLOCKSIZE)
+        return self._read(zip(tars, offsets.tolist(), lengths.tolist(), strict=True))
 
     def stored_sizes(self, indices: np.ndarray) -> np.ndarray:
         """int [B, 2]: height and width of the stored images; 0 where the index does not say."""
         sizes: np.ndarray = self._sizes[indices]
         return sizes
 
-    def skip(self, i: int, error: ImageError) -> int:
-        """The sample to take for a damaged one, the next of its source; the damaged one is noticed.
+    def sizes(self) -> dict[tuple[int, int], np.ndarray]:
+        """The samples int64 [N] whose images are stored with each (height, width); (0, 0) is unknown."""
+        packed = self._sizes.astype(np.uint32) @ np.asarray([2**16, 1], np.uint32)
+        found, inverse = np.unique(packed, return_inverse=True)
+        samples = np.split(np.argsort(inverse, kind="stable"), np.cumsum(np.bincount(inverse))[:-1])
+        return {divmod(int(size), 2**16): own for size, own in zip(found, samples, strict=True)}
 
-        Raises ValueError if the tar holds something else at its place than the index says.
+    def skip(self, i: int, error: ImageError, *, member: Member = "image", same_size: bool = False) -> int:
+        """The sample to take for one whose `member` is damaged, the next of its source; the damaged one is noticed.
+
+        With `same_size` it is the next that is stored with the same height and width. Raises ValueError if the tar
+        holds something else at its place than the index says.
         """
         shard = self._shard_of(i)
         self._check_headers({shard: i})
-        written, found = self._row("sha256", i), hashlib.sha256(self.image_bytes(i)).hexdigest()
+        digest = "sha256" if member == "image" else f"{CONDITION}_sha256"
+        written, found = self._row(digest, i), hashlib.sha256(self.image_bytes(i, member=member)).hexdigest()
         changed = "; its bytes have changed since the index was written" if written not in (None, found) else ""
         reject = Reject(self._row("key", i), self._tars[shard], error.reason, error.detail + changed)
         if (noticed := _noticed.get()) is not None:
@@ -172,7 +203,10 @@ class ShardDataset:
             more = "; more are not told here" if self._told == TOLD else ""
             print(f"skipped {reject.key} in {reject.source}: {error}{changed}{more}", file=sys.stderr, flush=True)
         rows = next(rows for rows in self._sources.values() if i in rows)
-        return i + 1 if i + 1 < rows.stop else rows.start
+        if not same_size:
+            return i + 1 if i + 1 < rows.stop else rows.start
+        alike = rows.start + np.flatnonzero((self._sizes[rows.start : rows.stop] == self._sizes[i]).all(1))
+        return int(alike[np.searchsorted(alike, i, side="right") % len(alike)])
 
     def close(self) -> None:
         """Close the tars; reading opens them again."""
@@ -233,7 +267,9 @@ class ShardDataset:
 
     def _check_headers(self, samples: Mapping[int, int]) -> None:
         """Raise ValueError unless the tar's header before the image of a sample of each shard names its key."""
-        befores = ((int(self._offsets[i]) - 1) * tarfile.BLOCKSIZE for i in samples.values())
+        places = self._places["image"]
+        assert places is not None, "every sample has an image"
+        befores = ((int(places[i, 0]) - 1) * tarfile.BLOCKSIZE for i in samples.values())
         pieces = [(self._tars[shard], at, tarfile.BLOCKSIZE) for shard, at in zip(samples, befores, strict=True)]
         for (shard, i), header in zip(samples.items(), self._read(pieces), strict=True):
             key, name = self._row("key", i), header[:100].split(b"\0", 1)[0].decode(errors="replace")
@@ -247,34 +283,52 @@ class ShardDataset:
 
 @dataclass(frozen=True)
 class _Index:
-    """The numbers of an index: 12 bytes a sample."""
+    """The numbers of an index: 12 bytes a sample, and 4 with labels, 8 with conditioning images."""
 
     source: str
     end: int  # the least bytes of the tar
-    offsets: np.ndarray  # uint32 [N], in tar blocks of 512 bytes
-    lengths: np.ndarray  # uint32 [N]
+    places: dict[Member, np.ndarray]  # uint32 [N, 2]: of each member the offset, in tar blocks, and the length
     sizes: np.ndarray  # uint16 [N, 2], height and width, 0 for unknown
+    labels: np.ndarray  # int32 [N]
 
 
 def _read_index(path: Path) -> _Index:
+    of_condition = tuple(f"{CONDITION}_{name}" for name in ("offset", "length"))
     with _opened(path) as file:
-        table, source = _columns(file, ("offset", "length", "height", "width")), _only_source(file, path)
-    offsets, lengths = table["offset"].to_numpy(), table["length"].to_numpy()
-    blocks, rest = offsets >> BLOCK_BITS, offsets & (tarfile.BLOCKSIZE - 1)  # many times as fast as // and %
-    if len(table) and (blocks.min() < 1 or rest.any() or lengths.min() < 0):
-        raise ValueError(f"{path}: holds offsets at which no tar has a member; shard again")
+        table = _columns(file, ("offset", "length", "height", "width", "label", *of_condition))
+        source = _only_source(file, path)
     sizes = np.zeros((len(table), 2), np.uint16)
     for axis, name in enumerate(("height", "width")):
         if name in table.column_names:
             side = table[name].to_numpy()
             sizes[:, axis] = np.where(side < 2**16, side, 0)
-    return _Index(
-        source=source,
-        end=int((offsets + lengths).max()) if len(table) else 0,
-        offsets=blocks.astype(np.uint32),
-        lengths=lengths.astype(np.uint32),
-        sizes=sizes,
-    )
+    found: dict[Member, tuple[Any, Any]] = {"image": (table["offset"], table["length"])}
+    if of_condition[0] in table.column_names and not table[of_condition[0]].null_count:
+        found["condition"] = (table[of_condition[0]], table[of_condition[1]])
+    places: dict[Member, np.ndarray] = {}
+    ends = [0]
+    for member, columns in found.items():
+        offsets, lengths = (column.to_numpy() for column in columns)
+        places[member] = _packed(offsets, lengths, path)
+        ends.append(int((offsets + lengths).max()) if len(table) else 0)
+    labels = np.full(len(table), NO_LABEL, np.int32)
+    if "label" in table.column_names:
+        labels = table["label"].fill_null(NO_LABEL).to_numpy()
+    return _Index(source, max(ends), places, sizes, labels)
+
+
+def _packed(offsets: np.ndarray, lengths: np.ndarray, path: Path) -> np.ndarray:
+    """uint32 [N, 2]: offsets in tar blocks, and lengths. Raises ValueError for offsets at which no tar has a member."""
+    blocks, rest = offsets >> BLOCK_BITS, offsets & (tarfile.BLOCKSIZE - 1)  # many times as fast as // and %
+    if len(offsets) and (blocks.min() < 1 or rest.any() or lengths.min() < 0):
+        raise ValueError(f"{path}: holds offsets at which no tar has a member; shard again")
+    return np.stack([blocks, lengths], 1).astype(np.uint32)
+
+
+def _joined(parts: list[np.ndarray | None]) -> np.ndarray | None:
+    """What the indexes of all shards say, one after the other; None unless all of them say it."""
+    there = [part for part in parts if part is not None]
+    return np.concatenate(there) if len(there) == len(parts) else None
 
 
 def _only_source(file: pq.ParquetFile, path: Path) -> str:

@@ -14,7 +14,7 @@ from genpipe.data.features import FeatureDataset
 from genpipe.data.image_batches import Crop, Images
 from genpipe.data.loader import Batch, Data, SampleSet
 from genpipe.data.order import caption_draws, normal, uniform
-from genpipe.data.shard_dataset import open_shards
+from genpipe.data.shard_dataset import ShardDataset, open_shards
 from genpipe.data.shards import Split
 from genpipe.lineage import check_made_from
 
@@ -30,19 +30,48 @@ def check_image_size(shard: Artifact, size: int, *, setting: str) -> None:
         )
 
 
-def image_data(shard: Artifact, *, size: int, crop: Crop = "center", seed: int = 0) -> Data:
-    """The images alone, as uint8 [B, 3, size, size]: what stages without captions train on."""
+def image_data(
+    shard: Artifact,
+    *,
+    size: int | None,
+    crop: Crop = "center",
+    seed: int = 0,
+    labels: bool = False,
+    condition: bool = False,
+) -> Data:
+    """Images without captions: `image_batches.Images`.
+
+    They are squares of `size`, of training samples cut at `crop`; or whole as they are stored, where every batch has
+    images of one size, if `size` is None. With `labels` and `condition` batches have class labels and conditioning
+    images too. Raises ValueError for shards that do not have what is asked for.
+    """
+    if labels and not shard.meta.get("classes"):
+        raise ValueError(f"{shard.uri}: its samples have no class labels; give shards of a source that has some")
 
     def split(name: Split, crop: Crop) -> SampleSet:
         dataset = open_shards(shard, split=name)
-        return SampleSet(len(dataset), Images(dataset, size, crop, seed), dataset.sources())
+        if condition and not dataset.has_conditions:
+            raise ValueError(f"{shard.uri}: not all {name} samples have a conditioning image; shard a source that has")
+        images = Images(dataset, size, crop, seed, labels=labels, condition=condition)
+        return SampleSet(len(dataset), images, dataset.sources(), () if size else _buckets(dataset))
 
     return Data(train=split("train", crop), heldout=split("heldout", "center"))
 
 
+def _buckets(dataset: ShardDataset) -> tuple[np.ndarray, ...]:
+    """The samples of each stored size. Raises ValueError where an index does not say what that is."""
+    sizes = dataset.sizes()
+    unknown = sizes.get((0, 0))
+    if unknown is not None:
+        raise ValueError(f"{dataset.folder}: no size is known of {dataset.key(int(unknown[0]))}; shard again")
+    return tuple(sizes.values())
+
+
 @dataclass(frozen=True)
 class Cached:
-    """Collates `arrays` (latents, image_embeds) and the text of one caption a sample.
+    """Collates those of `arrays` (latents, image_embeds) that the cache has, one caption's text, and labels.
+
+    `FeatureDataset.text` says what the text is; `labels` are int64 [B], -1 for a sample without one.
 
     Training takes caption, mirror image and the latents' noise by the position in the stream and `seed`; held-out
     samples take their first caption, the image as it is, and the mean.
@@ -54,8 +83,13 @@ class Cached:
     training: bool
 
     def __call__(self, indices: np.ndarray, positions: np.ndarray) -> Batch:
+        """The batch of these samples, which stand at `positions` of the stream: int64 [B] each."""
         draws = caption_draws(positions, seed=self.seed) if self.training else np.zeros(len(indices))
-        return {name: self._array(name, indices, positions) for name in self.arrays} | self.dataset.text(indices, draws)
+        there = [name for name in self.arrays if name in self.dataset.arrays]
+        batch = {name: self._array(name, indices, positions) for name in there} | self.dataset.text(indices, draws)
+        if "labels" in self.dataset.arrays:
+            batch["labels"] = self.dataset.labels(indices)
+        return batch
 
     def _array(self, name: str, indices: np.ndarray, positions: np.ndarray) -> Tensor:
         variants = np.zeros(len(indices), np.int64)
@@ -70,7 +104,7 @@ class Cached:
 
 
 def cached_data(inputs: Mapping[str, Artifact], *, arrays: tuple[str, ...], seed: int) -> Data:
-    """The features among `inputs` as a stage trains on them: `Cached`.
+    """The features among `inputs` as a stage trains on them: `Cached`, with these `arrays` of images.
 
     Raises ValueError if they were made from another content than other inputs have.
     """
@@ -89,11 +123,17 @@ def cached_data(inputs: Mapping[str, Artifact], *, arrays: tuple[str, ...], seed
 def example_features(inputs: Mapping[str, Artifact], *, arrays: tuple[str, ...], batch_size: int) -> Batch:
     """Zeros in the shapes of a batch of `cached_data` whose longest caption fills the context."""
     meta = inputs["features"].meta
-    length, side = meta["context_length"], meta["latent_size"]
-    images = {"latents": (meta["latent_channels"], side, side), "image_embeds": (meta["embed_dim"],)}
-    return {
-        **{name: torch.zeros(batch_size, *images[name], dtype=torch.float16) for name in arrays},
-        "text_embeds": torch.zeros(batch_size, meta["embed_dim"], dtype=torch.float16),
-        "text_encodings": torch.zeros(batch_size * length, meta["text_width"], dtype=torch.float16),
-        "text_places": torch.arange(batch_size * length).view(batch_size, length),
-    }
+    shapes: dict[str, tuple[int, ...]] = {}
+    if "latent_size" in meta and "latents" in arrays:
+        shapes["latents"] = (batch_size, meta["latent_channels"], meta["latent_size"], meta["latent_size"])
+    if "embed_dim" in meta:
+        images = ["image_embeds"] if "image_embeds" in arrays else []
+        shapes |= dict.fromkeys([*images, "text_embeds"], (batch_size, meta["embed_dim"]))
+    batch: Batch = {}
+    if "text_width" in meta:
+        tokens = batch_size * meta["context_length"]
+        shapes["text_encodings"] = (tokens, meta["text_width"])
+        batch["text_places"] = torch.arange(tokens).view(batch_size, -1)
+    if meta.get("classes"):
+        batch["labels"] = torch.zeros(batch_size, dtype=torch.int64)
+    return batch | {name: torch.zeros(shape, dtype=torch.float16) for name, shape in shapes.items()}

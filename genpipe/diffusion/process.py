@@ -341,11 +341,11 @@ def inverted(
     return x / torch.hypot(*alpha_sigma(ts[0], schedule)).item()
 
 
-def with_guidance(conditional: Model, both: Model, *, cfg: SamplerConfig) -> Model:
+def with_guidance(conditional: Model, both: Model, *, cfg: SamplerConfig, steps: int = STEPS) -> Model:
     """Classifier-free guidance; `both` is the model bound to the conditions and then, doubled, to their absence.
 
-    Times of the schedule and interval of the guidance are the network's (`network_time`). A learned variance is
-    that of the conditional model.
+    Times of the schedule and interval of the guidance are the network's (`network_time`), as shares of `steps`, those
+    of the model's table. A learned variance is that of the conditional model.
     """
     if cfg.guidance_scale == 1.0:
         return conditional
@@ -353,7 +353,8 @@ def with_guidance(conditional: Model, both: Model, *, cfg: SamplerConfig) -> Mod
     def model(x: Tensor, t: Tensor) -> Tensor:
         cond, uncond = both(torch.cat([x, x]), torch.cat([t, t])).float().chunk(2)
         channels = x.shape[1]
-        out = guided(cond[:, :channels], uncond[:, :channels], scale=_scale(t, x, cfg), rescale=cfg.guidance_rescale)
+        scale = _scale(t * (STEPS / steps), x, cfg)
+        out = guided(cond[:, :channels], uncond[:, :channels], scale=scale, rescale=cfg.guidance_rescale)
         return torch.cat([out, cond[:, channels:]], dim=1) if cond.shape[1] > channels else out
 
     return model

@@ -42,6 +42,7 @@ def sample_latents(
         decoder_model(decoder, embed, text, drop_image=keep, drop_text=keep),
         decoder_model(decoder, embed.repeat(2, 1), text.repeated(2), drop_image=drop, drop_text=drop),
         cfg=sampler,
+        steps=diffusion.steps,
     )
     noise = torch.randn((len(embed), *shape), generator=generator, device=embed.device)
     return sample(denoiser(model, diffusion), noise, sampler, diffusion=diffusion, generator=generator)

@@ -16,7 +16,7 @@ from genpipe.artifacts import Artifact, Role
 from genpipe.config import Config as Block
 from genpipe.config import StageConfig
 from genpipe.data.image_batches import Crop, to_float, to_uint8
-from genpipe.data.loader import Data, SampleSet, sequential
+from genpipe.data.loader import Data, SampleSet, sample_batches
 from genpipe.data.train_sets import check_image_size, image_data
 from genpipe.evaluation.grids import hwc, tile
 from genpipe.evaluation.networks import load_inception, load_lpips
@@ -43,6 +43,7 @@ from genpipe.pinned_files import PinnedFile
 from genpipe.training.objective import Batch, Metrics, ObserveTraining, Step, Validation
 from genpipe.training.plateau import Plateau, PlateauConfig
 from genpipe.training.settings import TrainConfig
+from genpipe.training.statistics import Moments
 from genpipe.weights import InitialWeights, load_initial_weights, save_weights
 
 VERSION = 1
@@ -50,8 +51,6 @@ MAKES = "autoencoder"
 HEADLINES = ("psnr",)
 
 PICTURES = 8
-MIN_LATENT_STD = 1e-4
-"""Floor under the standard deviation of a channel of the latents, so that a dead one divides by no zero."""
 
 
 def _start(value: Any) -> Any:
@@ -247,21 +246,24 @@ def export(objective: Objective, cfg: Config, inputs: Mapping[str, Artifact], fo
     save_weights(model, folder, kind="autoencoder", config=cfg.model, sizes={}, extra={})
     if isinstance(cfg.model, IdentityConfig):  # pixels stay in [-1, 1], which samplers may then clip to
         channels = cfg.model.latent_channels
-        return {"latent_mean": [0.0] * channels, "latent_std": [1.0] * channels}
+        return {"latent_mean": [0.0] * channels, "latent_std": [1.0] * channels, "latent_sample_std": [1.0] * channels}
     return latent_moments(model, data(cfg, inputs).train, cfg)
 
 
-def latent_moments(model: Autoencoder, split: SampleSet, cfg: Config) -> dict[str, list[float]]:
-    """`latent_mean` and `latent_std` by channel, over the posterior means of the first training images."""
+def latent_moments(model: Autoencoder, samples: SampleSet, cfg: Config) -> dict[str, list[float]]:
+    """The latents' statistics by channel, over training images that stand for all, taken as training takes them.
+
+    `latent_mean`, `latent_std` of the posterior means, and `latent_sample_std` of samples from the posteriors, which
+    LDM standardizes with (Rombach et al. 2022, appendix G); alike without a KL bottleneck.
+    """
     device = next(model.parameters()).device
-    total: Tensor | None = None
-    count = 0
-    for _, batch in sequential(split.length, batch_size=64, collate=split.collate, limit=cfg.statistics_samples):
-        mean, _ = model.encode(to_float(batch["images"].to(device)))
-        moments = torch.stack([mean.double(), mean.double().square()]).sum((1, 3, 4))
-        total = moments if total is None else total + moments
-        count += mean[:, 0].numel()
-    assert total is not None, "a training split holds at least one sample"
-    mean, square = total / count
-    variance = (square - mean.square()).clamp(min=MIN_LATENT_STD**2)
-    return {"latent_mean": mean.tolist(), "latent_std": variance.sqrt().tolist()}
+    moments = Moments()
+    weights = cfg.train.source_weights
+    for batch in sample_batches(samples, count=cfg.statistics_samples, batch_size=64, weights=weights, repeat=True):
+        mean, logvar = model.encode(to_float(batch["images"].to(device)))
+        moments.add(mean, variance=logvar.exp())
+    return {
+        "latent_mean": moments.mean(),
+        "latent_std": moments.std(),
+        "latent_sample_std": moments.std(sampled=True),
+    }

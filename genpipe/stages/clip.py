@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
@@ -18,8 +18,8 @@ from genpipe.artifacts import Artifact, Role
 from genpipe.config import Config as Block
 from genpipe.config import StageConfig
 from genpipe.data.image_batches import Crop, crop_draws, read_images, to_float
-from genpipe.data.loader import Data, SampleSet, sequential
-from genpipe.data.order import caption_draws
+from genpipe.data.loader import Data, SampleSet, sample_batches
+from genpipe.data.order import caption_draws, spread
 from genpipe.data.shard_dataset import ShardDataset, open_shards
 from genpipe.data.shards import Split
 from genpipe.data.tokenizer import (
@@ -38,6 +38,7 @@ from genpipe.models.clip import CLIP, CLIPConfig, keep_patches
 from genpipe.models.contrastive import encode_in_chunks
 from genpipe.training.objective import Batch, Metrics, ObserveTraining, Step, Validation
 from genpipe.training.settings import TrainConfig
+from genpipe.training.statistics import Moments
 from genpipe.weights import InitialWeights, load_initial_weights, save_weights
 
 VERSION = 1
@@ -47,8 +48,8 @@ HEADLINES = ("text_to_image_r5",)
 PROMPTS = 1024
 """Zero-shot prompts that pass the text tower at a time."""
 
-MIN_STD = 1e-4
-"""Floor under the standard deviation of an embedding's dimension, so that a dead one divides by no zero."""
+ROWS = 1024
+"""Held-out pairs that are compared with all others at a time."""
 
 
 class ClipVocabulary(Block):
@@ -159,20 +160,21 @@ class Captioned:
 def _tokenizer(cfg: Config, inputs: Mapping[str, Artifact]) -> CaptionTokenizer:
     if cfg.tokenizer is not None:
         return clip_tokenizer(cfg.tokenizer.vocabulary, sha256=cfg.tokenizer.sha256)
-    shard = inputs["shard"]
-    return _train_tokenizer(shard.uri, shard.fingerprint, cfg.vocab_size, cfg.tokenizer_captions)
+    weights = tuple(sorted(cfg.train.source_weights.items()))
+    return _train_tokenizer(
+        inputs["shard"].uri, inputs["shard"].fingerprint, cfg.vocab_size, cfg.tokenizer_captions, weights
+    )
 
 
 @lru_cache(maxsize=1)
-def _train_tokenizer(uri: str, fingerprint: str, vocab_size: int, captions: int) -> CaptionTokenizer:
+def _train_tokenizer(
+    uri: str, fingerprint: str, vocab_size: int, captions: int, weights: tuple[tuple[str, float], ...]
+) -> CaptionTokenizer:
     """The tokenizer of these shards: trained anew, the same each time, by every rank for itself."""
     dataset = open_shards(Artifact(kind="shards", uri=uri, fingerprint=fingerprint), split="train")
-
-    def every() -> Iterator[str]:
-        for i in range(len(dataset)):
-            yield from dataset.captions(i)
-
-    return train_tokenizer(islice(every(), captions), vocab_size=vocab_size)
+    indices = spread(dataset.sources(), count=captions, weights=dict(weights), repeat=True)
+    chosen = (caption for i in indices.tolist() for caption in dataset.captions(i))
+    return train_tokenizer(islice(chosen, captions), vocab_size=vocab_size)
 
 
 def objective(cfg: Config, inputs: Mapping[str, Artifact], device: torch.device) -> Objective:
@@ -237,7 +239,7 @@ class Objective:
             embeds.append(self.model(to_float(batch["images"]), batch["tokens"]))
             labels.append(batch.get("labels", batch["tokens"].new_empty(0)))
         images, texts = (torch.cat(part) for part in zip(*embeds, strict=True))
-        loss = self.model.loss(images, texts, gather=False)
+        loss = self.model.heldout_loss(images, texts, size=ROWS)
         own = torch.arange(len(images), device=images.device)
         metrics = {"loss": loss.item(), "pool": float(len(images))}
         metrics |= retrieval_recalls(images, texts, image_of_text=own)
@@ -260,16 +262,19 @@ def export(objective: Objective, cfg: Config, inputs: Mapping[str, Artifact], fo
     tokenizer = _tokenizer(cfg, inputs)
     tokenizer.save(folder / TOKENIZER_FILE)
     save_weights(objective.model, folder, kind="clip", config=cfg.model, sizes=objective.sizes, extra={})
-    embeds = image_embeds(objective.model, data(cfg, inputs).train, limit=cfg.statistics_samples)
+    moments = embed_moments(objective.model, data(cfg, inputs).train, cfg)
     return {
         "tokenizer": tokenizer.digest,
-        "image_embed_mean": embeds.mean(0).tolist(),
-        "image_embed_std": embeds.std(0, correction=0).clamp(min=MIN_STD).tolist(),
+        "image_embed_mean": moments.mean(),
+        "image_embed_std": moments.std(),
     }
 
 
-def image_embeds(model: CLIP, split: SampleSet, *, limit: int) -> Tensor:
-    """Image embeddings of the first training images, fp32 [N, D]."""
+def embed_moments(model: CLIP, samples: SampleSet, cfg: Config) -> Moments:
+    """Of the image embeddings [B, D] of training images that stand for all, taken as training takes them."""
     device = model.logit_scale.device
-    batches = sequential(split.length, batch_size=128, collate=split.collate, limit=limit)
-    return torch.cat([model.encode_image(to_float(batch["images"].to(device))) for _, batch in batches])
+    moments = Moments()
+    weights = cfg.train.source_weights
+    for batch in sample_batches(samples, count=cfg.statistics_samples, batch_size=128, weights=weights, repeat=True):
+        moments.add(model.encode_image(to_float(batch["images"].to(device))))
+    return moments

@@ -25,7 +25,7 @@ from genpipe.artifacts import Artifact, Role, fetch, read_manifest
 from genpipe.config import StageConfig
 from genpipe.data.features import FeatureDataset
 from genpipe.data.image_batches import image_batch, to_float, to_uint8
-from genpipe.data.loader import sequential
+from genpipe.data.loader import sample_batches
 from genpipe.data.order import order
 from genpipe.data.shard_dataset import ShardDataset, open_shards
 from genpipe.data.shards import SPLITS, Split
@@ -178,10 +178,10 @@ class Worker:
         objective.trainable[part].load_state_dict(state)
         objective.trainable[part].eval()
         held = stage.data(cfg, self.inputs).heldout
-        size, limit = cfg.train.validation_batch, cfg.observe.heldout_samples
-        batches = sequential(held.length, batch_size=size, collate=held.collate, limit=limit)
+        size, count = cfg.train.validation_batch, cfg.observe.heldout_samples
+        batches = sample_batches(held, count=count, batch_size=size, weights=cfg.train.source_weights)
         with autocast(self.device, products_of(cfg.train.precision, self.device)):
-            moved = (to_device(batch, self.device) for _, batch in batches)
+            moved = (to_device(batch, self.device) for batch in batches)
             result = objective.validate(moved, seeded(self.device, cfg.train.seed, "validate"))
         return {"metrics": {f"{name}/{key}": value for key, value in result.metrics.items()}}
 

@@ -15,7 +15,7 @@ from genpipe.artifacts import Artifact, Role, fetch
 from genpipe.config import StageConfig
 from genpipe.data.degradations import Clean, DegradationConfig, degrade, shrink
 from genpipe.data.image_batches import to_float, to_uint8
-from genpipe.data.loader import Data, SampleSet, sequential
+from genpipe.data.loader import Data, SampleSet, sample_batches
 from genpipe.data.train_sets import check_image_size, image_data
 from genpipe.diffusion.process import (
     DiffusionConfig,
@@ -48,6 +48,9 @@ from genpipe.weights import InitialWeights, load_initial_weights, load_weights, 
 VERSION = 1
 MAKES = "upsampler"
 HEADLINES = ("psnr", "psnr_bicubic")
+
+LEAST_RESIDUAL = 1 / 127.5
+"""Floor under the residual's deviation: one of the 256 levels of a pixel, below which is rounding."""
 
 
 class ObserveUpsampler(ObserveTraining):
@@ -130,14 +133,15 @@ def _factor(autoencoder: Artifact) -> int:
     return factor
 
 
-def residual_std(split: SampleSet, cfg: Config) -> float:
-    """Standard deviation of what enlarging loses, over the first training images."""
+def residual_std(samples: SampleSet, cfg: Config) -> float:
+    """Standard deviation of what enlarging loses, over training images that stand for all; no less than the floor."""
     squares, count = 0.0, 0
-    for _, batch in sequential(split.length, batch_size=64, collate=split.collate, limit=cfg.statistics_samples):
+    weights = cfg.train.source_weights
+    for batch in sample_batches(samples, count=cfg.statistics_samples, batch_size=64, weights=weights, repeat=True):
         images = to_float(batch["images"])
         residual = images - enlarge(shrink(images, size=cfg.low_size), size=cfg.image_size)
         squares, count = squares + residual.double().square().sum().item(), count + residual.numel()
-    return max(1e-3, (squares / count) ** 0.5)
+    return max(LEAST_RESIDUAL, (squares / count) ** 0.5)
 
 
 class Objective:

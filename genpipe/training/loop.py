@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from genpipe.config import Resources
-from genpipe.data.loader import Batches, Data, sequential
-from genpipe.data.order import order_of
+from genpipe.data.loader import Batches, Data, sample_batches, training_order
 from genpipe.models.precision import Products, autocast, products_of
 from genpipe.training.bad_samples import Damage
 from genpipe.training.meter import Meter
@@ -51,11 +50,15 @@ def train(
     meter = Meter(rt, global_batch_size=cfg.global_batch_size, step=state.step)
     micro_batch = cfg.micro_batch(rt.world_size)
     saved_at = time.monotonic()
-    sources = data.train.sources or {"": range(data.train.length)}
     loaders = resources.loader_processes or resources.loader_threads
     batches = Batches(
         data.train.collate,
-        order=order_of(sources, weights=cfg.source_weights, seed=cfg.seed),
+        order=training_order(
+            data,
+            weights=cfg.source_weights,
+            seed=cfg.seed,
+            run=cfg.micro_batch_size or cfg.global_batch_size,
+        ),
         global_batch_size=cfg.global_batch_size,
         micro_batch_size=micro_batch,
         rank=rt.rank,
@@ -100,7 +103,7 @@ class Interrupted(Exception):
 def validate(
     objective: Objective, data: Data, cfg: TrainConfig, rt: Runtime, state: TrainState, observe: ObserveTraining
 ) -> Validation:
-    """Validate the EMA weights on `heldout_samples` held-out samples, on rank 0; the others wait."""
+    """Validate the EMA weights on `heldout_samples` held-out samples, always the same, on rank 0; the others wait."""
     result = Validation({})
     if rt.rank == 0:
         with ExitStack() as stack:
@@ -109,14 +112,13 @@ def validate(
                 module.eval()
                 stack.callback(module.train)
             stack.enter_context(autocast(rt.device, state.products))
-            held = data.heldout
-            batches = sequential(
-                held.length,
+            batches = sample_batches(
+                data.heldout,
+                count=observe.heldout_samples,
                 batch_size=cfg.validation_batch,
-                collate=held.collate,
-                limit=observe.heldout_samples,
+                weights=cfg.source_weights,
             )
-            moved = (to_device(batch, rt.device) for _, batch in batches)
+            moved = (to_device(batch, rt.device) for batch in batches)
             result = objective.validate(moved, seeded(rt.device, cfg.seed, "validate"))
         if bad := [name for name, value in result.metrics.items() if not math.isfinite(value)]:
             raise FloatingPointError(f"held-out {', '.join(bad)} is not finite after {state.samples_seen} samples")

@@ -111,7 +111,7 @@ def decoding(images: list[bytes], *, side: int, size: int) -> Callable[[], int]:
 
     def run() -> int:
         for batch in shuffled:
-            for number, image_HWC in zip(batch, empty_images(size, size=side), strict=True):
+            for number, image_HWC in zip(batch, empty_images(size, height=side, width=side), strict=True):
                 simplejpeg.decode_jpeg(images[number], "RGB", buffer=image_HWC)
         return len(images)
 
@@ -120,7 +120,7 @@ def decoding(images: list[bytes], *, side: int, size: int) -> Callable[[], int]:
 
 def one_buffer(images: list[bytes], *, side: int) -> Callable[[], int]:
     """One after the other into one buffer that never leaves the nearest cache, placed as the stream places its own."""
-    (buffer,) = empty_images(1, size=side)
+    (buffer,) = empty_images(1, height=side, width=side)
 
     def run() -> int:
         return sum(1 for image in images if simplejpeg.decode_jpeg(image, "RGB", buffer=buffer).size)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,15 +12,16 @@ from PIL import Image
 from genpipe.data.image_batches import (
     Images,
     crop_draws,
+    cut,
     empty_images,
     image_batch,
     read_images,
-    square,
+    read_whole,
     to_float,
     to_uint8,
 )
 from genpipe.data.images import encode, read_header
-from genpipe.data.shard_dataset import ShardDataset
+from genpipe.data.shard_dataset import ShardDataset, collect_damaged
 from genpipe.data.shards import ShardWriter
 
 SIDE = 16
@@ -117,7 +119,7 @@ def test_the_index_may_err_about_the_shape(tmp_path: Path) -> None:
     dataset = shards(tmp_path, data, format="jpeg", sizes=[(16, 16)] * 3)
     batch = image_batch(dataset, np.arange(3), size=16).permute(0, 2, 3, 1).numpy().astype(int)
     for got, image in zip(batch, pictures, strict=True):
-        assert np.abs(got - square(image, size=16).astype(int)).max() <= 6
+        assert np.abs(got - cut(image, height=16, width=16).astype(int)).max() <= 6
 
 
 def test_turned_and_gray_and_four_colored_images_are_read_upright_in_rgb(tmp_path: Path) -> None:
@@ -133,8 +135,8 @@ def test_turned_and_gray_and_four_colored_images_are_read_upright_in_rgb(tmp_pat
     data, sizes = [path.read_bytes() for path in files], [(48, 24), (32, 32), (32, 32)]
     dataset = shards(tmp_path, data, format="jpeg", sizes=sizes)
     batch = image_batch(dataset, np.arange(3), size=24).permute(0, 2, 3, 1).numpy().astype(int)
-    assert np.abs(batch[0] - square(upright, size=24)).max() <= 8
-    in_rgb = square(np.asarray(gray.convert("RGB")), size=24)
+    assert np.abs(batch[0] - cut(upright, height=24, width=24)).max() <= 8
+    in_rgb = cut(np.asarray(gray.convert("RGB")), height=24, width=24)
     assert np.abs(batch[1] - in_rgb).max() <= 8 and np.abs(batch[2] - in_rgb).max() <= 8
 
 
@@ -181,6 +183,68 @@ def test_random_crops_follow_the_position_and_reach_both_ends(tmp_path: Path) ->
     assert crop_draws(positions, crop="center", seed=4) is None
 
 
+def conditioned(folder: Path, sizes: list[tuple[int, int]], *, damaged: tuple[int, ...] = ()) -> ShardDataset:
+    """Noise with its negative as conditioning image, cut off of those `damaged`; labels 10, 11, ... and one without."""
+    with ShardWriter(folder, split="train", part=0, max_samples=3, max_bytes=10**8) as writer:
+        for number, (height, width) in enumerate(sizes):
+            image = picture(number, height=height, width=width)
+            condition = encode(255 - image, format="png")
+            writer.write(
+                f"key-{number}",
+                group="g",
+                image=encode(image, format="png"),
+                format="png",
+                height=height,
+                width=width,
+                captions=["c"],
+                label=10 + number if number else -1,
+                condition=condition[: len(condition) // 2] if number in damaged else condition,
+                condition_format="png",
+                meta={},
+            )
+    return ShardDataset(folder, split="train")
+
+
+@pytest.mark.parametrize("size", [12, SIDE])
+@pytest.mark.parametrize("crop", ["center", "random"])
+def test_conditions_and_labels_come_with_their_images(tmp_path: Path, size: int, crop: Any) -> None:
+    """A negative stays the negative of its image under any crop and resize, up to the rounding of both."""
+    dataset = conditioned(tmp_path, [(SIDE, 40), (40, SIDE), (SIDE, SIDE), (30, 20)])
+    indices = np.array([3, 0, 1, 0, 2])
+    batch = Images(dataset, size, crop, labels=True, condition=True)(indices, np.arange(5))
+    assert batch["condition"].shape == (5, 3, size, size) and batch["condition"].dtype == torch.uint8
+    assert (255 - batch["condition"].int() - batch["images"].int()).abs().max() <= 1
+    assert batch["labels"].dtype == torch.int64 and batch["labels"].tolist() == [13, -1, 11, -1, 12]
+    assert set(Images(dataset, size, crop)(indices, np.arange(5))) == {"images"}
+
+
+def test_a_damaged_condition_gives_way_with_its_image(tmp_path: Path) -> None:
+    dataset = conditioned(tmp_path, [(SIDE, SIDE)] * 5, damaged=(1, 2))
+    collate = Images(dataset, SIDE, labels=True, condition=True)
+    with collect_damaged() as damaged:
+        batch = collate(np.array([0, 1, 4]), np.arange(3))
+    assert batch["labels"].tolist() == [-1, 13, 14]
+    for image, condition, number in zip(batch["images"], batch["condition"], (0, 3, 4), strict=True):
+        assert torch.equal(image.permute(1, 2, 0), torch.from_numpy(picture(number)))
+        assert torch.equal(condition, 255 - image)
+    assert {reject.key for reject in damaged} == {"key-1", "key-2"}
+
+
+def test_whole_images_of_one_size(tmp_path: Path) -> None:
+    """The bytes as they were written; the next of the same size stands in for a damaged one."""
+    sizes = [(24, 40), (40, 24), (24, 40), (40, 24), (24, 40)]
+    data = [encode(picture(i, height=h, width=w), format="png") for i, (h, w) in enumerate(sizes)]
+    data[2] = data[2][:99]
+    dataset = shards(tmp_path, data, sizes=sizes)
+    assert {size: rows.tolist() for size, rows in dataset.sizes().items()} == {(24, 40): [0, 2, 4], (40, 24): [1, 3]}
+    images, whose = read_whole(dataset, np.array([2, 0, 4]))
+    assert images.shape == (3, 3, 24, 40) and whose.tolist() == [4, 0, 4]
+    for image, number in zip(images, whose.tolist(), strict=True):
+        assert torch.equal(image.permute(1, 2, 0), torch.from_numpy(picture(number, height=24, width=40)))
+    tall = Images(dataset, None)(np.array([3, 1]), np.arange(2))["images"]
+    assert tall.shape == (2, 3, 40, 24)
+
+
 def test_normalization_and_back() -> None:
     values = torch.arange(256, dtype=torch.uint8).reshape(1, 1, 16, 16)
     floats = to_float(values)
@@ -192,6 +256,6 @@ def test_normalization_and_back() -> None:
 
 def test_batches_lie_where_jpegs_are_decoded_fastest() -> None:
     for count, size in ((1, 64), (64, 64), (3, 256)):
-        images = empty_images(count, size=size)
+        images = empty_images(count, height=size, width=size)
         assert images.shape == (count, size, size, 3) and images.flags.c_contiguous
         assert all(image.ctypes.data % 32 == 16 for image in images)

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from genpipe.data.image_batches import Images
 from genpipe.data.images import encode
-from genpipe.data.loader import Batch, Batches, sequential
+from genpipe.data.loader import Batch, Batches, Data, SampleSet, sample_batches, training_order
 from genpipe.data.order import Order, order, order_of
 from genpipe.data.prefetch import prefetched
 from genpipe.data.samples import Reject
@@ -170,11 +170,64 @@ def test_what_is_loaded_ahead_comes_in_order(threads: int, count: int) -> None:
     assert list(prefetched(load, range(count), threads=threads, ahead=3)) == [(i, i**2) for i in range(count)]
 
 
-@pytest.mark.parametrize("limit, expected", [(None, [0, 1, 2, 3, 4, 5, 6]), (5, [0, 1, 2, 3, 4]), (99, list(range(7)))])
-def test_sequential(limit: int | None, expected: list[int]) -> None:
-    got = list(sequential(7, batch_size=3, collate=indices_and_positions, limit=limit))
-    assert [position for position, _ in got] == list(range(0, len(expected), 3))
-    assert torch.cat([batch["indices"] for _, batch in got]).tolist() == expected
+@settings(deadline=None, max_examples=20)
+@given(
+    counts=st.lists(st.integers(20, 90), min_size=1, max_size=4),
+    cuts=st.lists(st.tuples(st.integers(1, 6), st.sampled_from([1, 2, 3, 6])), min_size=1, max_size=5),
+    micro=st.sampled_from([None, 2, 4]),
+    seed=st.integers(0, 99),
+)
+def test_buckets_come_in_the_same_batches_whatever_interrupts(
+    counts: list[int], cuts: list[tuple[int, int]], micro: int | None, seed: int
+) -> None:
+    """Steps of 24, each after a resume with another number of ranks, against one rank that never stops.
+
+    Micro-batches are of `micro` samples, or else as large as the number of ranks allows.
+    """
+    size_of = np.random.default_rng(seed).permutation(np.repeat(np.arange(len(counts)), counts))
+    buckets = tuple(np.flatnonzero(size_of == size) for size in range(len(counts)))
+    data = Data(*2 * [SampleSet(len(size_of), indices_and_positions, buckets=buckets)])
+    place = training_order(data, weights={}, seed=seed, run=micro or 24)
+    found: dict[int, int] = {}
+    start = 0
+    for steps, ranks in cuts:
+        size = micro or 24 // ranks
+        ranks = ranks if 24 % (size * ranks) == 0 else 1
+        for rank in range(ranks):
+            given = {"rank": rank, "world_size": ranks, "start": start, "micro_batch_size": size}
+            for at, indices in delivered(batches(1, place=place, **given), steps * 24 // size // ranks):
+                assert len(set(size_of[list(indices)])) == 1
+                assert not found.keys() & range(at, at + size)
+                found |= dict(enumerate(indices, at))
+        start += steps * 24
+    assert [found[at] for at in range(start)] == place(np.arange(start)).tolist()
+
+
+def test_what_stands_for_all_comes_in_batches_of_one_size() -> None:
+    buckets = (np.arange(0, 90, 3), np.setdiff1d(np.arange(90), np.arange(0, 90, 3)))
+    samples = SampleSet(90, indices_and_positions, buckets=buckets)
+    got = list(sample_batches(samples, count=80, batch_size=32, weights={}))
+    assert all(len(set((batch["indices"] % 3 > 0).tolist())) == 1 for batch in got)
+    assert sorted(torch.cat([batch["positions"] for batch in got]).tolist()) == list(range(80))
+    assert len(set(torch.cat([batch["indices"] for batch in got]).tolist())) == 80
+
+
+def test_weights_that_leave_nothing_to_validate_on_are_refused_before_training() -> None:
+    train = SampleSet(9, indices_and_positions, {"a": range(5), "b": range(5, 9)})
+    held = SampleSet(2, indices_and_positions, {"b": range(2)})
+    training_order(Data(train, held), weights={"a": 1, "b": 1}, seed=0, run=1)
+    with pytest.raises(ValueError, match="source_weights: only 'b' has held-out samples"):
+        training_order(Data(train, held), weights={"a": 1, "b": 0}, seed=0, run=1)
+
+
+@pytest.mark.parametrize(("count", "taken"), [(7, 7), (5, 5), (99, 7)])
+def test_batches_that_stand_for_all(count: int, taken: int) -> None:
+    samples = SampleSet(7, indices_and_positions)
+    got = list(sample_batches(samples, count=count, batch_size=3, weights={}))
+    assert [len(batch["indices"]) for batch in got] == [3] * (taken // 3) + [taken % 3] * (taken % 3 > 0)
+    assert torch.cat([batch["positions"] for batch in got]).tolist() == list(range(taken))
+    indices = torch.cat([batch["indices"] for batch in got]).tolist()
+    assert len(set(indices)) == taken and set(indices) <= set(range(7))
 
 
 @pytest.fixture(scope="module")

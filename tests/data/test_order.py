@@ -10,7 +10,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from genpipe.data.order import CYCLE, Order, caption_draws, normal, order, order_of, pick, uniform
+from genpipe.data.order import (
+    CYCLE,
+    Order,
+    bucket_order,
+    caption_draws,
+    normal,
+    order,
+    order_of,
+    pick,
+    spread,
+    uniform,
+)
 
 
 @settings(deadline=None, max_examples=150)
@@ -139,6 +150,105 @@ def test_weights_that_do_not_fit_are_refused(weights: dict[str, float], told: st
     with pytest.raises(ValueError) as error:
         order_of(sources, weights=weights, seed=0)
     assert str(error.value) == f"train.source_weights: {told}"
+
+
+@st.composite
+def bucketed(draw: st.DrawFn) -> tuple[dict[str, range], list[np.ndarray]]:
+    """Sources, and their samples by one of up to four sizes."""
+    sources = draw(ranges)
+    n = sum(map(len, sources.values()))
+    size_of = np.random.default_rng(draw(st.integers(0, 99))).choice(4, n, p=[0.6, 0.3, 0.08, 0.02])
+    return sources, [np.flatnonzero(size_of == size) for size in np.unique(size_of)]
+
+
+@settings(deadline=None, max_examples=100)
+@given(made=bucketed(), run=st.integers(1, 40), seed=st.integers(0, 2**40), first=st.integers(0, 5))
+def test_a_run_has_one_size_and_an_epoch_every_sample_once(
+    made: tuple[dict[str, range], list[np.ndarray]], run: int, seed: int, first: int
+) -> None:
+    """All that fills a run: of each source and size fewer than a run are left over, and come first thereafter."""
+    sources, buckets = made
+    place = bucket_order({"": range(sum(map(len, sources.values())))}, buckets, weights={}, seed=seed, run=run)
+    size_of = np.empty(sum(map(len, buckets)), int)
+    for size, members in enumerate(buckets):
+        size_of[members] = size
+    ends = [sum(epoch * len(members) // run for members in buckets) * run for epoch in range(first, first + 3)]
+    samples = place(np.arange(ends[-1]))
+    assert (size_of[samples].reshape(-1, run) == size_of[samples].reshape(-1, run)[:, :1]).all()
+    for epoch, end in enumerate(ends, first):
+        times = np.bincount(samples[:end], minlength=len(size_of))
+        for members in buckets:
+            given = epoch * len(members) // run * run
+            assert epoch * len(members) - run < given == times[members].sum() <= epoch * len(members)
+            assert times[members].max() - times[members].min() <= 1
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    made=bucketed(),
+    weighted=st.booleans(),
+    run=st.integers(1, 64),
+    positions=st.lists(st.integers(0, 10**12), min_size=1, max_size=40),
+)
+def test_an_order_of_buckets_is_a_function_of_each_position_alone(
+    made: tuple[dict[str, range], list[np.ndarray]], weighted: bool, run: int, positions: list[int]
+) -> None:
+    sources, buckets = made
+    weights = {name: 1.0 + k for k, name in enumerate(sources)} if weighted else {}
+    place = bucket_order(sources, buckets, weights=weights, seed=1, run=run)
+    together = place(np.array(positions)).tolist()
+    assert together == [int(place(np.array([position]))[0]) for position in positions]
+
+
+def test_sources_keep_their_weights_and_sizes_in_buckets() -> None:
+    sources = {"a": range(0, 3000), "b": range(3000, 4000), "c": range(4000, 4100)}
+    size_of = np.arange(4100) % 5 // 4  # a fifth of each source is tall
+    buckets = [np.flatnonzero(size_of == size) for size in (0, 1)]
+    place = bucket_order(sources, buckets, weights={"a": 1, "b": 1, "c": 0}, seed=3, run=16)
+    samples = place(np.arange(16 * 8000))
+    assert abs((samples < 3000).mean() - 0.5) < 1e-3 and samples.max() < 4000
+    assert abs(size_of[samples[samples < 3000]].mean() - 0.2) < 1e-3
+    shuffled = size_of[samples].reshape(-1, 16)[:, 0]
+    assert abs(np.corrcoef(shuffled[1:], shuffled[:-1])[0, 1]) < 5 / np.sqrt(len(shuffled)), "sizes come in no pattern"
+    with pytest.raises(ValueError, match="source_weights: no weight for 'c'"):
+        bucket_order(sources, buckets, weights={"a": 1, "b": 1}, seed=3, run=16)
+
+
+@settings(deadline=None, max_examples=100)
+@given(sources=ranges, data=st.data(), count=st.integers(1, 3000))
+def test_a_spread_gives_every_source_its_share(sources: dict[str, range], data: st.DataObject, count: int) -> None:
+    """Within one of the exact share, whatever the sizes; a source is gone through whole before any of it repeats."""
+    weights = data.draw(st.fixed_dictionaries({name: st.floats(0.1, 100) for name in sources}) | st.just({}))
+    once, repeated = (spread(sources, count=count, weights=weights, repeat=repeat) for repeat in (False, True))
+    assert (repeated == spread(sources, count=count, weights=weights, repeat=True)).all()
+    sizes = np.array([len(rows) for rows in sources.values()])
+    shares = np.array([weights[name] for name in sources]) if weights else sizes
+    shares = shares / shares.sum()
+    assert len(repeated) <= min(count, np.ceil((sizes / shares).max()) + 1) and len(once) == len(np.unique(once))
+    assert weights or len(repeated) == min(count, sizes.sum())
+    for rows, share in zip(sources.values(), shares, strict=True):
+        times = np.bincount(
+            repeated[(repeated >= rows.start) & (repeated < rows.stop)] - rows.start, minlength=len(rows)
+        )
+        assert abs(times.sum() - share * len(repeated)) < 1 and times.max() - times.min() <= 1
+        assert ((once >= rows.start) & (once < rows.stop)).sum() == min(times.sum(), len(rows))
+
+
+def test_a_spread_is_mixed_and_drawn_evenly() -> None:
+    """Of classes and sources that lie one after the other, as in a folder of folders."""
+    chosen = spread({"a": range(10_000), "b": range(10_000, 40_000)}, count=4000, weights={}, repeat=False)
+    bins = np.bincount(chosen * 20 // 40_000, minlength=20)
+    assert (bins[:5].sum(), bins[5:].sum()) == (1000, 3000)
+    assert ((bins - 200) ** 2 / 200).sum() < 60  # 18 degrees of freedom
+    assert abs(np.corrcoef(np.arange(4000), chosen)[0, 1]) < 5 / np.sqrt(4000)
+    assert {int(i) // 10_000 > 0 for i in chosen[:8]} == {False, True}, "the first batch already has both"
+
+
+def test_a_spread_does_without_sources_that_hold_nothing_out() -> None:
+    sources = {"none": range(0, 0), "some": range(5)}
+    assert sorted(spread(sources, count=9, weights={"none": 1, "some": 1, "gone": 2}, repeat=False)) == list(range(5))
+    with pytest.raises(ValueError, match="source_weights: only 'some' has held-out samples; give one of them a weight"):
+        spread(sources, count=9, weights={"none": 1, "some": 0}, repeat=False)
 
 
 @pytest.mark.parametrize("at", [10**7, 10**9 * 7 + 123_456_789, 10**12])

@@ -236,8 +236,9 @@ def test_a_shard_deleted_after_its_listing_is_named(folder: Path, tmp_path: Path
 
 
 def commit(folder: Path, uri: str) -> Artifact:
-    made = Artifact(kind="shard", uri=f"{uri}/shards", fingerprint="ab" * 32)
-    return artifacts.commit(made, folder=folder, version=1, config={}, inputs={}, metrics={})
+    identity = artifacts.identity("shard", version=1, settings={}, inputs={})
+    made = Artifact(kind="shards", uri=f"{uri}/shards", fingerprint=artifacts.fingerprint(identity))
+    return artifacts.commit(made, folder=folder, identity=identity, config={}, inputs={}, metrics={})
 
 
 def test_shards_are_read_where_they_are(
@@ -253,7 +254,7 @@ def test_shards_are_read_where_they_are(
     remote = store_uri.startswith("s3://")
     copied = [path.name for path in tmp_path.glob("cache/**/*") if path.is_file()]
     assert not any(name.endswith(".tar") for name in copied)
-    assert len(list(tmp_path.glob("cache/shard/*.indexes/*.parquet"))) == (4 if remote else 0)
+    assert len(list(tmp_path.glob("cache/shards/*.indexes/*.parquet"))) == (4 if remote else 0)
     assert len(list(tmp_path.glob("cache/blocks/??/*"))) == (3 if remote else 0), "a block of each tar that was read"
     one = open_shards(artifact, split="train", only="train-00001-01")
     assert len(one) == 2 and (pickle.loads(pickle.dumps(one)).image(1) == picture(9)).all()

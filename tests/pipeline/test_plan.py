@@ -136,7 +136,7 @@ def downstream(name: str) -> set[str]:
     return {name}.union(*(downstream(later) for later, needs in NEEDS.items() if name in needs))
 
 
-@settings(max_examples=40)
+@settings(max_examples=40, deadline=None)
 @given(st.sampled_from(sorted(SETTINGS)), st.data())
 def test_a_setting_changes_its_stage_and_what_depends_on_it(
     tiny: TinyPipeline, setting: str, data: st.DataObject
@@ -149,20 +149,17 @@ def test_a_setting_changes_its_stage_and_what_depends_on_it(
     assert changed == (set() if same else downstream(name))
 
 
-def test_new_pictures_make_everything_anew(tiny: TinyPipeline, shapes: Path, tmp_path: Path) -> None:
+def test_a_moved_folder_is_the_same_and_a_new_caption_is_not(tiny: TinyPipeline, shapes: Path, tmp_path: Path) -> None:
     tiny.run("shard")
     copy = tmp_path / "shapes"
     shutil.copytree(shapes, copy)
-    same = tiny.plan(f"stages.shard.source.path={copy}")["shard"]
-    assert same.why == f"source.path: {shapes} -> {copy}"
-    moved = load_pipeline(str(write_pipeline(tmp_path, tiny, copy)))
-    first = plan(moved)[0].artifact.fingerprint
-    assert plan(moved)[0].artifact.fingerprint == first
+    assert tiny.plan(f"stages.shard.source.path={copy}")["shard"].status == "cached"
     caption = copy / "small-red-bar.txt"
     stat = caption.stat()
     caption.write_text("a small green bar\n")
     os.utime(caption, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
-    assert plan(moved)[0].artifact.fingerprint != first
+    changed = tiny.plan(f"stages.shard.source.path={copy}")["shard"]
+    assert (changed.status, changed.why) == ("run", "its source changed")
 
 
 def write_pipeline(folder: Path, tiny: TinyPipeline, source: Path) -> Path:

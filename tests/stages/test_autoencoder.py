@@ -7,6 +7,7 @@ from importlib.metadata import distribution
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -21,7 +22,7 @@ from genpipe.config import ConfigError
 from genpipe.data.image_batches import image_batch, to_float
 from genpipe.data.loader import SampleSet
 from genpipe.data.shard_dataset import ShardDataset
-from genpipe.models.autoencoder import Autoencoder, IdentityConfig
+from genpipe.models.autoencoder import Autoencoder, FoldedConfig, Kl
 from genpipe.models.lpips import Lpips
 from genpipe.pipeline.spec import StageSpec
 from genpipe.stages import autoencoder as stage
@@ -219,24 +220,52 @@ def test_the_identity_goes_through_the_stage(tiny: TinyPipeline) -> None:
         "image_size": 16,
     }
     assert (made.meta["latent_mean"], made.meta["latent_std"]) == ([0.0] * 3, [1.0] * 3)
+    assert made.meta["latent_sample_std"] == [1.0] * 3
     assert artifacts.verify(made.uri).metrics == {"psnr": 100.0, "ssim": pytest.approx(1.0)}
     module = load_weights(artifacts.fetch(made), kind="autoencoder", device=CPU).module
     images = to_float(image_batch(ShardDataset(artifacts.fetch(tiny.run("shard")), split="train"), [0, 1], size=16))
     assert torch.equal(module.encode(images)[0], images) and torch.equal(module.decode(images), images)
 
 
-def test_a_channel_that_never_varies_has_a_deviation_to_divide_by() -> None:
+def latents_of(images: Tensor, *, sources: dict[str, range], **train: Any) -> dict[str, list[float]]:
+    """The statistics of an autoencoder that swaps the colors, drops green, and is unsure by a tenth of a level."""
+    swapped = torch.nn.Conv2d(3, 6, 1).requires_grad_(False)
+    swapped.weight.zero_()
+    swapped.weight[[0, 2], [2, 0]] = 1.0
+    swapped.bias.copy_(torch.tensor([0.0, 0.0, 0.0, -2.0, -2.0, -2.0]))
+    cfg = FoldedConfig(bottleneck=Kl(), latent_channels=3)
+    model = Autoencoder(cfg, encoder=swapped, decoder=torch.nn.Identity())
+    settings = stage.Config.model_validate({"train": {"samples": 64, "global_batch_size": 4, **train}})
+    split = SampleSet(len(images), lambda indices, _: {"images": images[indices]}, sources)
+    return stage.latent_moments(model, split, settings)
+
+
+def test_latents_are_measured_by_mean_and_by_total_deviation() -> None:
+    """By numpy: of the posterior means, and of samples, whose variance is e^-2 more; a floor under the dead channel."""
     images = torch.randint(0, 256, (6, 3, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    swapped = torch.nn.Conv2d(3, 3, 1, bias=False).requires_grad_(False)
-    swapped.weight.copy_(torch.eye(3)[[2, 1, 0], :, None, None] * torch.tensor([1.0, 0.0, 1.0])[:, None, None, None])
-    model = Autoencoder(IdentityConfig(kind="identity"), encoder=swapped, decoder=torch.nn.Identity())
-    cfg = stage.Config.model_validate({"train": {"samples": 64, "global_batch_size": 4}})
-    found = stage.latent_moments(model, SampleSet(6, lambda indices, _: {"images": images[indices]}), cfg)
-    means, deviations = torch.tensor(found["latent_mean"]), torch.tensor(found["latent_std"])
-    real = to_float(images).double().transpose(0, 1).flatten(1)
-    torch.testing.assert_close(means, real.mean(1)[[2, 1, 0]] * torch.tensor([1.0, 0.0, 1.0]), check_dtype=False)
-    torch.testing.assert_close(deviations[[0, 2]], real.std(1, correction=0)[[2, 0]], check_dtype=False)
-    assert deviations[1].item() == pytest.approx(stage.MIN_LATENT_STD)
+    found = latents_of(images, sources={})
+    real = to_float(images).double().numpy()[:, [2, 1, 0]] * np.array([1.0, 0.0, 1.0])[:, None, None]
+    variance = real.var((0, 2, 3))
+    np.testing.assert_allclose(found["latent_mean"], real.mean((0, 2, 3)), rtol=1e-6)
+    np.testing.assert_allclose(np.array(found["latent_std"])[[0, 2]], variance[[0, 2]] ** 0.5, rtol=1e-6)
+    assert found["latent_std"][1] == pytest.approx(0.1 * variance.mean() ** 0.5)
+    np.testing.assert_allclose(found["latent_sample_std"], (variance + np.exp(-2)) ** 0.5, rtol=1e-6)
+
+
+def test_statistics_see_both_sources_of_a_mix() -> None:
+    """Dark pictures, and as many bright ones behind them: deviations as of the shuffled whole, or as weighted."""
+    random = torch.Generator().manual_seed(1)
+    dark, bright = (torch.randint(low, low + 56, (8000, 3, 1, 1), generator=random) for low in (0, 200))
+    images = torch.cat([dark, bright]).to(torch.uint8).expand(-1, -1, 8, 8)
+    sources = {"dark": range(8000), "bright": range(8000, 16000)}
+    reds = to_float(images[:, 2, 0, 0]).double()
+    for source_weights, share in (({}, 0.5), ({"dark": 1, "bright": 3}, 0.75), ({"dark": 1, "bright": 0}, 0.0)):
+        found = latents_of(images, sources=sources, source_weights=source_weights)
+        chance = torch.tensor([1 - share, share]).repeat_interleave(8000)
+        mean = (reds * chance).sum() / chance.sum()
+        variance = ((reds - mean).square() * chance).sum() / chance.sum()
+        assert found["latent_mean"][0] == pytest.approx(mean.item(), abs=5 * (variance.item() / 4096) ** 0.5)
+        assert found["latent_std"][0] == pytest.approx(variance.item() ** 0.5, rel=0.05)
 
 
 def test_weights_of_a_codebook_come_back(tiny: TinyPipeline) -> None:

@@ -68,17 +68,17 @@ def train_stage(
     """Train a stage as `launch.rank.train_rank` does, with this runtime."""
     stage = load_stage(spec.stage)
     cfg = stage.Config.model_validate(spec.config)
-    objective = build(spec)
+    objective = build(spec, device=rt.device)
     result = train(objective, stage.data(cfg, spec.inputs), cfg.train, rt, resources or cfg.resources, cfg.observe)
     return objective, result
 
 
-def build(spec: StageSpec) -> Objective:
-    """The objective of a training stage with its initial weights, on the CPU."""
+def build(spec: StageSpec, *, device: torch.device = CPU) -> Objective:
+    """The objective of a training stage with its initial weights."""
     stage = load_stage(spec.stage)
     cfg = stage.Config.model_validate(spec.config)
     torch.manual_seed(cfg.train.seed)
-    objective: Objective = stage.objective(cfg, spec.inputs, CPU)
+    objective: Objective = stage.objective(cfg, spec.inputs, device)
     return objective
 
 
