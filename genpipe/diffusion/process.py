@@ -62,14 +62,14 @@ class DiffusionConfig(Config):
     """Schedule, what the network predicts, and how training times are drawn and weighted."""
 
     schedule: ScheduleName = "flow"
-    steps: int = Field(STEPS, ge=2, description="of a schedule that is a table of betas")
+    steps: int = Field(STEPS, ge=2, description="how many betas there are, of a schedule that is a table")
     beta_start: float | None = Field(None, gt=0, lt=1, description="of linear and scaled_linear; none: as published")
     beta_end: float | None = Field(None, gt=0, lt=1, description="of linear and scaled_linear; none: as published")
     predict: Predict = "flow"
     sigma_data: PositiveFloat = Field(
         SIGMA_DATA, description="of schedule edm: the data's standard deviation; 1 if standardized, 0.5 for pixels"
     )
-    variance: Literal["fixed", "learned"] = Field("fixed", description="learned: by as many channels more")
+    variance: Literal["fixed", "learned"] = Field("fixed", description="learned: the network has as many channels more")
     time_sampling: TimeSampling = "logit_normal"
     time_mean: float | None = Field(None, description="of logit_normal and log_normal; none: the papers' 0 and -1.2")
     time_std: PositiveFloat | None = Field(None, description="of logit_normal and log_normal; none: the papers' 1, 1.2")
