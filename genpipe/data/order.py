@@ -186,8 +186,11 @@ def spread(sources: Mapping[str, range], *, count: int, weights: Mapping[str, fl
     share is gone through again with `repeat`, as training does, so that means over them are those of training;
     without, each sample comes once at most. Sources without samples give none: a split need not hold some of each.
 
-    Raises ValueError, naming `train.source_weights`, if no source with samples has a weight.
+    Raises ValueError, naming `train.source_weights`, if no source with samples has a weight, and with `repeat` where
+    `order_of` would.
     """
+    if repeat and weights:
+        _check_weights(sources, weights)
     filled = [rows for rows in sources.values() if rows]
     shares = [weights.get(name, 0.0) if weights else float(len(rows)) for name, rows in sources.items() if rows]
     if not any(shares):
