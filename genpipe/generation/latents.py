@@ -10,8 +10,16 @@ from genpipe.generation.conditions import Statistics, Text
 from genpipe.models.decoder import Decoder
 
 
-def decoder_model(decoder: Decoder, image_embed: Tensor, text: Text, *, drop_image: Tensor, drop_text: Tensor) -> Model:
-    """The decoder with its conditions bound; `image_embed` [B, D] is standardized."""
+def decoder_model(
+    decoder: Decoder,
+    image_embed: Tensor,
+    text: Text,
+    *,
+    drop_image: Tensor,
+    drop_text: Tensor,
+    generator: torch.Generator | None = None,
+) -> Model:
+    """The decoder with its conditions bound; `image_embed` [B, D] is standardized; `generator` is training's."""
     return lambda x, t: decoder(
         x,
         t,
@@ -20,6 +28,7 @@ def decoder_model(decoder: Decoder, image_embed: Tensor, text: Text, *, drop_ima
         text_mask=text.mask,
         drop_image=drop_image,
         drop_text=drop_text,
+        generator=generator,
     )
 
 

@@ -137,6 +137,7 @@ class Objective:
             Text.from_cache(batch),
             drop_image=draws[0] < self.cfg.drop_image,
             drop_text=draws[1] < self.cfg.drop_text,
+            generator=step.generator,
         )
         return training_loss(model, latents, self.cfg.diffusion, generator=step.generator).mean(), {}
 
