@@ -186,8 +186,8 @@ def spread(sources: Mapping[str, range], *, count: int, weights: Mapping[str, fl
     share is gone through again with `repeat`, as training does, so that means over them are those of training. Without,
     for what is held out, each sample comes once at most, and a source that holds nothing out gives none.
 
-    Raises ValueError, naming `train.source_weights`, if no source with samples has a weight, and with `repeat` where
-    `order_of` would.
+    Raises ValueError, naming `train.source_weights`: with `repeat` for what `order_of` refuses, without if no source
+    with samples has a weight.
     """
     if repeat and weights:
         _check_weights(sources, weights)
