@@ -28,6 +28,7 @@ from prefect.runtime import flow_run
 from prefect.task_runners import ThreadPoolTaskRunner
 from prefect.tasks import Task
 
+from flows import server
 from flows.reporting import PlainReporter, Reporter, StageResult, StagesFailed, Status
 from genpipe import artifacts
 from genpipe.config import ConfigError
@@ -244,27 +245,18 @@ def _prepare_one(
 
 
 def _start(entry: Flow[Any, list[StageResult]], prepared: _Run, parameters: dict[str, Any]) -> list[StageResult]:
+    server.check_home()
     with _terminable(), ExitStack() as stack:
-        server = threading.Thread(target=_start_prefect, name="prefect-server")
-        server.start()  # while MLflow is looked at
-        stack.callback(server.join)
+        starting = threading.Thread(target=server.start, name="prefect-server")
+        starting.start()  # while MLflow is looked at
+        stack.callback(starting.join)
         check_mlflow(prepared.pipeline.tracking_uri)
-        server.join()
+        starting.join()
         stack.callback(_prepared.reset, _prepared.set(prepared))
         try:
             return entry(**parameters)
         except StagesFailed as failed:
             return failed.results
-
-
-def _start_prefect() -> None:
-    """Start Prefect's own server for this process, unless PREFECT_API_URL names one; it does not hear Ctrl-C."""
-    from prefect.server.api.server import SubprocessASGIServer
-    from prefect.settings import get_current_settings
-
-    if get_current_settings().api.url is None:
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # inherited; ours alone is to unwind
-        SubprocessASGIServer().start()
 
 
 @contextmanager

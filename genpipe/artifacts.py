@@ -293,10 +293,14 @@ def commit(
     return artifact
 
 
+def cache_root() -> Path:
+    """Where this machine keeps copies and digests: `GENPIPE_CACHE`, else `~/.cache/genpipe`."""
+    return Path(os.environ.get("GENPIPE_CACHE", "~/.cache/genpipe")).expanduser()
+
+
 def cache_folder(artifact: Artifact) -> Path:
     """Where this machine keeps a whole copy of a remote artifact, whether or not it is there yet."""
-    cache = Path(os.environ.get("GENPIPE_CACHE", "~/.cache/genpipe")).expanduser()
-    return cache / artifact.kind / artifact.fingerprint
+    return cache_root() / artifact.kind / artifact.fingerprint
 
 
 def fetch(artifact: Artifact) -> Path:

@@ -48,6 +48,14 @@ SIZES = {"small": 8, "large": 14}
 Command = Callable[..., tuple[int, str, str]]
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A cache of the tests' own: that of the user is left alone, and none of it is believed."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GENPIPE_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture
 def genpipe(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
     """Run the command line in this process: exit code, standard output, standard error."""

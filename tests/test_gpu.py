@@ -62,7 +62,9 @@ def largest_relative(found: Tensor, expected: Tensor) -> float:
     return ((found.cpu() - expected).abs().max() / expected.abs().max()).item()
 
 
-def test_networks_give_the_numbers_of_the_cpu() -> None:
+def test_networks_give_the_numbers_of_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # as convolutions otherwise do
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
     torch.manual_seed(0)
     images = torch.rand(2, 3, 32, 32) * 2 - 1
     small = {"width": 32, "depth": 2, "heads": 2}

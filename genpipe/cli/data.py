@@ -1,4 +1,4 @@
-"""`genpipe data ...`: look at shards, check them, and take samples out of them."""
+"""`genpipe data ...`: inspect and verify shards, and remove samples from them."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ app = typer.Typer(
     name="data",
     no_args_is_help=True,
     rich_markup_mode="markdown",
-    help="""Look at shards, check them, and take samples out of them.
+    help="""Inspect and verify shards, and remove samples from them.
 
 SOURCE is a pipeline's YAML file, or the URI of an artifact: its shards are meant, also where it was made from some.
 """,
 )
 
 TOLD = 20
-"""Keys of a list that are named where they are not in the shards: one list may be for many datasets."""
+"""Keys of a list that are named where they are not in the shards: one list may serve many datasets."""
 
 Source = Annotated[str, typer.Argument(metavar="SOURCE", help="a pipeline's YAML file, or an artifact's URI")]
 
@@ -41,7 +41,7 @@ def rejects(
     limit: Annotated[int, typer.Option(min=0, help="rows to print at most")] = 50,
     as_csv: Annotated[bool, typer.Option("--csv", help="every row as CSV, and nothing else")] = False,
 ) -> None:
-    """Print the reject ledger: how many samples did not make it into the shards, which, and why.
+    """Print the reject ledger: how many samples were left out of the shards, which, and why.
 
     Example: `genpipe data rejects configs/pipeline/demo.yaml --reason truncated --csv > truncated.csv`
     """
@@ -95,7 +95,7 @@ def show(
         except ImageError as error:
             console.problem(f"{dataset.key(i)} cannot be shown: {error}")
     if not pictures:
-        raise ConfigError(f"{source}: all samples that were to be shown are damaged; --n or --seed shows others")
+        raise ConfigError(f"{source}: all samples chosen are damaged; choose others with --n or --seed")
     out.parent.mkdir(parents=True, exist_ok=True)
     columns = min(8, len(pictures))
     out.write_bytes(contact_sheet(pictures, columns=columns, cell=cell, captions=captions, font=font))
@@ -106,9 +106,9 @@ def show(
 def verify(
     source: Annotated[str, typer.Argument(metavar="SOURCE", help="as above; of any artifact its own files")],
 ) -> None:
-    """Hash every file of an artifact again and look for added ones; hold every index of shards against its tar.
+    """Rehash every file of an artifact and look for added ones; check every shard's index against its tar.
 
-    Prints what is wrong and exits 1, or says that all is as it was committed.
+    Prints what is wrong and exits 1, or confirms that everything is as committed.
     """
     from genpipe.artifacts import added_files, damaged_files, read_manifest
     from genpipe.data.takedown import check_shards
@@ -126,17 +126,17 @@ def verify(
         remedy = "restore those files from a copy and delete what was added, or delete"
         _say(f"{len(faults)} faults; {remedy} {uri} and run the pipeline again")
         raise typer.Exit(1)
-    _say(f"{uri}: {len(manifest.files)} files are as they were committed")
+    _say(f"{uri}: {len(manifest.files)} files are as committed")
 
 
 @app.command()
 def remove(
     source: Source,
-    keys: Annotated[str, typer.Option("--keys", metavar="FILE", help="a key, or a stored image's sha256, a line")],
+    keys: Annotated[str, typer.Option("--keys", metavar="FILE", help="a key, or a stored image's sha256, per line")],
     yes: Annotated[bool, typer.Option("--yes", help="do not ask")] = False,
     delete_old: Annotated[bool, typer.Option("--delete-old", help="then delete the shards that hold them")] = False,
 ) -> None:
-    """Take samples out of shards: write the shards anew without a byte of them, and list what was trained on them.
+    """Remove samples from shards: rewrite the shards without a byte of them, and list what was trained on them.
 
     An artifact never changes, so the new shards are a new artifact, beside the old one. Trained models keep what they
     have learned: what was made from the old shards is listed, to be trained again or deleted.
@@ -172,7 +172,7 @@ def _say(text: str) -> None:
 def _tell_plan(removal: Removal) -> None:
     from genpipe.data.takedown import affected
 
-    _say(f"{removal.uri}: {len(removal.samples)} samples leave, {len(removal.rewritten)} shards are written anew")
+    _say(f"{removal.uri}: {len(removal.samples)} samples leave, {len(removal.rewritten)} shards are rewritten")
     for value in removal.unknown[:TOLD]:
         _say(f"not there: {value}")
     if len(removal.unknown) > TOLD:
@@ -245,4 +245,4 @@ def _shards(source: str) -> Artifact:
         raise ConfigError(f"{source}: nothing is committed there (no manifest.json)")
     if gone:
         raise ConfigError(f"{source}: what it was made from is not there any more: {', '.join(gone)}")
-    raise ConfigError(f"{source}: an artifact that was made from no shards")
+    raise ConfigError(f"{source}: this artifact was not made from shards")

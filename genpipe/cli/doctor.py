@@ -36,7 +36,7 @@ class Finding(NamedTuple):
 
 def examine(config: str | None) -> list[Finding]:
     """Look at the machine, and at the addresses that a pipeline's configuration names."""
-    findings = [*_python(), *_machine()]
+    findings = [*_python(), *_machine(), _prefect()]
     if config is not None:
         findings += _addresses(config)
     return findings
@@ -70,6 +70,13 @@ def _machine() -> Iterator[Finding]:
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     yield Finding("GPUs", True, ", ".join(gpus) or "none; stages run on the CPU")
     yield from _products(torch.device("cuda" if gpus else "cpu"))
+
+
+def _prefect() -> Finding:
+    """Whether a run can start a Prefect server of its own."""
+    from flows import server
+
+    return _tried("Prefect", server.described(), server.check_home)
 
 
 def _cores() -> int:

@@ -1,7 +1,7 @@
-"""Images that are the same as, or look like, an earlier one in any part of a dataset.
+"""Exact and near duplicates of images across all parts of a dataset.
 
 While a part is written, the hashes of its images go to a table beside its shards. When all parts are there, the
-tables together say which samples are duplicates, and the indexes are written anew without those.
+tables together say which samples are duplicates, and the indexes are rewritten without them.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ HASH_SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class Duplicate:
-    """A sample that is to leave its index."""
+    """A sample to be dropped from its index."""
 
     shard: str
     reject: Reject
@@ -57,9 +57,9 @@ def read_hashes(made: Storage, *, parts: int) -> pa.Table:
 
 
 def find_duplicates(hashes: pa.Table, *, exact: bool, distance: int | None) -> Iterator[Duplicate]:
-    """The samples for which an earlier one stands: of the same bytes, or with a perceptual hash within `distance`.
+    """The samples that duplicate an earlier one: with the same bytes, or a perceptual hash within `distance` bits.
 
-    No sample that stays is a duplicate of another that stays, and for each that leaves one that stays is named.
+    No two samples that remain are duplicates, and for each that is dropped one that remains is named.
     """
     rows = np.arange(len(hashes))
     same = _first_of_equal(hashes["sha256"]) if exact else rows
@@ -77,7 +77,7 @@ def find_duplicates(hashes: pa.Table, *, exact: bool, distance: int | None) -> I
 
 
 def write_index_without(made: Storage, shard: str, *, keys: Collection[str], out: Path) -> pa.Table:
-    """The shard's index once more, in `out`, without the rows of `keys`."""
+    """Rewrite the shard's index to `out` without the rows of `keys`, and return it."""
     name = f"{shard}{INDEX_SUFFIX}"
     index = pq.read_table(io.BytesIO(made.read(name)))
     kept = index.filter(pc.invert(pc.is_in(index["key"], pa.array(list(keys), pa.string()))))

@@ -10,10 +10,10 @@ from __future__ import annotations
 import math
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -24,10 +24,17 @@ from genpipe.data.shards import Split
 
 TEXT_ARRAYS = ("text_embeds", "text_encodings", "token_offsets")
 VARIANT_ARRAYS = ("latents", "latent_logvars", "image_embeds")  # [N, V, ...]
-OPTIONAL = {"rows", "latent_logvars", "caption_weights"}
+NEEDS = {  # what makes no sense without another
+    "latent_logvars": "latents",
+    "caption_weights": "caption_offsets",
+    "text_embeds": "caption_offsets",
+    "text_encodings": "token_offsets",
+    "token_offsets": "caption_offsets",
+}
 KINDS = {  # numpy's dtype kinds: U text, f float, i and u integers
     "keys": "U",
     "rows": "iu",
+    "labels": "i",
     "latents": "f",
     "latent_logvars": "f",
     "image_embeds": "f",
@@ -44,25 +51,29 @@ OPEN_ARRAYS = 4096
 def write_features(folder: Path, arrays: Mapping[str, np.ndarray]) -> None:
     """Write one shard's features into `folder`, named as the shard: whole or absent, replaced if present.
 
-    keys [N] str; latents [N, V, C, H, W], latent_logvars alike and image_embeds [N, V, D] float16 or float32;
-    rows [N] int, the row that stands for each: itself, unless its image was damaged; caption_offsets [N + 1]: the
-    captions of row i are offsets[i] to offsets[i + 1]; caption_weights float [T], how often each is to be chosen;
-    text_embeds float [T, D]; text_encodings float [K, E], of the tokens of all captions without padding;
-    token_offsets [T + 1]: the tokens of caption t are offsets[t] to offsets[t + 1].
-    May be left out: latent_logvars, rows if each is itself, caption_weights if all are alike.
+    keys [N] str; latents [N, V, C, H, W], latent_logvars alike and image_embeds [N, V, D] float16 or float32; labels
+    [N] int, -1 for none; rows [N] int, the row that stands for each: itself, unless its image was damaged;
+    caption_offsets [N + 1]: the captions of row i are offsets[i] to offsets[i + 1]; caption_weights float [T], how
+    often each is to be chosen; text_embeds float [T, D]; text_encodings float [K, E], of the tokens of all captions
+    without padding; token_offsets [T + 1]: the tokens of caption t are offsets[t] to offsets[t + 1].
+
+    All but the keys may be left out, the same in every shard but for rows (if each is itself) and caption_weights (if
+    all are alike).
     """
     _check_arrays(arrays)
     _write(folder, arrays)
 
 
 def write_null_text(folder: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    """Write what the text encoder says of the empty caption into the cache's `folder`: the text arrays, T = 1."""
-    assert set(arrays) == set(TEXT_ARRAYS) and len(arrays["text_embeds"]) == 1
+    """Write what text encoders say of the empty caption into the cache's `folder`: text arrays of T = 1."""
+    assert arrays and set(arrays) <= set(TEXT_ARRAYS)
     _write(folder / NULL_TEXT, arrays)
 
 
 class FeatureDataset:
     """The cached features of one split. Index i is the sample that `ShardDataset` of the same split calls i.
+
+    Which there are depends on the encoders that made them: `arrays` are the names of what can be asked for.
 
     Batches come back as torch tensors in the dtype of the cache (float16 or float32). Thread-safe; pickled as its
     arguments. Arrays are mapped when they are first used, `OPEN_ARRAYS` of them at a time.
@@ -72,7 +83,8 @@ class FeatureDataset:
         self.folder, self.split = Path(folder), split
         self._names = sorted(path.name for path in self.folder.glob(f"{split}-*") if path.is_dir())
         if not self._names:
-            raise ValueError(f"{self.folder} holds no {split} features ({split}-*/latents.npy)")
+            raise ValueError(f"{self.folder} holds no {split} features ({split}-*/keys.npy)")
+        self.arrays = frozenset(path.stem for path in (self.folder / self._names[0]).glob("*.npy"))
         self._array = lru_cache(maxsize=OPEN_ARRAYS)(self._open)
         self._bytes = lru_cache(maxsize=OPEN_ARRAYS)(self._view)
         self._starts = np.cumsum([0, *(len(self._open(n, "keys")) for n in range(len(self._names)))])
@@ -82,6 +94,7 @@ class FeatureDataset:
         return partial(FeatureDataset, split=self.split), (self.folder,)
 
     def __len__(self) -> int:
+        """The samples of all shards."""
         return int(self._starts[-1])
 
     @property
@@ -92,7 +105,8 @@ class FeatureDataset:
     @property
     def variants(self) -> int:
         """How many versions of each image are cached: 1, or 2 with its mirror image."""
-        return int(self._array(0, "latents").shape[1])
+        images = self.arrays.intersection(VARIANT_ARRAYS)
+        return int(self._array(0, min(images)).shape[1]) if images else 1
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
@@ -102,7 +116,7 @@ class FeatureDataset:
     @property
     def has_spread(self) -> bool:
         """Whether the latents' log variances are cached, so that `latent_samples` works."""
-        return (self.folder / self._names[0] / "latent_logvars.npy").exists()
+        return "latent_logvars" in self.arrays
 
     def shards(self) -> list[str]:
         """Names of the shards in order."""
@@ -124,21 +138,30 @@ class FeatureDataset:
         """[B, D]."""
         return self._gather("image_embeds", *self._versions(indices, variants))
 
+    def labels(self, indices: np.ndarray) -> torch.Tensor:
+        """int64 [B]: the places of the samples' classes in the list `classes` of the artifact's meta, -1 for none."""
+        return self._gather("labels", *self._places(indices)).long()
+
     def text(self, indices: np.ndarray, draws: np.ndarray) -> dict[str, torch.Tensor]:
-        """One caption of each sample, as `Text.from_cache` takes it.
+        """One caption of each sample, as `Text.from_cache` takes it: what there is of it in the cache.
 
         text_embeds [B, D]; text_encodings [K, E], of the tokens of these captions, one after the other; text_places
         int64 [B, L], where each caption's tokens stand among them, -1 for padding. draws: float [B] in [0, 1), which
         caption of each sample; 0 is the first.
         """
+        if not self.arrays.intersection(TEXT_ARRAYS):
+            return {}
         shards, rows = self._places(indices)
         captions = self._captions(shards, rows, draws)
+        embeds = {"text_embeds": self._gather("text_embeds", shards, captions)} if "text_embeds" in self.arrays else {}
+        if "text_encodings" not in self.arrays:
+            return embeds
         offsets = {shard: self._array(shard, "token_offsets").data for shard in set(shards.tolist())}
         of_batch = list(zip(shards.tolist(), captions.tolist(), strict=True))
         starts = np.asarray([offsets[shard][caption] for shard, caption in of_batch], np.int64)
         stops = np.asarray([offsets[shard][caption + 1] for shard, caption in of_batch], np.int64)
         return {
-            "text_embeds": self._gather("text_embeds", shards, captions),
+            **embeds,
             "text_encodings": self._gather("text_encodings", shards, starts, stops=stops),
             "text_places": _token_places(stops - starts),
         }
@@ -148,11 +171,29 @@ class FeatureDataset:
         shards, rows = self._places(indices)
         return self._gather("text_embeds", shards, self._captions(shards, rows, np.zeros(len(rows))))
 
+    def chunks(self, name: Literal["text_embeds", "image_embeds"], *, size: int = 2**16) -> Iterator[torch.Tensor]:
+        """The embeddings of all samples in order, at most `size` at a time, [n, D]: of first captions, or of images.
+
+        Only these files are read, one shard's at a time, so that memory does not grow with the number of samples.
+        """
+        for shard in range(len(self._names)):
+            # Maps of their own: those that the dataset keeps open would stay in memory.
+            embeds, places = self._open(shard, name), np.arange(self._starts[shard + 1] - self._starts[shard])
+            if shard in self._damaged:
+                places = self._open(shard, "rows")
+            if name == "text_embeds":
+                places = self._open(shard, "caption_offsets")[places]
+            for first in range(0, len(places), size):
+                some = embeds[places[first : first + size]]
+                yield torch.from_numpy(some[:, 0] if name in VARIANT_ARRAYS else some)
+
     def null_text(self) -> dict[str, torch.Tensor]:
         """The empty caption as `text` gives others, B = 1: what a dropped caption is replaced by."""
-        arrays = {name: np.load(self.folder / NULL_TEXT / f"{name}.npy", allow_pickle=False) for name in TEXT_ARRAYS}
-        places = _token_places(np.diff(arrays.pop("token_offsets")))
-        return {name: torch.from_numpy(array) for name, array in arrays.items()} | {"text_places": places}
+        files = (self.folder / NULL_TEXT).glob("*.npy")
+        arrays = {path.stem: torch.from_numpy(np.load(path, allow_pickle=False)) for path in files}
+        if "token_offsets" in arrays:
+            arrays["text_places"] = _token_places(arrays.pop("token_offsets").diff().numpy())
+        return arrays
 
     def verify_alignment(self, shards: ShardDataset) -> None:
         """Raise ValueError unless `shards` has the same sample, with as many captions, at every index."""
@@ -160,10 +201,11 @@ class FeatureDataset:
             raise ValueError(f"{self.folder} was not made from {shards.folder}: other shards; cache again")
         for number, name in enumerate(self._names):
             rows = shards.rows(name)
-            keys = [shards.key(i) for i in rows]
-            counts = [len(shards.captions(i)) for i in rows]
-            offsets = self._array(number, "caption_offsets")
-            if keys != self._array(number, "keys").tolist() or counts != np.diff(offsets).tolist():
+            same = [shards.key(i) for i in rows] == self._array(number, "keys").tolist()
+            if "caption_offsets" in self.arrays:
+                counts = np.diff(self._array(number, "caption_offsets")).tolist()
+                same = same and [len(shards.captions(i)) for i in rows] == counts
+            if not same:
                 where = self.folder / name
                 raise ValueError(f"{where} holds other samples than {shards.folder / name}.tar; cache again")
 
@@ -251,13 +293,15 @@ def _write(folder: Path, arrays: Mapping[str, np.ndarray]) -> None:
 
 
 def _check_arrays(arrays: Mapping[str, np.ndarray]) -> None:
-    assert set(KINDS) - OPTIONAL <= set(arrays) <= set(KINDS), f"features must be {sorted(KINDS)}: {sorted(arrays)}"
-    samples, captions = len(arrays["keys"]), int(arrays["caption_offsets"][-1])
+    assert {"keys"} < set(arrays) <= set(KINDS), f"features must be of {sorted(KINDS)}: {sorted(arrays)}"
+    assert all(NEEDS[name] in arrays for name in arrays if name in NEEDS), f"some lack their own: {sorted(arrays)}"
+    samples = len(arrays["keys"])
+    captions, tokens = (int(arrays[name][-1]) if name in arrays else 0 for name in ("caption_offsets", "token_offsets"))
     rows = {
         "caption_offsets": samples + 1,
         "caption_weights": captions,
         "text_embeds": captions,
-        "text_encodings": int(arrays["token_offsets"][-1]),
+        "text_encodings": tokens,
         "token_offsets": captions + 1,
     }
     for name, array in arrays.items():

@@ -1,4 +1,4 @@
-"""What is left out of the shards although it could be read: images, captions and whole samples by rule."""
+"""Filters: images, captions and whole samples that are left out of the shards although they could be read."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import hashlib
 import re
 import unicodedata
 from collections.abc import Collection, Sequence
-from typing import Self
+from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
-from genpipe.config import Config
+from genpipe.config import WHERE, Config
 from genpipe.storage import read_file
 
 MAX_DISTANCE = 12
@@ -35,8 +35,9 @@ class FilterConfig(Config):
         description="keep the first of the images whose 64-bit perceptual hashes differ in at most this many bits; "
         "4 finds copies that were resized or compressed again, beyond 8 different images meet; colors do not count",
     )
-    blocklist: str | None = Field(
-        None, description="a file, local or s3://, with a key or a sha256 (of an image file) a line; # begins a comment"
+    blocklist: Annotated[str | None, WHERE] = Field(
+        None,
+        description="a file, local or s3://, with a key or a sha256 (of an image file) per line; # begins a comment",
     )
 
     @model_validator(mode="after")
@@ -49,6 +50,7 @@ class FilterConfig(Config):
 
     @property
     def finds_duplicates(self) -> bool:
+        """Whether any filter compares images with one another."""
         return self.exact_duplicates or self.near_duplicates is not None
 
 
@@ -62,7 +64,7 @@ class Filtered(Exception):
 
 
 def check_size(cfg: FilterConfig, *, height: int, width: int) -> None:
-    """Raise Filtered, too_small or aspect, for the pixels of an upright image."""
+    """Raise Filtered (too_small or aspect) for the size in pixels of an upright image."""
     if cfg.min_side is not None and min(height, width) < cfg.min_side:
         raise Filtered("too_small", f"{width} x {height}: the shorter side is below {cfg.min_side}")
     if cfg.max_aspect is not None and max(height, width) > cfg.max_aspect * min(height, width):
@@ -72,7 +74,7 @@ def check_size(cfg: FilterConfig, *, height: int, width: int) -> None:
 def keep_captions(
     cfg: FilterConfig, captions: Sequence[str], weights: Sequence[float]
 ) -> tuple[tuple[str, ...], tuple[float, ...]]:
-    """The captions that pass, and their weights if there were any. Raises the first one's Filtered if none does."""
+    """The captions that pass, and their weights if there are any. Raises the first one's Filtered if none passes."""
     faults: list[Filtered] = []
     kept: list[int] = []
     for number, caption in enumerate(captions):
@@ -109,7 +111,7 @@ _NUMBERED = re.compile(
 
 
 def junk(caption: str) -> str:
-    """Why a caption says nothing about an image in any language; empty if it might say something."""
+    """Why a caption cannot describe an image in any language; empty if it might."""
     if not any(map(_is_letter, _URL.sub("", caption))) and _URL.search(caption):
         return "only an address"
     if _FILE_NAME.fullmatch(caption) or _NUMBERED.fullmatch(caption):
@@ -124,11 +126,11 @@ def junk(caption: str) -> str:
 
 
 def read_list(uri: str, *, setting: str) -> frozenset[str]:
-    """The keys and hashes (in lower case) of a file, one a line. Raises ValueError if it is not there or no UTF-8."""
+    """The keys and hashes (in lower case) of a file, one per line. Raises ValueError if it is missing or not UTF-8."""
     try:
         text = _read(uri, setting=setting).decode("utf-8-sig")  # some editors begin a file with a byte order mark
     except UnicodeDecodeError as error:
-        raise ValueError(f"{setting}: {uri} is no UTF-8 text ({error}); save it as such, a key a line") from None
+        raise ValueError(f"{setting}: {uri} is not UTF-8 text ({error}); save it as UTF-8, one key per line") from None
     lines = (line.partition("#")[0].strip() for line in text.splitlines())
     return frozenset(line.lower() if _SHA256.fullmatch(line) else line for line in lines if line)
 
@@ -154,7 +156,7 @@ def _read(uri: str, *, setting: str) -> bytes:
     try:
         return read_file(uri)
     except (FileNotFoundError, IsADirectoryError):
-        raise ValueError(f"{setting}: there is no file {uri}; give one that there is") from None
+        raise ValueError(f"{setting}: there is no file {uri}; correct the path") from None
 
 
 def _is_letter(char: str) -> bool:

@@ -211,12 +211,13 @@ class _Reader:
 def _others(encoded: Iterable[tuple[int, bytes]], images_BHWC: np.ndarray) -> Iterator[tuple[int, bytes]]:
     """Decode plain JPEGs of just this size to their places; all others, which are yet to be decoded.
 
-    Plain are those whose header cannot say that they are to be turned. Most say at once: tables follow on the first
-    segment, JFIF's. This loop runs for every sample of a training: a microsecond is a twentieth of decoding 64 pixels.
+    Plain are those whose header cannot say that they are to be turned, or of another color space. Most say at once:
+    tables follow on the first segment, JFIF's. This loop runs for every sample of a training: a microsecond is a
+    twentieth of decoding 64 pixels.
     """
     shape = images_BHWC.shape[1:]
     for at, data in encoded:
-        if (data[:6] == JFIF and data[20:22] == TABLES) or b"Exif\0" not in data:
+        if (data[:6] == JFIF and data[20:22] == TABLES) or (b"Exif\0" not in data and b"ICC_PROFILE\0" not in data):
             try:
                 if simplejpeg.decode_jpeg(data, "RGB", buffer=images_BHWC[at]).shape == shape:
                     continue

@@ -15,29 +15,26 @@ from typing import Annotated, Literal
 import numpy as np
 import simplejpeg
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from pydantic import Field
 from torch.nn import functional as F
 
 from genpipe.config import Config
+from genpipe.data.color import to_srgb
+from genpipe.data.image_files import RGB, WHITE, ImageError, load_rgb, open_image
 
 ImageFormat = Literal["jpeg", "png", "webp"]
 SUFFIX = {"jpeg": "jpg", "png": "png", "webp": "webp", "gif": "gif", "bmp": "bmp", "tiff": "tif"}
 """Formats that a shard may hold, as Pillow calls them, and the suffix of their members."""
 MAX_PIXELS = 2**27  # 11585 x 11585; Pillow itself refuses some 13377 x 13377
 
-Byte = Annotated[int, Field(ge=0, le=255)]
-RGB = tuple[Byte, Byte, Byte]
-WHITE = (255, 255, 255)
-
 # Of libjpeg-turbo's factors n/8, those that cost less than decoding everything.
 _JPEG_EIGHTHS = (1, 2, 4)
 # A picture reduced while it is decoded keeps this much more than is asked for: what the rest of the way gives is then
 # as close to an exact resize as averaging areas is (tests/data/test_images.py), at less than half the time.
 _JPEG_ROOM = 1.3
-# What Pillow may open: not all that it knows, of which some run other programs (EPS: Ghostscript).
-_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
 _ORIENTATION = 0x0112
+_ICC = b"ICC_PROFILE\0"
 # Markers that may stand before a JPEG's tables: fill bytes, application segments and comments.
 _JPEG_AHEAD = frozenset(bytes([marker]) for marker in (0xFF, *range(0xE0, 0xF0), 0xFE))
 _ENDS = {"jpeg": b"\xff\xd9", "png": b"IEND"}
@@ -73,18 +70,6 @@ class Keep(Config):
 ResizeConfig = Annotated[CenterCrop | ShorterSide | Buckets | Keep, Field(discriminator="kind")]
 
 
-class ImageError(ValueError):
-    """An unusable image.
-
-    `reason` is one of empty, not_an_image, too_large, truncated, corrupt, unsupported, aspect; `detail` is for people.
-    """
-
-    def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(f"{reason}: {detail}")
-        self.reason = reason
-        self.detail = detail
-
-
 @dataclass(frozen=True)
 class Picture:
     """An encoded image whose header was read. `height` and `width` are those of the upright image."""
@@ -97,6 +82,7 @@ class Picture:
 
     @property
     def on_its_side(self) -> bool:
+        """Whether the stored pixels are turned by 90 degrees."""
         return self.orientation >= 5
 
     @property
@@ -106,7 +92,7 @@ class Picture:
 
 
 def read_header(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Picture:
-    """What the header says; nothing is decoded. Raises ImageError, too_large beyond `max_pixels`."""
+    """Read the header without decoding anything. Raises ImageError: too_large beyond `max_pixels`."""
     height, width, format, orientation = _jpeg_header(data) or _any_header(data)
     if width * height > max_pixels:
         raise ImageError("too_large", f"{width} x {height} is more than {max_pixels} pixels")
@@ -116,16 +102,16 @@ def read_header(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Picture:
 
 
 def check_kept(picture: Picture) -> None:
-    """Whether its bytes may be stored as they are, found without decoding. Raises ImageError.
+    """Check, without decoding, that an image's bytes may be stored as they are. Raises ImageError.
 
-    unsupported: a format that no shard holds; truncated: a JPEG or PNG without its end mark, a download that stopped.
+    unsupported: a format that no shard holds; truncated: a JPEG or PNG without its end marker, as an aborted download.
     """
     if picture.format not in SUFFIX:
         raise ImageError("unsupported", f"{picture.format} files are not kept (but {', '.join(SUFFIX)} are)")
     mark = _ENDS.get(picture.format)
     start = max((end for _, end in _ahead(picture.data)), default=0)  # the thumbnail in a JPEG has a mark of its own
     if mark is not None and picture.data.rfind(mark, start) < 0:
-        raise ImageError("truncated", f"{len(picture.data)} bytes without the end mark of {picture.format}")
+        raise ImageError("truncated", f"{len(picture.data)} bytes without the end marker of {picture.format}")
 
 
 def prepare(
@@ -136,12 +122,11 @@ def prepare(
     background: RGB = WHITE,
     beside: Picture | None = None,
 ) -> np.ndarray:
-    """Decode, upright by EXIF, alpha on `background`, crop in the middle, resize: uint8 [H, W, C].
+    """Decode, orient by EXIF, composite on `background`, center-crop and resize: uint8 [H, W, C].
 
-    Gray, palette, CMYK and 16-bit images become RGB; of an animation the first frame is taken. The resize is
-    bicubic (a = -0.5) and antialiased. A JPEG that is to become much smaller is reduced as it is decoded
-    (libjpeg's scaled inverse DCT). A conditioning image is cut and resized as the image `beside` is, whatever its own
-    resolution. Raises ImageError with the reason.
+    All modes and depths become sRGB; of an animation the first frame is taken. The resize is bicubic (a = -0.5) and
+    antialiased. A JPEG that is to become much smaller is reduced as it is decoded (libjpeg's scaled inverse DCT). A
+    conditioning image is cropped and resized as the image `beside` is, whatever its own resolution. Raises ImageError.
     """
     like = beside or picture
     (rows, columns), out = fit(resize, height=like.height, width=like.width, size=size)
@@ -154,9 +139,9 @@ def prepare(
 
 
 def check_same_aspect(condition: Picture, image: Picture) -> None:
-    """Raise ImageError, aspect, for a conditioning image that is no scaled copy of the image's frame.
+    """Raise ImageError, aspect, unless a conditioning image has the aspect of its image.
 
-    Sides may be off by the pixel that rounding costs.
+    Sides may be off by one pixel of rounding.
     """
     off = abs(condition.height * image.width - condition.width * image.height)
     if off > image.height + image.width:
@@ -170,7 +155,7 @@ def check_same_aspect(condition: Picture, image: Picture) -> None:
 def fit(
     resize: CenterCrop | ShorterSide | Buckets, *, height: int, width: int, size: int
 ) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Of an image of this size, the (height, width) of the middle part to take, and those to scale it to."""
+    """The (height, width) of the central region to take from an image of this size, and those to scale it to."""
     if isinstance(resize, CenterCrop):
         side = min(height, width)
         return (side, side), (size, size)
@@ -218,18 +203,15 @@ def decode(data: bytes, *, least: int = 0) -> np.ndarray:
 
     With `least`, a JPEG may come reduced, to no fewer pixels than that on its shorter side.
     """
-    if not least and simplejpeg.is_jpeg(data):
-        try:
-            return _turned(np.asarray(simplejpeg.decode_jpeg(data, colorspace="RGB")), _exif_orientation(data))
-        except ValueError:
-            pass  # CMYK or damaged: Pillow converts the one and names the reason for the other
+    if not least and simplejpeg.is_jpeg(data) and (image_HWC := _decode_jpeg(data)) is not None:
+        return _turned(image_HWC, _exif_orientation(data))
     picture = read_header(data)
     share = least / min(picture.stored) if least else 1.0
     return _turned(_decode(data, size=picture.stored, least=share, background=WHITE)[0], picture.orientation)
 
 
 def _jpeg_header(data: bytes) -> tuple[int, int, str, int] | None:
-    """Height, width, format, orientation as the bytes lie; None unless it is a sound JPEG in a usual color space."""
+    """Height, width, format, orientation as the bytes lie; None unless it is an intact JPEG in a common color space."""
     if not simplejpeg.is_jpeg(data):
         return None
     try:
@@ -240,7 +222,7 @@ def _jpeg_header(data: bytes) -> tuple[int, int, str, int] | None:
 
 
 def _any_header(data: bytes) -> tuple[int, int, str, int]:
-    image = _open(data)
+    image = open_image(data)
     format = {"MPO": "JPEG"}.get(str(image.format), str(image.format)).lower()
     if format == "tiff":  # whose size Pillow gives upright, and whose pixels it turns
         return image.height, image.width, format, 1
@@ -253,16 +235,32 @@ def _decode(data: bytes, *, size: tuple[int, int], least: float, background: RGB
     if simplejpeg.is_jpeg(data):
         eighths = next((n for n in _JPEG_EIGHTHS if n / 8 >= least), 8)
         height, width = (-(-side * eighths // 8) for side in size)
-        try:
-            image_HWC = simplejpeg.decode_jpeg(data, colorspace="RGB", min_height=height, min_width=width)
-            if image_HWC.shape[:2] == (height, width):
-                return np.asarray(image_HWC), eighths / 8
-        except ValueError:
-            pass  # CMYK or damaged: Pillow converts the one and names the reason for the other
-    image = _load(data, background=background)
+        image_HWC = _decode_jpeg(data, min_height=height, min_width=width)
+        if image_HWC is not None and image_HWC.shape[:2] == (height, width):
+            return image_HWC, eighths / 8
+    image = load_rgb(data, background=background)
     if (image.height, image.width) != size:
         raise ImageError("corrupt", f"decodes to {image.width} x {image.height}, its header says {size[1]} x {size[0]}")
     return np.array(image), 1.0
+
+
+def _decode_jpeg(data: bytes, **least: int) -> np.ndarray | None:
+    """uint8 [H, W, 3] in sRGB; None for CMYK, which Pillow converts, and for damage, for which it names the reason."""
+    try:
+        image_HWC = np.asarray(simplejpeg.decode_jpeg(data, colorspace="RGB", **least))
+    except ValueError:
+        return None
+    profile = _jpeg_profile(data)
+    return image_HWC if profile is None else np.asarray(to_srgb(Image.fromarray(image_HWC), profile))
+
+
+def _jpeg_profile(data: bytes) -> bytes | None:
+    """The ICC profile of a JPEG, out of its segments (ICC.1:2022, annex B.4)."""
+    chunks = {}
+    for start, end in _ahead(data):
+        if data[start + 1 : start + 2] == b"\xe2" and data[start + 4 : start + 16] == _ICC:
+            chunks[data[start + 16]] = data[start + 18 : end]
+    return b"".join(chunks[number] for number in sorted(chunks)) if chunks else None
 
 
 def _resample(
@@ -287,43 +285,11 @@ def _resample(
     return np.asarray(resized[0].permute(1, 2, 0).numpy())
 
 
-def _open(data: bytes) -> Image.Image:
-    if not data:
-        raise ImageError("empty", "the file has no bytes")
-    try:
-        return Image.open(io.BytesIO(data), formats=_FORMATS)
-    except UnidentifiedImageError:
-        raise ImageError("not_an_image", f"starts with {data[:16]!r}") from None
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ImageError("too_large", str(error)) from None
-    except Exception as error:  # readers of damaged headers raise anything: OSError, RuntimeError, struct.error, ...
-        raise _damaged(error) from None
-
-
-def _load(data: bytes, *, background: RGB) -> Image.Image:
-    """The first frame in mode RGB, as the bytes lie."""
-    image = _open(data)
-    try:
-        image.load()
-        key = image.info.get("transparency")
-        if image.format == "PNG" and image.mode == "L" and key is not None:
-            depth = data[24]  # Pillow brings 1, 2 and 4 bits of gray to 8, but not the level that is transparent
-            image.info["transparency"] = key * 255 // (2**depth - 1)
-        return _to_rgb(image, background)
-    except Exception as error:  # decoders of damaged data raise anything: OSError, SyntaxError, struct.error, ...
-        raise _damaged(error) from None
-
-
-def _damaged(error: Exception) -> ImageError:
-    reason = "truncated" if "truncated" in str(error).lower() else "corrupt"
-    return ImageError(reason, f"{type(error).__name__}: {error}")
-
-
 def _exif_orientation(data: bytes) -> int:
     """The orientation that a JPEG's EXIF segment gives; 1 where there is none or it is damaged.
 
-    It stands before all tables (EXIF 2.32, section 4.5.4): what looks like one behind them is not looked for, so that
-    most files tell by their first bytes that they have none (`pixels.py`).
+    It precedes all tables (EXIF 2.32, section 4.5.4). Nothing behind them is searched, so that the first bytes of most
+    files tell that they have none (`image_batches.py`).
     """
     for start, end in _ahead(data):
         if data[start : start + 2] == b"\xff\xe1" and data[start + 4 : start + 10] == b"Exif\0\0":
@@ -349,7 +315,7 @@ def _ahead(data: bytes) -> Iterator[tuple[int, int]]:
 
 
 def _orientation_of(image: Image.Image, data: bytes) -> int:
-    """The orientation of an image that is no JPEG; 1 where there is none or its EXIF block is damaged."""
+    """The orientation of an image other than a JPEG; 1 where there is none or its EXIF block is damaged."""
     if image.format == "PNG" and "exif" not in image.info and (late := _png_exif(data)):
         image.info["exif"] = late
     try:
@@ -359,7 +325,7 @@ def _orientation_of(image: Image.Image, data: bytes) -> int:
 
 
 def _png_exif(data: bytes) -> bytes:
-    """The EXIF block of a PNG, which may stand behind the pixels; empty if it has none."""
+    """The EXIF block of a PNG, which may follow the pixels; empty if it has none."""
     at = 8
     while (kind := data[at + 4 : at + 8]) not in (b"", b"eXIf"):
         at += 12 + int.from_bytes(data[at : at + 4], "big")
@@ -379,16 +345,3 @@ def _turned(image_HWC: np.ndarray, orientation: int) -> np.ndarray:
     if orientation in (2, 3, 6, 7):
         image_HWC = image_HWC[:, ::-1]
     return image_HWC
-
-
-def _to_rgb(image: Image.Image, background: RGB) -> Image.Image:
-    if image.mode.startswith("I"):  # 16 bits of gray, which convert() would clip at 255 rather than scale
-        deep, key = np.asarray(image).astype(np.int64), image.info.get("transparency")
-        image = Image.fromarray((deep.clip(0, 65535) // 257).astype(np.uint8))
-        if key is not None:
-            image.putalpha(Image.fromarray(deep != key).convert("L"))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        below = Image.new("RGBA", image.size, (*background, 255))
-        return Image.alpha_composite(below, image).convert("RGB")
-    return image.convert("RGB")

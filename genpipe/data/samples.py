@@ -1,4 +1,4 @@
-"""What a source yields: a sample, or the reason why there is none. Every sample is one or the other."""
+"""What a source yields: samples, and rejects with the reason why a sample was left out."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ class Sample:
 
 @dataclass(frozen=True)
 class Reject:
-    """A sample that did not make it: which (`key`, and `source`, its place), why (`reason`, a short code), `detail`.
+    """A sample that was left out: its `key`, its place (`source`), a short code (`reason`) and a `detail` for people.
 
-    These may quote anybody, but must stand in a table: what is not UTF-8 is escaped, and a long detail is cut.
+    They quote untrusted input and go into a table: what is not UTF-8 is escaped, and a long detail is cut.
     """
 
     key: str
@@ -75,12 +75,12 @@ class Source(Protocol):
         ...
 
     def digest(self) -> str:
-        """sha256 of the content's identity (names, sizes, times or versions), without reading the images."""
+        """sha256 of what identifies the content: relative names, sizes and contents (`sources/identity.py`)."""
         ...
 
 
 def clean_captions(captions: Iterable[str]) -> tuple[str, ...]:
-    """Each cleaned by `clean_text`; those that show nothing, or repeat an earlier one, are dropped.
+    """Each cleaned by `clean_text`; those that are blank or repeat an earlier one are dropped.
 
     Raises ValueError for one that is too long.
     """

@@ -5,7 +5,7 @@ A sample is `{key}.jpg` (or png, webp, ...), `{key}.txt` (its first caption) and
 index holds the place of each image in the tar, the captions and the class, so that reading a sample is one `pread`
 and reading captions touches no tar. The same samples give the same bytes.
 
-The index says which samples there are: a tar may hold members that no index names any more.
+The index decides which samples exist: a tar may hold members that the index no longer names.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ _KEY = re.compile(r"[A-Za-z0-9_-]+")  # a dot would end the key for WebDataset, 
 
 
 def split_of(group: str, *, heldout_fraction: float, seed: int) -> Split:
-    """The side on which a group falls: by its hash, so that it stays there as data are added."""
+    """The split of a group: by its hash, so that it never changes as data are added."""
     point = int.from_bytes(hashlib.sha256(f"{seed}/{group}".encode()).digest()[:8], "big") / 2**64
     return "heldout" if point < heldout_fraction else "train"
 
@@ -82,7 +82,7 @@ def split_of(group: str, *, heldout_fraction: float, seed: int) -> Split:
 class ShardWriter:
     """Writes a split of a part: `{split}-{part:05d}-{k:02d}.tar`, a new k at `max_samples` or `max_bytes`.
 
-    Use as a context manager. A shard appears under its name when it is whole, its index after it.
+    Use as a context manager. A shard appears under its name once it is complete, its index after it.
     """
 
     folder: Path
@@ -180,7 +180,7 @@ class ShardWriter:
 
 
 def _place(offset: int, image: bytes, *, format: str) -> dict[str, Any]:
-    """What an index says of an image in the tar."""
+    """An image's columns of the index."""
     digest = hashlib.sha256(image).hexdigest()
     return {"offset": offset, "length": len(image), "format": format, "sha256": digest}
 
@@ -230,9 +230,9 @@ def read_index(path: Path) -> pa.Table:
 
 
 def rewrite_shard(name: str, folder: Path, out: Path, *, without: Collection[str]) -> dict[str, Any]:
-    """Write the shard `name` of `folder` once more into `out`, without the keys in `without`; its statistics.
+    """Rewrite the shard `name` of `folder` to `out` without the keys in `without`; its statistics.
 
-    Nor does it hold members any more that no index names. The bytes of what stays are copied as they are.
+    Members that the index no longer names are dropped as well. All other bytes are copied as they are.
     """
     index = read_index(folder / f"{name}{INDEX_SUFFIX}")
     keys = index["key"].to_pylist()
@@ -263,12 +263,12 @@ def rewrite_shard(name: str, folder: Path, out: Path, *, without: Collection[str
 
 
 def check_shard(name: str, folder: Path) -> Iterator[str]:
-    """What is wrong with a shard, a sentence each: every row of the index is held against the tar's bytes."""
+    """Faults of a shard, a sentence each: every row of the index is checked against the tar's bytes."""
     try:
         rows = read_index(folder / f"{name}{INDEX_SUFFIX}").to_pylist()
         with tarfile.open(folder / f"{name}.tar") as tar:
             members = {member.offset_data: member for member in tar}
-    except Exception as error:  # Arrow raises anything for a damaged file
+    except Exception as error:  # Arrow raises any exception for a damaged file
         yield f"{name}: cannot be read: {error}"
         return
     with (folder / f"{name}.tar").open("rb") as file:

@@ -1,6 +1,6 @@
-"""Take samples out of committed shards, and say what else was made from them.
+"""Remove samples from committed shards, and report what else was made from them.
 
-An artifact never changes, so that what is left becomes a new one beside the old. The new shards hold no byte of
+An artifact never changes, so what remains becomes a new one beside the old. The new shards hold no byte of
 the samples that were taken out, nor of duplicates that an index stopped naming.
 """
 
@@ -40,7 +40,7 @@ REMOVED = "rejects-removed.parquet"
 
 @dataclass(frozen=True)
 class Removal:
-    """What taking samples out of shards will do; nothing is done yet."""
+    """What removing samples from shards will do; nothing is done yet."""
 
     uri: str  # as its storage says it: a path is absolute
     manifest: Manifest
@@ -116,10 +116,10 @@ def plan_removal(uri: str, wanted: Collection[str]) -> Removal:
         matched.update(found, rows["sha256"].to_pylist() if "sha256" in rows.column_names else ())
         staying[name] = frozenset(index.filter(pc.invert(listed))["key"].to_pylist())
     if not samples:
-        raise ValueError(f"{uri}: holds none of the {len(wanted)} samples that are to be removed")
+        raise ValueError(f"{uri}: holds none of the {len(wanted)} samples to be removed; check the keys")
     for split in SPLITS:
         if not any(keys for name, keys in staying.items() if name.startswith(split)):
-            raise ValueError(f"{uri}: without them nothing is left in the {split} split; delete it, and shard anew")
+            raise ValueError(f"{uri}: without them nothing is left in the {split} split; delete it and shard again")
     inert = {shard for shard, key in _hashed(manifest, storage) if key not in staying[shard]}
     rewritten = inert | {reject.source.removesuffix(".tar") for reject in samples}
     unknown = tuple(sorted(set(wanted) - matched))
@@ -165,7 +165,7 @@ def remove(removal: Removal) -> Artifact:
 
 @dataclass(frozen=True)
 class Affected:
-    """What else in a store has to do with the samples of a shard artifact."""
+    """What else in a store is affected by the removal of samples."""
 
     made_from: list[Artifact]  # it, directly or through others
     also_holding: list[tuple[Artifact, int]]  # other shards with samples of the same keys, and how many
@@ -177,7 +177,7 @@ def affected(removal: Removal) -> Affected:
     root, kind, _ = ("", "", *removal.uri.rsplit("/", 2))[-3:]
     if kind not in ("shards", "samples") or not root.endswith("artifacts"):
         raise ValueError(
-            f"{removal.uri}: lies in no store (STORE/artifacts/shard/...); what was made from it is unknown"
+            f"{removal.uri}: is not in a store (STORE/artifacts/shards/...); what was made from it is unknown"
         )
     manifests, unreadable = _manifests(root)
     before = set(removal.before)
@@ -260,6 +260,7 @@ def read_ledger(uri: str) -> list[Reject]:
 
 
 def shard_names(manifest: Manifest) -> list[str]:
+    """The names of an artifact's shards, without suffix, in the manifest's order."""
     paths = [file.path for file in manifest.files]
     return [path.removesuffix(INDEX_SUFFIX) for path in paths if path.endswith(INDEX_SUFFIX)]
 

@@ -69,7 +69,9 @@ def _buckets(dataset: ShardDataset) -> tuple[np.ndarray, ...]:
 
 @dataclass(frozen=True)
 class Cached:
-    """Collates `arrays` (latents, image_embeds) and the text of one caption a sample.
+    """Collates those of `arrays` (latents, image_embeds) that the cache has, one caption's text, and labels.
+
+    `FeatureDataset.text` says what the text is; `labels` are int64 [B], -1 for a sample without one.
 
     Training takes caption, mirror image and the latents' noise by the position in the stream and `seed`; held-out
     samples take their first caption, the image as it is, and the mean.
@@ -81,8 +83,13 @@ class Cached:
     training: bool
 
     def __call__(self, indices: np.ndarray, positions: np.ndarray) -> Batch:
+        """The batch of these samples, which stand at `positions` of the stream: int64 [B] each."""
         draws = caption_draws(positions, seed=self.seed) if self.training else np.zeros(len(indices))
-        return {name: self._array(name, indices, positions) for name in self.arrays} | self.dataset.text(indices, draws)
+        there = [name for name in self.arrays if name in self.dataset.arrays]
+        batch = {name: self._array(name, indices, positions) for name in there} | self.dataset.text(indices, draws)
+        if "labels" in self.dataset.arrays:
+            batch["labels"] = self.dataset.labels(indices)
+        return batch
 
     def _array(self, name: str, indices: np.ndarray, positions: np.ndarray) -> Tensor:
         variants = np.zeros(len(indices), np.int64)
@@ -97,7 +104,7 @@ class Cached:
 
 
 def cached_data(inputs: Mapping[str, Artifact], *, arrays: tuple[str, ...], seed: int) -> Data:
-    """The features among `inputs` as a stage trains on them: `Cached`.
+    """The features among `inputs` as a stage trains on them: `Cached`, with these `arrays` of images.
 
     Raises ValueError if they were made from another content than other inputs have.
     """
@@ -116,11 +123,17 @@ def cached_data(inputs: Mapping[str, Artifact], *, arrays: tuple[str, ...], seed
 def example_features(inputs: Mapping[str, Artifact], *, arrays: tuple[str, ...], batch_size: int) -> Batch:
     """Zeros in the shapes of a batch of `cached_data` whose longest caption fills the context."""
     meta = inputs["features"].meta
-    length, side = meta["context_length"], meta["latent_size"]
-    images = {"latents": (meta["latent_channels"], side, side), "image_embeds": (meta["embed_dim"],)}
-    return {
-        **{name: torch.zeros(batch_size, *images[name], dtype=torch.float16) for name in arrays},
-        "text_embeds": torch.zeros(batch_size, meta["embed_dim"], dtype=torch.float16),
-        "text_encodings": torch.zeros(batch_size * length, meta["text_width"], dtype=torch.float16),
-        "text_places": torch.arange(batch_size * length).view(batch_size, length),
-    }
+    shapes: dict[str, tuple[int, ...]] = {}
+    if "latent_size" in meta and "latents" in arrays:
+        shapes["latents"] = (batch_size, meta["latent_channels"], meta["latent_size"], meta["latent_size"])
+    if "embed_dim" in meta:
+        images = ["image_embeds"] if "image_embeds" in arrays else []
+        shapes |= dict.fromkeys([*images, "text_embeds"], (batch_size, meta["embed_dim"]))
+    batch: Batch = {}
+    if "text_width" in meta:
+        tokens = batch_size * meta["context_length"]
+        shapes["text_encodings"] = (tokens, meta["text_width"])
+        batch["text_places"] = torch.arange(tokens).view(batch_size, -1)
+    if meta.get("classes"):
+        batch["labels"] = torch.zeros(batch_size, dtype=torch.int64)
+    return batch | {name: torch.zeros(shape, dtype=torch.float16) for name, shape in shapes.items()}

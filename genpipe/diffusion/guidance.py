@@ -39,7 +39,8 @@ def scale_at(
 
     Inside `interval` [low, high], and 1 (no guidance) outside: Kynkaanniemi et al. 2024. There what exceeds 1 is
     constant, or grows as the noise goes with its mean over t kept: times 2 (1 - t) (linear) or times 1 + cos(pi
-    t) (cosine), Wang et al. 2024, "Analysis of classifier-free guidance weight schedulers".
+    t) (cosine), Wang et al. 2024, "Analysis of classifier-free guidance weight schedulers". Raises ValueError for
+    another schedule.
     """
     low, high = interval
     if schedule == "constant":

@@ -26,7 +26,8 @@ def log_likelihood(
     In y = x_t / alpha and tau = ln(sigma / alpha) the ODE is dy/dtau = y - x0(y) on every schedule. It is solved
     with `steps` steps of the classical Runge-Kutta method (four evaluations each), evenly in tau over
     `sigma_range`, together with the integral of its divergence N - tr(d x0 / d y), and ends in a Gaussian of
-    variance 1 + (sigma / alpha)^2. So p is the density of the data with the least noise of that range.
+    variance 1 + (sigma / alpha)^2. So p is the density of the data with the least noise of that range. Models of
+    discrete times are asked between the steps of their table, too.
 
     The trace is Hutchinson's unbiased estimate with one Rademacher vector per sample, drawn from `generator`;
     exact, at N backward passes an evaluation, when none is given.

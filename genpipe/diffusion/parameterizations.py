@@ -51,7 +51,7 @@ def check_predict(predict: Predict, *, schedule: Schedule) -> None:
 def target(
     predict: Predict, *, x0: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor, sigma_data: float = SIGMA_DATA
 ) -> Tensor:
-    """The regression target for x_t = alpha x0 + sigma noise; shape of x0."""
+    """The regression target for x_t = alpha x0 + sigma noise; shape of x0. ValueError for an unknown `predict`."""
     alpha, sigma = expand_like(alpha, x0), expand_like(sigma, x0)
     if predict == "eps":
         return noise
@@ -75,7 +75,7 @@ def to_x0(
 
     v is inverted for any alpha, sigma (divided by alpha^2 + sigma^2, which is 1 when variance is preserved),
     flow likewise (divided by alpha + sigma, which is 1 on the flow schedule); so is edm, which with sigma_data
-    = 1 and variance preserved is -v.
+    = 1 and variance preserved is -v. Raises ValueError for an unknown `predict`.
     """
     alpha, sigma = expand_like(alpha, x_t), expand_like(sigma, x_t)
     if predict == "eps":
@@ -96,7 +96,10 @@ def to_x0(
 def to_noise(
     predict: Predict, *, pred: Tensor, x_t: Tensor, alpha: Tensor, sigma: Tensor, sigma_data: float = SIGMA_DATA
 ) -> Tensor:
-    """The noise from a prediction at x_t; exact, except x0 where sigma < MIN_SIGMA. Shape of x_t."""
+    """The noise from a prediction at x_t; exact, except x0 where sigma < MIN_SIGMA. Shape of x_t.
+
+    Raises ValueError for an unknown `predict`.
+    """
     alpha, sigma = expand_like(alpha, x_t), expand_like(sigma, x_t)
     if predict == "eps":
         return pred
@@ -113,7 +116,7 @@ def to_noise(
 
 
 def x0_gain(predict: Predict, *, alpha: Tensor, sigma: Tensor, sigma_data: float = SIGMA_DATA) -> Tensor:
-    """How far x0 moves per unit of a prediction, |d x0 / d pred|; shape of alpha."""
+    """How far x0 moves per unit of a prediction, |d x0 / d pred|; shape of alpha. Raises ValueError as `to_x0` does."""
     if predict == "eps":
         return sigma / alpha
     if predict == "x0":

@@ -62,14 +62,14 @@ class DiffusionConfig(Config):
     """Schedule, what the network predicts, and how training times are drawn and weighted."""
 
     schedule: ScheduleName = "flow"
-    steps: int = Field(STEPS, ge=2, description="of a schedule that is a table of betas")
+    steps: int = Field(STEPS, ge=2, description="how many betas there are, of a schedule that is a table")
     beta_start: float | None = Field(None, gt=0, lt=1, description="of linear and scaled_linear; none: as published")
     beta_end: float | None = Field(None, gt=0, lt=1, description="of linear and scaled_linear; none: as published")
     predict: Predict = "flow"
     sigma_data: PositiveFloat = Field(
         SIGMA_DATA, description="of schedule edm: the data's standard deviation; 1 if standardized, 0.5 for pixels"
     )
-    variance: Literal["fixed", "learned"] = Field("fixed", description="learned: by as many channels more")
+    variance: Literal["fixed", "learned"] = Field("fixed", description="learned: the network has as many channels more")
     time_sampling: TimeSampling = "logit_normal"
     time_mean: float | None = Field(None, description="of logit_normal and log_normal; none: the papers' 0 and -1.2")
     time_std: PositiveFloat | None = Field(None, description="of logit_normal and log_normal; none: the papers' 1, 1.2")
@@ -341,11 +341,11 @@ def inverted(
     return x / torch.hypot(*alpha_sigma(ts[0], schedule)).item()
 
 
-def with_guidance(conditional: Model, both: Model, *, cfg: SamplerConfig) -> Model:
+def with_guidance(conditional: Model, both: Model, *, cfg: SamplerConfig, steps: int = STEPS) -> Model:
     """Classifier-free guidance; `both` is the model bound to the conditions and then, doubled, to their absence.
 
-    Times of the schedule and interval of the guidance are the network's (`network_time`). A learned variance is
-    that of the conditional model.
+    Times of the schedule and interval of the guidance are the network's (`network_time`), as shares of `steps`, those
+    of the model's table. A learned variance is that of the conditional model.
     """
     if cfg.guidance_scale == 1.0:
         return conditional
@@ -353,7 +353,8 @@ def with_guidance(conditional: Model, both: Model, *, cfg: SamplerConfig) -> Mod
     def model(x: Tensor, t: Tensor) -> Tensor:
         cond, uncond = both(torch.cat([x, x]), torch.cat([t, t])).float().chunk(2)
         channels = x.shape[1]
-        out = guided(cond[:, :channels], uncond[:, :channels], scale=_scale(t, x, cfg), rescale=cfg.guidance_rescale)
+        scale = _scale(t * (STEPS / steps), x, cfg)
+        out = guided(cond[:, :channels], uncond[:, :channels], scale=scale, rescale=cfg.guidance_rescale)
         return torch.cat([out, cond[:, channels:]], dim=1) if cond.shape[1] > channels else out
 
     return model

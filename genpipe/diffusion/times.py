@@ -72,7 +72,8 @@ def timesteps(
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
     if shift != 1.0 and grid != "uniform":
-        raise ValueError(f"shift={shift} has no effect on timesteps={grid!r}: use timesteps='uniform', or shift=1")
+        remedy = "use shift=1" if discrete else "use timesteps='uniform', or shift=1"
+        raise ValueError(f"shift={shift} has no effect on timesteps={grid!r}: {remedy}")
     if grid == "uniform":
         if discrete:
             raise ValueError(

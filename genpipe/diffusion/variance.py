@@ -32,7 +32,10 @@ class Posterior(NamedTuple):
 
 
 def posterior(*, alpha: Tensor, sigma: Tensor, alpha_next: Tensor, sigma_next: Tensor) -> Posterior:
-    """From the levels at t and, with less noise, at s (`next`); give them in fp64, the differences are small."""
+    """The step from the levels at t to those at s (`next`), which have less noise; all of one shape.
+
+    Give them in fp64: their differences are small.
+    """
     kept = alpha / alpha_next
     large = (sigma.square() - (kept * sigma_next).square()).clamp(min=0.0)
     share = sigma_next.square() / sigma.square()

@@ -67,6 +67,7 @@ def sample_image_embeds(
             prior_model(prior, many, drop_text=keep),
             prior_model(prior, many.repeated(2), drop_text=torch.cat([keep, ~keep])),
             cfg=sampler,
+            steps=diffusion.steps,
         )
         x = statistics.restore(_draw(model, many, diffusion=diffusion, sampler=sampler, generator=generator))
     embeds = F.normalize(x, dim=-1).view(candidates, len(text.embed), -1)

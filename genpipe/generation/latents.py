@@ -67,6 +67,7 @@ def sample_latents(
         decoder_model(decoder, given, Dropped.everywhere(keep)),
         decoder_model(decoder, given.repeated(2), Dropped.everywhere(torch.cat([keep, ~keep]))),
         cfg=sampler,
+        steps=diffusion.steps,
     )
     noise = torch.randn(shape, generator=generator, device=generator.device)
     return sample(denoiser(model, diffusion), noise, sampler, diffusion=diffusion, generator=generator)

@@ -55,6 +55,7 @@ class Cluster:
 
     @property
     def embedded(self) -> bool:
+        """Whether it is a local Ray that ends with this run."""
         return bool(self.capacity)
 
     @contextmanager

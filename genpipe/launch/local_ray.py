@@ -77,6 +77,7 @@ def get(url: str, *, token: str, timeout: float) -> bytes:
 
 
 def authorization(token: str) -> dict[str, str]:
+    """The HTTP headers that carry a token; none for an empty one."""
     return {"Authorization": f"Bearer {token}"} if token else {}
 
 

@@ -61,6 +61,7 @@ class RankRuntime:
             self.run.close()
 
     def log(self, metrics: dict[str, float], *, samples_seen: int) -> None:
+        """Record metrics in the run, and progress in the work folder."""
         assert self.run is not None, "only rank 0 logs"
         self.run.log(metrics, samples_seen=samples_seen)
         rate = metrics.get("samples_per_second")
@@ -68,24 +69,30 @@ class RankRuntime:
             write_progress(self.spec.work, Progress(done=samples_seen, total=self.total, rate=rate, metrics=metrics))
 
     def log_images(self, images: dict[str, np.ndarray], *, samples_seen: int) -> None:
+        """Record pictures in the run."""
         assert self.run is not None, "only rank 0 logs"
         for name, image in images.items():
             self.run.log_image(name, image, samples_seen=samples_seen)
 
     def log_file(self, path: Path) -> None:
+        """Record a file in the run."""
         assert self.run is not None, "only rank 0 logs"
         self.run.log_file(path)
 
     def log_environment(self, facts: dict[str, str]) -> None:
+        """Tag the run, and keep the facts for the manifest."""
         assert self.run is not None, "only rank 0 logs"
         self.environment |= facts
         self.run.set_tags(facts)
 
     def save(self, folder: Path, *, samples_seen: int) -> None:
+        """Commit a checkpoint to the work folder."""
         save_checkpoint(self.spec.work, folder, samples_seen=samples_seen)
 
     def latest(self) -> Path | None:
+        """A copy of the newest intact checkpoint of the work folder."""
         return latest_checkpoint(self.spec.work)
 
     def should_stop(self) -> bool:
+        """Never: a job that is to stop is killed."""
         return False

@@ -87,6 +87,7 @@ def _map_parts(spec: StageSpec, stage: ModuleType, cfg: StageConfig, launcher: L
         if hasattr(stage, "merge_parts"):
             results = stage.merge_parts(cfg, open_storage(spec.target.uri), results, Path(folder))
         meta, metrics = stage.finalize(cfg, spec.inputs, results, Path(folder))
+        _check_source(spec, stage, cfg)
         run.log(metrics, samples_seen=0)
         commit(
             spec,
@@ -96,6 +97,15 @@ def _map_parts(spec: StageSpec, stage: ModuleType, cfg: StageConfig, launcher: L
             metrics=metrics,
             environment=environment,
             run_id=run.run_id,
+        )
+
+
+def _check_source(spec: StageSpec, stage: ModuleType, cfg: StageConfig) -> None:
+    """Raise ValueError if what a stage read is no longer what its artifact's fingerprint stands for."""
+    if hasattr(stage, "source_digest") and stage.source_digest(cfg) != spec.identity["source"]:
+        raise ValueError(
+            f"stages.{spec.name}: its source changed while it was read, so that samples may be missing or there twice; "
+            "run it again when it no longer changes"
         )
 
 
@@ -147,6 +157,7 @@ class PartWorker:
         self.work = stage.Worker(cfg, spec.inputs)
 
     def __call__(self, part: str) -> None:
+        """Make one part and put its files in place."""
         with tempfile.TemporaryDirectory() as folder:
             stats = {**self.work(part, Path(folder)), ENVIRONMENT: getattr(self.work, "environment", {})}
             artifacts.add_part(self.spec.target.uri, part, Path(folder), stats)

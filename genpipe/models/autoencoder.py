@@ -79,7 +79,7 @@ class Autoencoder(nn.Module):
 
     Latents are what is before the codebook (LDM's VQ-reg), so that diffusion runs on a continuous grid; `decode`
     quantizes first. Nothing here standardizes latents: the statistics are measured over the data after training, and
-    applied once, by whoever writes the features.
+    applied once, by the stage that writes the features.
     """
 
     def __init__(
@@ -105,7 +105,7 @@ class Autoencoder(nn.Module):
     def encode(self, images_BCHW: Tensor) -> tuple[Tensor, Tensor]:
         """Images in [-1, 1], sides divisible by the factor -> (mean, logvar), each a latent grid in fp32.
 
-        A latent sample is mean + exp(logvar / 2) noise; without a KL bottleneck logvar is -30, which is no noise.
+        A latent sample is mean + exp(logvar / 2) noise; without a KL bottleneck logvar is -30: practically no noise.
         In eval mode large images are encoded in tiles.
         """
         sides, factor = tuple(images_BCHW.shape[-2:]), self.cfg.factor
@@ -126,7 +126,7 @@ class Autoencoder(nn.Module):
         return self.encoder(images_BCHW)
 
     def decode(self, latents: Tensor, *, fp32: bool = False) -> Tensor:
-        """Latent grid -> fp32 images, about [-1, 1]; `fp32` also computes in fp32, whatever autocast says.
+        """Latent grid -> fp32 images, about [-1, 1]; `fp32` also computes in fp32, whatever autocast is set to.
 
         In eval mode large images are decoded in tiles.
         """

@@ -27,7 +27,7 @@ class AutoregressivePriorConfig(TransformerConfig):
     kind: Literal["autoregressive"] = "autoregressive"
     width: PositiveInt = 192
     depth: PositiveInt = 4
-    null_text: NullText = Field("learned", description="what a dropped caption gives way to")
+    null_text: NullText = Field("learned", description="what replaces a dropped caption")
     qk_norm: bool = Field(True, description="layer-norm queries and keys, against divergence in bf16")
     variance: float = Field(0.99, gt=0, le=1, description="share of the embeddings' variance that codes keep")
     max_components: PositiveInt | None = Field(None, description="codes of an embedding at most; default: no limit")
@@ -39,7 +39,7 @@ class AutoregressivePriorConfig(TransformerConfig):
 
 @dataclass
 class Drawing:
-    """Where a sequence stands that is drawn code by code: what each block has seen, and which of it is padding."""
+    """State of a sequence that is sampled code by code: each block's keys and values, and which are not padding."""
 
     caches: list[KeyValueCache]
     mask_BS: Tensor
@@ -50,7 +50,7 @@ class AutoregressivePrior(nn.Module):
     """Causal transformer over [text encodings, text embed, dot product, codes]; predicts each code from those before.
 
     The codes are `codes`'s, a PrincipalCodes that is fitted before training. Where the text is dropped, so is the
-    dot product, which speaks of the text.
+    dot product, which depends on it.
     """
 
     SPECIAL = 2  # text embed, dot product
@@ -65,7 +65,7 @@ class AutoregressivePrior(nn.Module):
         )
         self.encodings_in = nn.Linear(text_width, cfg.width)
         self.text_in = nn.Linear(embed_dim, cfg.width)
-        self.dot_in = nn.Embedding(cfg.dot_buckets + 1, cfg.width)  # the last stands for none
+        self.dot_in = nn.Embedding(cfg.dot_buckets + 1, cfg.width)  # the last for none
         self.code_in = nn.Embedding(cfg.buckets, cfg.width)
         for embedding in (self.dot_in, self.code_in):
             nn.init.normal_(embedding.weight, std=0.02)
@@ -95,7 +95,7 @@ class AutoregressivePrior(nn.Module):
 
         codes int64 [B, K] and dot int64 [B]: of `self.codes`; text_embed [B, D], in about unit variance;
         text_encodings [B, L, W]; text_mask bool [B, L], True at tokens that are not padding; drop_text bool [B], True
-        where caption and dot product give way to their nulls.
+        where their nulls replace caption and dot product.
         """
         prefix_BPM, mask_BP = self._prefix(dot, Caption(text_embed, text_encodings, text_mask), drop_text)
         read_BJM = self.code_in(codes[:, :-1]) + self.positions_SM[self.SPECIAL :]  # J = K - 1

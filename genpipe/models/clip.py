@@ -16,7 +16,15 @@ from pydantic import PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from genpipe.config import Config
-from genpipe.models.contrastive import MAX_LOGIT_SCALE, LossConfig, SoftmaxLoss, sigmoid_loss, softmax_loss
+from genpipe.models.contrastive import (
+    MAX_LOGIT_SCALE,
+    LossConfig,
+    SoftmaxLoss,
+    sigmoid_loss,
+    sigmoid_loss_in_chunks,
+    softmax_loss,
+    softmax_loss_in_chunks,
+)
 from genpipe.models.layers import Activation, TransformerBlock, TransformerConfig, patchify
 
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -202,6 +210,13 @@ class CLIP(nn.Module):
             return softmax_loss(image_embed, text_embed, logit_scale=self.logit_scale, gather=gather)
         scale, bias = self.logit_scale, self.logit_bias
         return sigmoid_loss(image_embed, text_embed, logit_scale=scale, logit_bias=bias, gather=gather)
+
+    def heldout_loss(self, image_embed: Tensor, text_embed: Tensor, *, size: int) -> Tensor:
+        """The configured loss of pairs of embeddings [N, D], without gradients; `size` x N logits at a time, fp32."""
+        if self.logit_bias is None:
+            return softmax_loss_in_chunks(image_embed, text_embed, logit_scale=self.logit_scale, size=size)
+        scale, bias = self.logit_scale, self.logit_bias
+        return sigmoid_loss_in_chunks(image_embed, text_embed, logit_scale=scale, logit_bias=bias, size=size)
 
     @torch.no_grad()
     def clamp_logit_scale_(self) -> None:

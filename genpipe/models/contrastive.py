@@ -79,10 +79,30 @@ def softmax_loss(image_embed: Tensor, text_embed: Tensor, *, logit_scale: Tensor
         all_images, all_texts, first = image_embed, text_embed, rank * len(image_embed)
         if ranks > 1:
             all_images, all_texts = _GatherRows.apply(image_embed), _GatherRows.apply(text_embed)
-        labels = torch.arange(first, first + len(image_embed), device=image_embed.device)
-        image_loss = F.cross_entropy(scale * image_embed @ all_texts.T, labels)
-        text_loss = F.cross_entropy(scale * text_embed @ all_images.T, labels)
-        return 0.5 * (image_loss + text_loss)
+        return _softmax_rows(image_embed, text_embed, all_images, all_texts, scale, first=first)
+
+
+def _softmax_rows(
+    images: Tensor, texts: Tensor, all_images: Tensor, all_texts: Tensor, scale: Tensor, *, first: int
+) -> Tensor:
+    """The mean over some pairs, those from `first` on, of InfoNCE against all."""
+    labels = torch.arange(first, first + len(images), device=images.device)
+    image_loss = F.cross_entropy(scale * images @ all_texts.T, labels)
+    text_loss = F.cross_entropy(scale * texts @ all_images.T, labels)
+    return 0.5 * (image_loss + text_loss)
+
+
+@torch.no_grad()
+def softmax_loss_in_chunks(image_embed: Tensor, text_embed: Tensor, *, logit_scale: Tensor, size: int) -> Tensor:
+    """`softmax_loss` of this process's pairs [N, D], without gradients and with [size, N] logits at a time."""
+    with fp32(image_embed.device):
+        images, texts, scale = image_embed.float(), text_embed.float(), logit_scale.float().exp()
+        total = images.new_zeros(())
+        for first in range(0, len(images), size):
+            some = slice(first, first + size)
+            rows = images[some]
+            total += len(rows) * _softmax_rows(rows, texts[some], images, texts, scale, first=first)
+        return total / len(images)
 
 
 def sigmoid_loss(
@@ -103,6 +123,22 @@ def sigmoid_loss(
             loss = _matches_loss if other == rank else _mismatches_loss
             total = total + recomputed(loss, images, block, scale, bias)
         return total / len(images)
+
+
+@torch.no_grad()
+def sigmoid_loss_in_chunks(
+    image_embed: Tensor, text_embed: Tensor, *, logit_scale: Tensor, logit_bias: Tensor, size: int
+) -> Tensor:
+    """`sigmoid_loss` of this process's pairs [N, D], without gradients and with [size, size] logits at a time."""
+    with fp32(image_embed.device):
+        scale, bias = logit_scale.float().exp(), logit_bias.float()
+        blocks = text_embed.float().split(size)
+        total = scale.new_zeros(())
+        for row, images in enumerate(image_embed.float().split(size)):
+            for column, block in enumerate(blocks):
+                loss = _matches_loss if row == column else _mismatches_loss
+                total += loss(images, block, scale, bias)
+        return total / len(image_embed)
 
 
 def _mismatches_loss(images: Tensor, texts: Tensor, scale: Tensor, bias: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ DenoiserConfig = Annotated[Annotated[DiTConfig, Tag("dit")] | Annotated[UNetConf
 
 
 class DecoderConfig(Config):
-    """The denoiser, and how it is told of image and caption.
+    """The denoiser, and how it is conditioned on image and caption.
 
     Latent diffusion's text-to-image model (Rombach et al. 2022) has image_embed false and null_text encoder, and the
     decoder of unCLIP a text_transformer (GLIDE's: Nichol et al. 2021, sec. 4.1).
@@ -107,14 +107,15 @@ class Decoder(nn.Module):
         drop_image: Tensor | None = None,
         drop_text: Tensor | None = None,
         drop_label: Tensor | None = None,
+        generator: torch.Generator | None = None,
     ) -> Tensor:
         """Prediction [B, out_channels, H, W] in fp32 at noised latents x [B, C, H, W] and times t [B] in [0, 1].
 
         image_embed [B, D]; text_encodings [B, L, W]; text_mask bool [B, L], True at tokens that are not padding;
         labels int64 [B], below `classes`. drop_image, drop_text, drop_label: bool [B], independent; True where a null
         takes the condition's place. All that belongs to a condition that the decoder was built without may be None,
-        and is not read. Learned nulls enter by torch.where, so every parameter has a gradient in every step (DDP
-        needs it).
+        and is not read. In training, `generator` is that of the network's dropout. Learned nulls enter by torch.where,
+        so every parameter has a gradient in every step (DDP needs it).
         """
         context = context_mask = None
         vectors = []
@@ -141,6 +142,7 @@ class Decoder(nn.Module):
             context_mask=context_mask,
             vector=torch.cat(vectors, dim=1) if vectors else None,
             labels=labels if self.classes else None,
+            generator=generator,
         )
 
     def _text(
@@ -165,7 +167,7 @@ def check_conditions(cfg: DecoderConfig, *, embed_dim: int, text_width: int) -> 
     if cfg.text_transformer is not None and not text_width:
         raise ValueError("text_transformer reads text encodings, and there is no text; remove text_transformer")
     if unet and attended and not unet.attention_at:
-        raise ValueError("denoiser.attention_at is empty, so that nothing would see the caption; name a level")
+        raise ValueError("denoiser.attention_at is empty, so that nothing attends to the conditions; name a level")
     if unet and not attended and unet.attention_at and unet.attention == "transformer":
         raise ValueError(
             "denoiser.attention is transformer, which attends to text or an image embedding, and there is neither; "
@@ -202,7 +204,7 @@ def build_denoiser(
     vector_dim: int | None,
     classes: int,
 ) -> DiT | UNet:
-    """The network of a kind; all have one signature: model(x, t, *, context, context_mask, vector, labels)."""
+    """The network of a kind, called as model(x, t, *, context, context_mask, vector, labels, generator)."""
     build: Callable[..., DiT | UNet] = UNet if isinstance(cfg, UNetConfig) else DiT
     return build(
         cfg,

@@ -24,9 +24,9 @@ class DiscriminatorConfig(Config):
 
 
 class Discriminator(nn.Module):
-    """Scores overlapping patches: images [B, C, H, W] -> logits [B, 1, h, w] in fp32, large for real.
+    """Scores overlapping patches: images [B, C, H, W] -> logits [B, 1, h, w] in fp32, high for real ones.
 
-    By default GroupNorm stands where the paper has BatchNorm, so that scores depend neither on the micro-batch nor
+    By default GroupNorm replaces the paper's BatchNorm, so that scores depend neither on the micro-batch nor
     on the rank.
     """
 
@@ -70,7 +70,7 @@ def discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
 
 
 def logits_right(real_logits: Tensor, fake_logits: Tensor) -> tuple[Tensor, Tensor]:
-    """The shares of patches with the right sign, scalars: of the real, and of the fake. 0.5 each is no idea."""
+    """The shares of patches classified correctly, scalars: of the real, and of the fake. 0.5 is chance."""
     return (real_logits > 0).float().mean(), (fake_logits < 0).float().mean()
 
 

@@ -34,10 +34,10 @@ from genpipe.models.layers import (
 
 
 class DiTConfig(TransformerConfig):
-    """Size of the transformer, how it knows where a token is, and how it attends to the context.
+    """Size of the transformer, its positions, and how it attends to the context.
 
-    positions: "absolute" adds sinusoids of the coordinates (a token knows its place in the image), "relative"
-    turns queries and keys by them (crops and whole images look alike).
+    positions: "absolute" adds sinusoids of the coordinates to the tokens, "relative" rotates queries and keys by them,
+    so that attention sees differences of coordinates only.
 
     context: "keys" extends every attention's keys and values (Nichol et al. 2021, GLIDE), "cross" follows it with
     cross-attention (Chen et al. 2023, PixArt-alpha), "joint" appends the context to the image's tokens (Peebles & Xie
@@ -162,12 +162,14 @@ class DiT(nn.Module):
         context_mask: Tensor | None = None,
         vector: Tensor | None = None,
         labels: Tensor | None = None,
+        generator: torch.Generator | None = None,
     ) -> Tensor:
         """Prediction [B, out_channels, H, W] in fp32 for x [B, in_channels, H, W] at times t [B] in [0, 1].
 
         context [B, M, context_dim] with context_mask bool [B, M], True at tokens that count (at least one where
         context is "cross"); vector [B, vector_dim] and labels int64 [B], of which `classes` is the null class, are
-        embedded and added to the time embedding. H and W are multiples of patch_size, or ValueError is raised.
+        embedded and added to the time embedding. `generator` is for a `UNet`'s dropout; there is none here. H and W
+        are multiples of patch_size, or ValueError is raised.
         """
         assert (context is None) == (self.context_norm is None), "context is given as the DiT was built"
         assert (vector is None) == (self.vector_in is None), "a vector is given as the DiT was built"
@@ -188,7 +190,7 @@ class DiT(nn.Module):
         if self.context_in is not None:
             x_BLD = torch.cat([x_BLD, self.context_in(context)], dim=1)
             context = None
-            # The context's tokens are turned by nothing, as those in the first cell.
+            # The context's tokens have the coordinates of the first cell, whose rotation is the identity.
             coordinates = F.pad(coordinates, (0, 0, 0, x_BLD.shape[1] - tokens))
         rotary = None
         if self.cfg.positions == "relative":

@@ -37,9 +37,9 @@ class TransformerConfig(Config):
 
 
 def attend(q_BHQE: Tensor, k_BHKE: Tensor, v_BHKE: Tensor, *, mask: Tensor | None = None) -> Tensor:
-    """Softmax attention [B, H, Q, E]; bool `mask`, True where a query may look, broadcasts to [B, H, Q, K].
+    """Softmax attention [B, H, Q, E]; bool `mask`, True where a query may attend, broadcasts to [B, H, Q, K].
 
-    Every query needs at least one key that it may look at.
+    Every query needs at least one key that it may attend to.
     """
     if q_BHQE.device.type != "cpu" or not q_BHQE.requires_grad:
         return F.scaled_dot_product_attention(q_BHQE, k_BHKE, v_BHKE, attn_mask=mask)
@@ -164,6 +164,17 @@ def recomputed(block: Callable[..., Tensor], *inputs: object) -> Tensor:
     return output
 
 
+def dropout(x: Tensor, share: float, *, generator: torch.Generator, number: int) -> Tensor:
+    """x with a random `share` of its elements at 0 and the others divided by 1 - share (Srivastava et al. 2014).
+
+    The elements follow from the seed of `generator` and the `number` of the layer alone: nothing is drawn from the
+    generator, so that a block that is computed again in the backward pass drops the same ones.
+    """
+    own = torch.Generator(generator.device).manual_seed((generator.initial_seed() + number) % 2**63)
+    kept = torch.rand(x.shape, generator=own, device=x.device) >= share
+    return x * kept / (1 - share)
+
+
 class Mlp(nn.Module):
     """Linear, GELU, Linear. The exact GELU: its tanh approximation is four times slower in bf16 on CPU.
 
@@ -249,7 +260,7 @@ class LevelEmbedding(nn.Module):
 def label_table(classes: int, width: int) -> nn.Embedding | None:
     """Embeddings [classes + 1, width] of class labels, N(0, 0.02) at the start, or None for no classes.
 
-    The last row is the null class, which a dropped label gives way to (Ho & Salimans 2022, sec. 3.2); the table is
+    The last row is the null class, which replaces a dropped label (Ho & Salimans 2022, sec. 3.2); the table is
     DiT's (Peebles & Xie 2023), and added to the time embedding as in ADM (Dhariwal & Nichol 2021, sec. 3.1).
     """
     if not classes:
@@ -280,7 +291,7 @@ class Rotary:
         self.cos_LE, self.sin_LE = angles.cos(), angles.sin()
 
     def __call__(self, x_BHLE: Tensor) -> Tensor:
-        """Queries or keys [B, H, L, E], turned by the coordinates of their tokens."""
+        """Queries or keys [B, H, L, E], rotated by the coordinates of their tokens."""
         first, second = x_BHLE.chunk(2, dim=-1)
         cos, sin = self.cos_LE.to(x_BHLE.dtype), self.sin_LE.to(x_BHLE.dtype)
         return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1)

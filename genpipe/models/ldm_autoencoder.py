@@ -54,7 +54,7 @@ class LdmConfig(Config):
     def _attention_has_a_level(self) -> Self:
         factors = [2**level for level in range(len(self.multipliers))]
         if unknown := set(self.attention_at) - set(factors):
-            raise ValueError(f"attention_at {sorted(unknown)} is no downsampling factor of a level; they are {factors}")
+            raise ValueError(f"attention_at {sorted(unknown)} is not among the levels' downsampling factors {factors}")
         return self
 
     def attends(self, level: int) -> bool:

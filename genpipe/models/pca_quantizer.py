@@ -14,10 +14,10 @@ from torch import Tensor, nn
 class PrincipalCodes(nn.Module):
     """Image embeddings to codes and back, and text-image dot products to codes.
 
-    Everything is a buffer, fitted before training (`fit`), so that it travels with the weights. Components stand in
+    Everything is a buffer, fitted before training (`fit`), so that it travels with the weights. Components are in
     the order of decreasing variance. Buckets are of equal probability: each holds as many of the embeddings fitted
     on, so none is without examples, the untrained loss is ln N nats a code, and the upper half of the dot products
-    is the upper half of their buckets. A code stands for the mean of its bucket.
+    is the upper half of their buckets. A code decodes to the mean of its bucket.
     """
 
     def __init__(self, *, embed_dim: int, components: int, buckets: int, dot_buckets: int) -> None:
@@ -25,7 +25,7 @@ class PrincipalCodes(nn.Module):
         self.mean_D = nn.Buffer(torch.zeros(embed_dim))
         self.basis_KD = nn.Buffer(torch.zeros(components, embed_dim))
         self.edges_KE = nn.Buffer(torch.zeros(components, buckets - 1))  # E = N - 1
-        self.centres_KN = nn.Buffer(torch.zeros(components, buckets))
+        self.centers_KN = nn.Buffer(torch.zeros(components, buckets))
         self.dot_edges_E = nn.Buffer(torch.zeros(dot_buckets - 1))
 
     def encode(self, embed_BD: Tensor) -> Tensor:
@@ -36,7 +36,7 @@ class PrincipalCodes(nn.Module):
 
     def decode(self, codes_BK: Tensor) -> Tensor:
         """The embeddings that codes stand for, fp32 [B, D]; not normalized."""
-        values_BK = self.centres_KN.gather(1, codes_BK.T).T
+        values_BK = self.centers_KN.gather(1, codes_BK.T).T
         return (values_BK.double() @ self.basis_KD.double() + self.mean_D).float()
 
     def encode_dot(self, dot_B: Tensor) -> Tensor:
@@ -54,9 +54,9 @@ class PrincipalCodes(nn.Module):
         mean, basis = mean_D.double(), basis_KD.double()
         values_FK = torch.cat([((chunk.double() - mean) @ basis.T).float() for chunk in embeds])
         for k, values_F in enumerate(values_FK.T):
-            edges, centers = equal_buckets(values_F, self.centres_KN.shape[1])
+            edges, centers = equal_buckets(values_F, self.centers_KN.shape[1])
             self.edges_KE[k].copy_(edges)
-            self.centres_KN[k].copy_(centers)
+            self.centers_KN[k].copy_(centers)
         self.dot_edges_E.copy_(equal_buckets(dot_F, len(self.dot_edges_E) + 1)[0])
 
 
@@ -83,7 +83,7 @@ def principal_components(
 
 
 def equal_buckets(values_F: Tensor, buckets: int) -> tuple[Tensor, Tensor]:
-    """Edges [N - 1] that part values [F] into N buckets of as many each, and the buckets' means [N], in fp64.
+    """Edges [N - 1] that divide values [F] into N buckets of equal counts, and the buckets' means [N], in fp64.
 
     Raises ValueError if there are fewer values than buckets.
     """

@@ -22,7 +22,7 @@ WORTH_CASTING = 1.2
 
 
 def fp32(device: torch.device) -> AbstractContextManager[object]:
-    """Computation in the tensors' own precision, whatever autocast says; on the meta device there is none to stop."""
+    """Computation in the tensors' own precision, whatever autocast is set to; nothing on the meta device."""
     return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 

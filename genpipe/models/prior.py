@@ -23,7 +23,7 @@ class DiffusionPriorConfig(TransformerConfig):
     kind: Literal["diffusion"] = "diffusion"
     width: PositiveInt = 192
     depth: PositiveInt = 4
-    null_text: NullText = Field("learned", description="what a dropped caption gives way to")
+    null_text: NullText = Field("learned", description="what replaces a dropped caption")
     text_positions: NonNegativeInt = Field(
         0, description="learned positions for so many caption tokens; 0: the encodings carry their own"
     )
@@ -34,7 +34,7 @@ class DiffusionPriorConfig(TransformerConfig):
 class DiffusionPrior(nn.Module):
     """Causal transformer over [text encodings, text embed, time, noised image embed, query]; predicts x0.
 
-    Embeddings are in the units of the diffusion, about unit variance per dimension: whoever calls scales
+    Embeddings are in the units of the diffusion, about unit variance per dimension: the caller scales
     them.
     """
 
@@ -72,8 +72,8 @@ class DiffusionPrior(nn.Module):
         """Predicted clean image embedding, fp32 [B, D].
 
         noised_embed, text_embed [B, D]; t [B] in [0, 1]; text_encodings [B, L, W]; text_mask bool [B, L],
-        True at tokens that are not padding; drop_text bool [B], True where the caption gives way to the
-        null caption. The noised embedding is never dropped.
+        True at tokens that are not padding; drop_text bool [B], True where the null caption replaces the
+        caption. The noised embedding is never dropped.
         """
         caption = drop_captions(
             Caption(text_embed, text_encodings, text_mask),

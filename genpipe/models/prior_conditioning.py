@@ -1,4 +1,4 @@
-"""What the priors read first: a caption, or the null caption, and who may look at whom.
+"""What the priors read first: a caption or the null caption, and the mask of their attention.
 
 Shapes: B batch, L caption tokens, N tokens of the null caption, D embedding width, W text width.
 """
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 NullText = Literal["learned", "encoder"]
-"""What a dropped caption gives way to: learned vectors, or what the text encoder says of the empty caption."""
+"""What replaces a dropped caption: learned vectors, or the text encoder's output for the empty caption."""
 
 
 class Caption(NamedTuple):
@@ -50,10 +50,10 @@ def drop_captions(caption: Caption, drop_B: Tensor, *, null_encodings: Tensor, n
 
 
 def causal_mask(text_mask_BL: Tensor, *, extra: int) -> Tensor:
-    """Who may look at whom among L tokens with padding and `extra` more without: bool [B, 1, S, S], S = L + extra.
+    """The mask among L tokens with padding and `extra` more without: bool [B, 1, S, S], S = L + extra.
 
-    A token looks at itself and at what precedes it, but for padding. Padding looks at itself too, so that no row of
-    the softmax is empty; nobody else sees what comes of it.
+    A token attends to itself and to what precedes it, except padding. Padding attends to itself too, so that no row of
+    the softmax is empty; nothing else sees its states.
     """
     mask_BS = torch.cat([text_mask_BL, text_mask_BL.new_ones(len(text_mask_BL), extra)], dim=1)
     total = mask_BS.shape[1]

@@ -96,6 +96,10 @@ class TextEncoder(nn.Module):
         self._tokenizer = tokenizer
         self.eval().requires_grad_(False)
 
+    def cut(self, texts: Sequence[str]) -> list[bool]:
+        """Which of the texts lose tokens to `context_length`."""
+        return [bool(encoding.overflowing) for encoding in self._tokenizer.encode_batch(list(texts))]
+
     @torch.no_grad()
     def encode(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """text_encodings fp32 [B, L, W], 0 at padding, and text_mask bool [B, L], True at tokens that are not padding.

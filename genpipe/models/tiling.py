@@ -15,8 +15,8 @@ from torch import Tensor
 def tiled(function: Callable[[Tensor], Tensor], x_BCHW: Tensor, *, tile: int, overlap: int, scale: Fraction) -> Tensor:
     """`function` on tiles of `tile` cells that share at least `overlap`, blended with linear ramps.
 
-    `function` multiplies the sides by `scale`. Where tiles do not overlap, the result is that of the whole if
-    `function` looks no further than `overlap` cells; where they do, errors at a tile's border have the least weight.
+    `function` multiplies the sides by `scale`. Where tiles do not overlap, the result is that of the whole if no
+    output depends on inputs more than `overlap` cells away; where they do, errors at a tile's border weigh least.
     """
     if not 0 < 2 * overlap <= tile:
         raise ValueError(f"tile {tile} must be at least twice the overlap {overlap}, and overlap at least 1")

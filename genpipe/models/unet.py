@@ -49,6 +49,7 @@ class UNetConfig(Config):
     modulation: ModulationKind = Field("scale_shift", description="what time and embeddings do to a residual block")
     resample: Literal["block", "conv"] = Field("block", description="halve and double the grid by residual blocks")
     groups: PositiveInt = Field(32, description="groups of every GroupNorm")
+    dropout: float = Field(0.0, ge=0, lt=1, description="share dropped in each residual block in training, as in ADM")
     checkpoint_blocks: bool = Field(False, description="recompute activations in the backward pass: less memory")
 
     @model_validator(mode="after")
@@ -143,6 +144,8 @@ class UNet(nn.Module):
         self.norm_out = nn.GroupNorm(cfg.groups, cfg.width)
         self.grid_out = zeroed(nn.Conv2d(cfg.width, out_channels, 3, padding=1))
         self.labels_in = label_table(classes, 4 * cfg.width)
+        for number, block in enumerate(m for m in self.modules() if isinstance(m, UNetResBlock)):
+            block.number = number
 
     def _resized(self, width: int, to: Literal["down", "up"]) -> nn.Module:
         if self.cfg.resample == "block":
@@ -154,7 +157,13 @@ class UNet(nn.Module):
     ) -> UNetResBlock:
         dim, groups, modulation = 4 * self.cfg.width, self.cfg.groups, self.cfg.modulation
         return UNetResBlock(
-            channels_in, channels_out, vector_dim=dim, groups=groups, modulation=modulation, resize=resize
+            channels_in,
+            channels_out,
+            vector_dim=dim,
+            groups=groups,
+            modulation=modulation,
+            resize=resize,
+            dropout=self.cfg.dropout,
         )
 
     def _cell(self, channels_in: int, width: int, *, level: int) -> Cell:
@@ -179,13 +188,14 @@ class UNet(nn.Module):
         context_mask: Tensor | None = None,
         vector: Tensor | None = None,
         labels: Tensor | None = None,
+        generator: torch.Generator | None = None,
     ) -> Tensor:
         """Prediction [B, out_channels, H, W] in fp32 for x [B, in_channels, H, W] at times t [B] in [0, 1].
 
         context [B, M, context_dim] with context_mask bool [B, M], True at tokens that count (at least one, unless
         they extend the grid's own); vector [B, vector_dim] and labels int64 [B], of which `classes` is the null
-        class, are embedded and added to the time embedding. H and W are multiples of 2 ** (levels - 1), or
-        ValueError is raised.
+        class, are embedded and added to the time embedding. With a `generator`, whose seed says what, dropout is
+        applied. H and W are multiples of 2 ** (levels - 1), or ValueError is raised.
         """
         multiple, sides = self.cfg.grid_multiple, tuple(x_BCHW.shape[-2:])
         if any(side % multiple for side in sides):
@@ -193,12 +203,13 @@ class UNet(nn.Module):
         assert (context is None) == (self.context_dim is None), "context is given as the U-Net was built"
         assert (vector is None) == (self.vector_in is None), "a vector is given as the U-Net was built"
         assert (labels is None) == (self.labels_in is None), "labels are given as the U-Net was built"
+        assert generator or not (self.cfg.dropout and self.training), "training with dropout needs a generator"
         embedded = self.time_in(t_B)
         if self.vector_in is not None:
             embedded = embedded + self.vector_in(vector)
         if self.labels_in is not None:
             embedded = embedded + self.labels_in(labels)
-        conditions = UNetConditions(F.silu(embedded), context, context_mask)
+        conditions = UNetConditions(F.silu(embedded), context, context_mask, generator)
         x = self.grid_in(x_BCHW)
         skips = [x]
         for cell in self.down:

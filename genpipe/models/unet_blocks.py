@@ -7,20 +7,25 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from genpipe.models.layers import Attention, CrossAttention, Modulation, ResidualBlock, joint_mask, zeroed
+from genpipe.models.layers import Attention, CrossAttention, Modulation, ResidualBlock, dropout, joint_mask, zeroed
 
 ModulationKind = Literal["add", "scale_shift"]
 
 
 class UNetConditions(NamedTuple):
-    """What every block reads: vector [B, E], activated; context [B, M, ...] and context_mask bool [B, M], or None."""
+    """What every block reads: vector [B, E], activated; context [B, M, ...] and context_mask bool [B, M], or None.
+
+    `generator` says what dropout drops; None: nothing.
+    """
 
     vector: Tensor
     context: Tensor | None
     context_mask: Tensor | None
+    generator: torch.Generator | None
 
 
 class UNetResBlock(ResidualBlock):
@@ -28,6 +33,7 @@ class UNetResBlock(ResidualBlock):
 
     The vector is added between the two (Ho et al. 2020), or scales and shifts the second norm (Dhariwal & Nichol
     2021, eq. 4). `resize` halves or doubles the grid on both paths before the first convolution (ibid., sec. 3).
+    `dropout` is the share dropped before the second one, by the `number` of the block in its network.
     """
 
     def __init__(
@@ -39,8 +45,10 @@ class UNetResBlock(ResidualBlock):
         groups: int,
         modulation: ModulationKind,
         resize: Literal["down", "up"] | None = None,
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
+        self.dropout, self.number = dropout, 0  # the network numbers its blocks
         self.scale_shift = modulation == "scale_shift"
         self.resize = resize
         self.norm1 = nn.GroupNorm(groups, channels_in)
@@ -60,7 +68,10 @@ class UNetResBlock(ResidualBlock):
             h = self.norm2(h) * (1 + scale) + shift
         else:
             h = self.norm2(h + levels)
-        return self.skip(self._resized(x_BCHW)) + self.conv2(F.silu(h))
+        h = F.silu(h)
+        if self.dropout and conditions.generator is not None:
+            h = dropout(h, self.dropout, generator=conditions.generator, number=self.number)
+        return self.skip(self._resized(x_BCHW)) + self.conv2(h)
 
     def _resized(self, x_BCHW: Tensor) -> Tensor:
         if self.resize == "down":

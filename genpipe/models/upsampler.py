@@ -86,11 +86,20 @@ class ConvolutionalUpsampler(nn.Module):
         self.image_out = nn.Conv2d(cfg.width, (out_channels or channels) * area, 3, padding=1)
         nn.init.zeros_(self.image_out.weight)
 
-    def forward(self, x_BCHW: Tensor, t_B: Tensor, *, low_res: Tensor, noise_aug: Tensor) -> Tensor:
+    def forward(
+        self,
+        x_BCHW: Tensor,
+        t_B: Tensor,
+        *,
+        low_res: Tensor,
+        noise_aug: Tensor,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
         """Prediction [B, out_channels, H, W] in fp32 at noised x [B, C, H, W] and times t [B] in [0, 1].
 
         low_res [B, S, H, W]: the small image in [-1, 1], enlarged to H x W, with noise of level noise_aug [B]
-        in [0, 1] already added by the caller. H and W are multiples of `cfg.grid_multiple`.
+        in [0, 1] already added by the caller. `generator` is for the dropout of a `UNet`; there is none here. H and W
+        are multiples of `cfg.grid_multiple`.
         """
         x = self.image_in(F.pixel_unshuffle(_beside(x_BCHW, low_res), self.cfg.patch_size))
         vector = F.silu(self.time_in(t_B) + self.noise_aug_in(noise_aug))
@@ -101,7 +110,7 @@ class ConvolutionalUpsampler(nn.Module):
 
 
 class UNetUpsampler(nn.Module):
-    """A U-Net that sees `low_res` beside the noised grid, told of the noise on it as of the time."""
+    """A U-Net that sees `low_res` beside the noised grid, conditioned on the time and on the noise of `low_res`."""
 
     def __init__(self, cfg: UNetUpsamplerConfig, *, channels: int | None = None, out_channels: int | None = None):
         super().__init__()
@@ -115,9 +124,17 @@ class UNetUpsampler(nn.Module):
             vector_dim=cfg.width,
         )
 
-    def forward(self, x_BCHW: Tensor, t_B: Tensor, *, low_res: Tensor, noise_aug: Tensor) -> Tensor:
-        """As `ConvolutionalUpsampler`'s."""
-        return self.unet(_beside(x_BCHW, low_res), t_B, vector=self.noise_aug_in(noise_aug))
+    def forward(
+        self,
+        x_BCHW: Tensor,
+        t_B: Tensor,
+        *,
+        low_res: Tensor,
+        noise_aug: Tensor,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """As `ConvolutionalUpsampler`'s; `generator` as in `UNet`."""
+        return self.unet(_beside(x_BCHW, low_res), t_B, vector=self.noise_aug_in(noise_aug), generator=generator)
 
 
 Upsampler = ConvolutionalUpsampler | UNetUpsampler

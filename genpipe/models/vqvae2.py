@@ -90,7 +90,7 @@ class Residual(ResidualBlock):
 
 
 class HierarchicalEncoder(nn.Module):
-    """Images to the features of both levels; the bottom's end is told what the top was decided to be.
+    """Images to the features of both levels; the bottom is conditioned on the top as the decoder will have it.
 
     `moments` is 2 where the bottleneck takes a mean and a log variance for each channel, else 1.
     """

@@ -41,7 +41,7 @@ from genpipe.models.lpips import SMALLEST as SMALLEST_FOR_LPIPS
 from genpipe.models.quantizer import codebook_use
 from genpipe.pinned_files import PinnedFile
 from genpipe.training.objective import Batch, Metrics, ObserveTraining, Step, Validation
-from genpipe.training.plateau import Settled, Settling
+from genpipe.training.plateau import Plateau, PlateauConfig
 from genpipe.training.settings import TrainConfig
 from genpipe.training.statistics import Moments
 from genpipe.weights import InitialWeights, load_initial_weights, save_weights
@@ -65,7 +65,7 @@ class Adversarial(Block):
     start: Annotated[int | Literal["settled"], PlainValidator(_start)] = Field(
         description="samples before the discriminator is trained and used; or `settled`, by the rule below"
     )
-    settled: Settled = Settled()
+    settled: PlateauConfig = PlateauConfig()
     weight: float = Field(0.5, gt=0, description="on top of the adaptive weight")
     model: DiscriminatorConfig = DiscriminatorConfig()
 
@@ -140,27 +140,27 @@ class Objective:
         self.model = build_autoencoder(cfg.model).to(device)
         load_initial_weights(self.model, cfg.initial, kind="autoencoder")
         self.trainable: dict[str, nn.Module] = {"autoencoder": self.model}
-        self.settling: Settling | None = None
+        self.plateau: Plateau | None = None
         if cfg.adversarial:
             self.discriminator = Discriminator(cfg.adversarial.model)
             if cfg.adversarial.start == "settled":
-                self.settling = Settling(cfg.adversarial.settled, batch_size=cfg.train.global_batch_size)
-                self.discriminator.register_module("settling", self.settling)  # so that checkpoints hold its state
+                self.plateau = Plateau(cfg.adversarial.settled, batch_size=cfg.train.global_batch_size)
+                self.discriminator.register_module("plateau", self.plateau)  # so that checkpoints hold its state
             self.trainable["discriminator"] = self.discriminator.to(device)
         self.lpips = load_lpips(cfg.lpips, device=device) if cfg.lpips else None
         self.inception = load_inception(cfg.fid, device=device) if cfg.fid and device.type != "meta" else None
 
     def active(self, samples_seen: int) -> Sequence[str]:
         """The autoencoder, and the discriminator once it has started."""
-        if self.settling:
-            self.settling.look(samples_seen)
+        if self.plateau:
+            self.plateau.look(samples_seen)
         return tuple(self.trainable) if self._adversarial(samples_seen) else ("autoencoder",)
 
     def _adversarial(self, samples_seen: int) -> bool:
         if self.cfg.adversarial is None:
             return False
         start = self.cfg.adversarial.start
-        return samples_seen >= start if isinstance(start, int) else self.settling is not None and self.settling.settled
+        return samples_seen >= start if isinstance(start, int) else self.plateau is not None and self.plateau.reached
 
     def loss(self, name: str, batch: Batch, step: Step) -> tuple[Tensor, Metrics]:
         """Reconstruction, bottleneck and adversarial losses; of the discriminator its hinge loss (Lim & Ye 2017)."""
@@ -171,8 +171,8 @@ class Objective:
         nll, parts = self._distance(recon, images)
         metrics = {**parts, **metrics}
         loss = nll + penalty
-        if self.settling:
-            self.settling.add(nll.detach() * len(images))
+        if self.plateau:
+            self.plateau.add(nll.detach() * len(images))
         if self.cfg.adversarial and self._adversarial(step.samples_seen):
             adversarial = generator_loss(self.discriminator(recon))
             weight = adaptive_weight(nll, adversarial, last_layer=self.model.last_layer)
@@ -217,8 +217,8 @@ class Objective:
         """Move the codebook by what the step noted, and look for the plateau."""
         if self.model.quantizer is not None:
             self.model.quantizer.update()
-        if self.settling:
-            self.settling.update()
+        if self.plateau:
+            self.plateau.update()
 
     def validate(self, batches: Iterable[Batch], generator: torch.Generator) -> Validation:
         """PSNR, SSIM and, where configured, LPIPS and rFID of held-out images; some beside their originals."""

@@ -48,6 +48,9 @@ HEADLINES = ("text_to_image_r5",)
 PROMPTS = 1024
 """Zero-shot prompts that pass the text tower at a time."""
 
+ROWS = 1024
+"""Held-out pairs that are compared with all others at a time."""
+
 
 class ClipVocabulary(Block):
     """CLIP's own tokenizer instead of one that is trained on the captions: what imported weights need."""
@@ -236,7 +239,7 @@ class Objective:
             embeds.append(self.model(to_float(batch["images"]), batch["tokens"]))
             labels.append(batch.get("labels", batch["tokens"].new_empty(0)))
         images, texts = (torch.cat(part) for part in zip(*embeds, strict=True))
-        loss = self.model.loss(images, texts, gather=False)
+        loss = self.model.heldout_loss(images, texts, size=ROWS)
         own = torch.arange(len(images), device=images.device)
         metrics = {"loss": loss.item(), "pool": float(len(images))}
         metrics |= retrieval_recalls(images, texts, image_of_text=own)

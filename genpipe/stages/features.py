@@ -1,4 +1,7 @@
-"""Cache what the frozen encoders say of every sample: latents, image and text embeddings, text encodings.
+"""Cache what frozen encoders say of every sample: latents, image and text embeddings, text encodings, class labels.
+
+Any of an autoencoder, a CLIP and a text encoder may be given, at least one; what the cache holds follows from that, and
+its meta says so by the keys that it has.
 
 Shape legend: B samples, C H W of the latents.
 """
@@ -14,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from genpipe.artifacts import Artifact, Role, fetch
 from genpipe.config import StageConfig
@@ -30,20 +33,32 @@ from genpipe.lineage import check_lineage, content_digest
 from genpipe.models.autoencoder import Autoencoder
 from genpipe.models.clip import CLIP
 from genpipe.models.precision import Precision, autocast, products_of
+from genpipe.models.text_encoders import TextEncoder, load_text_encoder
 from genpipe.weights import load_weights
 
-VERSION = 4
+VERSION = 5
 MAKES = "features"
 HEADLINES = ("samples",)
 
-COPIED = (
-    "latent_channels", "latent_size", "latent_mean", "latent_std",
-    "embed_dim", "text_width", "context_length", "image_embed_mean", "image_embed_std", "tokenizer",
-)  # fmt: skip
+COPIED = {
+    "shard": ("classes",),
+    "autoencoder": ("latent_channels", "latent_size", "latent_mean", "latent_std"),
+    "clip": (
+        "embed_dim", "image_embed_mean", "image_embed_std", "tokenizer", "text_width", "context_length",
+    ),
+    "text_encoder": ("text_width", "context_length"),
+}  # fmt: skip
+"""What the cache's meta repeats of its inputs'; of two that say the same, what the later says."""
+
+REACH = 8.0
+"""Deviations from its mean within which a sample of a latent always lies: one in 10^15 does not."""
+
 BAD_SAMPLES = "bad_samples.parquet"
 
 
 class Config(StageConfig):
+    """How the encoders are run, and what of their output is kept."""
+
     batch_size: int = Field(64, ge=1, description="images, or captions, of one forward pass")
     dtype: Literal["float16", "float32"] = "float16"
     precision: Precision = Field("auto", description="of the encoders' products")
@@ -51,30 +66,55 @@ class Config(StageConfig):
         False, description="cache the latents' variances too, and train on samples instead of means"
     )
     flip: bool = Field(False, description="cache mirror images too; training takes either, by its place in the stream")
-    max_bad_share: float = Field(0.01, ge=0, le=1, description="share of damaged images that is put up with")
+    max_bad_share: float = Field(0.01, ge=0, le=1, description="share of damaged images beyond which the stage fails")
 
 
 def roles(cfg: Config) -> dict[str, Role]:
-    return {"shard": Role("shards", "samples"), "autoencoder": Role("autoencoder"), "clip": Role("clip")}
-
-
-def check_inputs(cfg: Config, inputs: Mapping[str, Artifact]) -> dict[str, Any]:
-    check_lineage(inputs)
-    merged = {**inputs["autoencoder"].meta, **inputs["clip"].meta}
+    """The shards and their encoders: the autoencoder, CLIP and a text encoder are optional, but one is needed."""
     return {
-        **{name: merged[name] for name in COPIED if name in merged},
-        **{name: artifact.fingerprint for name, artifact in inputs.items()},
+        "shard": Role("shards", "samples"),
+        "autoencoder": Role("autoencoder", optional=True),
+        "clip": Role("clip", optional=True),
+        "text_encoder": Role("text_encoder", optional=True),
     }
 
 
+def check_inputs(cfg: Config, inputs: Mapping[str, Artifact]) -> dict[str, Any]:
+    """Sizes and statistics of what is cached, each where it is, `classes`, and the fingerprint of each input.
+
+    Text encodings are the text encoder's if there is one, else CLIP's. `latent_std` is that of what training takes:
+    samples with `latent_samples`, else means. Raises ValueError for inputs that do not belong together or are none.
+    """
+    check_lineage(inputs)
+    if not {"autoencoder", "clip", "text_encoder"} & inputs.keys():
+        raise ValueError("inputs: no encoder is given; name an autoencoder, a clip or a text_encoder")
+    meta: dict[str, Any] = {}
+    for role, names in COPIED.items():
+        held = inputs[role].meta if role in inputs else {}
+        meta |= {name: held[name] for name in names if name in held}
+    if cfg.latent_samples and "latent_std" in meta:
+        meta["latent_std"] = _sample_std(inputs["autoencoder"])
+    return meta | {role: artifact.fingerprint for role, artifact in inputs.items()}
+
+
+def _sample_std(autoencoder: Artifact) -> list[float]:
+    if "latent_sample_std" not in autoencoder.meta:
+        raise ValueError(
+            f"latent_samples: {autoencoder.uri} has no statistics of samples (latent_sample_std in its meta), as older "
+            "versions wrote it; train it again, or set latent_samples to false"
+        )
+    std: list[float] = autoencoder.meta["latent_sample_std"]
+    return std
+
+
 def parts(cfg: Config, inputs: Mapping[str, Artifact]) -> list[str]:
-    """The shards of both splits, and the text that stands for no caption."""
+    """The shards of both splits, and the text that stands for no caption where text is encoded."""
     shards = [name for split in SPLITS for name in open_shards(inputs["shard"], split=split).shards()]
-    return [*shards, NULL_TEXT]
+    return [*shards, NULL_TEXT] if {"clip", "text_encoder"} & inputs.keys() else shards
 
 
 class Chunk(NamedTuple):
-    """Decoded images of some rows: at the autoencoder's size and at CLIP's, and the rows that they are of."""
+    """Decoded images of some rows, at the size of each encoder that sees them, and the rows that they are of."""
 
     images: list[Tensor]
     rows: np.ndarray
@@ -82,7 +122,7 @@ class Chunk(NamedTuple):
 
 
 class Worker:
-    """Loads both encoders once; a call caches one shard. Threads decode ahead of the encoders."""
+    """Loads the encoders once; a call caches one shard. Threads decode ahead of the encoders."""
 
     def __init__(self, cfg: Config, inputs: Mapping[str, Artifact]) -> None:
         self.cfg = cfg
@@ -90,29 +130,46 @@ class Worker:
         self.products = products_of(cfg.precision, self.device)
         self.environment = {"precision_used": self.products}
         self.shard = inputs["shard"]
-        clip, autoencoder = fetch(inputs["clip"]), fetch(inputs["autoencoder"])
-        self.clip = cast(CLIP, load_weights(clip, kind="clip", device=self.device).module)
-        self.autoencoder = cast(Autoencoder, load_weights(autoencoder, kind="autoencoder", device=self.device).module)
-        self.tokenizer = CaptionTokenizer.load(clip / TOKENIZER_FILE)
-        self.statistics = latent_statistics(inputs["autoencoder"].meta, self.device)
-        self.sizes: tuple[int, int] = (inputs["autoencoder"].meta["image_size"], inputs["clip"].meta["clip_image_size"])
-        self.context_length: int = inputs["clip"].meta["context_length"]
+        self.autoencoder: Autoencoder | None = None
+        self.clip: CLIP | None = None
+        self.text_encoder: TextEncoder | None = None
+        self.sizes: list[int] = []
+        if "autoencoder" in inputs:
+            self.autoencoder = cast(Autoencoder, self._load(inputs["autoencoder"]))
+            self.statistics = latent_statistics(check_inputs(cfg, inputs), self.device)
+            self.sizes.append(inputs["autoencoder"].meta["image_size"])
+        if "clip" in inputs:
+            self.clip = cast(CLIP, self._load(inputs["clip"]))
+            self.tokenizer = CaptionTokenizer.load(fetch(inputs["clip"]) / TOKENIZER_FILE)
+            self.context_length: int = inputs["clip"].meta["context_length"]
+            self.sizes.append(inputs["clip"].meta["clip_image_size"])
+        if "text_encoder" in inputs:
+            self.text_encoder = load_text_encoder(fetch(inputs["text_encoder"]), device=self.device)
+
+    def _load(self, artifact: Artifact) -> nn.Module:
+        return load_weights(fetch(artifact), kind=artifact.kind, device=self.device).module
 
     @torch.no_grad()
     def __call__(self, part: str, out: Path) -> dict[str, Any]:
+        """Cache one shard, or the empty caption, into `out`; how many samples and captions, cut and damaged ones."""
         with autocast(self.device, self.products):
             if part == NULL_TEXT:
-                write_null_text(out, self._texts([[""]]))
-                return {"samples": 0, "captions": 0, "damaged": []}
+                arrays, _ = self._texts([[""]])
+                write_null_text(out, arrays)
+                return {"samples": 0, "captions": 0, "captions_cut": 0, "damaged": []}
             split: Split = "train" if part.startswith("train-") else "heldout"
             dataset = open_shards(self.shard, split=split, only=part)
-            arrays, damaged = self._images(dataset)
-            arrays |= self._captions(dataset)
+            arrays, damaged = self._images(dataset) if self.sizes else ({}, [])
+            captions, cut = self._captions(dataset) if self.clip or self.text_encoder else ({}, 0)
+        arrays |= captions
         arrays["keys"] = np.asarray([dataset.key(i) for i in range(len(dataset))])
+        if self.shard.meta.get("classes"):
+            arrays["labels"] = dataset.labels(np.arange(len(dataset))).astype(np.int32)
         write_features(out / part, arrays)
         return {
             "samples": len(dataset),
-            "captions": len(arrays["text_embeds"]),
+            "captions": int(arrays["caption_offsets"][-1]) if captions else 0,
+            "captions_cut": cut,
             "damaged": [vars(reject) for reject in damaged],
             "split": split,
             "source": next(iter(dataset.sources())),
@@ -139,48 +196,70 @@ class Worker:
         return Chunk(images, stand_ins, damaged)
 
     def _encoded(self, images: Sequence[Tensor]) -> dict[str, np.ndarray]:
-        variants = [self._encode(*(to_float(i.to(self.device)) for i in images))]
+        variants = [self._encode([to_float(i.to(self.device)) for i in images])]
         if self.cfg.flip:
-            variants.append(self._encode(*(to_float(i.to(self.device)).flip(-1) for i in images)))
+            variants.append(self._encode([to_float(i.to(self.device)).flip(-1) for i in images]))
         return {name: np.stack([variant[name] for variant in variants], axis=1) for name in variants[0]}
 
-    def _encode(self, images: Tensor, for_clip: Tensor) -> dict[str, np.ndarray]:
-        mean, logvar = self.autoencoder.encode(images)
-        encoded = {
-            "latents": self._packed("latents", self.statistics.standardize(mean)),
-            "image_embeds": self._packed("image_embeds", self.clip.encode_image(for_clip)),
-        }
+    def _encode(self, images: Sequence[Tensor]) -> dict[str, np.ndarray]:
+        """`images` at the size of the autoencoder and of CLIP, of those that are there."""
+        encoded: dict[str, np.ndarray] = {}
+        if self.clip is not None:
+            encoded["image_embeds"] = self._packed("image_embeds", self.clip.encode_image(images[-1]))
+        if self.autoencoder is None:
+            return encoded
+        mean, logvar = self.autoencoder.encode(images[0])
+        mean, logvar = self.statistics.standardize(mean), logvar - 2 * self.statistics.std.log()
+        encoded["latents"] = self._packed("latents", mean)
         if self.cfg.latent_samples:
-            encoded["latent_logvars"] = self._packed("latent_logvars", logvar - 2 * self.statistics.std.log())
+            encoded["latent_logvars"] = self._packed("latent_logvars", logvar)
+            self._packed("latents", mean.abs() + REACH * (0.5 * logvar).exp())  # what training may draw from them
         return encoded
 
-    def _captions(self, dataset: ShardDataset) -> dict[str, np.ndarray]:
-        """The caption arrays of `write_features`."""
+    def _captions(self, dataset: ShardDataset) -> tuple[dict[str, np.ndarray], int]:
+        """The caption arrays of `write_features`, and how many captions were cut."""
         captions = [dataset.captions(i) for i in range(len(dataset))]
         flat = [caption for options in captions for caption in options]
-        arrays = self._texts([[flat[i] for i in chunk] for chunk in _chunks(len(flat), self.cfg.batch_size)])
+        arrays, cut = self._texts([[flat[i] for i in chunk] for chunk in _chunks(len(flat), self.cfg.batch_size)])
         arrays["caption_offsets"] = np.cumsum([0, *map(len, captions)])
         weights = [dataset.caption_weights(i) for i in range(len(dataset))]
         if any(weights):
             each = [shares or [1.0] * len(options) for shares, options in zip(weights, captions, strict=True)]
             arrays["caption_weights"] = np.concatenate(each).astype(np.float32)
-        return arrays
+        return arrays, cut
 
-    def _texts(self, batches: Sequence[list[str]]) -> dict[str, np.ndarray]:
-        """`TEXT_ARRAYS` of the captions of all batches; what the encoder says of padding is not kept."""
-        embeds, encodings, lengths = [], [], []
+    def _texts(self, batches: Sequence[list[str]]) -> tuple[dict[str, np.ndarray], int]:
+        """Those of `TEXT_ARRAYS` that the encoders give of the captions of all batches, and how many were cut.
+
+        What an encoder says of padding is not kept.
+        """
+        found: list[dict[str, np.ndarray]] = []
+        cut = 0
         for captions in batches:
-            tokens = self.tokenizer.encode_batch(captions, context_length=self.context_length)
-            embed, states = self.clip.encode_text(torch.from_numpy(tokens).to(self.device))
-            count = self.tokenizer.lengths(tokens)
-            embeds.append(self._packed("text_embeds", embed))
-            encodings.append(self._packed("text_encodings", states)[np.arange(tokens.shape[1]) < count[:, None]])
-            lengths.append(count)
-        return {
-            "text_embeds": np.concatenate(embeds),
-            "text_encodings": np.concatenate(encodings),
-            "token_offsets": np.cumsum([0, *np.concatenate(lengths)]),
-        }
+            arrays, shortened = self._text(captions)
+            found.append(arrays)
+            cut += int(shortened.sum())
+        joined = {name: np.concatenate([arrays[name] for arrays in found]) for name in found[0]}
+        joined["token_offsets"] = np.cumsum([0, *joined.pop("lengths")])
+        return joined, cut
+
+    def _text(self, captions: list[str]) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        """The text arrays of some captions, with their `lengths` in tokens; which of them were cut, bool [B]."""
+        found: dict[str, np.ndarray] = {}
+        shortened = np.zeros(len(captions), bool)
+        if self.clip is not None:
+            tokens, lengths = self.tokenizer.encode_and_measure(captions, context_length=self.context_length)
+            shortened |= lengths > self.context_length
+            tokens_BL = torch.from_numpy(tokens).to(self.device)
+            embed, encodings = self.clip.encode_text(tokens_BL)
+            text_mask = self.clip.text_mask(tokens_BL)
+            found["text_embeds"] = self._packed("text_embeds", embed)
+        if self.text_encoder is not None:
+            encodings, text_mask = self.text_encoder.encode(captions)
+            shortened |= np.asarray(self.text_encoder.cut(captions))
+        found["text_encodings"] = self._packed("text_encodings", encodings[text_mask])
+        found["lengths"] = text_mask.sum(1).cpu().numpy()
+        return found, shortened
 
     def _packed(self, name: str, tensor: Tensor) -> np.ndarray:
         """In the cache's dtype. Raises ValueError for what is not finite there."""
@@ -202,7 +281,7 @@ def finalize(
     cfg: Config, inputs: Mapping[str, Artifact], results: list[dict[str, Any]], out: Path
 ) -> tuple[dict[str, Any], dict[str, float]]:
     """The cache's meta and metrics. Raises ValueError if more images were damaged than the configuration allows."""
-    totals = {name: sum(result[name] for result in results) for name in ("samples", "captions")}
+    totals = {name: sum(result[name] for result in results) for name in ("samples", "captions", "captions_cut")}
     damaged = [reject for result in results for reject in result["damaged"]]
     if len(damaged) > cfg.max_bad_share * totals["samples"]:
         first = damaged[0]
@@ -213,7 +292,9 @@ def finalize(
         )
     write_table(pa.Table.from_pylist(damaged, REJECT_SCHEMA), out / BAD_SAMPLES)
     meta = {
-        **totals,
+        **check_inputs(cfg, inputs),
+        "samples": totals["samples"],
+        "captions": totals["captions"],
         "dtype": cfg.dtype,
         "sources": _sources(results),
         "made_from": {name: content_digest(artifact) for name, artifact in inputs.items()},

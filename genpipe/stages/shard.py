@@ -6,7 +6,7 @@ their `.index.parquet`, `rejects-{p:05d}.parquet`, `hashes-{p:05d}.parquet` wher
 beside part 0 a contact sheet, `preview.png`. `statistics.parquet` has a row for each shard.
 
 Duplicates are found across all parts when the last is there. They leave the indexes for
-`rejects-duplicates.parquet`; their bytes stay in the tars, where nothing reads them.
+`rejects-duplicates.parquet`; their bytes stay in the tars unread.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ def roles(cfg: Config) -> dict[str, Role]:
 
 
 def source_digest(cfg: Config) -> str:
-    """The digest of what lies outside the pipeline: the source's listing, and the blocklist's lines."""
+    """The digest of what the stage reads from outside the pipeline: the source's content and the blocklist."""
     return open_source(cfg.source, part_size=cfg.part_size).digest() + blocklist_digest(cfg.filters)
 
 
@@ -118,7 +118,8 @@ def check_inputs(cfg: Config, inputs: Mapping[str, Artifact]) -> dict[str, Any]:
     """What consumers may rely on before the stage has run.
 
     `image_size` is the side of the squares that each image can give, `condition` whether every sample has a
-    conditioning image; `classes`, the names in the order of their labels, is there if it takes no look at the source.
+    conditioning image; `classes`, the names in the order of their labels, is present if it can be known without reading
+    the source.
     """
     side = cfg.image_size
     if isinstance(cfg.resize, Buckets):
@@ -292,7 +293,7 @@ class Worker:
             check_blocked(self.blocked, key=key, sha256=hashlib.sha256(image).hexdigest())
 
     def _hashes(self, sample: Sample, pixels: np.ndarray | None) -> dict[str, Any]:
-        """What duplicates are found by. Raises ImageError if kept bytes, which nobody decoded yet, are damaged."""
+        """The hashes by which duplicates are found. Raises ImageError if kept bytes are damaged."""
         filters, phash = self.cfg.filters, None
         if filters.near_duplicates is not None:
             phash = perceptual_hash(decode(sample.image, least=HASHED_SIDE) if pixels is None else pixels)
@@ -301,10 +302,10 @@ class Worker:
 
 
 def merge_parts(cfg: Config, made: Storage, results: list[dict[str, Any]], out: Path) -> list[dict[str, Any]]:
-    """Take duplicates out of the indexes of all parts, which lie in `made`; the results as they are after that.
+    """Remove duplicates from the indexes of all parts, which lie in `made`; the results after that.
 
-    New indexes and the ledger of duplicates go to `out`. Doing it again, after an attempt that was cut off, gives the
-    same: who is a duplicate follows from the tables of hashes, which stay as they are.
+    New indexes and the ledger of duplicates go to `out`. Repeating it after an
+    interrupted attempt gives the same: what is a duplicate follows from the tables of hashes, which do not change.
     """
     if not cfg.filters.finds_duplicates:
         return results
@@ -338,7 +339,7 @@ def _without(
 def finalize(
     cfg: Config, inputs: Mapping[str, Artifact], results: list[dict[str, Any]], out: Path
 ) -> tuple[dict[str, Any], dict[str, float]]:
-    """The dataset's meta and metrics. Raises ValueError if a split that was asked for came out empty."""
+    """The dataset's meta and metrics. Raises ValueError if a split is empty."""
     shards = [shard for result in results for shard in result["shards"] if shard["samples"]]
     by_split = {split: [shard for shard in shards if shard["split"] == split] for split in SPLITS}
     samples = {split: sum(shard["samples"] for shard in of_split) for split, of_split in by_split.items()}
@@ -350,7 +351,7 @@ def finalize(
         why = ", ".join(f"{count} {reason}" for reason, count in rejected.most_common()) or "none rejected"
         raise ValueError(
             f"source: none of the {samples_in} samples is left to train on ({why}; {samples['heldout']} held "
-            "out); look at the images and captions, at filters, or lower heldout_fraction"
+            "out); see `genpipe data rejects`, relax filters, or lower heldout_fraction"
         )
     if not samples["heldout"]:
         raise ValueError(
@@ -391,7 +392,7 @@ def _classes(cfg: Config, results: list[dict[str, Any]]) -> tuple[str, ...]:
 
 
 def preview_sheet(images: list[bytes]) -> bytes:
-    """A contact sheet of encoded images, as PNG; kept ones may turn out damaged here, and are passed over."""
+    """A contact sheet of encoded images, as PNG; kept images that turn out damaged are skipped."""
     pixels = []
     for image in images:
         with suppress(ImageError):

@@ -24,6 +24,7 @@ class Ema:
 
     @torch.no_grad()
     def update(self) -> None:
+        """Take in the module's weights after an optimizer step."""
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         live = dict(self.module.named_parameters())
         shadow = list(self.shadow.values())
@@ -48,9 +49,11 @@ class Ema:
             self.shadow[name].copy_(live)
 
     def state_dict(self) -> dict[str, Tensor]:
+        """The averaged weights by name, and the number of updates."""
         return {**self.shadow, "__updates__": torch.tensor(self.updates)}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Go on from what `state_dict` gave."""
         self.updates = int(state["__updates__"])
         for name, shadow in self.shadow.items():
             shadow.copy_(state[name])

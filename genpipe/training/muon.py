@@ -1,4 +1,4 @@
-"""Muon (Jordan et al. 2024): momentum whose matrices are orthogonalised before they are applied."""
+"""Muon (Jordan et al. 2024): momentum whose matrices are orthogonalized before they are applied."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Muon(torch.optim.Optimizer):
 
     A convolution's weight is the matrix [channels out, everything else]. Updates are scaled by 0.2 sqrt(larger side),
     which gives them the root mean square of AdamW's (Liu et al. 2025, eq. 4), so that one learning rate serves both.
-    Matrices of one shape are orthogonalised together; the result equals torch.optim.Muon's on each.
+    Matrices of one shape are orthogonalized together; the result equals torch.optim.Muon's on each.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class Muon(torch.optim.Optimizer):
                 if p.grad is not None:
                     alike[p.flatten(1).shape].append(p)
             for shape, params in alike.items():
-                updates = orthogonalise(torch.stack([self._momentum(p, group["momentum"]) for p in params]))
+                updates = orthogonalize(torch.stack([self._momentum(p, group["momentum"]) for p in params]))
                 scale = 0.2 * max(shape) ** 0.5
                 for p, update in zip(params, updates, strict=True):
                     p.mul_(1 - group["lr"] * group["weight_decay"])
@@ -53,7 +53,7 @@ class Muon(torch.optim.Optimizer):
         return p.grad.lerp(buffer, momentum).flatten(1)
 
 
-def orthogonalise(matrices: Tensor) -> Tensor:
+def orthogonalize(matrices: Tensor) -> Tensor:
     """Matrices [N, A, B] with their singular values brought near 1, by Newton-Schulz in bf16; in their own dtype."""
     a, b, c = COEFFICIENTS
     x = matrices.bfloat16()

@@ -10,28 +10,28 @@ from torch import Tensor, nn
 from genpipe.config import Config
 
 
-class Settled(Config):
-    """When reconstruction counts as settled: no longer better by much from one window of training to the next."""
+class PlateauConfig(Config):
+    """When a loss has reached its plateau: no longer better by much from one window of training to the next."""
 
-    window: int = Field(20_000, ge=1, description="samples over which the reconstruction loss is averaged")
+    window: int = Field(20_000, ge=1, description="samples over which the loss is averaged")
     improvement: float = Field(0.02, ge=0, lt=1, description="share by which a window's mean must fall to go on")
 
 
-class Settling(nn.Module):
-    """Decides that reconstruction has settled, by the mean loss of one window of steps against the next.
+class Plateau(nn.Module):
+    """Decides that a loss has reached its plateau, by its mean over one window of steps against the next.
 
     The sums are taken over all ranks and kept in a buffer, so that every rank decides alike and a resumed run goes on
-    where it was. The host looks at the answer once a window.
+    where it was. The host looks at the answer, `reached`, once a window.
     """
 
     state: Tensor
 
-    def __init__(self, cfg: Settled, *, batch_size: int) -> None:
+    def __init__(self, cfg: PlateauConfig, *, batch_size: int) -> None:
         super().__init__()
         self.improvement = cfg.improvement
         self.batch_size = batch_size
         self.steps = -(-cfg.window // batch_size)
-        self.settled = False
+        self.reached = False
         self._looked = False
         self._pending: Tensor | None = None
         # The window's sum of losses and its steps so far, the mean of the window before, and the answer.
@@ -39,9 +39,9 @@ class Settling(nn.Module):
 
     def look(self, samples_seen: int) -> None:
         """Bring the answer to the host where it may have changed: at the end of a window, and after a resume."""
-        if not self._looked or (not self.settled and samples_seen // self.batch_size % self.steps == 0):
-            # On the meta device, which is asked what all parts cost, it has.
-            self.settled, self._looked = self.state.is_meta or bool(self.state[3].item()), True
+        if not self._looked or (not self.reached and samples_seen // self.batch_size % self.steps == 0):
+            # On the meta device, where the cost of everything is planned, it has.
+            self.reached, self._looked = self.state.is_meta or bool(self.state[3].item()), True
 
     def add(self, loss_sum: Tensor) -> None:
         """Note the summed loss of one micro-batch's samples."""
@@ -49,19 +49,19 @@ class Settling(nn.Module):
 
     @torch.no_grad()
     def update(self) -> None:
-        """Take what was noted as one step's; nothing noted, nothing happens."""
+        """Take what was noted as the loss of one step; does nothing where nothing was noted."""
         if self._pending is None:
             return
         loss, self._pending = self._pending / self.batch_size, None
-        if self.settled:
+        if self.reached:
             return
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             dist.all_reduce(loss)
-        total, steps, before, settled = self.state.unbind()
+        total, steps, before, reached = self.state.unbind()
         total, steps = total + loss, steps + 1
         full = steps >= self.steps
         mean = total / steps
         enough = (full & (mean >= (1 - self.improvement) * before)).float()
         zero = torch.zeros_like(total)
         kept = torch.where(full, zero, total), torch.where(full, zero, steps), torch.where(full, mean, before)
-        self.state.copy_(torch.stack([*kept, torch.maximum(settled, enough)]))
+        self.state.copy_(torch.stack([*kept, torch.maximum(reached, enough)]))

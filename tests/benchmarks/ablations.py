@@ -25,9 +25,9 @@ from genpipe.diffusion.schedules import alpha_sigma, expand_like, time_at
 from genpipe.generation.conditions import Text, embed_statistics
 from genpipe.generation.latents import decoder_model
 from genpipe.launch.local import run_local
-from genpipe.pipeline import graph
 from genpipe.pipeline.costs import cost_of
-from genpipe.stages import load_stage
+from genpipe.pipeline.graph import load_pipeline
+from genpipe.pipeline.plan import Planned, plan, spec_of
 from genpipe.weights import load_weights
 
 DEMO = "configs/pipeline/demo.yaml"
@@ -66,10 +66,10 @@ def main() -> None:
     parser.add_argument("--store", default="runs/ablations")
     parser.add_argument("--processes", type=int, default=2)
     options = parser.parse_args()
-    base = [f"store={options.store}", "stages.decoder.train.validate_every=0"]
-    pipeline = graph.load_pipeline(DEMO, base)
+    base = [f"store={options.store}", "stages.decoder.observe.validate_every=0"]
+    pipeline = load_pipeline(DEMO, base)
     for name in ("shard", "autoencoder", "clip", "features"):
-        run_local(graph.spec_of(graph.plan(pipeline, only=[name])[-1], pipeline))
+        run_local(spec_of(plan(pipeline, only=[name])[-1], pipeline))
         print(f"{name} is there", flush=True)
     reference = flops(base) * options.samples
     trials = []
@@ -85,26 +85,26 @@ def main() -> None:
 
 def flops(overrides: list[str]) -> float:
     """Of one sample of the decoder."""
-    planned = graph.plan(graph.load_pipeline(DEMO, overrides), only=["decoder"])[-1]
-    return cost_of(load_stage("decoder"), planned.cfg, planned.inputs).flops
+    planned = plan(load_pipeline(DEMO, overrides), only=["decoder"])[-1]
+    return cost_of(planned.instance.stage, planned.instance.cfg, planned.inputs).flops
 
 
 def run(trial: Trial) -> float:
     """Train a decoder and return its held-out error."""
-    pipeline = graph.load_pipeline(DEMO, [*trial.overrides, f"stages.decoder.train.seed={trial.seed}"])
-    planned = graph.plan(pipeline, only=["decoder"])[-1]
-    error = held_out_error(run_local(graph.spec_of(planned, pipeline)), planned)
+    pipeline = load_pipeline(DEMO, [*trial.overrides, f"stages.decoder.train.seed={trial.seed}"])
+    planned = plan(pipeline, only=["decoder"])[-1]
+    error = held_out_error(run_local(spec_of(planned, pipeline)), planned)
     print(f"{trial.choice}, seed {trial.seed}: {error:.4f}", flush=True)
     return error
 
 
 @torch.no_grad()
-def held_out_error(artifact: Artifact, planned: graph.Planned) -> float:
+def held_out_error(artifact: Artifact, planned: Planned) -> float:
     """Mean squared error of the denoised latents (unit variance) of held-out samples, over LOG_SNRS."""
     device = torch.device("cpu")
     module, extra = load_weights(fetch(artifact), kind="decoder", device=device)
     cfg = DiffusionConfig.model_validate(extra["diffusion"])
-    split = load_stage("decoder").data(planned.cfg, planned.inputs).heldout
+    split = planned.instance.stage.data(planned.instance.cfg, planned.inputs).heldout
     indices = torch.arange(min(HELD_OUT, split.length)).numpy()
     batch = split.collate(indices, indices)
     x0, text = batch["latents"].float(), Text.from_cache(batch)
@@ -115,8 +115,8 @@ def held_out_error(artifact: Artifact, planned: graph.Planned) -> float:
     for number, log_snr in enumerate(LOG_SNRS):
         noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(number))
         ratio = torch.full((len(x0),), log_snr / 2).exp()
-        t_B = time_at(ratio, torch.ones_like(ratio), cfg.schedule)
-        alpha, sigma = (expand_like(level, x0) for level in alpha_sigma(t_B, cfg.schedule))
+        t_B = time_at(ratio, torch.ones_like(ratio), cfg.noise_schedule)
+        alpha, sigma = (expand_like(level, x0) for level in alpha_sigma(t_B, cfg.noise_schedule))
         errors.append((denoise(alpha * x0 + sigma * noise, t_B)[:, : x0.shape[1]] - x0).square().mean().item())
     return mean(errors)
 

@@ -1,6 +1,6 @@
 """What one GPU does of its peak in the real loop, and how much memory it takes beside what `genpipe plan` says.
 
-    python tests/benchmarks/bench_gpu.py
+    python tests/benchmarks/bench_gpu.py [--only NAME] [--channels-last]
 
 The loop is `genpipe.training.loop.train` with its loader, optimizer and average; batches are random and in memory. The
 peak is that of a product of bf16 matrices in the same run. FLOPs are those of `genpipe plan`.
@@ -8,6 +8,7 @@ peak is that of a product of bf16 matrices in the same run. FLOPs are those of `
 
 from __future__ import annotations
 
+import argparse
 import sys
 import tempfile
 from collections.abc import Iterable
@@ -138,7 +139,9 @@ def cases() -> dict[str, tuple[Any, Any, Any, int]]:
     }
 
 
-def measure(name: str, build: Any, loss: Any, batch: Any, size: int, *, peak: float, device: torch.device) -> None:
+def measure(
+    name: str, build: Any, loss: Any, batch: Any, size: int, *, peak: float, device: torch.device, channels_last: bool
+) -> None:
     train_cfg = TrainConfig.model_validate(
         {"samples": STEPS * size, "global_batch_size": size, "optim": {"kind": "adamw", "lr": 1e-4}}
     )
@@ -147,7 +150,10 @@ def measure(name: str, build: Any, loss: Any, batch: Any, size: int, *, peak: fl
     stage.example_batch = lambda cfg, inputs, *, batch_size: batch(batch_size)  # type: ignore[attr-defined]
     cost = cost_of(stage, SimpleNamespace(train=train_cfg, resources=Resources()), {})
     with torch.device(device):
-        objective = Objective(build(), loss)
+        model = build()
+    if channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    objective = Objective(model, loss)
     one = batch(size)
     samples = SampleSet(size, lambda indices, positions: dict(one))
     torch.cuda.reset_peak_memory_stats()
@@ -168,6 +174,10 @@ def measure(name: str, build: Any, loss: Any, batch: Any, size: int, *, peak: fl
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description="what one GPU does of its peak in the loop")
+    parser.add_argument("--only", default="", help="the networks whose name holds this")
+    parser.add_argument("--channels-last", action="store_true", help="lay images out as NHWC")
+    options = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("this benchmark needs a GPU")
     device = torch.device("cuda")
@@ -178,8 +188,9 @@ def main() -> None:
         + ", ".join(f"{k} {v:.0f} TFLOP/s" for k, v in rates.items())
     )
     for name, case in cases().items():
-        measure(name, *case, peak=rates["bf16"], device=device)
-        torch.cuda.empty_cache()
+        if options.only in name:
+            measure(name, *case, peak=rates["bf16"], device=device, channels_last=options.channels_last)
+            torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":

@@ -146,7 +146,7 @@ def test_shards_are_found_by_pipeline_and_by_what_was_made_from_them(
     prior = made(str(tmp_path / "store"), "prior", {"features": features})
     assert genpipe("data", "rejects", prior.uri)[:2] == genpipe("data", "rejects", shards.uri)[:2]
     code, _, err = genpipe("data", "rejects", made(str(tmp_path / "store"), "clip", {}).uri)
-    assert code == 2 and "an artifact that was made from no shards" in err
+    assert code == 2 and "not made from shards" in err
     open_storage(shards.uri).delete_all()
     for command in ("rejects", "show"):
         code, _, err = genpipe("data", command, prior.uri)
@@ -189,9 +189,9 @@ def test_verify_finds_nothing_wrong_with_whole_shards(genpipe: Command, pictures
     shards = sharded(pictures, store_uri)
     code, out, err = genpipe("data", "verify", shards.uri)
     count = len(artifacts.verify(shards.uri).files)
-    assert (code, out) == (0, f"{shards.uri}: {count} files are as they were committed\n"), err
+    assert (code, out) == (0, f"{shards.uri}: {count} files are as committed\n"), err
     features = made(store_uri, "features", {"shard": shards})
-    assert genpipe("data", "verify", features.uri)[:2] == (0, f"{features.uri}: 0 files are as they were committed\n")
+    assert genpipe("data", "verify", features.uri)[:2] == (0, f"{features.uri}: 0 files are as committed\n")
 
 
 def test_verify_says_everything_that_is_wrong(genpipe: Command, pictures: Path, store_uri: str) -> None:
@@ -315,7 +315,7 @@ def test_a_split_is_not_emptied(pictures: Path, tmp_path: Path) -> None:
     old = sharded(pictures, str(tmp_path / "store"))
     heldout = open_shards(old, split="heldout")
     with pytest.raises(
-        ValueError, match="without them nothing is left in the heldout split; delete it, and shard anew"
+        ValueError, match="without them nothing is left in the heldout split; delete it and shard again"
     ):
         plan_removal(old.uri, {heldout.key(i) for i in range(len(heldout))})
 
@@ -392,7 +392,7 @@ def test_nothing_happens_without_a_yes(
     ("lines", "says"),
     [
         (["# nothing"], "holds no keys"),
-        (["absent", "too"], "holds none of the 2 samples that are to be removed"),
+        (["absent", "too"], "holds none of the 2 samples to be removed"),
     ],
 )
 def test_keys_that_remove_nothing(

@@ -126,8 +126,11 @@ def test_arrays_that_do_not_fit_together_are_refused(tmp_path: Path) -> None:
         good | {"caption_weights": good["text_embeds"][:-1, 0]},
         good | {"text_encodings": good["text_encodings"][:-1]},
         good | {"token_offsets": good["token_offsets"][1:]},
-        {name: array for name, array in good.items() if name != "latents"},
+        {"keys": good["keys"]},
         {name: array for name, array in good.items() if name != "caption_offsets"},
+        {name: array for name, array in good.items() if name != "token_offsets"},
+        {"keys": good["keys"], "latent_logvars": good["latents"]},
+        good | {"labels": np.zeros(2, np.int32)},
     ]
     for arrays in bad:
         with pytest.raises(AssertionError):
@@ -173,6 +176,34 @@ def test_any_batch_holds_its_own_rows(
     text = dataset.text(np.array(indices), draws)
     assert text["text_embeds"][:, 0].tolist() == captions
     check_tokens(text, captions)
+
+
+def test_what_is_not_cached_is_not_given(tmp_path: Path) -> None:
+    """Labels alone with latents; pooled embeddings alone of the text."""
+    every = features(range(3)) | {"labels": np.array([1, -1, 0], np.int32)}
+    some = {"keys", "latents", "labels", "caption_offsets", "text_embeds"}
+    write_features(tmp_path / "train-00000-00", {name: every[name] for name in some})
+    dataset = FeatureDataset(tmp_path, split="train")
+    assert dataset.arrays == some and dataset.variants == 1
+    assert dataset.labels(np.array([2, 0, 1])).tolist() == [0, 1, -1]
+    assert dataset.text(np.array([1]), np.array([0.0]))["text_embeds"][0, 0] == 10
+    assert dataset.text(np.array([1]), np.array([0.0])).keys() == {"text_embeds"}
+    write_features(tmp_path / "heldout-00000-00", {name: every[name] for name in ("keys", "latents")})
+    assert FeatureDataset(tmp_path, split="heldout").text(np.array([1]), np.array([0.0])) == {}
+
+
+@pytest.mark.parametrize("size", [1, 2, 100])
+def test_chunks_are_all_pooled_embeddings_in_order(tmp_path: Path, size: int) -> None:
+    """Of first captions, and of images as they are; another row stands for a damaged one here, too."""
+    for name, samples in SHARDS.items():
+        write_features(tmp_path / name, features(samples, variants=2))
+    write_features(tmp_path / "train-00001-00", features(range(3, 5), variants=2) | {"rows": np.array([1, 1])})
+    dataset = FeatureDataset(tmp_path, split="train")
+    for pooled, expected in (("text_embeds", [0, 10, 20, 40, 40]), ("image_embeds", [0, 1, 2, 4, 4])):
+        chunks = list(dataset.chunks(pooled, size=size))  # type: ignore[arg-type]
+        assert all(len(chunk) <= size and chunk.shape[1:] == (6,) for chunk in chunks)
+        assert torch.cat(chunks)[:, 3].tolist() == expected
+        assert torch.equal(torch.cat(chunks), getattr(dataset, pooled)(np.arange(5)))
 
 
 def test_captions_by_their_weights(tmp_path: Path) -> None:

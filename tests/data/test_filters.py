@@ -157,17 +157,13 @@ def test_a_blocklist_as_editors_write_it(tmp_path: Path, encoding: str, end: str
 def test_a_blocklist_that_is_no_text_is_named(tmp_path: Path) -> None:
     path = tmp_path / "blocked.txt"
     path.write_bytes("key-1".encode("utf-16"))
-    with pytest.raises(
-        ValueError, match=r"^filters\.blocklist: .*blocked\.txt is no UTF-8 text \(.*\); save it as such"
-    ):
+    with pytest.raises(ValueError, match=r"^filters\.blocklist: .*blocked\.txt is not UTF-8 .*; save it as UTF-8"):
         read_blocklist(FilterConfig(blocklist=str(path)))
 
 
 def test_a_missing_blocklist_is_named(tmp_path: Path) -> None:
     cfg = FilterConfig(blocklist=str(tmp_path / "blocked.txt"))
-    with pytest.raises(
-        ValueError, match=r"^filters\.blocklist: there is no file .*blocked\.txt; give one that there is"
-    ):
+    with pytest.raises(ValueError, match=r"^filters\.blocklist: there is no file .*blocked\.txt; correct the path"):
         read_blocklist(cfg)
 
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import datetime
 import json
 import os
+import shutil
 from pathlib import Path
 
 import boto3
@@ -146,16 +147,20 @@ def test_parts_hold_part_size_samples_and_cover_all(tmp_path: Path, count: int, 
     assert [item.key for item in read_all(opened)] == [str(number) for number in range(count)]
 
 
-def test_digest_follows_names_sizes_and_times(tmp_path: Path) -> None:
-    put(tmp_path, {"a.png": png(), "a.txt": "fine", "unrelated.md": "notes"})
-    digest = source("folder", tmp_path).digest()
-    assert source("folder", tmp_path).digest() == digest and len(digest) == 64
-    put(tmp_path, {"unrelated.md": "longer notes"})
-    assert source("folder", tmp_path).digest() == digest
-    put(tmp_path, {"a.txt": "changed"})
-    changed = source("folder", tmp_path).digest()
-    os.utime(tmp_path / "a.txt", ns=(1, 1))
-    assert len({digest, changed, source("folder", tmp_path).digest()}) == 3
+def test_digest_follows_names_and_content_alone(tmp_path: Path) -> None:
+    put(tmp_path / "here", {"a.png": png(), "a.txt": "fine", "unrelated.md": "notes"})
+    digest = source("folder", tmp_path / "here").digest()
+    assert source("folder", tmp_path / "here").digest() == digest and len(digest) == 64
+    put(tmp_path / "here", {"unrelated.md": "longer notes"})
+    os.utime(tmp_path / "here/a.txt", ns=(1, 1))
+    shutil.copytree(tmp_path / "here", tmp_path / "there")
+    for path in ("here", "here/", "./here", "there"):
+        assert source("folder", f"{tmp_path}/{path}").digest() == digest
+    put(tmp_path / "here", {"a.txt": "nice"})
+    same_size = source("folder", tmp_path / "here").digest()
+    for suffix in ("png", "txt"):
+        (tmp_path / f"there/a.{suffix}").rename(tmp_path / f"there/b.{suffix}")
+    assert len({digest, same_size, source("folder", tmp_path / "there").digest()}) == 3
 
 
 def test_a_missing_folder_is_named(tmp_path: Path) -> None:
@@ -235,9 +240,7 @@ def test_metadata_csv_that_is_damaged(tmp_path: Path) -> None:
     assert samples(opened)["b"].captions == ("fine",)
     assert rejects(opened) == [("no_caption", "a.png"), ("bad_metadata", "metadata.csv:2")]
     put(tmp_path, {"metadata.csv": "file_name,text,l\u00e9gende\na.png,fine,x\n".encode("latin-1")})
-    with pytest.raises(
-        ValueError, match=r"^source.path: .*/metadata.csv does not begin with the names of its columns "
-    ):
+    with pytest.raises(ValueError, match=r"^source.path: .*/metadata.csv .*header.*UTF-8"):
         source("folder", tmp_path)
 
 
@@ -250,7 +253,7 @@ def test_metadata_in_parquet(store_uri: str) -> None:
     assert samples(opened)["train_a"].meta == {"when": "2026-01-02", "file_name": "train/a.png"}
     assert rejects(opened) == [("no_caption", "train/b.png"), ("missing_file", "train/metadata.parquet:1")]
     put(store_uri, {"train/metadata.parquet": b"PAR1, but no more"})
-    with pytest.raises(ValueError, match=r"^source.path: .*/train/metadata.parquet is not whole parquet: "):
+    with pytest.raises(ValueError, match=r"^source.path: .*/train/metadata.parquet is not intact parquet: "):
         source("folder", store_uri)
 
 

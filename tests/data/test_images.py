@@ -393,7 +393,7 @@ def test_what_may_be_kept() -> None:
 def test_formats_that_run_other_programs_are_not_opened() -> None:
     eps = saved(photo(), "EPS")
     assert Image.open(io.BytesIO(eps)).format == "EPS"
-    assert reason(eps) == "not_an_image"
+    assert reason(eps) == "unsupported"
 
 
 @pytest.mark.parametrize("format", ["TIFF", "AVIF", "GIF", "JPEG2000"])
@@ -421,7 +421,7 @@ def test_damaged_bytes_give_an_image_or_a_reason(data: bytes, cuts: list[tuple[f
     for place, new in cuts:
         at = int(place * len(damaged))
         damaged[at : at + len(new)] = new
-    reasons = {"empty", "not_an_image", "too_large", "truncated", "corrupt"}
+    reasons = {"empty", "not_an_image", "too_large", "truncated", "corrupt", "unsupported"}
     for attempt in (
         lambda: prepare(bytes(damaged), size=16, max_pixels=10**6),
         lambda: prepare(bytes(damaged), size=16, max_pixels=10**6, resize=ShorterSide(kind="shorter_side")),

@@ -87,7 +87,7 @@ def test_faults_of_the_settings_are_explained(sources: dict[str, Any], tmp_path:
     for change, message in (
         (
             {"inner": {"kind": "mix", "sources": sources}},
-            f"{where}: inner is a mix itself; list its sources here, beside",
+            f"{where}: inner is itself a mix; list its sources here, beside",
         ),
         (
             {"photos": {"kind": "foldr", "path": "x"}},

@@ -133,7 +133,7 @@ def test_no_kind_of_image_is_overlooked(tmp_path: Path) -> None:
         assert sorted(row["captions"][0] for row in stored(out).values()) == sorted(
             f"a picture in {s}" for s in formats
         )
-        assert [row["reason"] for row in ledger(out)] == ["not_an_image"]
+        assert [row["reason"] for row in ledger(out)] == ["unsupported"]
 
 
 def as_bytes(content: bytes | str) -> bytes:

@@ -114,11 +114,8 @@ def test_a_folder_may_be_named_like_a_pattern(tmp_path: Path) -> None:
 def test_compressed_tars_are_named(tmp_path: Path, name: str) -> None:
     put(tmp_path, {"a.tar": tar_of(*described("0")), name: gzip.compress(tar_of(*described("1"))), "notes.gz": b"x"})
     for path in (tmp_path, tmp_path / name):
-        with pytest.raises(ValueError) as error:
+        with pytest.raises(ValueError, match=f"source.path: {name} in {path} is compressed.*unpack it"):
             source("webdataset", path)
-        assert (
-            str(error.value) == f"source.path: {name} in {path} is compressed (1 such); unpack it, or narrow the path"
-        )
     assert list(samples(source("webdataset", tmp_path / "*.tar"))) == ["a-0"]
 
 
@@ -128,10 +125,10 @@ def test_numbered_shards_must_all_be_there(tmp_path: Path) -> None:
     with pytest.raises(ValueError) as error:
         source("webdataset", tmp_path / "{000..004}.tar")
     assert str(error.value) == (
-        f"source.path: {tmp_path}/{{000..004}}.tar names tars that are not there (2 of 5, the first is 002.tar); bring "
+        f"source.path: {tmp_path}/{{000..004}}.tar names tars that do not exist (2 of 5, the first is 002.tar); add "
         "them, or narrow the pattern"
     )
-    with pytest.raises(ValueError, match=r"source.path: .* has a brace without its partner"):
+    with pytest.raises(ValueError, match=r"source.path: .* has an unmatched brace"):
         source("webdataset", tmp_path / "{000..004.tar")
 
 
@@ -316,7 +313,7 @@ def test_what_cannot_be_read_of_a_tar_is_said(tmp_path: Path) -> None:
     ]
     assert f"the header at byte {middle} is damaged" in found[0].detail
     assert "were tars joined with cat?" in found[1].detail
-    assert found[-1].detail.startswith("it is compressed and must be unpacked; ")
+    assert found[-1].detail.startswith("it is compressed; unpack it; ")
     assert list(samples(opened)) == [*(f"0_header-{key}" for key in (0,)), *(f"1_joined-{key}" for key in range(5))]
 
 

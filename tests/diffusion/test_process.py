@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 from itertools import product
 from typing import get_args
 
@@ -28,8 +30,10 @@ from genpipe.diffusion.process import (
     training_loss,
     with_guidance,
 )
+from genpipe.diffusion.samplers import ddim, ddpm, heun
 from genpipe.diffusion.schedules import ScheduleName, add_noise, alpha_sigma, network_time
-from genpipe.diffusion.times import TimeGrid, TimeSampling, sample_t
+from genpipe.diffusion.solvers import dpmpp_sde, unipc
+from genpipe.diffusion.times import TimeGrid, TimeSampling, sample_t, timesteps
 
 KINDS = get_args(SamplerConfig.model_fields["kind"].annotation)
 UNIT = Mixture(torch.zeros(1, 2), torch.ones(1), 1.0)
@@ -247,6 +251,31 @@ def test_every_sampler_draws_the_data_on_every_schedule(schedule: ScheduleName, 
     torch.testing.assert_close(torch.cov(x.T), torch.eye(2), atol=0.18, rtol=0)
 
 
+@pytest.mark.parametrize(
+    ("settings", "direct"),
+    [
+        ({"kind": "ddim", "eta": 0.4}, partial(ddim, eta=0.4)),
+        ({"kind": "euler_ancestral"}, partial(ddim, eta=1.0)),
+        ({"kind": "ddpm", "variance": "analytic"}, partial(ddpm, variance="analytic")),
+        (
+            {"kind": "heun", "s_churn": 9.0, "s_tmin": 0.1, "s_tmax": 5.0, "s_noise": 1.1},
+            partial(heun, s_churn=9.0, s_tmin=0.1, s_tmax=5.0, s_noise=1.1, discrete=True),
+        ),
+        ({"kind": "dpmpp_sde"}, partial(dpmpp_sde, discrete=True)),
+        ({"kind": "unipc", "lower_order_final": True}, partial(unipc, lower_order_final=True)),
+    ],
+)
+def test_settings_of_a_sampler_reach_it(settings: dict[str, object], direct: Callable[..., Tensor]) -> None:
+    cfg = DiffusionConfig(schedule="linear", predict="x0", time_sampling="discrete")
+    sampler = SamplerConfig(steps=9, timesteps="leading", **settings)  # type: ignore[arg-type]
+    z, denoise = torch.randn(64, 2, generator=gen()), UNIT.denoiser("linear")
+    ts = timesteps(9, schedule="linear", grid="leading")
+    expected = direct(
+        denoise, z * torch.hypot(*alpha_sigma(ts[0], "linear")).item(), ts, schedule="linear", generator=gen(1)
+    )
+    assert torch.equal(sample(denoise, z, sampler, diffusion=cfg, generator=gen(1)), expected)
+
+
 def test_thresholds_keep_samples_in_bounds() -> None:
     denoise = lambda x, t: 3.0 * torch.ones_like(x)  # noqa: E731
     z = torch.randn(4, 2, generator=gen())
@@ -254,6 +283,7 @@ def test_thresholds_keep_samples_in_bounds() -> None:
         (SamplerConfig(steps=3), 3.0),
         (SamplerConfig(steps=3, threshold="static"), 1.0),
         (SamplerConfig(steps=3, threshold="dynamic", threshold_bound=2.0), 2.0),
+        (SamplerConfig(steps=3, threshold="dynamic", threshold_max=1.5), 1.0),
     ):
         torch.testing.assert_close(sample(denoise, z, cfg, diffusion=DiffusionConfig()), torch.full((4, 2), expected))
 
@@ -291,6 +321,13 @@ class TestGuidance:
         assert scales(guidance_schedule="linear") == [4.0, 3.0, 2.0]
         assert scales(guidance_interval=(0.4, 0.6)) == [1.0, 3.0, 1.0]
         assert with_guidance(conditional, self.both, cfg=SamplerConfig()) is conditional
+
+    def test_interval_is_of_the_whole_table(self) -> None:
+        """The last of 1,100 steps is told as 1.099, and is as much guided as the last of 1,000."""
+        x, told = torch.zeros(2, 5), torch.tensor([1.099, 0.3])
+        cfg = SamplerConfig(guidance_scale=3.0, guidance_interval=(0.5, 1.0))
+        out = with_guidance(lambda x, t: x, self.both, cfg=cfg, steps=1100)(x, told)
+        assert out[:, 0].tolist() == [4.0, 2.0]
 
     def test_keeps_the_conditional_variance(self) -> None:
         cfg = SamplerConfig(guidance_scale=3.0)

@@ -120,7 +120,7 @@ def identity_codes(model: AutoregressivePrior) -> None:
     """Make decoded embeddings tell their codes: component k is axis k, bucket n is n."""
     with torch.no_grad():
         model.codes.basis_KD.copy_(torch.eye(*model.codes.basis_KD.shape))
-        model.codes.centres_KN.copy_(torch.arange(model.codes.centres_KN.shape[1]).expand_as(model.codes.centres_KN))
+        model.codes.centers_KN.copy_(torch.arange(model.codes.centers_KN.shape[1]).expand_as(model.codes.centers_KN))
 
 
 @pytest.mark.parametrize(("scale", "above"), [(1.0, 0.5), (3.0, 0.5), (0.0, 0.5), (1.0, 0.75), (1.0, 0.0)])

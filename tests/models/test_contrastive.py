@@ -24,7 +24,9 @@ from genpipe.models.contrastive import (
     SoftmaxLoss,
     encode_in_chunks,
     sigmoid_loss,
+    sigmoid_loss_in_chunks,
     softmax_loss,
+    softmax_loss_in_chunks,
 )
 
 RANKS = 2
@@ -50,6 +52,20 @@ def test_sigmoid_loss_of_orthogonal_pairs_has_a_closed_form() -> None:
     loss = sigmoid_loss(eye, eye, logit_scale=torch.tensor(math.log(3.0)), logit_bias=torch.tensor(-1.0))
     expected = math.log1p(math.exp(-2.0)) + 3 * math.log1p(math.exp(-1.0))
     assert loss.item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("size", [1, 4, 9, 100])
+def test_losses_in_chunks_are_those_of_the_whole(size: int) -> None:
+    """Against cross-entropy over all logits, and the paper's pairwise terms, in double precision."""
+    images, texts = F.normalize(torch.randn(2, 9, 5, generator=torch.Generator().manual_seed(2)), dim=-1)
+    scale, bias = torch.tensor(math.log(10.0)), torch.tensor(-3.0)
+    logits = 10.0 * images.double() @ texts.double().T
+    own = torch.arange(9)
+    softmax = 0.5 * (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own))
+    assert softmax_loss_in_chunks(images, texts, logit_scale=scale, size=size).item() == pytest.approx(softmax.item())
+    sigmoid = -F.logsigmoid((2 * torch.eye(9) - 1) * (logits - 3.0)).sum() / 9
+    found = sigmoid_loss_in_chunks(images, texts, logit_scale=scale, logit_bias=bias, size=size)
+    assert found.item() == pytest.approx(sigmoid.item(), rel=1e-5)
 
 
 def test_sigmoid_loss_is_the_papers_pseudocode() -> None:

@@ -90,7 +90,7 @@ def test_weights_that_do_not_fit_are_refused() -> None:
     key = "transformer_blocks.2.norm1.emb.timestep_embedder.linear_1.weight"
     with pytest.raises(ValueError, match="not that of the first block"):
         from_diffusers({**state, key: state[key] + 1}, cfg)
-    with pytest.raises(ValueError, match="activation_fn 'geglu' has no equal"):
+    with pytest.raises(ValueError, match="activation_fn 'geglu' has no counterpart"):
         config_from_diffusers({**theirs.config, "activation_fn": "geglu"})
 
 

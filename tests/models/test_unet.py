@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from genpipe.models.interop.unet import config_from_diffusers, from_diffusers, to_diffusers
+from genpipe.models.layers import dropout
 from genpipe.models.unet import UNet, UNetConfig
+from genpipe.models.unet_blocks import UNetResBlock
 
 SMALL = UNetConfig(width=16, multipliers=(1, 2), blocks=1, attention_at=(2,), head_width=8, groups=8)
 LATENT = SMALL.model_copy(update={"attention": "transformer", "heads": 2, "modulation": "add", "resample": "conv"})
@@ -175,7 +177,7 @@ def test_adm_has_its_published_sizes(settings: dict[str, Any], sizes: dict[str, 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"time_embedding_type": "fourier"}, "time_embedding_type 'fourier' has no equal"),
+        ({"time_embedding_type": "fourier"}, "time_embedding_type 'fourier' has no counterpart"),
         ({"down_block_types": ("KDownBlock2D", *STABLE_DIFFUSION["down_block_types"][1:])}, "KDownBlock2D"),
         ({"block_out_channels": (32, 48, 96, 96)}, "multiples of the first"),
         ({"attention_head_dim": (8, 8, 4, 4)}, "neither one number of heads nor one width"),
@@ -260,3 +262,49 @@ def test_recomputing_activations_changes_neither_outputs_nor_gradients(cfg: UNet
     for grad, grad_again in zip(grads, grads_again, strict=True):
         torch.testing.assert_close(grad_again, grad)
     assert bytes_again < 0.6 * bytes_kept
+
+
+DROPPING = UNetConfig(width=16, multipliers=(1, 2), blocks=1, attention_at=(2,), head_width=16, groups=8, dropout=0.25)
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def test_dropout_keeps_the_mean_and_follows_seed_and_layer_alone() -> None:
+    x, generator = torch.ones(100_000), seeded(3)
+    out = dropout(x, 0.25, generator=generator, number=2)
+    assert torch.equal(out.unique(), torch.tensor([0.0, 1 / 0.75]))
+    assert (out == 0).float().mean().item() == pytest.approx(0.25, abs=0.01)  # seven standard errors
+    torch.rand(5, generator=generator)
+    assert torch.equal(dropout(x, 0.25, generator=generator, number=2), out)
+    for other in (dropout(x, 0.25, generator=generator, number=3), dropout(x, 0.25, generator=seeded(4), number=2)):
+        assert ((other == 0) & (out == 0)).float().mean().item() == pytest.approx(0.25**2, abs=0.01), "independent"
+
+
+def test_dropout_acts_in_training_alone_and_in_every_block_by_itself() -> None:
+    torch.manual_seed(0)
+    model = awake(UNet(DROPPING, in_channels=3, out_channels=3))
+    x, t = randn(2, 3, 8, 8), torch.tensor([0.2, 0.9])
+    plain = UNet(DROPPING.model_copy(update={"dropout": 0.0}), in_channels=3, out_channels=3)
+    plain.load_state_dict(model.state_dict())
+    torch.testing.assert_close(model.eval()(x, t), plain(x, t))
+    with pytest.raises(AssertionError, match="generator"):
+        model.train()(x, t)
+    out = model(x, t, generator=seeded(1))
+    assert torch.equal(model(x, t, generator=seeded(1)), out)
+    assert not torch.allclose(model(x, t, generator=seeded(2)), out)
+    numbers = [block.number for block in model.modules() if isinstance(block, UNetResBlock)]
+    assert numbers == list(range(len(numbers))) and len(numbers) > 5
+
+
+def test_recomputed_blocks_drop_the_same_elements() -> None:
+    def gradients(*, again: bool) -> list[Tensor | None]:
+        torch.manual_seed(0)
+        cfg = DROPPING.model_copy(update={"checkpoint_blocks": again})
+        model = awake(UNet(cfg, in_channels=3, out_channels=3)).train()
+        model(randn(2, 3, 8, 8), torch.full((2,), 0.3), generator=seeded(1)).square().mean().backward()
+        return [p.grad for p in model.parameters()]
+
+    for grad, grad_again in zip(gradients(again=False), gradients(again=True), strict=True):
+        torch.testing.assert_close(grad_again, grad)

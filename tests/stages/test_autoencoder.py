@@ -160,36 +160,6 @@ def test_validation_reports_what_is_configured(lpips_file: dict[str, str], tiny:
 
 
 @pytest.mark.parametrize(
-    ("means", "settled"),
-    [
-        ([1.0, 0.8, 0.6, 0.4], [False, False, False, False]),
-        ([1.0, 0.8, 0.79, 0.4], [False, False, True, True]),
-        ([1.0, 1.2, 0.5, 0.2], [False, True, True, True]),
-        ([0.0, 0.0], [False, True]),
-    ],
-)
-def test_settled_by_hand(means: list[float], settled: list[bool]) -> None:
-    """Windows of 3 steps of 4 samples; a window that is not 10 % below the one before ends the wait for good."""
-    rule = stage.Settling(stage.Settled(window=10, improvement=0.1), batch_size=4)
-    samples, found = 0, []
-    for mean in means:
-        for spread in (-0.05, 0.0, 0.05):
-            rule.look(samples)
-            for _ in range(2):  # micro-batches of 2
-                rule.add(torch.tensor(2 * (mean + spread)))
-            rule.update()
-            rule.update()  # as after the discriminator's step
-            samples += 4
-        resumed = stage.Settling(stage.Settled(window=10, improvement=0.1), batch_size=4)
-        resumed.load_state_dict(rule.state_dict())
-        for one in (rule, resumed):
-            one.look(samples)
-        assert rule.settled == resumed.settled
-        found.append(rule.settled)
-    assert found == settled
-
-
-@pytest.mark.parametrize(
     ("settings", "stop"), [((GAN, VQ), 48), ((GAN, VQ), 80), ((GAN, HIERARCHY), 80)], ids=["vq", "gan", "hierarchical"]
 )
 def test_an_interrupted_run_resumed_is_the_run_bitwise(
@@ -234,7 +204,7 @@ def test_two_ranks_train_codebook_and_discriminator_as_one(tiny: TinyPipeline, t
     alone = trained(spec, str(tmp_path))
     initial = weights(build(spec))
     assert all(torch.equal(first[name], second[name]) for name in first), "the ranks agree to the last bit"
-    assert first["discriminator.settling.state"][3] == 1
+    assert first["discriminator.plateau.state"][3] == 1
     for name, tensor in alone.items():
         torch.testing.assert_close(first[name], tensor, atol=1e-5, rtol=1e-4, msg=name)
     for name in ("autoencoder.quantizer.codebook", "discriminator.net.0.weight", "autoencoder.encoder.1.weight"):

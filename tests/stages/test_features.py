@@ -20,8 +20,11 @@ from genpipe.data.image_batches import image_batch, to_float
 from genpipe.data.order import caption_draws
 from genpipe.data.shard_dataset import ShardDataset
 from genpipe.data.tokenizer import CaptionTokenizer
+from genpipe.data.train_sets import cached_data, example_features
 from genpipe.generation.conditions import Statistics
 from genpipe.launch.local import run_local
+from genpipe.lineage import check_lineage, check_made_from
+from genpipe.models.text_encoders import load_text_encoder, write_record
 from genpipe.pipeline.spec import StageSpec
 from genpipe.stages import features, load_stage
 from genpipe.weights import load_weights
@@ -35,7 +38,8 @@ CPU = torch.device("cpu")
 @pytest.fixture(scope="module")
 def made(tiny: TinyPipeline) -> dict[str, Artifact]:
     """Features with mirror images and variances, and what they were made from."""
-    settings = ("stages.features.flip=true", "stages.features.latent_samples=true", "stages.features.dtype=float32")
+    changes = ("flip=true", "latent_samples=true", "dtype=float32", "precision=fp32")
+    settings = [f"stages.features.{change}" for change in changes]
     artifact = tiny.run("features", *settings)
     return {**{name: planned.artifact for name, planned in tiny.plan(*settings).items()}, "features": artifact}
 
@@ -47,7 +51,9 @@ def test_mirror_images_and_variances_are_the_encoders(made: dict[str, Artifact])
     assert dataset.variants == 2 and dataset.has_spread
     rows = np.array([5, 0, 11])
     images = to_float(image_batch(ShardDataset(Path(made["shard"].uri), split="train"), rows, size=16))
-    mean, std = (torch.tensor(made["autoencoder"].meta[f"latent_{name}"]).view(-1, 1, 1) for name in ("mean", "std"))
+    meta = made["autoencoder"].meta
+    mean, std = (torch.tensor(meta[name]).view(-1, 1, 1) for name in ("latent_mean", "latent_sample_std"))
+    assert made["features"].meta["latent_std"] == meta["latent_sample_std"] != meta["latent_std"]
     noise = np.random.default_rng(0).normal(size=(3, 4, 8, 8)).astype(np.float32)
     close = {"atol": 1e-4, "rtol": 1e-4}
     for variant, seen in enumerate((images, images.flip(-1))):
@@ -85,7 +91,7 @@ def test_the_empty_caption_is_cached(made: dict[str, Artifact]) -> None:
 
 def test_training_takes_either_image_and_a_new_sample_each_time(made: dict[str, Artifact]) -> None:
     """By the position alone; held-out batches are the means of the images as they are."""
-    data = features.cached_data(made, arrays=("latents", "image_embeds"), seed=3)
+    data = cached_data(made, arrays=("latents", "image_embeds"), seed=3)
     dataset = FeatureDataset(Path(made["features"].uri), split="train")
     index, positions = np.zeros(200, np.int64), np.arange(1000, 1200)
     batch = data.train.collate(index, positions)
@@ -111,9 +117,11 @@ def copied(artifact: Artifact, folder: Path) -> Artifact:
 
 def committed_anew(artifact: Artifact) -> Artifact:
     """The manifest over what lies in the folder now, as if a stage had made it: the same fingerprint."""
-    folder = Path(artifact.uri)
+    folder, manifest = Path(artifact.uri), artifacts.read_manifest(artifact.uri, check_files=False)
+    assert manifest is not None
     (folder / artifacts.MANIFEST).unlink()
-    return artifacts.commit(artifact, folder=folder, version=1, config={}, inputs={}, metrics={})
+    identity = manifest.identity
+    return artifacts.commit(artifact, folder=folder, identity=identity, config={}, inputs={}, metrics={})
 
 
 @pytest.mark.parametrize(
@@ -123,7 +131,7 @@ def test_a_cache_of_other_weights_or_shards_is_refused(
     made: dict[str, Artifact], tmp_path: Path, name: str, file: str
 ) -> None:
     """Made again with the same configuration, so that the fingerprint is the same, but with another outcome."""
-    features.check_made_from(made)
+    check_made_from(made)
     other = copied(made[name], tmp_path / name)
     path = next(Path(other.uri).glob(file))
     data = bytearray(path.read_bytes())
@@ -132,11 +140,10 @@ def test_a_cache_of_other_weights_or_shards_is_refused(
     inputs = {**made, name: committed_anew(other)}
     check_lineage(inputs)
     with pytest.raises(ValueError) as error:
-        features.cached_data(inputs, arrays=("latents",), seed=0)
+        cached_data(inputs, arrays=("latents",), seed=0)
     told = str(error.value)
-    assert told.startswith(f"{made['features'].uri} was made from another {name} (")
-    assert f"than {tmp_path / name} holds" in told
-    assert told.endswith(f"have it made again, or restore the {name} it was made from")
+    assert f"{made['features'].uri} was made from another {name} (" in told
+    assert f"{tmp_path / name} holds" in told and f"restore the {name} it was made from" in told
 
 
 def test_a_cache_of_another_configuration_is_refused(tiny: TinyPipeline, made: dict[str, Artifact]) -> None:
@@ -145,10 +152,17 @@ def test_a_cache_of_another_configuration_is_refused(tiny: TinyPipeline, made: d
         check_lineage({"features": made["features"], "shard": other})
 
 
-def features_of(tiny: TinyPipeline, shard: Artifact, folder: Path, *overrides: str) -> StageSpec:
+def features_of(tiny: TinyPipeline, folder: Path, inputs: dict[str, Artifact], *overrides: str) -> StageSpec:
+    """The stage on other inputs, to be committed in `folder`."""
     spec = tiny.spec("features", *overrides)
-    target = spec.target.model_copy(update={"uri": str(folder / "features"), "fingerprint": "0" * 64})
-    return spec.model_copy(update={"inputs": {**spec.inputs, "shard": shard}, "target": target})
+    identity = artifacts.identity("features", version=features.VERSION, settings={}, inputs=inputs, source=str(folder))
+    target = Artifact(
+        kind="features",
+        uri=str(folder / "features"),
+        fingerprint=artifacts.fingerprint(identity),
+        meta=features.check_inputs(features.Config.model_validate(spec.config), inputs),
+    )
+    return spec.model_copy(update={"inputs": inputs, "target": target, "identity": identity})
 
 
 def test_a_damaged_image_is_stood_in_for_and_told_of(
@@ -162,8 +176,9 @@ def test_a_damaged_image_is_stood_in_for_and_told_of(
         tar.seek(offset)
         tar.write(bytes(100))
     shard = committed_anew(shard)
+    inputs = {"shard": shard, "autoencoder": made["autoencoder"], "clip": made["clip"]}
 
-    artifact = run_local(features_of(tiny, shard, tmp_path, "stages.features.max_bad_share=0.1"))
+    artifact = run_local(features_of(tiny, tmp_path, inputs, "stages.features.max_bad_share=0.1"))
     cache = FeatureDataset(Path(artifact.uri), split="train")
     cache.verify_alignment(dataset)
     both = cache.latents(np.array([4, 5])), cache.text(np.array([4, 5]), np.zeros(2))["text_embeds"]
@@ -174,9 +189,95 @@ def test_a_damaged_image_is_stood_in_for_and_told_of(
     assert artifacts.verify(artifact.uri).metrics["bad_samples"] == 1
 
     with pytest.raises(ValueError) as error:
-        run_local(features_of(tiny, shard, tmp_path / "strict"))
+        run_local(features_of(tiny, tmp_path / "strict", inputs))
     assert f"1 of 60 images are damaged, the first {dataset.key(4)} in {name}.tar" in str(error.value)
     assert "or raise max_bad_share (0.01)" in str(error.value)
+
+
+@pytest.fixture(scope="module")
+def text_encoder(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    """A T5 at random weights, whose context of 4 tokens cuts "a large red circle"."""
+    pytest.importorskip("transformers")
+    from models.test_text_encoders import config, write_t5
+
+    folder = tmp_path_factory.mktemp("t5")
+    cfg = config(write_t5(folder), context_length=4)
+    write_record(cfg, folder)
+    identity = artifacts.identity("text_encoder", version=1, settings={}, inputs={}, source=str(folder))
+    meta = {"text_width": 32, "context_length": 4}
+    made = Artifact(kind="text_encoder", uri=str(folder), fingerprint=artifacts.fingerprint(identity), meta=meta)
+    return artifacts.commit(made, folder=folder, identity=identity, config={}, inputs={}, metrics={})
+
+
+@pytest.mark.parametrize(
+    ("encoders", "held"),
+    [
+        (("autoencoder",), {"latents", "labels"}),
+        (("clip",), {"image_embeds", "text_embeds", "text_encodings", "text_places", "labels"}),
+        (("text_encoder",), {"text_encodings", "text_places", "labels"}),
+        (("autoencoder", "text_encoder"), {"latents", "text_encodings", "text_places", "labels"}),
+        (
+            ("autoencoder", "clip", "text_encoder"),
+            {"latents", "image_embeds", "text_embeds", "text_encodings", "text_places", "labels"},
+        ),
+    ],
+)
+def test_the_cache_holds_what_the_encoders_give(
+    tiny: TinyPipeline,
+    made: dict[str, Artifact],
+    text_encoder: Artifact,
+    tmp_path: Path,
+    encoders: tuple[str, ...],
+    held: set[str],
+) -> None:
+    """Labels with any; text encodings are the text encoder's where there is one."""
+    shard = labeled(made["shard"], tmp_path / "shard")
+    every = {**made, "text_encoder": text_encoder, "shard": shard}
+    artifact = run_local(features_of(tiny, tmp_path, {name: every[name] for name in ("shard", *encoders)}))
+    meta = artifact.meta
+    data = cached_data({"features": artifact}, arrays=("latents", "image_embeds"), seed=0)
+    batch = data.train.collate(np.arange(6), np.arange(6))
+    assert batch.keys() == held
+    assert batch["labels"].tolist() == [2, 0, 1, 2, 0, 1] and meta["classes"] == ["a", "b", "c"]
+    example = example_features({"features": artifact}, arrays=("latents", "image_embeds"), batch_size=6)
+    assert example.keys() == held
+    for name in held - {"text_encodings", "text_places"}:
+        assert (example[name].shape, example[name].dtype) == (batch[name].shape, batch[name].dtype)
+    assert ("latent_std" in meta, "embed_dim" in meta) == ("autoencoder" in encoders, "clip" in encoders)
+    metrics = artifacts.verify(artifact.uri).metrics
+    if "text_encoder" in encoders:
+        assert (meta["text_width"], meta["context_length"]) == (32, 4)
+        assert metrics["captions_cut"] == metrics["captions"] > 0
+        captions = [ShardDataset(Path(shard.uri), split="train").captions(i)[0] for i in range(6)]
+        encodings, _ = load_text_encoder(Path(text_encoder.uri), device=CPU).encode(captions)
+        found = batch["text_encodings"][batch["text_places"]].float()
+        torch.testing.assert_close(found, encodings, atol=2e-3, rtol=2e-3)
+    else:
+        assert metrics["captions_cut"] == 0
+    null = FeatureDataset(Path(artifact.uri), split="train")
+    assert ("text_width" in meta) == (Path(artifact.uri) / "null_text").exists()
+    if "text_width" in meta:
+        assert null.null_text().keys() == held & {"text_embeds", "text_encodings", "text_places"}
+
+
+def labeled(shard: Artifact, folder: Path) -> Artifact:
+    """Its samples in classes 2, 0, 1, 2, ... as their index has it."""
+    made = copied(shard, folder)
+    for path in folder.glob("*.index.parquet"):
+        table = pq.read_table(path)
+        labels = pa.array((np.arange(len(table)) + 2) % 3, pa.int32())
+        pq.write_table(table.set_column(table.schema.get_field_index("label"), "label", labels), path)
+    return committed_anew(made.model_copy(update={"meta": {**made.meta, "classes": ["a", "b", "c"]}}))
+
+
+def test_encoders_that_are_none_or_too_old_are_refused(made: dict[str, Artifact]) -> None:
+    with pytest.raises(ValueError, match="name an autoencoder, a clip or a text_encoder"):
+        features.check_inputs(features.Config(), {"shard": made["shard"]})
+    meta = {name: value for name, value in made["autoencoder"].meta.items() if name != "latent_sample_std"}
+    inputs = {"shard": made["shard"], "autoencoder": made["autoencoder"].model_copy(update={"meta": meta})}
+    features.check_inputs(features.Config(), inputs)
+    with pytest.raises(ValueError, match=r"latent_samples: .*train it again, or set latent_samples to false"):
+        features.check_inputs(features.Config(latent_samples=True), inputs)
 
 
 def test_sources_and_caption_weights_reach_training(
@@ -197,8 +298,9 @@ def test_sources_and_caption_weights_reach_training(
         rows = [row | {"source": "drawn"} for row in pq.read_table(path).to_pylist()]
         pq.write_table(pa.Table.from_pylist(rows, pq.read_schema(path)), path)
     shard = committed_anew(shard)
+    inputs = {"shard": shard, "autoencoder": made["autoencoder"], "clip": made["clip"]}
 
-    artifact = run_local(features_of(tiny, shard, tmp_path))
+    artifact = run_local(features_of(tiny, tmp_path, inputs))
     stage = load_stage("prior")
     cfg = stage.Config.model_validate(tiny.spec("prior").config)
     train = stage.data(cfg, {"features": artifact}).train

@@ -1,4 +1,4 @@
-"""Fetch URLs that nobody vouches for: bounded in time, size, redirects and number, and never from the inside."""
+"""Fetch untrusted URLs: bounded in time, size, redirects and number, and never from private networks."""
 
 from __future__ import annotations
 

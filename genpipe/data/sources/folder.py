@@ -22,11 +22,11 @@ from genpipe.data.sources.captions import (
     check_templates,
     label_of,
 )
+from genpipe.data.sources.identity import digest_entries
 from genpipe.data.sources.listing import (
     IMAGE_SUFFIXES,
     MAX_FILE_BYTES,
     blames_storage,
-    digest_entries,
     is_hidden,
     is_text,
     part_names,
@@ -139,8 +139,8 @@ class FolderSource:
         return self._classes
 
     def digest(self) -> str:
-        """sha256 over the relative name, size and time (or ETag) of each image and caption file."""
-        return digest_entries(self._files.values())
+        """sha256 over the relative name, size and content (or ETag) of each image and caption file."""
+        return digest_entries(self.storage, self._files.values(), max_bytes=MAX_FILE_BYTES)
 
     def _list_entries(self) -> list[_Image | Reject]:
         images = [name for name in self._files if suffix_of(name) in IMAGE_SUFFIXES]
@@ -196,7 +196,7 @@ class FolderSource:
                     rejects.append(Reject("", where, "bad_metadata", str(error)))
                     continue
                 if name is None:
-                    detail = f"no image {written} in {self.storage.uri}; bring it, or correct file_name"
+                    detail = f"no image {written} in {self.storage.uri}; add it, or correct file_name"
                     rejects.append(Reject(written, where, "missing_file", detail))
                 elif name in rows:
                     rejects.append(Reject(name, where, "duplicate_key", f"{name} has an earlier metadata line"))

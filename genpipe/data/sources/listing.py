@@ -1,4 +1,4 @@
-"""The files of a source: listed in a folder or under `s3://`, named for good, and read ahead in order."""
+"""The files of a source: listed in a folder or under `s3://`, given stable keys, and read ahead in order."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from genpipe.storage import Entry, Storage, local_path, open_storage
 
 T = TypeVar("T")
 R = TypeVar("R")
-# What is taken for an image by its name. Whether it can be read, also of kinds that shards may not hold, is for the
-# stage to say: so a file of a rare kind is a reject at worst, and never overlooked.
+# What counts as an image by its name. Whether it can be read is for the stage to decide: a file of a rare kind is a
+# reject at worst, and never overlooked.
 IMAGE_SUFFIXES = frozenset(
     {".avif", ".bmp", ".gif", ".heic", ".heif", ".j2k", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".jxl"}
     | {".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp"}
 )
 COMPRESSED = frozenset({".gz", ".bz2", ".xz", ".zst"})
 MAX_KEY_LENGTH = 150
-MAX_FILE_BYTES = 2**28  # a larger image is no photograph, and a part must fit into memory
+MAX_FILE_BYTES = 2**28  # no photograph is larger, and a part must fit into memory
 READ_THREADS = 16  # reads under way at once from a remote storage
 
 
@@ -45,7 +45,7 @@ def list_files(path: str, *, suffixes: Collection[str], setting: str, what: str)
         storage, entries = _list_under(path, setting=setting, what=what)
     entries = [entry for entry in entries if not is_hidden(entry.key)]
     if packed := sorted(entry.key for entry in entries if suffix_of(_unpacked(entry.key)) in suffixes):
-        raise ValueError(f"{setting}: {packed[0]} in {path} is compressed ({len(packed)} such); unpack it, or narrow "
+        raise ValueError(f"{setting}: {packed[0]} in {path} is compressed ({len(packed)} in all); unpack it, or narrow "
                          "the path")  # fmt: skip
     entries = [entry for entry in entries if suffix_of(entry.key) in suffixes]
     if not entries:
@@ -57,16 +57,8 @@ def list_files(path: str, *, suffixes: Collection[str], setting: str, what: str)
     return storage, sorted(entries)
 
 
-def digest_entries(entries: Iterable[Entry]) -> str:
-    """sha256 over the name, size and version of each file."""
-    digest = hashlib.sha256()
-    for entry in entries:
-        digest.update(os.fsencode(entry.key) + f"\0{entry.size}\0{entry.version}\n".encode())
-    return digest.hexdigest()
-
-
 def blames_storage(error: OSError, *, storage: Storage) -> bool:
-    """Whether a read failed by the fault of a remote service, which must stop the part and not fill the ledger."""
+    """Whether a remote service is to blame for a failed read: that must stop the part rather than fill the ledger."""
     is_remote = local_path(storage.uri) is None
     return isinstance(error, ConnectionError) or (is_remote and isinstance(error, PermissionError))
 
@@ -151,17 +143,15 @@ def _list_matching(path: str, *, setting: str, what: str) -> tuple[Storage, list
     try:
         patterns = list(braceexpand(path[len(fixed) - len(start) :]))
     except ValueError:
-        raise ValueError(
-            f"{setting}: {path} has a brace without its partner; write it as {{00000..00123}}.tar"
-        ) from None
+        raise ValueError(f"{setting}: {path} has an unmatched brace; write it as {{00000..00123}}.tar") from None
     storage = open_storage(root or ("/" if path.startswith("/") else "."))
     entries = {entry.key: entry for entry in storage.list(start)}
     matching = {pattern: _matching(pattern, entries) for pattern in patterns}
     missing = [pattern for pattern, names in matching.items() if not names]
     if missing and len(missing) < len(patterns):
         raise ValueError(
-            f"{setting}: {path} names {what} that are not there ({len(missing)} of {len(patterns)}, the first is "
-            f"{missing[0]}); bring them, or narrow the pattern"
+            f"{setting}: {path} names {what} that do not exist ({len(missing)} of {len(patterns)}, the first is "
+            f"{missing[0]}); add them, or narrow the pattern"
         )
     return storage, [entries[name] for name in {name for names in matching.values() for name in names}]
 

@@ -33,7 +33,7 @@ class MixConfig(Config):
     def _refuse_mixes(cls, sources: Any) -> Any:
         for name, source in sources.items() if isinstance(sources, Mapping) else ():
             if isinstance(source, Mapping) and source.get("kind") == "mix":
-                raise ValueError(f"{name} is a mix itself; list its sources here, beside the others")
+                raise ValueError(f"{name} is itself a mix; list its sources here, beside the others")
         return sources
 
 

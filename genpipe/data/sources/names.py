@@ -46,7 +46,7 @@ def pair_by_stem(images: Iterable[str], texts: Iterable[str]) -> dict[str, str]:
     """
     images, by_stem, by_case = list(images), dict[str, str](), dict[str, set[str]]()
     stems = {name: _nfc(stem_of(name)) for name in images}
-    for text in sorted(texts, reverse=True):  # of a.TXT and a.txt the latter
+    for text in sorted(texts):  # of a.TXT and a.txt the latter
         by_stem[_nfc(stem_of(text))] = text
     for stem in [*by_stem, *stems.values()]:
         by_case.setdefault(stem.casefold(), set()).add(stem)

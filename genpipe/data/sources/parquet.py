@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterator
-from functools import cache
+from functools import cache, partial
 from typing import Any, Literal
 
 import pyarrow as pa
 from pydantic import Field
 
 from genpipe.data.samples import Reject, Sample
-from genpipe.data.sources.listing import blames_storage, digest_entries, read_ahead
+from genpipe.data.sources.identity import digest_entries, in_batches
+from genpipe.data.sources.listing import MAX_FILE_BYTES, blames_storage, read_ahead
 from genpipe.data.sources.tables import Row, TableConfig, Tables
-from genpipe.storage import Storage, check_key, open_storage
+from genpipe.storage import Entry, Storage, check_key, open_storage
 
 
 class ParquetConfig(TableConfig):
@@ -56,8 +58,38 @@ class ParquetSource:
         return self.tables.classes()
 
     def digest(self) -> str:
-        """sha256 over the name, size and time (or ETag) of each table; images that lie beside are not looked at."""
-        return digest_entries(self.tables.entries)
+        """sha256 over the name, size and content (or ETag) of each table, and of each image that lies outside."""
+        tables = digest_entries(self.tables.storage, self.tables.entries)
+        columns = [column for column in (self.cfg.image, self.cfg.condition) if column]
+        outside = [self._digest_outside(column) for column in columns if self._leads_outside(column)]
+        return hashlib.sha256("\n".join([tables, *outside]).encode()).hexdigest() if outside else tables
+
+    def _leads_outside(self, column: str) -> bool:
+        """Whether cells may be paths: not if all have bytes, as the footers tell."""
+        kind = self.tables.schema().field(column).type
+        if pa.types.is_struct(kind):
+            names = [field.name for field in kind]
+            return "path" in names and ("bytes" not in names or self.tables.has_nulls(f"{column}.bytes"))
+        return _is_text(kind)
+
+    def _digest_outside(self, column: str) -> str:
+        """sha256 over the path and content of each image that a column leads to, in the order of the rows."""
+        is_struct = pa.types.is_struct(self.tables.schema().field(column).type)
+        digest = hashlib.sha256()
+        for batch in in_batches(self.tables.cells(f"{column}.path" if is_struct else column)):
+            places = [self._place(_bytes_and_path(cell)[1], table=table) for table, cell in batch]
+            for storage in dict.fromkeys(place[0] for place in places if place):
+                keys = [place[1] for place in places if place and place[0] is storage]
+                entries = read_ahead(partial(_entry, storage), keys, storage=storage)
+                digest.update(digest_entries(storage, entries, max_bytes=MAX_FILE_BYTES).encode())
+        return digest.hexdigest()
+
+    def _place(self, path: str | None, *, table: str) -> tuple[Storage, str] | None:
+        """Where an image lies, None for a cell without a path, or with one that is not followed."""
+        try:
+            return None if path is None else self._locate(path, table=table)
+        except ValueError:
+            return None
 
     def _sample(self, row: Row | Reject) -> Sample | Reject:
         if isinstance(row, Reject):
@@ -119,9 +151,26 @@ def _is_image(kind: pa.DataType) -> bool:
         kind = kind.value_type
     if pa.types.is_struct(kind):
         return bool({"bytes", "path"} & {field.name for field in kind})
-    texts = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
     binaries = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view)
-    return any(is_kind(kind) for is_kind in (*texts, *binaries))
+    return _is_text(kind) or any(is_kind(kind) for is_kind in binaries)
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    return any(is_kind(kind) for is_kind in (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view))
+
+
+def _entry(storage: Storage, key: str) -> Entry:
+    """What is stored under a key, of size 0 and without a version if there is nothing."""
+    try:
+        return storage.stat(key)
+    except ConnectionError:
+        raise
+    except OSError as error:
+        if blames_storage(error, storage=storage):
+            raise
+        return Entry(key, 0, "")
 
 
 def _bytes_and_path(cell: Any) -> tuple[bytes | None, str | None]:

@@ -1,4 +1,4 @@
-"""Rows of JSON lines and CSV as records, each fault of a row a ValueError in its place."""
+"""Rows of JSON lines and CSV as records; a faulty row becomes a ValueError in its place."""
 
 from __future__ import annotations
 
@@ -36,6 +36,7 @@ class Part:
     offset: int = 0
     length: int = 0
     header: tuple[str, ...] = ()  # of CSV
+    delimiter: str = ","  # likewise
     row_groups: range = range(0)
 
 
@@ -47,12 +48,12 @@ class Row(NamedTuple):
     content: bytes | list[str] | ValueError
 
 
-def split_rows(lines: Iterable[bytes], *, suffix: str, start: int = 0) -> Iterator[Row]:
+def split_rows(lines: Iterable[bytes], *, suffix: str, start: int = 0, delimiter: str = ",") -> Iterator[Row]:
     """The rows of a `.jsonl` (their bytes) or `.csv` (their cells, the header's first); blank ones are left out.
 
     The lines are those of a file from the byte `start` on.
     """
-    return _split_csv(lines, start=start) if suffix == ".csv" else _split_lines(lines)
+    return _split_csv(lines, start=start, delimiter=delimiter) if suffix == ".csv" else _split_lines(lines)
 
 
 def read_records(lines: Iterable[bytes], *, suffix: str) -> Iterator[tuple[int, Record | ValueError]]:
@@ -60,7 +61,8 @@ def read_records(lines: Iterable[bytes], *, suffix: str) -> Iterator[tuple[int, 
 
     Raises ValueError for a CSV without a header.
     """
-    rows = split_rows(lines, suffix=suffix)
+    delimiter, lines = _delimiter(lines) if suffix == ".csv" else (",", lines)
+    rows = split_rows(lines, suffix=suffix, delimiter=delimiter)
     header = _header(rows)[0] if suffix == ".csv" else ()
     return ((row.line, _parse(row.content, header=header)) for row in rows)
 
@@ -70,7 +72,9 @@ def cut_lines(storage: Storage, table: Entry, *, suffix: str, part_size: int) ->
 
     Raises ValueError for a CSV without a header.
     """
-    rows = split_rows(open_object(storage, table, block=BLOCK), suffix=suffix)
+    lines: Iterable[bytes] = open_object(storage, table, block=BLOCK)
+    delimiter, lines = _delimiter(lines) if suffix == ".csv" else (",", lines)
+    rows = split_rows(lines, suffix=suffix, delimiter=delimiter)
     header, start = _header(rows) if suffix == ".csv" else ((), 0)
     fields: dict[str, None] = {}
     starts, end, count = [start], start, 0
@@ -89,6 +93,7 @@ def cut_lines(storage: Storage, table: Entry, *, suffix: str, part_size: int) ->
             offset=start,
             length=stop - start,
             header=header,
+            delimiter=delimiter,
         )
         for number, (start, stop) in enumerate(zip(starts, stops, strict=True))
         if count
@@ -96,7 +101,7 @@ def cut_lines(storage: Storage, table: Entry, *, suffix: str, part_size: int) ->
 
 
 def read_lines(storage: Storage, part: Part, *, suffix: str) -> Iterator[Record | ValueError | OSError]:
-    """The records of a part; of a table that is gone or was cut short, as many errors."""
+    """The records of a part; if the table is gone or truncated, as many errors."""
     try:
         data = storage.read_range(part.table.key, offset=part.offset, length=part.length)
     except OSError as error:
@@ -104,7 +109,7 @@ def read_lines(storage: Storage, part: Part, *, suffix: str) -> Iterator[Record 
             raise
         yield from itertools.repeat(error, part.stop - part.start)
         return
-    for row in split_rows(io.BytesIO(data), suffix=suffix, start=part.offset):
+    for row in split_rows(io.BytesIO(data), suffix=suffix, start=part.offset, delimiter=part.delimiter):
         yield _parse(row.content, header=part.header)
 
 
@@ -143,8 +148,20 @@ def _split_lines(lines: Iterable[bytes]) -> Iterator[Row]:
             yield Row(number, end, line)
 
 
-def _split_csv(lines: Iterable[bytes], *, start: int) -> Iterator[Row]:
-    """A row that is none is a fault of its first line alone: an open quote must not swallow what follows."""
+def _delimiter(lines: Iterable[bytes]) -> tuple[str, Iterable[bytes]]:
+    """The delimiter of a CSV, detected from its first line, and its lines.
+
+    Spreadsheets write semicolons in many locales, databases tabs; a comma takes precedence.
+    """
+    rest = iter(lines)
+    first = next(rest, b"")
+    return next((mark for mark in ",;\t" if mark.encode() in first), ","), itertools.chain(
+        [first] if first else [], rest
+    )
+
+
+def _split_csv(lines: Iterable[bytes], *, start: int, delimiter: str) -> Iterator[Row]:
+    """A malformed row costs its first line only: an unclosed quote must not swallow what follows."""
     rest, again, taken = iter(lines), deque[bytes](), list[bytes]()
     number, end = 0, start
 
@@ -154,7 +171,7 @@ def _split_csv(lines: Iterable[bytes], *, start: int) -> Iterator[Row]:
             text = line.decode("utf-8", "surrogateescape")
             yield text if end or len(taken) > 1 else text.removeprefix("\ufeff")
 
-    reader = csv.reader(decoded(), strict=True)
+    reader = csv.reader(decoded(), strict=True, delimiter=delimiter)
     while True:
         cells: list[str] | ValueError | None
         try:
@@ -163,7 +180,7 @@ def _split_csv(lines: Iterable[bytes], *, start: int) -> Iterator[Row]:
             cells = ValueError(NO_CSV)
             again.extendleft(reversed(taken[1:]))
             del taken[1:]
-            reader = csv.reader(decoded(), strict=True)
+            reader = csv.reader(decoded(), strict=True, delimiter=delimiter)
         number, end = number + len(taken), end + sum(map(len, taken))
         taken.clear()
         if cells is None:
@@ -173,12 +190,12 @@ def _split_csv(lines: Iterable[bytes], *, start: int) -> Iterator[Row]:
 
 
 def _header(rows: Iterator[Row]) -> tuple[tuple[str, ...], int]:
-    """The columns of a CSV, whose first row this takes, and the bytes up to there. ValueError for what is no header."""
+    """The columns of a CSV, from its first row, and the bytes up to there. Raises ValueError for no header."""
     first = next(rows, None)
     if first is None:
         return (), 0
     if not isinstance(first.content, list) or not is_text("".join(first.content)):
-        raise ValueError("does not begin with the names of its columns in UTF-8; save it anew as CSV in UTF-8")
+        raise ValueError("does not begin with a header of column names in UTF-8; save it as CSV in UTF-8")
     return tuple(first.content), first.end
 
 

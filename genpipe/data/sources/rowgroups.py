@@ -25,12 +25,20 @@ def open_parquet(storage: Storage, table: Entry) -> pq.ParquetFile:
     except (FileNotFoundError, PermissionError, ConnectionError):
         raise
     except (OSError, pa.ArrowException) as error:  # Arrow says either of damage
-        raise ValueError(f"is not whole parquet: {error}; bring a whole copy") from None
+        raise ValueError(f"is not intact parquet: {error}; replace it with an intact copy") from None
 
 
 def group_sizes(file: pq.ParquetFile) -> list[int]:
     """How many rows each row group has."""
     return [file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups)]
+
+
+def may_have_nulls(file: pq.ParquetFile, column: str) -> bool:
+    """Whether a column, or `struct.field`, has a null, or statistics that do not say that it has none."""
+    groups = (file.metadata.row_group(group) for group in range(file.metadata.num_row_groups))
+    columns = (group.column(number) for group in groups for number in range(group.num_columns))
+    statistics = [chunk.statistics for chunk in columns if chunk.path_in_schema == column]
+    return any(known is None or not known.has_null_count or known.null_count for known in statistics)
 
 
 def cut_row_groups(table: Entry, sizes: list[int], *, part_size: int) -> list[Part]:
@@ -50,7 +58,7 @@ def cut_row_groups(table: Entry, sizes: list[int], *, part_size: int) -> list[Pa
 
 
 def read_row_groups(storage: Storage, part: Part, *, columns: list[str]) -> Iterator[Record | ValueError | OSError]:
-    """Each row of a part; one that damage or a missing file makes unreadable as the error."""
+    """Each row of a part; an unreadable one as the error."""
     try:
         file = open_parquet(storage, part.table)
     except (OSError, ValueError) as error:
@@ -77,7 +85,7 @@ def read_parquet(storage: Storage, table: Entry) -> Iterator[tuple[int, Record |
 def _read_rows(
     storage: Storage, file: pq.ParquetFile, group: int, *, columns: list[str], skip: int, count: int
 ) -> Iterator[Record | ValueError | OSError]:
-    """`count` rows of a row group after the first `skip`: as many good ones as can be had, then the error."""
+    """`count` rows of a row group after the first `skip`: as many intact ones as possible, then the error."""
     damage: ValueError | OSError = ValueError("the row group holds fewer rows than the footer says")
     try:
         for batch in file.iter_batches(BATCH_ROWS, row_groups=[group], columns=columns, use_threads=False):
@@ -96,7 +104,7 @@ def _read_rows(
 
 
 def _records(rows: pa.RecordBatch) -> Iterator[Record | ValueError]:
-    """Each row, or why Python has nothing like it: bytes that are not UTF-8, a year beyond 9999, ..."""
+    """Each row, or why it cannot be a Python value: bytes that are not UTF-8, a year beyond 9999, ..."""
     try:
         yield from rows.to_pylist()
     except (ValueError, OverflowError, pa.ArrowException) as error:

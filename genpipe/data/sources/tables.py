@@ -26,7 +26,7 @@ from genpipe.data.sources.captions import (
 )
 from genpipe.data.sources.listing import list_files, member_key, part_names, read_ahead, suffix_of, unique_keys
 from genpipe.data.sources.records import Part, Record, cut_lines, jsonable, read_lines
-from genpipe.data.sources.rowgroups import cut_row_groups, group_sizes, open_parquet, read_row_groups
+from genpipe.data.sources.rowgroups import cut_row_groups, group_sizes, may_have_nulls, open_parquet, read_row_groups
 from genpipe.storage import Entry
 
 
@@ -54,7 +54,7 @@ class TableConfig(Config):
 
 @dataclass(frozen=True)
 class Row:
-    """A row with its captions: what is left to do is to get the image."""
+    """A row with its captions, label and meta; the image is yet to be read."""
 
     key: str
     place: str  # the table and the number of the row
@@ -98,7 +98,7 @@ class Tables:
         self._parts = [part for parts in read_ahead(self._cut, self.entries, storage=self.storage) for part in parts]
         if not self._parts:
             raise ValueError(
-                f"{setting}.path: the tables of {cfg.path} have no rows ({len(self.entries)} looked at); give others"
+                f"{setting}.path: the tables of {cfg.path} have no rows ({len(self.entries)} tables read); give others"
             )
         self._names = self._declared_names() if cfg.label else ()
 
@@ -127,10 +127,20 @@ class Tables:
         for number, record in enumerate(self._records(cut, columns=[*self._named, *usual]), start=cut.start):
             yield self._row(record, table=cut.table.key, number=number)
 
-    def cells(self, column: str) -> Iterator[Any]:
-        """The values of one column of all tables, those of rows that cannot be read left out."""
+    def cells(self, column: str) -> Iterator[tuple[str, Any]]:
+        """The table and the value of one column for each row of all tables that can be read.
+
+        Of a parquet struct the column `struct.field` reads this field only, and gives `{field: value}`.
+        """
+        is_column = suffix_of(self._parts[0].table.key) != ".parquet" or column in self.schema().names
+        root = column if is_column else column.split(".")[0]
         for part in self._parts:
-            yield from _cells(self._records(part, columns=[column]), column)
+            for value in _cells(self._records(part, columns=[column]), root):
+                yield part.table.key, value
+
+    def has_nulls(self, column: str) -> bool:
+        """Whether a column of parquet, or `struct.field`, may have nulls, as the footers tell."""
+        return any(may_have_nulls(open_parquet(self.storage, table), column) for table in self.entries)
 
     def _records(self, part: Part, *, columns: list[str]) -> Iterator[Record | ValueError | OSError]:
         if part.row_groups:
@@ -243,6 +253,6 @@ def _cells(records: Iterator[Record | ValueError | OSError], column: str) -> Ite
 
 
 def _text(record: Record, column: str) -> str:
-    """What a column says, "" for nothing; a column may have the empty name, which as a setting means none."""
+    """The text of a column, "" for nothing; the empty column name means that none is set."""
     value = jsonable(record.get(column)) if column else None
     return "" if value is None else str(value)

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
-import io
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import Future
 from typing import Any, Literal
 
-from PIL import Image, UnidentifiedImageError
 from pydantic import Field
 
+from genpipe.data.images import ImageError, read_header
 from genpipe.data.prefetch import in_order
 from genpipe.data.samples import Reject, Sample
 from genpipe.data.sources.fetch import Failure, FetchConfig, Fetcher
+from genpipe.data.sources.identity import digest_entries
 from genpipe.data.sources.tables import Row, TableConfig, Tables
-from genpipe.storage import open_object
 
-BLOCK = 2**23
 LOST = 20  # servers that cannot be reached, one after another, are no accident
 
 
@@ -31,7 +28,7 @@ class UrlsConfig(TableConfig):
 
 
 class UrlsSource:
-    """The rows of tables of URLs in their order, whatever the order of arrival.
+    """The rows of tables of URLs, in the order of the tables whatever the order of arrival.
 
     The group is the column that is named for it, else the URL. Every failure is a Reject: http_404 (or another
     status), timeout, connection, tls, bad_url, private_address, too_many_redirects, too_large, noai, empty,
@@ -52,7 +49,7 @@ class UrlsSource:
     def read(self, part: str) -> Iterator[Sample | Reject]:
         """Fetch the images of a part; one item for each row.
 
-        Raises ConnectionError at the end of a part of which nobody could be reached: then it is the network.
+        Raises ConnectionError at the end of a part if no server could be reached: then the network is down.
         """
         outcomes: Counter[str] = Counter()
         with Fetcher(self.cfg.fetch) as fetcher:
@@ -84,12 +81,8 @@ class UrlsSource:
         return self.tables.classes()
 
     def digest(self) -> str:
-        """sha256 over the tables' names and bytes. What stands behind the URLs may change without it."""
-        digest = hashlib.sha256()
-        for entry in self.tables.entries:
-            with open_object(self.tables.storage, entry, block=BLOCK) as file:
-                digest.update(f"{entry.key}\0{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
-        return digest.hexdigest()
+        """sha256 over the tables' names and content. What stands behind the URLs may change without it."""
+        return digest_entries(self.tables.storage, self.tables.entries)
 
 
 def _submit(fetcher: Fetcher, cell: Any) -> Future[bytes | Failure]:
@@ -136,13 +129,11 @@ def _sample(row: Row, content: bytes | Failure, condition: bytes | Failure | Non
 
 
 def _fault(content: bytes) -> Failure | None:
+    """Why an answer is no image; one that is damaged or enormous is for the stage to judge, as of any source."""
     if not content:
         return Failure("empty", "the answer has no bytes")
     try:
-        Image.open(io.BytesIO(content))
-    except UnidentifiedImageError:
-        return Failure("not_an_image", f"starts with {content[:16]!r}")
-    except Exception:
-        # An image, though a damaged or enormous one: for the stage to judge, as with any other source.
-        pass
+        read_header(content)
+    except ImageError as error:
+        return Failure(error.reason, error.detail) if error.reason in ("not_an_image", "unsupported") else None
     return None

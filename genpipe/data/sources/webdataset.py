@@ -28,11 +28,11 @@ from genpipe.data.sources.captions import (
     check_templates,
     label_of,
 )
+from genpipe.data.sources.identity import digest_entries
 from genpipe.data.sources.listing import (
     IMAGE_SUFFIXES,
     MAX_FILE_BYTES,
     blames_storage,
-    digest_entries,
     list_files,
     member_key,
     part_names,
@@ -75,7 +75,7 @@ class WebDatasetConfig(Config):
     def _labels_fit(self) -> Self:
         check_templates(self.captions, label=self.label)
         if len(set(self.classes)) < len(self.classes):
-            raise ValueError("classes: a name stands there twice; each class has one")
+            raise ValueError("classes: a name is listed twice; each class needs its own")
         return self
 
 
@@ -145,8 +145,8 @@ class WebDatasetSource:
         return self.cfg.classes or (None if self.cfg.label else ())
 
     def digest(self) -> str:
-        """sha256 over the name, size and time (or ETag) of each tar."""
-        return digest_entries(self._tars)
+        """sha256 over the name, size and content (or ETag) of each tar."""
+        return digest_entries(self.storage, self._tars)
 
     def _groups(self, slice: _Slice) -> Iterator[_Group | Reject]:
         """Every sample from the tar's start to the slice's end, those before the slice without content."""
@@ -303,13 +303,13 @@ class WebDatasetSource:
 
 
 class _DamagedTar(Exception):
-    """A tar that cannot be read on."""
+    """A tar that cannot be read any further."""
 
 
 def _members(file: io.BufferedReader) -> Iterator[tuple[tarfile.TarInfo, Callable[[], bytes]]]:
-    """The members of a tar, each with a function that reads its content; leaves `file` at the tar's end mark.
+    """The members of a tar, each with a function that reads its content; leaves `file` at the tar's end marker.
 
-    Raises _DamagedTar where headers or content cannot be read, or the end mark is missing.
+    Raises _DamagedTar where headers or content cannot be read, or the end marker is missing.
     """
     try:
         with tarfile.open(fileobj=file, mode="r:", encoding="utf-8") as tar:
@@ -325,12 +325,12 @@ def _members(file: io.BufferedReader) -> Iterator[tuple[tarfile.TarInfo, Callabl
         place = file.tell()
         file.seek(0)
         if file.read(6).startswith(COMPRESSED_STARTS):
-            raise _DamagedTar("it is compressed and must be unpacked") from None
+            raise _DamagedTar("it is compressed; unpack it") from None
         raise _DamagedTar(f"{error} (at byte {place})") from None
     file.seek(end)
     mark = file.read(tarfile.BLOCKSIZE)
     if len(mark) < tarfile.BLOCKSIZE:
-        raise _DamagedTar(f"it ends at byte {end} without the mark of a tar's end")
+        raise _DamagedTar(f"it ends at byte {end} without a tar's end marker")
     if mark.strip(b"\0"):
         raise _DamagedTar(f"the header at byte {end} is damaged")
 
@@ -344,16 +344,16 @@ def _content(file: io.BufferedReader, info: tarfile.TarInfo) -> bytes:
 
 
 def _trailing(file: io.BufferedReader) -> str:
-    """What is wrong with the bytes after a tar's end mark, where `file` stands; "" if they are zeros."""
+    """What is wrong with the bytes after a tar's end marker, where `file` is; "" if they are zeros."""
     start = file.tell()
     while block := file.read(LOCAL_BLOCK):
         if block.strip(b"\0"):
-            return f"after the end mark at byte {start} come more data, which are not read: were tars joined with cat?"
+            return f"data follow the end marker at byte {start} and are not read; were tars joined with cat? Split them"
     return ""
 
 
 def _fault(info: tarfile.TarInfo) -> str:
-    """Why a member is left alone, or "" for an ordinary file or folder."""
+    """Why a member is not read, or "" for an ordinary file or folder."""
     try:
         info.name.encode()
         check_key(info.name)

@@ -68,11 +68,11 @@ _INNER: dict[type[nn.Module], dict[str, str]] = {
 def config_from_diffusers(theirs: Mapping[str, Any]) -> LdmConfig | DeepCompressionConfig:
     """Our config for the `config.json` of an AutoencoderKL, VQModel or AutoencoderDC.
 
-    Raises ValueError that names the settings which make it a network that there is no counterpart of here.
+    Raises ValueError naming the settings that make it a network without a counterpart here.
     """
     name = theirs.get("_class_name", "AutoencoderKL")
     if name not in _ONLY:
-        raise ValueError(f"no autoencoder here is diffusers' {name}; known are {', '.join(_ONLY)}")
+        raise ValueError(f"diffusers' {name} has no counterpart here; supported are {', '.join(_ONLY)}")
     for setting, allowed in _ONLY[name].items():
         found = theirs.get(setting, allowed[0])
         if any(value not in allowed for value in ([found] if isinstance(found, str | bool | int) else found)):
@@ -239,7 +239,7 @@ def _names(model: Autoencoder) -> Names:
 
 
 def _theirs(layer: nn.Module, place: str, name: str, tensor: str) -> str:
-    """Their name of a tensor of the block `name` in our `layer`, which stands at `place` with them."""
+    """Their name of a tensor of the block `name` in our `layer`, which is at `place` in theirs."""
     if isinstance(layer, nn.Sequential):  # EfficientViT's two halves are one block with them
         index, _, name = name.partition(".")
         layer = layer[int(index)]
@@ -247,7 +247,7 @@ def _theirs(layer: nn.Module, place: str, name: str, tensor: str) -> str:
 
 
 def _ldm_places(cfg: LdmConfig) -> tuple[list[str], list[str]]:
-    """Where each layer of our encoder, and of our decoder, stands in theirs."""
+    """The place in theirs of each layer of our encoder and of our decoder."""
     last = len(cfg.multipliers) - 1
     encoder, decoder = ["encoder.conv_in"], ["decoder.conv_in", *_middle("decoder", cfg)]
     for level in range(last + 1):

@@ -56,7 +56,7 @@ NO_WEIGHTS = {
     *("text_model.embeddings.position_ids", "vision_model.embeddings.position_ids"),
     *("input_resolution", "context_length", "vocab_size", "attn_mask"),
 }
-"""Entries of their state dicts that nobody trained."""
+"""Entries of their state dicts that are not trained."""
 
 
 def config_from_transformers(config: Mapping[str, Any]) -> tuple[CLIPConfig, Sizes]:
@@ -73,7 +73,7 @@ def config_from_transformers(config: Mapping[str, Any]) -> tuple[CLIPConfig, Siz
         mask_padding=False,
         **PUBLISHED,
     )
-    # The first configurations say 2 where 49407 was meant; the model then looks for the largest id.
+    # The first configurations have 2 in place of 49407; the model then takes the largest id.
     eot_id = text["vocab_size"] - 1 if text["eos_token_id"] == 2 else text["eos_token_id"]
     return cfg, {
         "vocab_size": text["vocab_size"],
@@ -132,7 +132,7 @@ def _tower_to_transformers(tower: TowerConfig, *, embed_dim: int) -> dict[str, A
 def config_from_open_clip(config: Mapping[str, Any]) -> tuple[CLIPConfig, Sizes]:
     """The `model_cfg` of open_clip -> our config, and the sizes that `CLIP` takes beside it.
 
-    Raises ValueError naming the settings of models that are no ViT with a text transformer of the first kind.
+    Raises ValueError naming the settings of models other than a ViT with CLIP's own text transformer.
     """
     vision, text = config["vision_cfg"], config["text_cfg"]
     unknown = {*(config.keys() - {"embed_dim", "quick_gelu", "vision_cfg", "text_cfg"})}
@@ -198,9 +198,11 @@ def config_to_open_clip(cfg: CLIPConfig, sizes: Sizes) -> dict[str, Any]:
 
 
 def config_from_openai(state: Mapping[str, Tensor]) -> tuple[CLIPConfig, Sizes]:
-    """OpenAI's checkpoints have no config: their shapes say it (`build_model` in openai/CLIP). ViTs only."""
+    """The config is read from the shapes of OpenAI's checkpoints (`build_model` in openai/CLIP). ViTs only."""
     if "visual.conv1.weight" not in state or state["visual.conv1.weight"].ndim != 4 or "visual.proj" not in state:
-        raise ValueError("these are no weights of an OpenAI CLIP with a vision transformer: visual.proj is missing")
+        raise ValueError(
+            "these are not the weights of an OpenAI CLIP with a vision transformer: visual.proj is missing"
+        )
     width, _, _, patch = state["visual.conv1.weight"].shape
     text_width, embed_dim = state["text_projection"].shape
     config = {
@@ -243,13 +245,13 @@ def from_openai(state: Mapping[str, Tensor], cfg: CLIPConfig) -> State:
 
     Raises ValueError naming keys that are missing or left over.
     """
-    return _projections_turned(_from(state, _names(cfg, _OPENAI)))
+    return _projections_transposed(_from(state, _names(cfg, _OPENAI)))
 
 
 def to_openai(state: Mapping[str, Tensor], cfg: CLIPConfig) -> State:
     """The inverse of `from_openai`."""
     _check_published(cfg, library="OpenAI")
-    return _to(_projections_turned(state), _names(cfg, _OPENAI), cfg)
+    return _to(_projections_transposed(state), _names(cfg, _OPENAI), cfg)
 
 
 def _check_published(cfg: CLIPConfig, *, library: str) -> None:
@@ -276,7 +278,7 @@ def _to(state: Mapping[str, Tensor], names: Names, cfg: CLIPConfig) -> State:
     return {name: tensor.contiguous() for name, tensor in split(ours, names).items()}
 
 
-def _projections_turned(state: Mapping[str, Tensor]) -> State:
+def _projections_transposed(state: Mapping[str, Tensor]) -> State:
     """OpenAI multiplies by its projections from the right."""
     names = ("image_tower.projection.weight", "text_tower.projection.weight")
     return {**state, **{name: state[name].T.contiguous() for name in names}}

@@ -40,14 +40,14 @@ _SHARED = re.compile(r"transformer_blocks\.\d+\.norm1\.emb\.")
 _INPUTS = ("attention.qkv", "mlp.up", "patches_out")
 """Modules that read the residual stream: its channels are the columns of their weights."""
 _OUTPUTS = {"patches_in": 1, "attention.out": 1, "mlp.down": 1, "modulation": 6, "modulation_out": 2}
-"""Modules that speak of its channels in their rows, so many times over."""
+"""Modules that write to the residual stream: its channels are the rows of their weights, so many times over."""
 
 
 def config_from_diffusers(config: Mapping[str, Any]) -> DiTConfig:
-    """The same network's config. Raises ValueError naming the first setting that our DiT has no equal of."""
+    """The same network's config. Raises ValueError naming the first setting without a counterpart in our DiT."""
     for name, allowed in _ONLY.items():
         if name in config and config[name] not in allowed:
-            raise ValueError(f"a DiT of diffusers with {name} {config[name]!r} has no equal here")
+            raise ValueError(f"a DiT of diffusers with {name} {config[name]!r} has no counterpart here")
     return DiTConfig(
         patch_size=config["patch_size"],
         width=config["num_attention_heads"] * config["attention_head_dim"],
@@ -98,7 +98,7 @@ def to_diffusers(state: Mapping[str, Tensor], cfg: DiTConfig) -> dict[str, Tenso
 
 
 def _sizes(state: Mapping[str, Tensor], cfg: DiTConfig) -> dict[str, int]:
-    """Channels in and out, and the number of classes. Raises ValueError if the tensors that say them are missing."""
+    """Channels in and out, and the number of classes. Raises ValueError if the tensors that give them are missing."""
     names = (
         "pos_embed.proj.weight",
         "proj_out_2.weight",

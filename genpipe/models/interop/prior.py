@@ -2,7 +2,7 @@
 
 A time of ours is theirs by 1,000: where their timestep is 500 our t is 0.5. They take the text embedding as the
 encoder's projection gives it, and diffuse image embeddings standardized with their own mean and deviation, which
-stand among their weights; ours stand in the manifest of the features.
+are among their weights; ours are in the manifest of the features.
 """
 
 from __future__ import annotations
@@ -94,9 +94,12 @@ def embed_statistics(state: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
 def to_diffusers(
     state: Mapping[str, Tensor], cfg: DiffusionPriorConfig, *, mean: Tensor, std: Tensor
 ) -> dict[str, Tensor]:
-    """Inverse of `from_diffusers` and `embed_statistics`. Raises ValueError if their network cannot say ours."""
-    sayable = not cfg.qk_norm and cfg.null_text == "encoder" and cfg.text_positions
-    if not (sayable and cfg.time_frequencies == cfg.width and cfg.mlp_ratio == 4):
+    """Inverse of `from_diffusers` and `embed_statistics`.
+
+    Raises ValueError for a prior that a PriorTransformer cannot represent.
+    """
+    representable = not cfg.qk_norm and cfg.null_text == "encoder" and cfg.text_positions
+    if not (representable and cfg.time_frequencies == cfg.width and cfg.mlp_ratio == 4):
         raise ValueError(
             "a PriorTransformer has qk_norm false, null_text encoder, learned text_positions, time_frequencies as many "
             "as its width and mlp_ratio 4; a prior trained otherwise cannot be written as one"

@@ -82,11 +82,11 @@ _TRANSFORMER: dict[str, tuple[str, ...]] = {
 def config_from_diffusers(config: Mapping[str, Any]) -> UNetConfig:
     """The same network's config, from the `config.json` of a UNet2DConditionModel or a UNet2DModel.
 
-    Raises ValueError naming the first setting that our U-Net has no equal of.
+    Raises ValueError naming the first setting without a counterpart in our U-Net.
     """
     for name, allowed in _ONLY.items():
         if name in config and config[name] not in allowed:
-            raise ValueError(f"a U-Net of diffusers with {name} {config[name]!r} has no equal here")
+            raise ValueError(f"a U-Net of diffusers with {name} {config[name]!r} has no counterpart here")
     channels = list(config["block_out_channels"])
     if any(width % channels[0] for width in channels):
         raise ValueError(f"block_out_channels {channels} are not multiples of the first")
@@ -98,7 +98,9 @@ def config_from_diffusers(config: Mapping[str, Any]) -> UNetConfig:
         raise ValueError(f"down_block_types mixes kinds of attention: {list(config['down_block_types'])}")
     depth = config.get("transformer_layers_per_block", 1)
     if not isinstance(depth, int) or not isinstance(config["layers_per_block"], int):
-        raise ValueError("layers_per_block and transformer_layers_per_block that differ by level have no equal here")
+        raise ValueError(
+            "layers_per_block and transformer_layers_per_block that differ by level have no counterpart here"
+        )
     return UNetConfig(
         width=channels[0],
         multipliers=tuple(width // channels[0] for width in channels),
@@ -146,10 +148,10 @@ def _projects(their_key: str) -> bool:
 
 
 def _attends(block_type: str) -> Literal["plain", "transformer"] | None:
-    """The attention of a block of diffusers. Raises ValueError for a type that has no equal."""
+    """The attention of a block of diffusers. Raises ValueError for a type without a counterpart."""
     found = re.fullmatch(r"(CrossAttn|SimpleCrossAttn|Attn|Resnet)?(Down|Up|Downsample|Upsample)Block2D", block_type)
     if found is None:
-        raise ValueError(f"a block of type {block_type} has no equal here")
+        raise ValueError(f"a block of type {block_type} has no counterpart here")
     kind = _ATTENDING.get(found[1])
     return "transformer" if kind == "transformer" else "plain" if kind else None
 
@@ -161,7 +163,7 @@ def _resample(config: Mapping[str, Any]) -> Literal["block", "conv"]:
     by_type = {"resnet" if re.match("SimpleCrossAttn|Resnet", name) else "conv" for name in types}
     kinds = by_type if by_setting == {"conv"} else by_setting
     if len(kinds) > 1:
-        raise ValueError("grids that are resized now by convolutions, now by residual blocks have no equal here")
+        raise ValueError("grids resized now by convolutions, now by residual blocks have no counterpart here")
     return "block" if kinds == {"resnet"} else "conv"
 
 

@@ -180,7 +180,7 @@ def test_weights_that_do_not_fit_are_refused() -> None:
     ("change", "message"),
     [
         ({"norm_num_groups": 16}, "norm_num_groups 16 has no counterpart here; it must be 32"),
-        ({"_class_name": "AutoencoderTiny"}, "no autoencoder here is diffusers' AutoencoderTiny"),
+        ({"_class_name": "AutoencoderTiny"}, "AutoencoderTiny has no counterpart"),
         ({"down_block_types": ["AttnDownEncoderBlock2D"] * 3}, "do not attend where down_block_types do"),
         ({"down_block_types": ["KDownBlock2D"] * 3}, "blocks of the types KDownBlock2D have no counterpart"),
         ({"block_out_channels": [32, 48, 64]}, "not multiples of the first"),
@@ -210,7 +210,7 @@ def test_weights_for_a_kind_that_diffusers_lacks_are_refused() -> None:
 
 
 def test_attention_at_no_level_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"attention_at \[16\] is no downsampling factor .* \[1, 2, 4, 8\]"):
+    with pytest.raises(ValueError, match=r"attention_at \[16\] .*downsampling factors \[1, 2, 4, 8\]"):
         LdmConfig(kind="ldm", attention_at=(8, 16))
 
 
