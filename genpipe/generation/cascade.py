@@ -12,7 +12,7 @@ from torch import Tensor
 from genpipe.artifacts import Artifact, fetch, several
 from genpipe.config import Config
 from genpipe.diffusion.process import DiffusionConfig, SamplerConfig
-from genpipe.generation.conditions import Statistics
+from genpipe.generation.conditions import latent_statistics
 from genpipe.generation.parts import check_part_sampler
 from genpipe.generation.upsampling import Space, space_of, upsample
 from genpipe.models.autoencoder import Autoencoder
@@ -49,9 +49,9 @@ class Cascade:
         *,
         device: torch.device,
         autoencoder: Autoencoder | None = None,
-        statistics: Statistics | None = None,
     ) -> None:
-        """`autoencoder` and its latents' `statistics` serve upsamplers that draw latents."""
+        """`autoencoder`, that of the parts, serves upsamplers that draw latents."""
+        statistics = None if autoencoder is None else latent_statistics(parts["autoencoder"].meta, device)
         self.noise_aug = cfg.noise_aug
         self.steps: list[Step] = []
         for artifact, sampler in zip(several(parts, "upsamplers"), _samplers(cfg, parts), strict=True):

@@ -114,7 +114,7 @@ class Statistics:
 
 
 def latent_statistics(meta: Mapping[str, list[float]], device: torch.device) -> Statistics:
-    """Those of the autoencoder's latents, by channel, from a manifest's meta."""
+    """Those of latents, by channel: of features and decoders as they were trained on, of autoencoders of the means."""
     return Statistics.of(meta["latent_mean"], meta["latent_std"], axes=2, device=device)
 
 

@@ -26,8 +26,10 @@ class Dropped:
         return cls(dropped, dropped, dropped)
 
 
-def decoder_model(decoder: Decoder, given: Given, dropped: Dropped) -> Model:
-    """The decoder with its conditions bound.
+def decoder_model(
+    decoder: Decoder, given: Given, dropped: Dropped, *, generator: torch.Generator | None = None
+) -> Model:
+    """The decoder with its conditions bound; `generator` is training's, for the network's own dropout.
 
     A decoder that takes an image embedding and is given none gets its learned null everywhere, and so does one that
     takes labels where a label is negative.
@@ -49,6 +51,7 @@ def decoder_model(decoder: Decoder, given: Given, dropped: Dropped) -> Model:
         drop_image=drop_image,
         drop_text=dropped.text,
         drop_label=drop_label,
+        generator=generator,
     )
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from pydantic import Field, Tag
 
 from genpipe.artifacts import Artifact
-from genpipe.config import Config, by_kind
+from genpipe.config import Config, Location, by_kind
 from genpipe.data.order import order
 from genpipe.data.shard_dataset import ShardDataset, open_shards
 from genpipe.data.shards import NO_LABEL, SPLITS, Split
@@ -48,7 +48,7 @@ class FilePrompts(Config):
     """A text file with a prompt a line; they count as held out."""
 
     kind: Literal["file"]
-    path: str = Field(description="path or s3:// URI")
+    path: Location = Field(description="path or s3:// URI")
 
 
 class ListPrompts(Config):

@@ -135,9 +135,9 @@ def upsample(
     return space.decode(x0, low_res=large).clamp(-1, 1)
 
 
-def upsampler_model(upsampler: Upsampler, low_res: Tensor, *, level: Tensor) -> Model:
-    """The upsampler with the small images bound, enlarged and with noise of `level` [B] on them."""
-    return lambda x, t: upsampler(x, t, low_res=low_res, noise_aug=level)
+def upsampler_model(upsampler: Upsampler, low_res: Tensor, *, level: Tensor, generator: torch.Generator) -> Model:
+    """The upsampler in training, with the small images bound, enlarged and with noise of `level` [B] on them."""
+    return lambda x, t: upsampler(x, t, low_res=low_res, noise_aug=level, generator=generator)
 
 
 def in_pieces(

@@ -79,6 +79,8 @@ def check_inputs(cfg: Config, inputs: Mapping[str, Artifact]) -> dict[str, Any]:
     Raises ValueError where the features lack a condition, and for a network or sampler that does not fit.
     """
     meta = inputs["features"].meta
+    if "latent_size" not in meta:
+        raise ValueError("the features have no latents, which the decoder draws; give features an autoencoder")
     check_sampler(cfg.observe.sampler, cfg.diffusion)
     multiple = cfg.model.denoiser.grid_multiple
     if meta["latent_size"] % multiple:
@@ -131,7 +133,8 @@ def data(cfg: Config, inputs: Mapping[str, Artifact]) -> Data:
 
 def example_batch(cfg: Config, inputs: Mapping[str, Artifact], *, batch_size: int) -> Batch:
     """Zeros in the shapes and dtypes of a batch whose longest caption fills the context."""
-    return example_features(inputs, arrays=_arrays(cfg), batch_size=batch_size)
+    batch = example_features(inputs, arrays=_arrays(cfg), batch_size=batch_size)
+    return {"labels": torch.zeros(batch_size, dtype=torch.int64), **batch} if cfg.label else batch
 
 
 def objective(cfg: Config, inputs: Mapping[str, Artifact], device: torch.device) -> Objective:
@@ -184,7 +187,7 @@ class Objective:
             3 if self.model.classes else 2, len(latents), generator=step.generator, device=latents.device
         )
         dropped = Dropped(draws[0] < cfg.drop_image, draws[1] < cfg.drop_text, draws[-1] < cfg.drop_label)
-        model = decoder_model(self.model, self._given(batch), dropped)
+        model = decoder_model(self.model, self._given(batch), dropped, generator=step.generator)
         return training_loss(model, latents, cfg.diffusion, generator=step.generator).mean(), {}
 
     def _given(self, batch: Batch) -> Given:
@@ -230,7 +233,8 @@ class Objective:
 
 
 def export(objective: Objective, cfg: Config, inputs: Mapping[str, Artifact], folder: Path) -> dict[str, Any]:
-    """Write the weights; what they were trained for goes into the meta, by content and not by name alone."""
+    """Write the weights; the meta gets the statistics of the latents, and by content what they were trained for."""
     extra = {"diffusion": cfg.diffusion.model_dump(mode="json")}
     save_weights(objective.model, folder, kind="decoder", config=cfg.model, sizes=objective.sizes, extra=extra)
-    return {**check_inputs(cfg, inputs), "made_from": inputs["features"].meta["made_from"]}
+    made = inputs["features"].meta
+    return {**check_inputs(cfg, inputs), **{name: made[name] for name in ("latent_mean", "latent_std", "made_from")}}

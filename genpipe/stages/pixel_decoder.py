@@ -129,7 +129,8 @@ class Objective:
         """The diffusion loss of a batch of images."""
         images = to_float(batch["images"])
         dropped = torch.rand(len(images), generator=step.generator, device=images.device) < self.cfg.drop_label
-        model = decoder_model(self.model, self._given(batch), Dropped.everywhere(dropped))
+        given, dropped_all = self._given(batch), Dropped.everywhere(dropped)
+        model = decoder_model(self.model, given, dropped_all, generator=step.generator)
         return training_loss(model, images, self.cfg.diffusion, generator=step.generator).mean(), {}
 
     def _given(self, batch: Batch) -> Given:

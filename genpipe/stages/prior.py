@@ -66,7 +66,7 @@ def roles(cfg: Config) -> dict[str, Role]:
 
 
 def check_inputs(cfg: Config, inputs: Mapping[str, Artifact]) -> dict[str, Any]:
-    """The widths of what the prior reads and draws, and the fingerprint of the CLIP whose language it speaks.
+    """The widths of what the prior reads and draws, and the fingerprints of the encoders that it was trained with.
 
     Raises ValueError for features without CLIP's embeddings, and for a network or sampler that does not fit.
     """
@@ -83,7 +83,7 @@ def check_inputs(cfg: Config, inputs: Mapping[str, Artifact]) -> dict[str, Any]:
     check_sampler(cfg.observe.sampler, cfg.diffusion)
     return {
         "diffusion": cfg.diffusion.model_dump(mode="json"),
-        **{name: meta[name] for name in ("embed_dim", "text_width", "clip")},
+        **{name: meta[name] for name in ("embed_dim", "text_width", "clip", "text_encoder") if name in meta},
     }
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -33,6 +33,7 @@ from genpipe.generation.prompts import (
     prompts_digest,
 )
 from genpipe.generation.systems import load_system
+from genpipe.models.precision import Precision, autocast, products_of
 from genpipe.training.loop import seeded
 
 VERSION = 1
@@ -51,7 +52,7 @@ class Config(StageConfig):
     batch_size: int = Field(32, ge=1, description="pictures drawn at a time, of one part and one shard")
     format: ImageFormat = Field("png", description="of the stored pictures")
     quality: int = Field(95, ge=1, le=100, description="of jpeg and webp; png is lossless")
-    precision: Literal["bf16", "fp32"] = "bf16"
+    precision: Precision = Field("auto", description="of matrix products")
     seed: int = Field(0, description="of the choice of captions and of all noise")
 
 
@@ -102,6 +103,8 @@ class Worker:
         self.cfg = cfg
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.prompts = _prompts(cfg, inputs)
+        self.products = products_of(cfg.precision, self.device)
+        self.environment = {"precision_used": self.products}
         self.system = load_system(inputs["system"], device=self.device)
 
     def __call__(self, part: str, out: Path) -> dict[str, Any]:
@@ -130,7 +133,7 @@ class Worker:
             labels=[prompt.label for prompt in batch] if "label" in asked else None,
         )
         generator = seeded(self.device, self.cfg.seed, split, first)
-        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.cfg.precision == "bf16"):
+        with autocast(self.device, self.products):
             images = self.system.sample(conditions, generator=generator)
         return list(to_uint8(images).permute(0, 2, 3, 1).cpu().numpy())
 

@@ -184,7 +184,8 @@ class Objective:
         images, large = random_crops([images, large], side=self.space.grid(cfg.crop), generator=step.generator)
         level = cfg.noise_aug * torch.rand(len(images), generator=step.generator, device=images.device)
         x0 = self.space.encode(images, low_res=large)
-        model = upsampler_model(self.model, augment(large, level=level, generator=step.generator), level=level)
+        noisy = augment(large, level=level, generator=step.generator)
+        model = upsampler_model(self.model, noisy, level=level, generator=step.generator)
         return training_loss(model, x0, cfg.diffusion, generator=step.generator).mean(), {}
 
     def after_step(self) -> None:

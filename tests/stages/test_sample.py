@@ -21,6 +21,7 @@ from genpipe.data.shard_dataset import open_shards
 from genpipe.data.takedown import check_shards
 from genpipe.data.train_sets import image_data
 from genpipe.generation.systems import Conditions, load_system
+from genpipe.models.precision import autocast, products_of
 from genpipe.stages import sample
 from genpipe.training.loop import seeded
 
@@ -80,7 +81,7 @@ def test_pictures_are_those_of_the_system(tiny: TinyPipeline, samples: Artifact)
     drawn = open_shards(samples, split="heldout")
     prompts = [drawn.captions(i)[0] for i in range(4)]
     system = load_system(tiny.run("system"), device=CPU)
-    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.no_grad(), autocast(CPU, products_of("auto", CPU)):
         again = to_uint8(system.sample(Conditions(4, texts=prompts), generator=seeded(CPU, 0, "heldout", 0)))
     assert np.array_equal(again.permute(0, 2, 3, 1).numpy(), np.stack([drawn.image(i) for i in range(4)]))
 

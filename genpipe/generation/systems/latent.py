@@ -68,13 +68,11 @@ class LatentSystem:
         self.conditioned_on = frozenset(promised["conditioned_on"])
         self.classes = classes_of(parts["decoder"])
         self.latent_shape = latent_shape(parts["autoencoder"])
-        self.latent_statistics = latent_statistics(parts["autoencoder"].meta, device)
+        self.latent_statistics = latent_statistics(parts["decoder"].meta, device)
         self.autoencoder = cast(Autoencoder, load_part(parts["autoencoder"], device=device)[0])
         self.encode_text = load_text_encoding(parts, device=device) if "text" in self.conditioned_on else None
         self.decoder, self.decoder_diffusion = load_decoder(parts["decoder"], device=device)
-        self.cascade = Cascade(
-            cfg, parts, device=device, autoencoder=self.autoencoder, statistics=self.latent_statistics
-        )
+        self.cascade = Cascade(cfg, parts, device=device, autoencoder=self.autoencoder)
 
     def sample(self, conditions: Conditions, *, generator: torch.Generator) -> Tensor:
         """Pictures [B, 3, size, size] in [-1, 1]."""

@@ -51,11 +51,12 @@ class UnclipConfig(CascadeConfig):
         size = check_latents(parts)
         decoder = parts["decoder"]
         conditions = decoder.meta["conditions"]
-        if "text_encoder" in decoder.meta:
-            raise ValueError(
-                "inputs.decoder was trained on the encodings of a text encoder, and unCLIP gives it CLIP's; set "
-                "model.kind to latent"
-            )
+        for role in ("prior", "decoder"):
+            if role in parts and "text_encoder" in parts[role].meta:
+                raise ValueError(
+                    f"inputs.{role} was trained on the encodings of a text encoder, and unCLIP gives it CLIP's; train "
+                    "it on features without text_encoder, or set model.kind to latent"
+                )
         if "label" in conditions:
             raise ValueError("inputs.decoder takes class labels, which unCLIP does not give; set model.kind to latent")
         if "prior" in parts:
@@ -83,7 +84,7 @@ class UnclipSystem:
         self.cfg, self.device = cfg, device
         self.size: int = cfg.check(parts)["size"]
         self.latent_shape = latent_shape(parts["autoencoder"])
-        self.latent_statistics = latent_statistics(parts["autoencoder"].meta, device)
+        self.latent_statistics = latent_statistics(parts["decoder"].meta, device)
         self.embed_statistics = embed_statistics(parts["clip"].meta, device)
         self.autoencoder = cast(Autoencoder, load_part(parts["autoencoder"], device=device)[0])
         self.clip = cast(CLIP, load_part(parts["clip"], device=device)[0])
@@ -93,9 +94,7 @@ class UnclipSystem:
         if "prior" in parts:
             prior, self.prior_diffusion = load_part(parts["prior"], device=device)
             self.prior = cast(Prior, prior)
-        self.cascade = Cascade(
-            cfg, parts, device=device, autoencoder=self.autoencoder, statistics=self.latent_statistics
-        )
+        self.cascade = Cascade(cfg, parts, device=device, autoencoder=self.autoencoder)
 
     def sample(self, conditions: Conditions, *, generator: torch.Generator) -> Tensor:
         """Pictures [B, 3, size, size] in [-1, 1] of the conditions' texts."""

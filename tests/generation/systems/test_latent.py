@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+import os
+
+os.environ["HF_HUB_OFFLINE"] = os.environ["TRANSFORMERS_OFFLINE"] = "1"
+
+import hashlib
+import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import T5Config, T5EncoderModel
 
-from genpipe.artifacts import Artifact, read_manifest
+from genpipe.artifacts import Artifact, fetch, read_manifest
+from genpipe.data.features import FeatureDataset
+from genpipe.data.shard_dataset import open_shards
 from genpipe.diffusion.process import SamplerConfig
-from genpipe.generation.conditions import Conditions, Given
+from genpipe.generation.conditions import Conditions, Given, Text
 from genpipe.generation.latents import sample_latents
+from genpipe.generation.systems import load_system
 from genpipe.generation.systems.latent import LatentConfig, LatentSystem
 
 if TYPE_CHECKING:
@@ -95,3 +108,40 @@ def test_captions_to_pixels_without_prior_or_autoencoder(tiny: TinyPipeline) -> 
     assert made.meta["parts"].keys() == {"autoencoder", "clip", "decoder"}
     samples = tiny.run("sample", *settings)
     assert samples.meta["image_size"] == 16 and samples.meta["samples"] == {"train": 16, "heldout": 4}
+
+
+def write_t5(folder: Path, captions: list[str]) -> dict[str, str]:
+    """A T5 encoder of random weights as transformers writes it, with a tokenizer of words; the digests of its files."""
+    words = sorted({word for caption in captions for word in caption.split()})
+    vocabulary = {word: i for i, word in enumerate(["<pad>", "</s>", "<unk>", *words])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    torch.manual_seed(0)
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 1, "num_heads": 4, "vocab_size": len(vocabulary)}
+    T5EncoderModel(T5Config(**sizes)).save_pretrained(folder)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    names = ("config.json", "tokenizer.json", "model.safetensors")
+    return {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in names}
+
+
+def test_a_published_encoder_reads_the_captions(tiny: TinyPipeline, tmp_path: Path) -> None:
+    """`configs/pipeline/latent-tiny.yaml`, whole: neither CLIP nor prior is trained."""
+    digests = write_t5(tmp_path / "t5", [path.read_text() for path in tiny.shapes.glob("*.txt")])
+    latent = type(tiny)(tiny.store, tiny.shapes, Path("configs/pipeline/latent-tiny.yaml"))
+    model = {"kind": "t5", "folder": str(tmp_path / "t5"), "width": 32, "sha256": digests, "context_length": 16}
+    settings = f"stages.text_encoder.model={json.dumps(model)}"
+    samples = latent.run("sample", settings)
+    assert samples.meta["samples"] == {"train": 16, "heldout": 4} and samples.meta["image_size"] == 16
+    made = latent.run("system", settings)
+    assert made.meta["parts"].keys() == {"autoencoder", "text_encoder", "decoder"}
+    system = load_system(made, device=CPU)
+    assert isinstance(system, LatentSystem) and system.encode_text is not None
+    features = FeatureDataset(fetch(latent.run("features", settings)), split="train")
+    shards = open_shards(latent.run("shard", settings), split="train")
+    cached = Text.from_cache(features.text(np.arange(3), np.zeros(3)))
+    fresh = system.encode_text([f"  {shards.captions(i)[0]} " for i in range(3)])
+    assert torch.equal(cached.mask, fresh.mask)
+    torch.testing.assert_close(cached.encodings, fresh.encodings, atol=2e-2, rtol=2e-2)
+    one, other = (system.sample(Conditions(1, texts=[prompt]), generator=seeded(0)) for prompt in PROMPTS)
+    assert not torch.allclose(one, other, atol=1e-3)
