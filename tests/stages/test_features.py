@@ -11,7 +11,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from genpipe.generation.system import check_lineage
 
 from genpipe import artifacts
 from genpipe.artifacts import Artifact
