@@ -84,10 +84,10 @@ class Gallery:
                         )
             return self.commit(kind, Path(out), name=name)
 
-    def clip(self) -> Artifact:
+    def clip(self, *, dims: int = DIMS) -> Artifact:
         """A CLIP that nobody trained."""
         tower = {"width": 16, "depth": 1, "heads": 2}
-        sizes = {"embed_dim": DIMS, "image_size": SIDE, "patch_size": 4, "image": tower, "text": tower}
+        sizes = {"embed_dim": dims, "image_size": SIDE, "patch_size": 4, "image": tower, "text": tower}
         torch.manual_seed(0)
         cfg = CLIPConfig.model_validate(sizes)
         vocabulary = {"vocab_size": 8, "context_length": 4, "eot_id": 2}

@@ -23,7 +23,7 @@ single_thread()
 import numpy as np  # noqa: E402
 import pyarrow as pa  # noqa: E402
 import torch  # noqa: E402
-from gallery import DIMS, SIDE, Gallery, evaluation, pictures  # noqa: E402
+from gallery import SIDE, Gallery, evaluation, pictures  # noqa: E402
 
 from genpipe.artifacts import Artifact  # noqa: E402
 from genpipe.data.features import write_features  # noqa: E402
@@ -31,7 +31,7 @@ from genpipe.data.shards import INDEX_SCHEMA, INDEX_SUFFIX, write_table  # noqa:
 from genpipe.evaluation.metrics.retrieval import RetrievalConfig  # noqa: E402
 from genpipe.lineage import content_digest  # noqa: E402
 
-SHARD = 10_000
+WIDTH, SHARD = 512, 10_000
 MIB = 2**20
 
 
@@ -63,7 +63,7 @@ def made(gallery: Gallery, *, pool: int, count: int) -> dict[str, Artifact]:
         write_table(index(rows), shards / f"{name}{INDEX_SUFFIX}")
         with (shards / f"{name}.tar").open("wb") as tar:
             tar.truncate(1024)
-        embeds = generator.standard_normal((2, len(rows), DIMS)).astype(np.float16)
+        embeds = generator.standard_normal((2, len(rows), WIDTH)).astype(np.float16)
         embeds /= np.linalg.norm(embeds.astype(np.float32), axis=-1, keepdims=True)
         arrays = {
             "keys": np.asarray([f"s{i}" for i in rows]),
@@ -75,7 +75,7 @@ def made(gallery: Gallery, *, pool: int, count: int) -> dict[str, Artifact]:
             "token_offsets": np.arange(len(rows) + 1),
         }
         write_features(features / name, arrays)
-    shard, clip = gallery.commit("shards", shards), gallery.clip()
+    shard, clip = gallery.commit("shards", shards), gallery.clip(dims=WIDTH)
     digests = {"shard": content_digest(shard), "clip": content_digest(clip)}
     lineage = {"shard": shard.fingerprint, "clip": clip.fingerprint}
     chosen = generator.choice(pool, count, replace=False).tolist()

@@ -133,9 +133,10 @@ class _Measure:
 
         def pool() -> Iterator[Chunk]:
             for split, rows in self.evaluation.reference.ranges.items():
-                for first in range(rows.start, rows.stop, size):
-                    chunk = range(first, min(first + size, rows.stop))
-                    embeds = self.features[split].text_embeds(np.asarray(chunk) - rows.start)
-                    yield embeds.to(queries.device), matches.own(chunk).repeat(2, 1).to(queries.device)
+                first = rows.start
+                for embeds in self.features[split].chunks("text_embeds", size=size):
+                    own = matches.own(range(first, first + len(embeds)))
+                    yield embeds.to(queries.device), own.repeat(2, 1).to(queries.device)
+                    first += len(embeds)
 
         return chunked_ranks(queries, pool)
