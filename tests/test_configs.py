@@ -49,26 +49,22 @@ def test_the_small_ones_are_whole_and_small(name: str) -> None:
 
 def samplers(name: str) -> list[tuple[str, SamplerConfig, DiffusionConfig]]:
     """Each sampler that a pipeline names, with the diffusion of the stage that it draws from."""
-    instances = load_pipeline(f"{CONFIGS}/{name}.yaml").instances
+    plans = {planned.name: planned for planned in plan(load_pipeline(f"{CONFIGS}/{name}.yaml"), sources=False)}
     found = []
-    for stage, instance in instances.items():
-        cfg: Any = instance.cfg
+    for planned in plans.values():
+        cfg, inputs = planned.instance.cfg, planned.instance.inputs
         if hasattr(cfg, "diffusion"):
-            found.append((stage, cfg.observe.sampler, cfg.diffusion))
-        if instance.makes == "system":
+            found.append((planned.name, cfg.observe.sampler, cfg.diffusion))
+        if planned.artifact.kind == "system":
+            upsamplers = zip(inputs.get("upsamplers", ()), cfg.model.upsamplers, strict=False)
             drawn = [
-                (part, sampler)
-                for role in ("prior", "decoder", "upsamplers")
-                if role in instance.inputs
-                for part, sampler in zip(instance.inputs[role], _several(getattr(cfg.model, role)), strict=True)
+                *upsamplers,
+                *((inputs[role][0], getattr(cfg.model, role)) for role in ("prior", "decoder") if role in inputs),
             ]
-            parts: dict[str, Any] = {part: instances[part].cfg for part, _ in drawn}
-            found += [(f"{stage}'s {part}", sampler, parts[part].diffusion) for part, sampler in drawn]
+            found += [
+                (f"{planned.name}'s {part}", sampler, plans[part].instance.cfg.diffusion) for part, sampler in drawn
+            ]
     return found
-
-
-def _several(samplers: SamplerConfig | tuple[SamplerConfig, ...]) -> tuple[SamplerConfig, ...]:
-    return samplers if isinstance(samplers, tuple) else (samplers,)
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in CONFIGS.glob("*.yaml")))
@@ -143,7 +139,7 @@ def test_unclip_is_trained_as_its_table_3_says(
 )
 def test_unclip_is_sampled_as_its_tables_2_and_3_say(stage: str, sampler: dict[str, object]) -> None:
     drawn = [found for where, found, _ in samplers("unclip") if where.endswith(stage)]
-    assert len(drawn) == 2, "of the validation and of the system"
+    assert len(drawn) == 2, "of the validation and of the evaluation"
     assert all({name: getattr(found, name) for name in sampler} == sampler for found in drawn)
 
 
