@@ -25,17 +25,23 @@ def content_digest(artifact: Artifact) -> str:
 
 
 def check_made_from(inputs: Mapping[str, Artifact]) -> None:
-    """Raise ValueError if the features among `inputs` were made from other content than the inputs beside them."""
-    features = inputs["features"]
-    for name, made_from in features.meta["made_from"].items():
-        if name not in inputs:
-            continue
-        here = content_digest(inputs[name])
-        if made_from != here:
-            raise ValueError(
-                f"{features.uri} was made from another {name} ({made_from[:12]}) than {inputs[name].uri} holds "
-                f"({here[:12]}); delete {features.uri} to have it made again, or restore the {name} it was made from"
-            )
+    """Raise ValueError if one of `inputs` was made from other content than the inputs beside it hold.
+
+    An artifact says so in `made_from` of its meta: the content digest of each that it was made from, by role.
+    """
+    digests: dict[str, str] = {}
+    for name, artifact in inputs.items():
+        for source, made_from in artifact.meta.get("made_from", {}).items():
+            if source not in inputs:
+                continue
+            if source not in digests:
+                digests[source] = content_digest(inputs[source])
+            if made_from != digests[source]:
+                raise ValueError(
+                    f"{name}: {artifact.uri} was made from another {source} ({made_from[:12]}) than "
+                    f"{inputs[source].uri} holds ({digests[source][:12]}); delete {artifact.uri} to have it made "
+                    f"again, or restore the {source} it was made from"
+                )
 
 
 def check_lineage(inputs: Mapping[str, Artifact]) -> None:

@@ -102,14 +102,14 @@ def draw_shape(shape: str, *, rgb: tuple[int, int, int], radius: int) -> Image.I
 
 
 class TinyPipeline:
-    """`configs/pipeline/tiny.yaml` on the folder of shapes, in one store, so that a stage runs once a session."""
+    """A small pipeline on a folder of shapes, in one store, so that a stage runs once a session."""
 
-    def __init__(self, store: Path | str, shapes: Path) -> None:
-        self.store, self.shapes = store, shapes
+    def __init__(self, store: Path | str, shapes: Path, config: Path = TINY) -> None:
+        self.store, self.shapes, self.config = store, shapes, config
 
     def load(self, *overrides: str) -> graph.Pipeline:
         return graph.load_pipeline(
-            str(TINY), [f"store={self.store}", f"stages.shard.source.path={self.shapes}", *overrides]
+            str(self.config), [f"store={self.store}", f"stages.shard.source.path={self.shapes}", *overrides]
         )
 
     def plan(self, *overrides: str) -> dict[str, Planned]:
@@ -131,6 +131,23 @@ class TinyPipeline:
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory, shapes: Path) -> TinyPipeline:
     return TinyPipeline(tmp_path_factory.mktemp("store"), shapes)
+
+
+@pytest.fixture(scope="session")
+def shape_classes(tmp_path_factory: pytest.TempPathFactory, shapes: Path) -> Path:
+    """The pictures of `shapes` in a folder for each shape, without captions."""
+    folder = tmp_path_factory.mktemp("classes")
+    for path in shapes.glob("*.png"):
+        shape = path.stem.rpartition("-")[2]
+        (folder / shape).mkdir(exist_ok=True)
+        shutil.copy(path, folder / shape / path.name)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pixel_tiny(tmp_path_factory: pytest.TempPathFactory, shape_classes: Path) -> TinyPipeline:
+    """`configs/pipeline/pixel-tiny.yaml`."""
+    return TinyPipeline(tmp_path_factory.mktemp("store"), shape_classes, TINY.with_name("pixel-tiny.yaml"))
 
 
 @pytest.fixture(scope="session")

@@ -22,7 +22,7 @@ from genpipe.artifacts import Manifest, read_manifest
 pytestmark = pytest.mark.slow
 
 CONFIG = "configs/pipeline/tiny.yaml"
-STAGES = ["shard", "autoencoder", "clip", "features", "decoder", "prior", "upsampler", "evaluate"]
+STAGES = ["shard", "autoencoder", "clip", "features", "decoder", "prior", "upsampler", "system", "sample", "evaluate"]
 TRAINED = ["autoencoder", "clip", "prior", "decoder", "upsampler"]
 
 
@@ -169,7 +169,7 @@ def test_a_killed_rank_and_a_change_of_the_decoder(project: tuple[Project, str])
         time.sleep(0.1)
     output, _ = process.communicate(timeout=200)
     assert killed and process.returncode == 0, output
-    rerun = {"decoder", "evaluate"}
+    rerun = {"decoder", "system", "sample", "evaluate"}
     assert statuses(output) == {stage: "ran" if stage in rerun else "cached" for stage in STAGES}
     runs = made.runs(made.client(), "decoder")
     assert len(runs) == 2, "one run for each fingerprint, whatever became of its ranks"

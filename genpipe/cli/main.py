@@ -13,11 +13,11 @@ import typer
 
 from genpipe.cli import console
 from genpipe.cli import data as data_commands
+from genpipe.cli.sample import sample as sample_command
 from genpipe.config import ConfigError
 
 if TYPE_CHECKING:
     from flows.reporting import Reporter, StageResult
-    from genpipe.artifacts import Artifact
     from genpipe.pipeline.graph import Pipeline
     from genpipe.pipeline.plan import Planned
 
@@ -142,38 +142,7 @@ def check(configs: Annotated[list[str], typer.Argument(metavar="CONFIG...", help
         raise ConfigError("\n".join(faults))
 
 
-@app.command()
-def sample(
-    source: Annotated[str, typer.Argument(metavar="CONFIG_OR_RELEASE", help="pipeline YAML, or an evaluate artifact")],
-    prompts: Annotated[list[str], typer.Argument(metavar="PROMPT...", help="what to draw")],
-    out: Annotated[Path, typer.Option("--out", help="the PNG to write")] = Path("grid.png"),
-    seed: Annotated[int, typer.Option(help="the same seed and prompts give the same pictures")] = 0,
-    each: Annotated[int, typer.Option("--each", min=1, help="pictures of each prompt")] = 4,
-) -> None:
-    """Draw pictures of prompts with a trained pipeline and write them as one PNG.
-
-    Example: `genpipe sample configs/pipeline/demo.yaml "an emoji of a red apple, twemoji style" --out apple.png`
-    """
-    import numpy as np
-    import torch
-    from PIL import Image
-
-    from genpipe.data.image_batches import to_uint8
-    from genpipe.evaluation.grids import labeled_grid
-    from genpipe.generation.system import GenerationConfig, Generator
-    from genpipe.training.loop import seeded
-
-    inputs, settings = _trained(source)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    system = Generator(inputs, device=device)
-    wanted = [prompt for prompt in prompts for _ in range(each)]
-    made = system.generate(wanted, GenerationConfig.model_validate(settings), generator=seeded(device, seed, *prompts))
-    images = to_uint8(made.upsampled).permute(0, 2, 3, 1).cpu().numpy()
-    rows = [list(images[i : i + each]) for i in range(0, len(images), each)]
-    picture: np.ndarray = labeled_grid(rows, captions=prompts, columns=[""] * each, cell=system.size)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(picture).save(out)
-    console.out.print(f"wrote {out}", highlight=False)
+app.command()(sample_command)
 
 
 @app.command()
@@ -248,26 +217,6 @@ def _absent_data(pipeline: Pipeline) -> str:
     except ConfigError as error:
         return f", but for its data: {error}"
     return ""
-
-
-def _trained(source: str) -> tuple[dict[str, Artifact], object]:
-    """The artifacts that make pictures, and the evaluation's settings of how."""
-    from genpipe.artifacts import read_manifest
-    from genpipe.pipeline.graph import load_pipeline
-    from genpipe.pipeline.plan import plan as plan_pipeline
-
-    if not source.endswith((".yaml", ".yml")):
-        manifest = read_manifest(source)
-        if manifest is None or manifest.artifact.kind != "scores":
-            raise ConfigError(f"{source}: neither a pipeline's YAML file nor the folder of an evaluate artifact")
-        return dict(manifest.inputs), manifest.config["generation"]
-    pipeline = load_pipeline(source)
-    plans = {p.name: p for p in plan_pipeline(pipeline)}
-    planned = next(p for p in plans.values() if p.artifact.kind == "scores")
-    missing = [name for name in planned.instance.needs if plans[name].status != "cached"]
-    if missing:
-        raise ConfigError(f"{source}: {', '.join(missing)} not made yet; `genpipe run {source}` makes them")
-    return planned.inputs, planned.instance.cfg.generation.model_dump()  # type: ignore[attr-defined]
 
 
 def _costs(plans: Sequence[Planned], *, mfu: float, peak_tflops: float, price: float) -> None:

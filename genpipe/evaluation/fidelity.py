@@ -6,7 +6,7 @@ B images, C channels; images are in [-1, 1]. N samples of a set, D features.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Self
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor
@@ -47,9 +47,31 @@ def ssim(images: Tensor, reference: Tensor) -> Tensor:
     return (likeness / ((mean_x**2 + mean_y**2 + c1) * (spread + c2))).flatten(1).mean(1)
 
 
+class Moments(Protocol):
+    """The mean [D] and the covariance [D, D] of a set's features."""
+
+    @property
+    def mean(self) -> Tensor:
+        """[D]."""
+        ...
+
+    @property
+    def covariance(self) -> Tensor:
+        """[D, D]."""
+        ...
+
+
+@dataclass(frozen=True)
+class StoredMoments:
+    """Moments as they are published, `mu` and `sigma` of an FID's statistics: fp64."""
+
+    mean: Tensor
+    covariance: Tensor
+
+
 @dataclass(frozen=True)
 class FeatureMoments:
-    """Sums in fp64 over the features of a set: as many as one likes in flat memory. Parts of a set are added."""
+    """Sums in fp64 over the features of a set, in memory that does not grow with it. Parts of a set are added."""
 
     count: int
     total: Tensor
@@ -71,22 +93,22 @@ class FeatureMoments:
 
     @property
     def covariance(self) -> Tensor:
-        """[D, D], of a sample (divided by N - 1)."""
+        """[D, D], of a sample (divided by N - 1). Raises ValueError for fewer than two."""
+        if self.count < 2:
+            raise ValueError(f"a covariance needs two samples at least, got {self.count}")
         return (self.outer - self.count * torch.outer(self.mean, self.mean)) / (self.count - 1)
 
 
-def frechet_distance(one: FeatureMoments, other: FeatureMoments) -> float:
-    """Squared Frechet distance of the two sets' Gaussians (Heusel et al. 2017, eq. 6), FID on Inception's features.
+def frechet_distance(one: Moments, other: Moments) -> float:
+    """Squared Frechet distance of the Gaussians of two sets (Heusel et al. 2017, eq. 6): FID on Inception's features.
 
-    It is biased upwards by about 1/N: compare only at equal N, and say N. Needs two samples of each set.
-    The trace of (S1 S2)^(1/2) is taken from the symmetric S1^(1/2) S2 S1^(1/2), so that nothing turns complex where
-    covariances are singular, as they are with fewer samples than features.
+    It is biased upwards by about 1/N: compare only at equal N, and say N. The trace of (S1 S2)^(1/2) is taken from the
+    symmetric S1^(1/2) S2 S1^(1/2), so that nothing turns complex where covariances are singular, as they are with
+    fewer samples than features. Raises ValueError for a set of one.
     """
-    if min(one.count, other.count) < 2:
-        raise ValueError(f"a Frechet distance needs two samples of each set, got {one.count} and {other.count}")
-    values, vectors = torch.linalg.eigh(one.covariance.cpu())
+    covariances = [moments.covariance.double().cpu() for moments in (one, other)]
+    values, vectors = torch.linalg.eigh(covariances[0])
     root = values.clamp(min=0).sqrt()[:, None] * vectors.T
-    cross = torch.linalg.eigvalsh(root @ other.covariance.cpu() @ root.T).clamp(min=0).sqrt().sum()
-    traces = torch.trace(one.covariance) + torch.trace(other.covariance)
-    means = (one.mean - other.mean).square().sum()
-    return max(0.0, float(means.cpu() + traces.cpu() - 2 * cross))
+    cross = torch.linalg.eigvalsh(root @ covariances[1] @ root.T).clamp(min=0).sqrt().sum()
+    means = (one.mean.double().cpu() - other.mean.double().cpu()).square().sum()
+    return max(0.0, float(means + torch.trace(covariances[0]) + torch.trace(covariances[1]) - 2 * cross))

@@ -10,8 +10,21 @@ from genpipe.evaluation.networks import inception_features, lpips_distance
 from genpipe.models.lpips import Lpips
 
 
+def reconstruction_scores(images: Tensor, reference: Tensor, *, lpips: Lpips | None = None) -> dict[str, Tensor]:
+    """`psnr` (dB), `ssim` and `lpips` of each reconstruction, fp32 [B]; both [B, 3, H, W] in [-1, 1].
+
+    SSIM is left out below its window's size, LPIPS without its network.
+    """
+    found = {"psnr": psnr(images, reference)}
+    if min(images.shape[-2:]) >= SSIM_WINDOW:
+        found["ssim"] = ssim(images, reference)
+    if lpips is not None:
+        found["lpips"] = lpips_distance(lpips, images, reference)
+    return found
+
+
 class ReconstructionScores:
-    """PSNR and SSIM; LPIPS and rFID where their networks are given. Memory does not grow with features."""
+    """`reconstruction_scores` over many batches; rFID where Inception is given. Memory does not grow with features."""
 
     def __init__(self, *, lpips: Lpips | None = None, inception: nn.Module | None = None) -> None:
         self.lpips = lpips
@@ -21,17 +34,11 @@ class ReconstructionScores:
 
     def add(self, images: Tensor, reference: Tensor) -> None:
         """One batch of reconstructions and of what they should be, [B, 3, H, W] in [-1, 1]."""
-        self._append("psnr", psnr(images, reference))
-        if min(images.shape[-2:]) >= SSIM_WINDOW:
-            self._append("ssim", ssim(images, reference))
-        if self.lpips is not None:
-            self._append("lpips", lpips_distance(self.lpips, images, reference))
+        for name, values_B in reconstruction_scores(images, reference, lpips=self.lpips).items():
+            self.values.setdefault(name, []).append(values_B)
         if self.inception is not None:
             one, other = (FeatureMoments.of(inception_features(self.inception, part)) for part in (images, reference))
             self.moments = (self.moments[0] + one, self.moments[1] + other) if self.moments else (one, other)
-
-    def _append(self, name: str, values_B: Tensor) -> None:
-        self.values.setdefault(name, []).append(values_B)
 
     def metrics(self) -> dict[str, float]:
         """Means over the images; `rfid_N` over N of them, as a Frechet distance means nothing without its N."""

@@ -16,8 +16,27 @@ from torch import Tensor
 TOKENIZER_FILE = "tokenizer.json"
 
 
+@dataclass(frozen=True)
+class Conditions:
+    """What `count` pictures are asked to show: a text and a label each; None where there are none.
+
+    Labels are places in the list of classes.
+    """
+
+    count: int
+    texts: Sequence[str] | None = None
+    labels: Sequence[int] | None = None
+
+    def __post_init__(self) -> None:
+        for given in (self.texts, self.labels):
+            assert given is None or len(given) == self.count, "one for each picture"
+
+
 class Text(NamedTuple):
-    """What CLIP's text tower says of captions: embed [B, D], encodings [B, L, W], mask bool [B, L]."""
+    """What a text encoder says of captions: embed fp32 [B, D], encodings fp32 [B, L, W], mask bool [B, L].
+
+    D is 0 where the encoder has no pooled embedding. The mask is True at tokens that are not padding.
+    """
 
     embed: Tensor
     encodings: Tensor
@@ -29,10 +48,47 @@ class Text(NamedTuple):
         places = batch["text_places"]
         mask = places >= 0
         encodings = batch["text_encodings"].float()[places.clamp(min=0)]
-        return cls(batch["text_embeds"].float(), encodings * mask[..., None], mask)
+        embed = batch["text_embeds"].float() if "text_embeds" in batch else encodings.new_empty(len(places), 0)
+        return cls(embed, encodings * mask[..., None], mask)
 
     def repeated(self, times: int) -> Text:
-        return Text(*(part.repeat(times, *[1] * (part.ndim - 1)) for part in self))
+        """The captions `times` times over, [times * B, ...]."""
+        return Text(*(_repeated(part, times) for part in self))
+
+    def first(self, count: int) -> Text:
+        """The first captions."""
+        return Text(*(part[:count] for part in self))
+
+
+class Given(NamedTuple):
+    """The conditions of B pictures as a decoder takes them; None for each that it was built without.
+
+    image_embed: [B, D], standardized; labels: int64 [B], negative where there is none.
+    """
+
+    image_embed: Tensor | None = None
+    text: Text | None = None
+    labels: Tensor | None = None
+
+    def repeated(self, times: int) -> Given:
+        """The conditions `times` times over."""
+        return Given(
+            None if self.image_embed is None else _repeated(self.image_embed, times),
+            None if self.text is None else self.text.repeated(times),
+            None if self.labels is None else _repeated(self.labels, times),
+        )
+
+    def first(self, count: int) -> Given:
+        """Those of the first pictures."""
+        return Given(
+            None if self.image_embed is None else self.image_embed[:count],
+            None if self.text is None else self.text.first(count),
+            None if self.labels is None else self.labels[:count],
+        )
+
+
+def _repeated(x: Tensor, times: int) -> Tensor:
+    return x.repeat(times, *[1] * (x.ndim - 1))
 
 
 @dataclass(frozen=True)
@@ -49,17 +105,19 @@ class Statistics:
         return cls(torch.tensor(mean, device=device).view(shape), torch.tensor(std, device=device).view(shape))
 
     def standardize(self, x: Tensor) -> Tensor:
+        """To mean 0 and deviation 1, in fp32."""
         return (x.float() - self.mean) / self.std
 
     def restore(self, x: Tensor) -> Tensor:
+        """Inverse of `standardize`."""
         return x * self.std + self.mean
 
 
 def latent_statistics(meta: Mapping[str, list[float]], device: torch.device) -> Statistics:
-    """Of the autoencoder's latents, by channel, from a manifest's meta."""
+    """Those of latents, by channel: of features and decoders as they were trained on, of autoencoders of the means."""
     return Statistics.of(meta["latent_mean"], meta["latent_std"], axes=2, device=device)
 
 
 def embed_statistics(meta: Mapping[str, list[float]], device: torch.device) -> Statistics:
-    """Of CLIP's image embeddings, by dimension, from a manifest's meta."""
+    """Those of CLIP's image embeddings, by dimension, from a manifest's meta."""
     return Statistics.of(meta["image_embed_mean"], meta["image_embed_std"], axes=0, device=device)

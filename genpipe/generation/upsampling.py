@@ -39,6 +39,7 @@ class PixelSpace:
         return size
 
     def channels(self, image_channels: int) -> int:
+        """Channels of what is drawn for images with so many."""
         return image_channels
 
     def encode(self, images: Tensor, *, low_res: Tensor) -> Tensor:
@@ -62,19 +63,23 @@ class LatentSpace:
     factor: int
 
     def grid(self, size: int) -> int:
+        """Cells of a side for images of `size` pixels."""
         return size // self.factor
 
     def channels(self, image_channels: int) -> int:
+        """Channels of what is drawn: the latents', whatever the images have."""
         return len(self.statistics.mean)
 
     @torch.no_grad()
     def encode(self, images: Tensor, *, low_res: Tensor) -> Tensor:
+        """Standardized latents of images [B, C, H, W]."""
         if self.autoencoder is None:
             return low_res.new_empty(len(images), self.channels(images.shape[1]), *low_res.shape[2:])
         return self.statistics.standardize(self.autoencoder.encode(images)[0])
 
     @torch.no_grad()
     def decode(self, x0: Tensor, *, low_res: Tensor) -> Tensor:
+        """Inverse of `encode`."""
         assert self.autoencoder is not None, "on the meta device nothing is drawn"
         return self.autoencoder.decode(self.statistics.restore(x0), fp32=True)
 
@@ -82,9 +87,17 @@ class LatentSpace:
 Space = PixelSpace | LatentSpace
 
 
-def space_of(extra: Mapping[str, Any], *, autoencoder: Autoencoder, statistics: Statistics) -> Space:
-    """Where an upsampler draws, from the `extra` of its weights."""
+def space_of(extra: Mapping[str, Any], *, autoencoder: Autoencoder | None, statistics: Statistics | None) -> Space:
+    """Where an upsampler draws, from the `extra` of its weights.
+
+    Raises ValueError for one that draws latents in a system without an autoencoder.
+    """
     if extra["target"] == "latents":
+        if autoencoder is None or statistics is None:
+            raise ValueError(
+                "inputs.upsamplers: one draws an autoencoder's latents, and this kind of system has none; train it "
+                "with target image or residual"
+            )
         return LatentSpace(autoencoder, statistics, autoencoder.cfg.factor)
     return PixelSpace(extra["residual_std"])
 
@@ -122,9 +135,9 @@ def upsample(
     return space.decode(x0, low_res=large).clamp(-1, 1)
 
 
-def upsampler_model(upsampler: Upsampler, low_res: Tensor, *, level: Tensor) -> Model:
-    """The upsampler with the small images bound, enlarged and with noise of `level` [B] on them."""
-    return lambda x, t: upsampler(x, t, low_res=low_res, noise_aug=level)
+def upsampler_model(upsampler: Upsampler, low_res: Tensor, *, level: Tensor, generator: torch.Generator) -> Model:
+    """The upsampler in training, with the small images bound, enlarged and with noise of `level` [B] on them."""
+    return lambda x, t: upsampler(x, t, low_res=low_res, noise_aug=level, generator=generator)
 
 
 def in_pieces(

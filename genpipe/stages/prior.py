@@ -17,7 +17,7 @@ from genpipe.data.features import FeatureDataset
 from genpipe.data.loader import Data
 from genpipe.data.train_sets import cached_data, example_features
 from genpipe.diffusion.process import DiffusionConfig, SamplerConfig, check_sampler, fixed_time_losses, training_loss
-from genpipe.evaluation.metrics import cosine, mean_losses, unrelated
+from genpipe.evaluation.validation import cosine, mean_losses, unrelated
 from genpipe.generation.conditions import Text, embed_statistics
 from genpipe.generation.embeds import (
     code_losses,
@@ -48,6 +48,8 @@ class ObservePrior(ObserveTraining):
 
 
 class Config(StageConfig):
+    """The prior, of either kind, and how it is trained."""
+
     model: PriorConfig = DiffusionPriorConfig()
     diffusion: DiffusionConfig = Field(
         DiffusionConfig(schedule="cosine", predict="x0", time_sampling="uniform"), description="of the diffusion prior"
@@ -59,11 +61,18 @@ class Config(StageConfig):
 
 
 def roles(cfg: Config) -> dict[str, Role]:
+    """The features to train on."""
     return {"features": Role("features")}
 
 
 def check_inputs(cfg: Config, inputs: Mapping[str, Artifact]) -> dict[str, Any]:
+    """The widths of what the prior reads and draws, and the fingerprints of the encoders that it was trained with.
+
+    Raises ValueError for features without CLIP's embeddings, and for a network or sampler that does not fit.
+    """
     meta = inputs["features"].meta
+    if "embed_dim" not in meta:
+        raise ValueError("the features have no image embeddings, which a prior draws; give features a clip")
     if cfg.model.kind == "diffusion" and 0 < cfg.model.text_positions < meta["context_length"]:
         raise ValueError(
             f"model.text_positions {cfg.model.text_positions} is less than CLIP's context_length "
@@ -72,10 +81,14 @@ def check_inputs(cfg: Config, inputs: Mapping[str, Artifact]) -> dict[str, Any]:
     if cfg.diffusion.variance == "learned":
         raise ValueError("diffusion.variance 'learned': a prior predicts embeddings alone; set it to 'fixed'")
     check_sampler(cfg.observe.sampler, cfg.diffusion)
-    return {name: meta[name] for name in ("embed_dim", "text_width", "clip")}
+    return {
+        "diffusion": cfg.diffusion.model_dump(mode="json"),
+        **{name: meta[name] for name in ("embed_dim", "text_width", "clip", "text_encoder") if name in meta},
+    }
 
 
 def data(cfg: Config, inputs: Mapping[str, Artifact]) -> Data:
+    """Cached features: image embeddings and captions."""
     return cached_data(inputs, arrays=("image_embeds",), seed=cfg.train.seed)
 
 
@@ -160,9 +173,11 @@ class Objective:
         self.trainable: dict[str, nn.Module] = {"prior": self.model}
 
     def active(self, samples_seen: int) -> Sequence[str]:
+        """The prior, always."""
         return ("prior",)
 
     def loss(self, name: str, batch: Batch, step: Step) -> tuple[Tensor, Metrics]:
+        """The loss of a batch of cached features with some of its captions dropped."""
         text, embeds = Text.from_cache(batch), batch["image_embeds"].float()
         drop = torch.rand(len(embeds), generator=step.generator, device=embeds.device) < self.cfg.drop_text
         if isinstance(self.model, AutoregressivePrior):
@@ -171,7 +186,7 @@ class Objective:
         return training_loss(model, x0, self.cfg.diffusion, generator=step.generator).mean(), {}
 
     def after_step(self) -> None:
-        pass
+        """Nothing: no parameter is constrained."""
 
     def validate(self, batches: Iterable[Batch], generator: torch.Generator) -> Validation:
         """The scoreboard, on which both kinds compare; `loss` compares within a kind."""
@@ -213,6 +228,7 @@ class Objective:
 
 
 def export(objective: Objective, cfg: Config, inputs: Mapping[str, Artifact], folder: Path) -> dict[str, Any]:
+    """Write the weights; what they were trained for goes into the meta, by content and not by name alone."""
     extra = {"diffusion": cfg.diffusion.model_dump(mode="json")}
     save_weights(objective.model, folder, kind="prior", config=cfg.model, sizes=objective.sizes, extra=extra)
-    return {}
+    return {"made_from": inputs["features"].meta["made_from"]}

@@ -26,7 +26,7 @@ from genpipe.diffusion.process import (
 )
 from genpipe.evaluation.fidelity import psnr
 from genpipe.evaluation.grids import hwc, tile
-from genpipe.evaluation.metrics import mean_losses
+from genpipe.evaluation.validation import mean_losses
 from genpipe.generation.conditions import latent_statistics
 from genpipe.generation.upsampling import (
     LatentSpace,
@@ -38,6 +38,7 @@ from genpipe.generation.upsampling import (
     upsample,
     upsampler_model,
 )
+from genpipe.lineage import content_digest
 from genpipe.models.autoencoder import Autoencoder
 from genpipe.models.precision import fp32
 from genpipe.models.upsampler import ConvolutionalConfig, UpsamplerConfig, build_upsampler
@@ -61,6 +62,12 @@ class ObserveUpsampler(ObserveTraining):
 
 
 class Config(StageConfig):
+    """What is enlarged to what, and how it is trained.
+
+    Noise augmentation is that of cascaded diffusion (Ho et al. 2022); unCLIP has none: set `noise_aug` to 0 for its
+    upsamplers, here and in their system.
+    """
+
     low_size: int = Field(64, ge=8, description="side of the images that it is given")
     image_size: int = Field(128, ge=16, description="side of the images that it makes")
     crop: int = Field(64, ge=8, description="side of the training crops, in large pixels")
@@ -78,17 +85,23 @@ class Config(StageConfig):
 
 
 def roles(cfg: Config) -> dict[str, Role]:
+    """The images to train on, and the autoencoder whose latents are drawn, if they are."""
     autoencoder = {"autoencoder": Role("autoencoder")} if cfg.target == "latents" else {}
     return {"shard": Role("shards", "samples"), **autoencoder}
 
 
 def check_inputs(cfg: Config, inputs: Mapping[str, Artifact]) -> dict[str, Any]:
+    """The sides of what goes in and comes out. Raises ValueError for sizes that do not fit one another."""
     check_image_size(inputs["shard"], cfg.image_size, setting="image_size")
     check_sampler(cfg.observe.sampler, cfg.diffusion)
     if cfg.image_size <= cfg.low_size:
         raise ValueError(f"image_size {cfg.image_size} is not larger than low_size {cfg.low_size}")
     multiple = cfg.model.grid_multiple
-    meta: dict[str, Any] = {"low_size": cfg.low_size, "image_size": cfg.image_size}
+    meta: dict[str, Any] = {
+        "low_size": cfg.low_size,
+        "image_size": cfg.image_size,
+        "diffusion": cfg.diffusion.model_dump(mode="json"),
+    }
     if cfg.target == "latents":
         autoencoder = inputs["autoencoder"]
         multiple *= _factor(autoencoder)
@@ -103,6 +116,7 @@ def check_inputs(cfg: Config, inputs: Mapping[str, Artifact]) -> dict[str, Any]:
 
 
 def data(cfg: Config, inputs: Mapping[str, Artifact]) -> Data:
+    """Images at the size that is made."""
     return image_data(inputs["shard"], size=cfg.image_size)
 
 
@@ -112,6 +126,7 @@ def example_batch(cfg: Config, inputs: Mapping[str, Artifact], *, batch_size: in
 
 
 def objective(cfg: Config, inputs: Mapping[str, Artifact], device: torch.device) -> Objective:
+    """What to train; on the meta device nothing is read."""
     return Objective(cfg, _space(cfg, inputs, device), device)
 
 
@@ -157,9 +172,11 @@ class Objective:
         self.trainable: dict[str, nn.Module] = {"upsampler": self.model}
 
     def active(self, samples_seen: int) -> Sequence[str]:
+        """The upsampler, always."""
         return ("upsampler",)
 
     def loss(self, name: str, batch: Batch, step: Step) -> tuple[Tensor, Metrics]:
+        """The loss of random crops of a batch of images."""
         cfg, images = self.cfg, to_float(batch["images"])
         with fp32(images.device):
             low = degrade(images, cfg.degradation, size=cfg.low_size, generator=step.generator)
@@ -167,13 +184,15 @@ class Objective:
         images, large = random_crops([images, large], side=self.space.grid(cfg.crop), generator=step.generator)
         level = cfg.noise_aug * torch.rand(len(images), generator=step.generator, device=images.device)
         x0 = self.space.encode(images, low_res=large)
-        model = upsampler_model(self.model, augment(large, level=level, generator=step.generator), level=level)
+        noisy = augment(large, level=level, generator=step.generator)
+        model = upsampler_model(self.model, noisy, level=level, generator=step.generator)
         return training_loss(model, x0, cfg.diffusion, generator=step.generator).mean(), {}
 
     def after_step(self) -> None:
-        pass
+        """Nothing: no parameter is constrained."""
 
     def validate(self, batches: Iterable[Batch], generator: torch.Generator) -> Validation:
+        """Losses at fixed times without noise on low_res; PSNR and pictures of the first samples."""
         losses: list[dict[str, Tensor]] = []
         sampled, baseline = [], []
         pictures: dict[str, np.ndarray] = {}
@@ -234,10 +253,11 @@ def random_crops(images: Sequence[Tensor], *, side: int, generator: torch.Genera
 
 
 def export(objective: Objective, cfg: Config, inputs: Mapping[str, Artifact], folder: Path) -> dict[str, Any]:
+    """Write the weights, with where they draw; one that draws latents names its autoencoder by content."""
     extra = {
         "diffusion": cfg.diffusion.model_dump(mode="json"),
         "target": cfg.target,
         "residual_std": objective.space.residual_std if isinstance(objective.space, PixelSpace) else None,
     }
     save_weights(objective.model, folder, kind="upsampler", config=cfg.model, sizes=objective.sizes, extra=extra)
-    return {}
+    return {"made_from": {"autoencoder": content_digest(inputs["autoencoder"])}} if cfg.target == "latents" else {}

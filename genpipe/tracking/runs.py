@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -311,7 +312,9 @@ def _log_params(client: MlflowClient, run_id: str, config: Mapping[str, Any]) ->
     from mlflow.entities import Param
 
     settings = flatten({key: value for key, value in config.items() if key not in UNFINGERPRINTED})
-    params = [Param(key[:250], str(value)[:MAX_PARAM]) for key, value in settings.items()]
+    # Keys that users choose, such as templates of captions, may have characters that MLflow refuses.
+    named = {re.sub(r"[^\w./: -]", "_", key)[:250]: value for key, value in settings.items()}
+    params = [Param(key, str(value)[:MAX_PARAM]) for key, value in named.items()]
     for start in range(0, len(params), PARAMS_A_CALL):
         client.log_batch(run_id, params=params[start : start + PARAMS_A_CALL])
 

@@ -1,20 +1,19 @@
-"""Evaluation at the size of a million samples: the memory and the time of reading a pool and ranking prompts in it.
+"""Retrieval against pools of captions of very different sizes: time and memory of one part, in a process of its own.
 
-    python tests/benchmarks/bench_evaluation.py [--samples 1000000] [--prompts 64]
+    python tests/benchmarks/bench_evaluation.py [--pools 300000 1000000] [--pictures 256]
 
-A cache is written with what retrieval reads of it: text embeddings of 512 numbers in float16, beside encodings that
-would take 40 times as much and are never opened. Expect, whatever the number of samples, less than 300 MiB on top of
-what the process held before (shards of 10,000 samples are mapped one at a time), and on one core some 3 s a million.
+Expect: the memory of the largest pool within 100 MiB of the smallest's, and a time that grows as the pool does. What is
+counted is the process's own memory (RssAnon), before the part and what it takes more at its peak: the cache is mapped,
+and its pages are the kernel's to drop.
 """
 
 from __future__ import annotations
 
 import argparse
 import multiprocessing
-import resource
 import tempfile
+import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 from table import single_thread
@@ -22,70 +21,121 @@ from table import single_thread
 single_thread()
 
 import numpy as np  # noqa: E402
+import pyarrow as pa  # noqa: E402
 import torch  # noqa: E402
+from gallery import SIDE, Gallery, evaluation, pictures  # noqa: E402
 
-from genpipe.data.features import FeatureDataset, write_features  # noqa: E402
-from genpipe.evaluation.retrieval import recall_at  # noqa: E402
+from genpipe.artifacts import Artifact  # noqa: E402
+from genpipe.data.features import write_features  # noqa: E402
+from genpipe.data.shards import INDEX_SCHEMA, INDEX_SUFFIX, write_table  # noqa: E402
+from genpipe.evaluation.metrics.retrieval import RetrievalConfig  # noqa: E402
+from genpipe.lineage import content_digest  # noqa: E402
 
-WIDTH, SHARD, CHUNK = 512, 10_000, 2**14
+WIDTH, SHARD = 512, 10_000
+MIB = 2**20
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--samples", type=int, default=1_000_000)
-    parser.add_argument("--prompts", type=int, default=64)
+    parser.add_argument("--pools", type=int, nargs="+", default=[300_000, 1_000_000])
+    parser.add_argument("--pictures", type=int, default=256)
     options = parser.parse_args()
-    for samples in (options.samples // 10, options.samples):
+    print(f"{'pool':>12}{'pictures':>10}{'s a part':>10}{'MiB':>8}{'more':>8}")
+    context = multiprocessing.get_context("spawn")
+    for pool in options.pools:
         with tempfile.TemporaryDirectory() as folder:
-            write(Path(folder), samples)
-            with multiprocessing.get_context("spawn").Pool(1) as pool:  # whose memory nothing else has used
-                seconds, held, recall = pool.apply(rank, (Path(folder), options.prompts))
-        print(f"{samples:>10,} samples: {seconds:6.2f} s, {held / 2**20:6.0f} MiB at most, recall@10 {recall:.2f}")
+            inputs = made(Gallery(Path(folder, "store")), pool=pool, count=options.pictures)
+            results = context.Queue()
+            process = context.Process(target=one_part, args=(inputs, Path(folder), options.pictures, results))
+            process.start()
+            seconds, before, peak = results.get()
+            process.join()
+        print(f"{pool:>12,}{options.pictures:>10}{seconds:>10.1f}{before / MIB:>8.0f}{(peak - before) / MIB:>8.0f}")
 
 
-def write(folder: Path, samples: int) -> None:
-    """Random unit vectors, row i of image embeddings near row i of text embeddings."""
-    for number, first in enumerate(range(0, samples, SHARD)):
-        count = min(SHARD, samples - first)
-        random = np.random.default_rng(number)
-        texts = random.normal(size=(count, WIDTH)).astype(np.float32)
-        images = texts + 6 * random.normal(size=texts.shape).astype(np.float32)
+def made(gallery: Gallery, *, pool: int, count: int) -> dict[str, Artifact]:
+    """Indexes and features of `pool` samples whose tars are empty, and pictures of some of their captions."""
+    generator = np.random.default_rng(0)
+    (shards := gallery.store / "pool-shards").mkdir(parents=True)
+    (features := gallery.store / "pool-features").mkdir()
+    for number, first in enumerate(range(0, pool, SHARD)):
+        name, rows = f"train-{number:05d}-00", range(first, min(first + SHARD, pool))
+        write_table(index(rows), shards / f"{name}{INDEX_SUFFIX}")
+        with (shards / f"{name}.tar").open("wb") as tar:
+            tar.truncate(1024)
+        embeds = generator.standard_normal((2, len(rows), WIDTH)).astype(np.float16)
+        embeds /= np.linalg.norm(embeds.astype(np.float32), axis=-1, keepdims=True)
         arrays = {
-            "keys": np.char.add("photo-", np.arange(first, first + count).astype(str)),
-            "image_embeds": unit(images)[:, None],
-            "text_embeds": unit(texts),
-            "caption_offsets": np.arange(count + 1),
+            "keys": np.asarray([f"s{i}" for i in rows]),
+            "latents": np.zeros((len(rows), 1, 1, 1, 1), np.float16),
+            "image_embeds": embeds[0][:, None],
+            "text_embeds": embeds[1],
+            "text_encodings": np.zeros((len(rows), 1), np.float16),
+            "caption_offsets": np.arange(len(rows) + 1),
+            "token_offsets": np.arange(len(rows) + 1),
         }
-        write_features(folder / f"train-{number:05d}-00", arrays)
+        write_features(features / name, arrays)
+    shard, clip = gallery.commit("shards", shards), gallery.clip(dims=WIDTH)
+    digests = {"shard": content_digest(shard), "clip": content_digest(clip)}
+    lineage = {"shard": shard.fingerprint, "clip": clip.fingerprint}
+    chosen = generator.choice(pool, count, replace=False).tolist()
+    return {
+        "shard": shard,
+        "clip": clip,
+        "features": gallery.commit("features", features, made_from=digests, **lineage),
+        "sample": gallery.shards({"train": pictures(range(count), [caption(i) for i in chosen])}, kind="samples"),
+    }
 
 
-def unit(rows: np.ndarray) -> np.ndarray:
-    """float16, of length 1."""
-    normed: np.ndarray = rows / np.linalg.norm(rows, axis=1, keepdims=True)
-    return normed.astype(np.float16)
+def caption(i: int) -> str:
+    """Of the length that captions of the web have."""
+    return f"a photograph number {i} of something that somebody once saw somewhere"
 
 
-def rank(folder: Path, prompts: int) -> tuple[float, int, float]:
-    """Seconds to rank the images of some samples among all captions, the bytes that took at most, and the recall."""
+def index(rows: range) -> pa.Table:
+    """An index whose samples all lie at the same place of the tar, which is never read."""
+    known = {
+        "key": [f"s{i}" for i in rows],
+        "group": [str(i) for i in rows],
+        "captions": [[caption(i)] for i in rows],
+        "offset": [512] * len(rows),
+        "length": [1] * len(rows),
+        "height": [SIDE] * len(rows),
+        "width": [SIDE] * len(rows),
+    }
+    columns = [pa.array(known.get(field.name, [None] * len(rows)), field.type) for field in INDEX_SCHEMA]
+    return pa.table(columns, schema=INDEX_SCHEMA)
+
+
+def one_part(
+    inputs: dict[str, Artifact], out: Path, count: int, results: multiprocessing.Queue[tuple[float, int, int]]
+) -> None:
+    """Seconds, and the most memory in bytes, of measuring all pictures as one part."""
     torch.set_num_threads(1)
-    dataset = FeatureDataset(folder, split="train")
-    chosen = np.linspace(0, len(dataset) - 1, prompts).astype(np.int64)
-    queries = dataset.image_embeds(chosen).float()
-    before, began = peak(), time.perf_counter()
-    own = (queries * dataset.text_embeds(chosen).float()).sum(1)
-    ranks = sum((queries @ chunk.float().T > own[:, None]).sum(1) for chunk in pool(dataset))
-    assert isinstance(ranks, torch.Tensor)
-    return time.perf_counter() - began, peak() - before, recall_at(ranks, 10)
+    of, cfg = evaluation(inputs, part_size=count, batch_size=32), RetrievalConfig()
+    [part] = cfg.parts(of)
+    measure = cfg.measure(of)
+    before = own_memory()
+    peak, done = [0], threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.02):
+            peak[0] = max(peak[0], own_memory())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    began = time.perf_counter()
+    measure(part, out)
+    seconds = time.perf_counter() - began
+    done.set()
+    watcher.join()
+    results.put((seconds, before, peak[0]))
 
 
-def pool(dataset: FeatureDataset) -> Iterator[torch.Tensor]:
-    """The text embeddings of all first captions, [n, D]."""
-    return dataset.chunks("text_embeds", size=CHUNK)
-
-
-def peak() -> int:
-    """Most bytes that this process has held so far, pages of mapped files included."""
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def own_memory() -> int:
+    """Bytes of this process that are of no file."""
+    [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon")]
+    return int(line.split()[1]) * 1024
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from importlib.metadata import distribution
 from pathlib import Path
 
@@ -39,6 +40,14 @@ def images(seed: int, *, batch: int = 3, height: int = 24, width: int = 17) -> T
     generator = torch.Generator().manual_seed(seed)
     coarse = torch.rand(batch, 3, 6, 6, generator=generator) * 2 - 1
     return torch.nn.functional.interpolate(coarse, (height, width), mode="bicubic").clamp(-1, 1)
+
+
+def test_psnr_by_hand() -> None:
+    reference = torch.zeros(4, 3, 2, 2)
+    images = torch.stack([torch.full((3, 2, 2), value) for value in (0.0, 0.02, 0.2, 2.0)])
+    # The peak is 2 ([-1, 1]): 20 log10(2 / error); the last image is clamped to 1 first.
+    expected = [100.0, 40.0, 20.0, 20 * math.log10(2)]
+    torch.testing.assert_close(psnr(images, reference), torch.tensor(expected))
 
 
 @pytest.mark.parametrize("strength", [0.01, 0.3, 3.0])
@@ -112,7 +121,7 @@ def test_moments_of_parts_are_those_of_the_whole() -> None:
     assert added.total.dtype == added.outer.dtype == torch.float64
     np.testing.assert_allclose(added.mean.numpy(), whole.mean(0).numpy(), atol=1e-6)
     np.testing.assert_allclose(added.covariance.numpy(), np.cov(whole.numpy(), rowvar=False), atol=1e-5)
-    with pytest.raises(ValueError, match="needs two samples of each set, got 1 and 50"):
+    with pytest.raises(ValueError, match="two samples at least, got 1"):
         frechet_distance(FeatureMoments.of(whole[:1]), added)
 
 

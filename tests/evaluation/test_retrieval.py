@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from genpipe.evaluation import retrieval
-from genpipe.evaluation.retrieval import recall_at, retrieval_ranks, retrieval_recalls
+from genpipe.evaluation.retrieval import chunked_ranks, recall_at, retrieval_ranks, retrieval_recalls
 
 
 def unit(rows: int, dims: int, *, seed: int) -> Tensor:
@@ -33,17 +33,49 @@ def test_ties_count_against_the_query() -> None:
     assert recall_at(ranks, 5) == 1.0
 
 
+def lattice(rows: int, dims: int, *, generator: torch.Generator) -> Tensor:
+    """Vectors of small integers: their products are exact, many are equal, and those that differ differ by 1."""
+    return torch.randint(-2, 3, (rows, dims), generator=generator).float()
+
+
+def brute_force(asked: Tensor, pool: Tensor, own: list[set[int]]) -> list[int]:
+    """How many that are not a query's own are as similar as the most similar of its own, or more."""
+    ranks = []
+    for query, mine in zip(asked.tolist(), own, strict=True):
+        products = [sum(a * b for a, b in zip(query, entry, strict=True)) for entry in pool.tolist()]
+        best = max(products[i] for i in mine)
+        ranks.append(sum(product >= best for i, product in enumerate(products) if i not in mine))
+    return ranks
+
+
 @given(st.integers(1, 12), st.integers(1, 6), st.integers(0, 2**31))
 def test_ranks_are_the_places_in_the_sorted_order(queries: int, dims: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
-    pool = F.normalize(torch.randn(20, dims, generator=generator, dtype=torch.float64), dim=-1).float()
-    asked = F.normalize(torch.randn(queries, dims, generator=generator), dim=-1)
+    pool, asked = lattice(20, dims, generator=generator), lattice(queries, dims, generator=generator)
     target = torch.randint(20, (queries,), generator=generator)
     ranks = retrieval_ranks(asked, pool, target)
-    similarity = asked @ pool.T
-    for row, own, rank in zip(similarity, target, ranks, strict=True):
-        others = torch.cat([row[:own], row[own + 1 :]])
-        assert int(rank) == sum(float(other) >= float(row[own]) for other in others)
+    assert ranks.tolist() == brute_force(asked, pool, [{own} for own in target.tolist()])
+
+
+@given(st.integers(1, 12), st.integers(1, 30), st.integers(1, 8), st.integers(0, 2**31))
+def test_chunks_of_any_size_give_the_ranks_of_the_whole(queries: int, entries: int, size: int, seed: int) -> None:
+    """With ties, and with several entries of a query's own in different chunks."""
+    generator = torch.Generator().manual_seed(seed)
+    pool, asked = lattice(entries, 3, generator=generator), lattice(queries, 3, generator=generator)
+    own_BN = torch.rand(queries, entries, generator=generator) < 0.2
+    own_BN[torch.arange(queries), torch.randint(entries, (queries,), generator=generator)] = True
+    chunks = list(zip(pool.split(size), own_BN.split(size, dim=1), strict=True))
+    expected = brute_force(asked, pool, [set(row.nonzero().flatten().tolist()) for row in own_BN])
+    assert chunked_ranks(asked, lambda: iter(chunks)).tolist() == expected
+
+
+def test_equal_embeddings_tie_wherever_their_chunks_end() -> None:
+    """One embedding for all captions says nothing, whatever the kernel that a chunk's width chooses."""
+    pool, queries = unit(1, 512, seed=0).expand(1001, -1), unit(5, 512, seed=1)
+    own_BN = torch.eye(1001, dtype=torch.bool)[[0, 500, 998, 999, 1000]]
+    for size in (1, 7, 1000, 1001):
+        chunks = list(zip(pool.split(size), own_BN.split(size, dim=1), strict=True))
+        assert chunked_ranks(queries, lambda chunks=chunks: chunks).tolist() == [1000] * 5
 
 
 def test_recall() -> None:
@@ -100,13 +132,13 @@ def test_blocks_change_nothing_and_bound_the_memory(monkeypatch: pytest.MonkeyPa
     whole = retrieval_recalls(image_embeds, text_embeds, image_of_text=image_of_text)
     monkeypatch.setattr(retrieval, "BLOCK", 256)
     sizes: list[int] = []
-    ranks = retrieval._ranks
+    cosines = retrieval._cosines
 
-    def measured(queries: Tensor, pool: Tensor, own: Tensor) -> Tensor:
+    def counted(queries: Tensor, pool: Tensor) -> Tensor:
         sizes.append(len(queries) * len(pool))
-        return ranks(queries, pool, own)
+        return cosines(queries, pool)
 
-    monkeypatch.setattr(retrieval, "_ranks", measured)
+    monkeypatch.setattr(retrieval, "_cosines", counted)
     assert retrieval_recalls(image_embeds, text_embeds, image_of_text=image_of_text) == whole
     assert len(sizes) > 10 and max(sizes) <= 256
 

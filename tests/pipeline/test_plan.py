@@ -51,12 +51,14 @@ def test_everything_is_cached_after_a_run(tiny: TinyPipeline) -> None:
     assert {planned.status for planned in plans.values()} == {"cached"}
     assert plans["evaluate"].artifact == made
     changed = tiny.plan("stages.decoder.train.grad_clip=0.5")
-    assert [name for name, planned in changed.items() if planned.status == "run"] == ["decoder", "evaluate"]
+    assert [name for name, planned in changed.items() if planned.status == "run"] == [
+        "decoder", "system", "sample", "evaluate",
+    ]  # fmt: skip
     assert changed["decoder"].why == "train.grad_clip: 1.0 -> 0.5"
-    assert changed["evaluate"].why == "its input decoder changed"
+    assert changed["system"].why == "its input decoder changed"
     seeded = tiny.plan("stages.autoencoder.train.seed=1", "stages.autoencoder.kl_weight=2e-6")
     ran = [name for name, planned in seeded.items() if planned.status == "run"]
-    assert ran == ["autoencoder", "features", "prior", "decoder", "evaluate"]
+    assert ran == ["autoencoder", "features", "prior", "decoder", "system", "sample", "evaluate"]
     assert seeded["autoencoder"].why == "kl_weight: 1e-06 -> 2e-06; train.seed: 0 -> 1"
     assert seeded["decoder"].why == "its input autoencoder changed; its input features changed"
 
@@ -117,7 +119,8 @@ SETTINGS = {
     "prior.drop_text": st.floats(0, 0.99),
     "decoder.train.optim.kind": st.sampled_from(["adamw", "muon"]),
     "upsampler.noise_aug": st.floats(0, 0.99),
-    "evaluate.seed": st.integers(0, 9),
+    "sample.seed": st.integers(0, 9),
+    "evaluate.part_size": st.integers(1, 9),
 }
 NEEDS: dict[str, set[str]] = {
     "shard": set(),
@@ -127,7 +130,9 @@ NEEDS: dict[str, set[str]] = {
     "prior": {"features"},
     "decoder": {"autoencoder", "features"},
     "upsampler": {"shard"},
-    "evaluate": {"shard", "autoencoder", "clip", "features", "prior", "decoder", "upsampler"},
+    "system": {"autoencoder", "clip", "features", "prior", "decoder", "upsampler"},
+    "sample": {"shard", "system"},
+    "evaluate": {"shard", "sample", "autoencoder", "clip", "features", "prior", "decoder", "upsampler"},
 }
 """The picture of the design, by hand."""
 

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from pydantic import TypeAdapter
 from safetensors.torch import load_file, save_file
 
@@ -19,8 +18,8 @@ from genpipe.data.image_batches import image_batch, to_float
 from genpipe.data.shard_dataset import ShardDataset
 from genpipe.data.tokenizer import CaptionTokenizer
 from genpipe.generation.conditions import Text
-from genpipe.generation.system import GenerationConfig, Generator
-from genpipe.stages import evaluate, is_training, load_stage, upsampler
+from genpipe.generation.systems import load_system
+from genpipe.stages import is_training, load_stage, upsampler
 from genpipe.storage import open_storage
 from genpipe.training.objective import Batch
 from genpipe.weights import MODELS, load_weights, save_weights
@@ -178,68 +177,6 @@ def test_features_are_what_the_encoders_say_of_the_same_rows(made: dict[str, Art
         torch.testing.assert_close(padded.encodings, expected, **close)
 
 
-@pytest.mark.parametrize("name", TRAINED)
-def test_evaluation_finds_the_numbers_that_training_ended_with(made: dict[str, Artifact], name: str) -> None:
-    """The committed weights, loaded anew, on the same held-out samples with the same noise."""
-    ended = metrics(made[name])
-    found = metrics(made["evaluate"])
-    assert ended
-    assert {key: found[f"{name}/{key}"] for key in ended} == pytest.approx(ended, rel=1e-6)
-
-
-def test_evaluation_measures_what_it_says(made: dict[str, Artifact]) -> None:
-    found = metrics(made["evaluate"])
-    samples = made["shard"].meta["samples"]
-    assert found["pool"] == samples["train"] + samples["heldout"]
-    assert (found["train/prompts"], found["heldout/prompts"]) == (16, 4)
-    for split in ("train", "heldout"):
-        recalls = [found[f"{split}/recall_at_{k}"] for k in (1, 5, 10)]
-        assert 0 <= recalls[0] <= recalls[1] <= recalls[2] <= 1
-        assert -1 <= found[f"{split}/prior_cosine"] <= 1
-    assert found["gate_passed"] == 1.0
-
-
-def test_the_ceiling_is_clips_own_recall(made: dict[str, Artifact]) -> None:
-    """By numpy over all embeddings: how often a true picture's caption is among the k nearest."""
-    splits = [FeatureDataset(folder(made["features"]), split=split) for split in ("train", "heldout")]
-    pool = np.concatenate([s.text(np.arange(len(s)), np.zeros(len(s), int))["text_embeds"].numpy() for s in splits])
-    images = np.concatenate([s.image_embeds(np.arange(len(s))).numpy() for s in splits]).astype(np.float64)
-    similarity = images @ pool.astype(np.float64).T
-    ranks = (similarity > np.diag(similarity)[:, None]).sum(1)
-    cfg = evaluate.Config.model_validate(artifacts.verify(made["evaluate"].uri).config)
-    dataset = ShardDataset(folder(made["shard"]), split="train")
-    chosen = evaluate._chosen(cfg, dataset, "train")
-    assert len(set(chosen.tolist())) == 16
-    for k in (1, 5, 10):
-        found = metrics(made["evaluate"])[f"train/ceiling_at_{k}"]
-        assert found == pytest.approx((ranks[chosen] < k).mean(), abs=1.5 / 16), "float16 may swap near ties"
-
-
-def test_pictures_have_a_row_for_every_prompt(made: dict[str, Artifact]) -> None:
-    for name, rows in (("grid.png", 12), ("heldout.png", 4)):
-        picture = np.asarray(Image.open(folder(made["evaluate"]) / name))
-        assert picture.shape[0] > rows * 32 and picture.shape[1] > 5 * 32
-        assert picture.std() > 0
-
-
-def test_a_missed_gate_is_recorded(tiny: TinyPipeline, made: dict[str, Artifact]) -> None:
-    gated = tiny.run("evaluate", "stages.evaluate.gate={train/recall_at_10: 0.0, heldout/prior_cosine: 1.5}")
-    assert metrics(gated)["gate_passed"] == 0.0
-    missed = gated.meta["gate_missed"]
-    assert missed == {"heldout/prior_cosine": [pytest.approx(metrics(gated)["heldout/prior_cosine"]), 1.5]}
-
-
-def test_captions_for_the_grid_must_exist(made: dict[str, Artifact]) -> None:
-    dataset = ShardDataset(folder(made["shard"]), split="train")
-    caption = dataset.captions(5)[0]
-    assert evaluate.find_captions(dataset, [caption]).tolist() == [5]
-    with pytest.raises(ValueError) as error:
-        evaluate.find_captions(dataset, [caption, caption + "s"])
-    assert str(error.value) == (
-        f"stages.evaluate.grid: no training sample has the caption {caption + 's'!r}; the nearest is {caption!r}"
-    )
-
-
 def test_an_interrupted_data_stage_goes_on_with_the_next_part(tiny: TinyPipeline, made: dict[str, Artifact]) -> None:
     """Finished parts are kept: a second attempt does the others only, and gives the same files."""
     override = "stages.features.batch_size=7"
@@ -271,11 +208,11 @@ def test_a_decoder_may_give_dropped_captions_the_encoders_own_null_text(
 
 def test_an_upsampler_may_draw_latents(tiny: TinyPipeline, made: dict[str, Artifact]) -> None:
     """Of images twice as large as those that the autoencoder was trained on."""
-    artifact = tiny.run("upsampler", "stages.upsampler.target=latents", "stages.upsampler.train.samples=32")
-    assert artifact.meta["autoencoder"] == made["autoencoder"].fingerprint
-    system = Generator({**made, "upsampler": artifact}, device=CPU)
+    settings = ("stages.upsampler.target=latents", "stages.upsampler.train.samples=32")
+    assert tiny.run("upsampler", *settings).meta["autoencoder"] == made["autoencoder"].fingerprint
+    system: Any = load_system(tiny.run("system", *settings), device=CPU)
     low = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    large = system.enlarge(low, GenerationConfig(), generator=torch.Generator().manual_seed(0))[-1]
+    large = system.cascade.enlarge(low, generator=torch.Generator().manual_seed(0))[-1]
     assert large.shape == (2, 3, 32, 32) and large.isfinite().all()
 
 

@@ -1,4 +1,4 @@
-"""Small metrics that several stages share."""
+"""What the validations of several stages share: similarities of rows, and means over batches."""
 
 from __future__ import annotations
 

@@ -1,37 +1,10 @@
-"""Metrics by hand and by numpy; pictures by their pixels."""
+"""Pictures of pictures, by their pixels."""
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
-import pytest
-import torch
 
-from genpipe.evaluation.fidelity import psnr
 from genpipe.evaluation.grids import LABEL_WIDTH, MARGIN, labeled_grid, tile
-from genpipe.evaluation.metrics import cosine, mean_losses, unrelated
-
-
-def test_psnr_by_hand() -> None:
-    reference = torch.zeros(4, 3, 2, 2)
-    images = torch.stack([torch.full((3, 2, 2), value) for value in (0.0, 0.02, 0.2, 2.0)])
-    # The peak is 2 ([-1, 1]): 20 log10(2 / error); the last image is clamped to 1 first.
-    expected = [100.0, 40.0, 20.0, 20 * math.log10(2)]
-    torch.testing.assert_close(psnr(images, reference), torch.tensor(expected))
-
-
-def test_cosine_and_its_baseline() -> None:
-    rows = torch.tensor([[1.0, 0.0], [0.0, 2.0], [-3.0, 0.0]])
-    assert cosine(rows, rows).tolist() == pytest.approx([1, 1, 1])
-    assert cosine(rows, unrelated(rows)).tolist() == pytest.approx([-1, 0, 0])
-    many = torch.arange(50)
-    assert (unrelated(many) != many).all() and sorted(unrelated(many).tolist()) == many.tolist()
-
-
-def test_means_are_over_samples_and_not_over_batches() -> None:
-    batches = [{"loss": torch.tensor([1.0, 2.0, 3.0])}, {"loss": torch.tensor([10.0])}]
-    assert mean_losses(batches) == {"loss": 4.0}
 
 
 def flat(value: int, size: int = 4) -> np.ndarray:

@@ -1,19 +1,22 @@
-"""Every stage at the smallest size beats, on held-out data, what anybody could do without training."""
+"""Trained parts' own validations once more: the numbers of training, and better than without any training."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 import torch
+from gallery import measured
 
-from genpipe.artifacts import fetch, read_manifest
+from genpipe.artifacts import Artifact, fetch, read_manifest
 from genpipe.data.features import FeatureDataset
 from genpipe.data.image_batches import image_batch, to_float
 from genpipe.data.shard_dataset import ShardDataset
 from genpipe.diffusion.process import FIXED_TIMES
 from genpipe.evaluation.fidelity import psnr
+from genpipe.evaluation.metrics.heldout import HeldoutConfig
 
 if TYPE_CHECKING:
     from conftest import TinyPipeline
@@ -24,14 +27,50 @@ LONGER = [
     "stages.decoder.train.samples=5120",
     "stages.upsampler.train.samples=10240",
 ]
+TRAINED = ("autoencoder", "clip", "prior", "decoder", "upsampler")
 
 
 @pytest.fixture(scope="module")
-def heldout(tiny: TinyPipeline) -> dict[str, dict[str, float]]:
-    """What each stage's last validation found, by stage."""
-    tiny.run("decoder", *LONGER), tiny.run("prior", *LONGER), tiny.run("upsampler", *LONGER)
-    manifests = {name: read_manifest(planned.artifact.uri) for name, planned in tiny.plan(*LONGER).items()}
-    return {name: manifest.metrics for name, manifest in manifests.items() if manifest is not None}
+def trained(tiny: TinyPipeline) -> dict[str, Artifact]:
+    """Every part of the tiny pipeline, trained for a little longer."""
+    return {name: tiny.run(name, *LONGER) for name in TRAINED}
+
+
+@pytest.fixture(scope="module")
+def found(trained: dict[str, Artifact], tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
+    """What the metric finds."""
+    inputs = {f"trained.{number}": artifact for number, artifact in enumerate(trained.values())}
+    return measured(HeldoutConfig(), inputs, tmp_path_factory.mktemp("out"))
+
+
+@pytest.fixture(scope="module")
+def heldout(found: dict[str, float]) -> dict[str, dict[str, float]]:
+    """The same by part."""
+    split = [(*name.split("/", 1), value) for name, value in found.items()]
+    return {part: {name: value for of, name, value in split if of == part} for part in TRAINED}
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_the_numbers_are_those_that_training_ended_with(
+    trained: dict[str, Artifact], heldout: dict[str, dict[str, float]], name: str
+) -> None:
+    """The committed weights, loaded anew, on the same held-out samples with the same noise."""
+    manifest = read_manifest(trained[name].uri)
+    assert manifest is not None and manifest.metrics
+    assert heldout[name] == pytest.approx(manifest.metrics, rel=1e-6)
+
+
+def test_several_of_a_kind_are_numbered(trained: dict[str, Artifact], tmp_path: Path) -> None:
+    parts = [trained["autoencoder"], trained["prior"], trained["autoencoder"]]
+    inputs = {f"trained.{number}": artifact for number, artifact in enumerate(parts)}
+    names = {name.split("/")[0] for name in measured(HeldoutConfig(), inputs, tmp_path)}
+    assert names == {"autoencoder.0", "prior", "autoencoder.1"}
+    assert HeldoutConfig().names(inputs) == ["autoencoder.0/*", "prior/*", "autoencoder.1/*"]
+
+
+def test_what_was_not_trained_is_refused(tiny: TinyPipeline, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"was made by features, which trains nothing"):
+        measured(HeldoutConfig(), {"trained.0": tiny.run("features")}, tmp_path)
 
 
 def images(tiny: TinyPipeline, split: str) -> torch.Tensor:

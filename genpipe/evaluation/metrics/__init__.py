@@ -1,0 +1,18 @@
+"""Metrics of samples against a reference, a file each: their settings are the union `MetricConfig`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from genpipe.evaluation.metrics.frechet import FrechetConfig
+from genpipe.evaluation.metrics.grid import GridConfig
+from genpipe.evaluation.metrics.heldout import HeldoutConfig
+from genpipe.evaluation.metrics.reconstruction import ReconstructionConfig
+from genpipe.evaluation.metrics.retrieval import RetrievalConfig
+
+MetricConfig = Annotated[
+    RetrievalConfig | FrechetConfig | ReconstructionConfig | HeldoutConfig | GridConfig, Field(discriminator="kind")
+]
+"""How to measure; every one of them is a `metric.Metric`."""

@@ -1,0 +1,108 @@
+"""`genpipe sample`: from a pipeline and from a system's URI, with texts, classes, and without the data."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+from PIL import Image
+
+if TYPE_CHECKING:
+    from conftest import Command, TinyPipeline
+
+
+@pytest.fixture
+def config(tiny: TinyPipeline, tmp_path: Path) -> Path:
+    """A YAML of the tiny pipeline with the store and data of the tests, whose system is made."""
+    tiny.run("system")
+    path = tmp_path / "tiny.yaml"
+    path.write_text(
+        f"base: {tiny.config}\nstore: {tiny.store}\nstages: {{shard: {{source: {{path: {tiny.shapes}}}}}}}\n"
+    )
+    return path
+
+
+def test_a_grid_of_each_prompt(genpipe: Command, config: Path, tmp_path: Path) -> None:
+    out = tmp_path / "deep" / "grid.png"
+    arguments = ("sample", str(config), "a red circle", "a blue bar", "--each", "2", "--out", str(out))
+    code, _, error = genpipe(*arguments)
+    assert code == 0, error
+    one = np.asarray(Image.open(out))
+    genpipe(*arguments)
+    assert np.array_equal(one, np.asarray(Image.open(out)))
+    genpipe(*arguments, "--seed", "1")
+    assert not np.array_equal(one, np.asarray(Image.open(out)))
+
+
+def test_a_pipeline_and_its_system_draw_the_same(
+    genpipe: Command, config: Path, tiny: TinyPipeline, tmp_path: Path
+) -> None:
+    outs = [tmp_path / "pipeline.png", tmp_path / "system.png"]
+    for source, out in zip((str(config), tiny.run("system").uri), outs, strict=True):
+        assert genpipe("sample", source, "a red circle", "--out", str(out))[0] == 0
+    assert outs[0].read_bytes() == outs[1].read_bytes()
+
+
+def test_the_training_data_need_not_be_there(genpipe: Command, tiny: TinyPipeline, tmp_path: Path) -> None:
+    """Images that were moved away, and shards that were deleted; the YAML is the same."""
+    images, store = tmp_path / "images", tmp_path / "store"
+    shutil.copytree(tiny.shapes, images)
+    moved = type(tiny)(store, images)
+    moved.run("system", f"tracking.uri=sqlite:///{tiny.store}/mlflow.db", *(SHORT := short()))
+    shutil.rmtree(images)
+    shutil.rmtree(store / "artifacts/shards")
+    path = tmp_path / "tiny.yaml"
+    settings = "".join(f"  {name}: {{train: {{samples: 32}}}}\n" for name in TRAINED)
+    path.write_text(
+        f"base: {tiny.config}\nstore: {store}\nstages:\n  shard: {{source: {{path: {images}}}}}\n{settings}"
+    )
+    code, _, error = genpipe("sample", str(path), "a red circle", "--out", str(tmp_path / "grid.png"))
+    assert code == 0 and len(SHORT) == len(TRAINED), error
+    path.write_text(path.read_text().replace("samples: 32", "samples: 16"))
+    code, _, error = genpipe("sample", str(path), "a red circle")
+    assert code == 2 and str(images) in error and str(store) in error
+
+
+TRAINED = ("autoencoder", "clip", "prior", "decoder", "upsampler")
+
+
+def short() -> list[str]:
+    return [f"stages.{name}.train.samples=32" for name in TRAINED]
+
+
+def test_classes_are_drawn_by_name_or_number(genpipe: Command, pixel_tiny: TinyPipeline, tmp_path: Path) -> None:
+    uri, outs = pixel_tiny.run("system").uri, [tmp_path / "name.png", tmp_path / "number.png"]
+    for label, out in zip(("cross", "2"), outs, strict=True):
+        code, _, error = genpipe("sample", uri, "--label", label, "--each", "1", "--out", str(out))
+        assert code == 0, error
+    assert outs[0].read_bytes() == outs[1].read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (("--label", "star"), ("--label", "star", "bar, circle, cross")),
+        (("a cross",), ("PROMPT", "label")),
+        ((), ("--label", "required")),
+    ],
+)
+def test_what_a_class_conditional_system_is_not_told(
+    genpipe: Command, pixel_tiny: TinyPipeline, arguments: tuple[str, ...], named: tuple[str, ...]
+) -> None:
+    code, _, error = genpipe("sample", pixel_tiny.run("system").uri, *arguments)
+    assert code == 2 and all(part in error for part in named), error
+
+
+def test_what_is_no_system_is_refused(genpipe: Command, config: Path, tiny: TinyPipeline) -> None:
+    code, _, error = genpipe("sample", tiny.run("clip").uri, "a cat")
+    assert code == 2 and "system" in error
+    code, _, error = genpipe("sample", str(config), "--system", "systen", "a cat")
+    assert code == 2 and "systen" in error and "it has system" in error
+    config.write_text(config.read_text() + "name: other\n")
+    changed = config.read_text().replace("stages: {", "stages: {decoder: {train: {seed: 5}}, ")
+    config.write_text(changed)
+    code, _, error = genpipe("sample", str(config), "a cat")
+    assert code == 2 and "genpipe run" in error

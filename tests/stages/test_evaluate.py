@@ -1,0 +1,158 @@
+"""The stage on committed pictures: names, gates, roles, and that its parts are what a launcher may run anywhere."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+from gallery import Gallery, pictures, unit
+from PIL import Image
+from pydantic import ValidationError
+
+from genpipe import artifacts
+from genpipe.artifacts import Artifact
+from genpipe.config import ConfigError
+from genpipe.stages import evaluate
+from genpipe.stages.evaluate import Config
+from genpipe.storage import open_storage
+
+if TYPE_CHECKING:
+    from conftest import TinyPipeline
+
+CAPTIONS = [f"picture {i}" for i in range(12)]
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Artifact]:
+    gallery = Gallery(tmp_path_factory.mktemp("store"))
+    clip, shard = gallery.clip(), gallery.shards({"train": pictures(range(12), CAPTIONS)})
+    return {
+        "shard": shard,
+        "clip": clip,
+        "features": gallery.features(shard, clip, {"train": (unit(12, seed=0), unit(12, seed=1))}),
+        "sample": gallery.shards({"train": pictures(range(50, 60), CAPTIONS[:10])}, kind="samples"),
+        "autoencoder": gallery.autoencoder(kind="identity"),
+    }
+
+
+def config(metrics: Mapping[str, Any], **settings: Any) -> Config:
+    return Config.model_validate({"metrics": metrics, **settings})
+
+
+def given(cfg: Config, inputs: Mapping[str, Artifact]) -> dict[str, Artifact]:
+    """Those of the inputs that the stage takes, as a pipeline gives them."""
+    return {role: inputs[role] for role, takes in evaluate.roles(cfg).items() if not takes.optional}
+
+
+def run(cfg: Config, inputs: Mapping[str, Artifact], out: Path) -> dict[str, float]:
+    """Every part by a worker of its own, in any order, then merged: what a launcher does."""
+    uri, taken = str(out / "made"), given(cfg, inputs)
+    evaluate.check_inputs(cfg, taken)
+    parts = evaluate.parts(cfg, taken)
+    assert parts == evaluate.parts(cfg, taken) and len(set(parts)) == len(parts)
+    for number, part in enumerate(random.Random(0).sample(parts, len(parts))):
+        (folder := out / str(number)).mkdir()
+        artifacts.add_part(uri, part, folder, evaluate.Worker(cfg, taken)(part, folder))
+    done = artifacts.finished_parts(uri)
+    for _ in range(2):  # it may be called again
+        results = evaluate.merge_parts(cfg, open_storage(uri), [done[part]["stats"] for part in parts], out)
+    meta, metrics = evaluate.finalize(cfg, taken, results, out)
+    assert meta == {}
+    return metrics
+
+
+def test_numbers_of_all_metrics_and_their_files(inputs: dict[str, Artifact], tmp_path: Path) -> None:
+    frechet = {"kind": "frechet", "network": {"kind": "clip"}}
+    metrics = {"retrieval": {"recall_at": [2]}, "grid": None, "all": {**frechet, "against": "train"}, "own": frechet}
+    found = run(config(metrics, part_size=4), inputs, tmp_path)
+    assert found.keys() == {
+        *(f"train/{name}" for name in ("recall_at_2", "ceiling_at_2", "cosine", "cosine_unrelated", "pictures")),
+        "pool",
+        "all/train/frechet_clip_10",
+        "own/train/frechet_clip_10",
+    }
+    assert (found["pool"], found["train/pictures"]) == (12, 10)
+    assert found["all/train/frechet_clip_10"] != found["own/train/frechet_clip_10"]
+    files = {path.relative_to(tmp_path / "made").as_posix() for path in (tmp_path / "made").rglob("*.*")}
+    assert {"grid.png", "own/sample-train-000000000.npy", "all/reference-train-000000008.npy"} <= files
+
+
+def test_only_what_the_metrics_ask_for_is_taken(inputs: dict[str, Artifact], tmp_path: Path) -> None:
+    cfg = config({"reconstruction": {"split": "train"}})
+    assert evaluate.roles(cfg).keys() == {"shard", "autoencoder"}
+    assert run(cfg, inputs, tmp_path) == {"reconstruction/psnr": 100, "reconstruction/ssim": pytest.approx(1)}
+    everything = config({"retrieval": {}, "heldout": {}, "grid": {}})
+    assert evaluate.roles(everything).keys() == {"sample", "grid_sample", "shard", "clip", "features", "trained"}
+    assert evaluate.roles(everything)["trained"].several
+
+
+def test_a_gate_must_name_a_number_that_is_given(inputs: dict[str, Artifact]) -> None:
+    metrics = {"retrieval": {"recall_at": [10]}, "far": {"kind": "frechet", "network": {"kind": "clip"}}}
+
+    def gated(name: str) -> None:
+        cfg = config(metrics, observe={"gates": {name: {"min": 0.5}}})
+        evaluate.check_inputs(cfg, given(cfg, inputs))
+
+    for name in ("train/recall_at_10", "heldout/ceiling_at_10", "far/train/frechet_clip_256", "pool"):
+        gated(name)
+    for name, remedy in {
+        "train/recall_at_5": "did you mean 'train/recall_at_10'",
+        "train/frechet_clip_256": "did you mean 'far/train/frechet_clip_*'",
+        "nonsense": "they give pool, train/recall_at_10",
+    }.items():
+        with pytest.raises(ValueError, match=re.escape(name)) as error:
+            gated(name)
+        assert "observe.gates" in str(error.value) and remedy in str(error.value)
+
+
+def test_settings_say_what_is_wrong_with_them() -> None:
+    assert config({"grid": {}}).metrics["grid"] == config({"grid": {"kind": "grid"}}).metrics["grid"]
+    for metrics in ({}, {"gird": {}}, {"a b": {"kind": "grid"}}, {"a/b": {"kind": "grid"}}, {"grid": {"row": 3}}):
+        with pytest.raises(ValidationError):
+            config(metrics)
+
+
+def test_the_tiny_pipeline_is_scored(tiny: TinyPipeline) -> None:
+    scores = tiny.run("evaluate")
+    manifest = artifacts.verify(scores.uri)
+    found, counts = manifest.metrics, tiny.run("shard").meta["samples"]
+    assert found["pool"] == counts["train"] + counts["heldout"]
+    assert (found["train/pictures"], found["heldout/pictures"]) == (16, 4)
+    for split in ("train", "heldout"):
+        recalls = [found[f"{split}/recall_at_{k}"] for k in (1, 5, 10)]
+        assert 0 <= recalls[0] <= recalls[1] <= recalls[2] <= 1
+    assert {"autoencoder/psnr", "clip/loss", "prior/loss", "decoder/loss", "upsampler/psnr"} <= found.keys()
+    for name, rows in (("grid.png", 12), ("heldout.png", 4)):
+        picture = np.asarray(Image.open(Path(scores.uri, name)))
+        assert picture.shape[0] > rows * 96 and picture.shape[1] > 2 * 96
+        assert picture.std() > 0
+
+
+def test_three_seeds_are_scored_side_by_side(tiny: TinyPipeline) -> None:
+    """In the store of the tiny pipeline, whose first decoder is the first of the three."""
+    seeds = type(tiny)(tiny.store, tiny.shapes, tiny.config.with_name("seeds-tiny.yaml"))
+    scores = [artifacts.verify(seeds.run(f"evaluate@{seed}").uri) for seed in range(3)]
+    assert len({manifest.artifact.fingerprint for manifest in scores}) == 3
+    assert scores[0].inputs["sample"].fingerprint == tiny.plan()["sample"].artifact.fingerprint
+    for manifest in scores:
+        assert {"train/recall_at_10", "decoder.0/loss", "decoder.2/loss"} <= manifest.metrics.keys()
+    assert len({manifest.metrics["train/cosine"] for manifest in scores}) == 3
+
+
+def test_a_class_conditional_system_is_scored(pixel_tiny: TinyPipeline) -> None:
+    """Without a CLIP and without captions to compare."""
+    scores = pixel_tiny.run("evaluate")
+    assert {name.split("/")[0] for name in artifacts.verify(scores.uri).metrics} == {"decoder"}
+    assert np.asarray(Image.open(Path(scores.uri, "grid.png"))).std() > 0
+
+
+def test_a_gate_that_no_metric_has_is_found_by_the_plan(tiny: TinyPipeline) -> None:
+    with pytest.raises(ConfigError, match=r"stages\.evaluate: observe\.gates: .*'train/recall_at_11'.*recall_at_1"):
+        tiny.plan("stages.evaluate.observe.gates={train/recall_at_11: {min: 0.5}}")
+    gated = "stages.evaluate.observe.gates={train/recall_at_10: {min: 0.5}}"
+    assert tiny.plan(gated)["evaluate"].artifact.fingerprint == tiny.plan()["evaluate"].artifact.fingerprint
