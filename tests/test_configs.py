@@ -49,18 +49,21 @@ def test_the_small_ones_are_whole_and_small(name: str) -> None:
 
 def samplers(name: str) -> list[tuple[str, SamplerConfig, DiffusionConfig]]:
     """Each sampler that a pipeline names, with the diffusion of the stage that it draws from."""
-    cfgs = {
-        planned.name: planned.instance.cfg for planned in plan(load_pipeline(f"{CONFIGS}/{name}.yaml"), sources=False)
-    }
+    plans = {planned.name: planned for planned in plan(load_pipeline(f"{CONFIGS}/{name}.yaml"), sources=False)}
     found = []
-    for stage, cfg in cfgs.items():
+    for planned in plans.values():
+        cfg, inputs = planned.instance.cfg, planned.instance.inputs
         if hasattr(cfg, "diffusion"):
-            found.append((stage, cfg.observe.sampler, cfg.diffusion))
-        if hasattr(cfg, "generation"):
-            generation, upsamplers = cfg.generation, [name for name in cfgs if name.startswith("upsampler")]
-            stages = [("decoder", generation.decoder), *zip(upsamplers, generation.upsamplers, strict=False)]
-            stages += [("prior", generation.prior)] if "prior" in cfgs else []
-            found += [(f"{stage}'s {drawn}", sampler, cfgs[drawn].diffusion) for drawn, sampler in stages]
+            found.append((planned.name, cfg.observe.sampler, cfg.diffusion))
+        if planned.artifact.kind == "system":
+            upsamplers = zip(inputs.get("upsamplers", ()), cfg.model.upsamplers, strict=False)
+            drawn = [
+                *upsamplers,
+                *((inputs[role][0], getattr(cfg.model, role)) for role in ("prior", "decoder") if role in inputs),
+            ]
+            found += [
+                (f"{planned.name}'s {part}", sampler, plans[part].instance.cfg.diffusion) for part, sampler in drawn
+            ]
     return found
 
 

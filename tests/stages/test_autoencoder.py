@@ -49,8 +49,7 @@ SHORT = (
 
 
 def spec_of(tiny: TinyPipeline, *settings: str) -> StageSpec:
-    short = [f"stages.autoencoder.{setting}" for setting in SHORT]
-    return tiny.spec("autoencoder", *short, *(f"stages.autoencoder.{setting}" for setting in settings))
+    return tiny.spec("autoencoder", *(f"stages.autoencoder.{setting}" for setting in (*SHORT, *settings)))
 
 
 def make(**settings: Any) -> stage.Objective:
