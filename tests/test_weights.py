@@ -67,6 +67,7 @@ def test_features_of_published_encoders_are_theirs(tiny: TinyPipeline, tmp_path:
         "stages.clip.train.samples=0",
         f"stages.clip.initial={saved(clip, tmp_path / 'clip.safetensors', form='transformers')}",
         "stages.features.dtype=float32",
+        "stages.features.precision=fp32",
     ]
     features = tiny.run("features", *settings)
     cached = FeatureDataset(fetch(features), split="heldout")

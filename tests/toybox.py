@@ -24,7 +24,9 @@ def install() -> None:
     """Make the package `toys` known to this process and, through PYTHONPATH, to those that it starts."""
     if str(TOYS) not in sys.path:
         sys.path.append(str(TOYS))
-        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(TOYS)]))
+    inherited = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    if str(TOYS) not in inherited:
+        os.environ["PYTHONPATH"] = os.pathsep.join([*filter(None, inherited), str(TOYS)])
 
 
 class Toys:

@@ -41,10 +41,11 @@ def rejects(
     limit: Annotated[int, typer.Option(min=0, help="rows to print at most")] = 50,
     as_csv: Annotated[bool, typer.Option("--csv", help="every row as CSV, and nothing else")] = False,
 ) -> None:
-    """Print the reject ledger: how many samples were left out of the shards, which, and why.
+    """Print the reject ledger: how many samples were left out of the shards, which, why, and what to do about it.
 
     Example: `genpipe data rejects configs/pipeline/demo.yaml --reason truncated --csv > truncated.csv`
     """
+    from genpipe.data.reasons import remedy
     from genpipe.data.takedown import read_ledger
 
     ledger = read_ledger(_shards(source).uri)
@@ -58,7 +59,7 @@ def rejects(
     if reason and reason not in counts:
         known = f"; there are {', '.join(sorted(counts))}" if counts else ""
         raise ConfigError(f"--reason {reason!r}: no sample was rejected for it{known}")
-    console.table(("reason", "samples"), counts.most_common())
+    console.table(("reason", "samples", "what to do"), [(why, n, remedy(why)) for why, n in counts.most_common()])
     if rows[:limit]:
         _say("")
         told = [(r.reason, *map(escape, (r.key, r.source, r.detail))) for r in rows[:limit]]

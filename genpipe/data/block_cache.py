@@ -66,9 +66,11 @@ class LocalFiles:
         return LocalFiles, (self.folder,)
 
     def size(self, name: str) -> int:
+        """Its bytes. Raises FileNotFoundError."""
         return (self.folder / name).stat().st_size
 
     def read(self, pieces: Iterable[Piece]) -> Iterator[bytes]:
+        """The bytes of each piece. Raises FileNotFoundError, or OSError if a file ends before its piece."""
         # Some are read before the first is decoded: a run of either finds more of its own in the processor's caches.
         ready: list[bytes] = []
         ahead = 0
@@ -85,6 +87,7 @@ class LocalFiles:
         yield from ready
 
     def close(self) -> None:
+        """Close the open files; reading opens them again."""
         self._open.cache_clear()
 
 
@@ -110,11 +113,13 @@ class RemoteFiles:
         return RemoteFiles, (self.storage.uri, self.stored, self.cache)
 
     def size(self, name: str) -> int:
+        """Its bytes, as its artifact's manifest says. Raises FileNotFoundError."""
         if name not in self.stored:
             raise FileNotFoundError(f"{self.storage.uri}/{name}")
         return self.stored[name].size
 
     def read(self, pieces: Iterable[Piece]) -> Iterator[bytes]:
+        """The bytes of each piece. Raises FileNotFoundError, or OSError if a file ends before its piece."""
         yield from (data for _, data in in_order(self._begin, pieces, ahead=REQUESTS))
 
     def _begin(self, piece: Piece) -> Future[bytes]:
@@ -131,7 +136,7 @@ class RemoteFiles:
         return self.cache.read(self.storage, name, self.stored[name], offset=offset, length=length)
 
     def close(self) -> None:
-        pass
+        """Nothing: no file is open."""
 
 
 class BlockCache:

@@ -139,14 +139,14 @@ def prepare(
 
 
 def check_same_aspect(condition: Picture, image: Picture) -> None:
-    """Raise ImageError, aspect, unless a conditioning image has the aspect of its image.
+    """Raise ImageError, condition_aspect, unless a conditioning image has the aspect of its image.
 
     Sides may be off by one pixel of rounding.
     """
     off = abs(condition.height * image.width - condition.width * image.height)
     if off > image.height + image.width:
         raise ImageError(
-            "aspect",
+            "condition_aspect",
             f"the conditioning image is {condition.width} x {condition.height}, the image {image.width} x "
             f"{image.height}; give it the same aspect",
         )

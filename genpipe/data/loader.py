@@ -70,10 +70,11 @@ def training_order(
     Raises ValueError for weights that do not fit the sources, or that leave nothing to validate on.
     """
     train = data.train
-    spread(data.heldout.ranges, count=1, weights=weights, repeat=False)  # refuses now what validation would later
+    order: Callable[[np.ndarray], np.ndarray] = order_of(train.ranges, weights=weights, seed=seed)
     if train.buckets:
-        return bucket_order(train.ranges, train.buckets, weights=weights, seed=seed, run=run)
-    return order_of(train.ranges, weights=weights, seed=seed)
+        order = bucket_order(train.ranges, train.buckets, weights=weights, seed=seed, run=run)
+    spread(data.heldout.ranges, count=1, weights=weights, repeat=False)  # refuses now what validation would later
+    return order
 
 
 class Batches(Iterator[tuple[int, Batch]]):

@@ -183,11 +183,14 @@ def spread(sources: Mapping[str, range], *, count: int, weights: Mapping[str, fl
 
     Every source gives its share of them, by `weights` as in `order_of` or else by size, drawn evenly from all that it
     holds. There are no more than it takes to go through every source once. A source that has fewer samples than its
-    share is gone through again with `repeat`, as training does, so that means over them are those of training;
-    without, each sample comes once at most. Sources without samples give none: a split need not hold some of each.
+    share is gone through again with `repeat`, as training does, so that means over them are those of training. Without,
+    for what is held out, each sample comes once at most, and a source that holds nothing out gives none.
 
-    Raises ValueError, naming `train.source_weights`, if no source with samples has a weight.
+    Raises ValueError, naming `train.source_weights`: with `repeat` for what `order_of` refuses, without if no source
+    with samples has a weight.
     """
+    if repeat and weights:
+        _check_weights(sources, weights)
     filled = [rows for rows in sources.values() if rows]
     shares = [weights.get(name, 0.0) if weights else float(len(rows)) for name, rows in sources.items() if rows]
     if not any(shares):

@@ -37,7 +37,7 @@ CACHE_GB = "GENPIPE_CACHE_GB"
 DEFAULT_CACHE_GB = 20.0
 Member = Literal["image", "condition"]
 BLOCK_BITS = tarfile.BLOCKSIZE.bit_length() - 1
-TOLD = 20
+PRINTED = 20
 """Skipped samples that a dataset names on stderr."""
 MEMBERS: tuple[Member, ...] = ("image", "condition")
 
@@ -90,7 +90,7 @@ class ShardDataset:
         self._sources = self._ranges([index.source for index in filled.values()])
         self._texts: dict[int, pa.Table] = {}
         self._described: set[int] = set()  # shards whose tar was seen to be the one that the index describes
-        self._told = 0
+        self._printed = 0
         self._lock = threading.Lock()
 
     def __reduce__(self) -> Any:
@@ -198,9 +198,9 @@ class ShardDataset:
         if (noticed := _noticed.get()) is not None:
             noticed.append(reject)
         with self._lock:
-            self._told += 1
-        if self._told <= TOLD:
-            more = "; more are not told here" if self._told == TOLD else ""
+            self._printed += 1
+        if self._printed <= PRINTED:
+            more = "; further ones are not printed" if self._printed == PRINTED else ""
             print(f"skipped {reject.key} in {reject.source}: {error}{changed}{more}", file=sys.stderr, flush=True)
         rows = next(rows for rows in self._sources.values() if i in rows)
         if not same_size:

@@ -30,6 +30,16 @@ def check_image_size(shard: Artifact, size: int, *, setting: str) -> None:
         )
 
 
+def check_buckets(shard: Artifact, *, multiple: int, setting: str) -> None:
+    """Raise ValueError unless the sides of the shards' images are multiples of `multiple`, as far as is known yet."""
+    resize = shard.meta.get("resize")
+    if resize is not None and (resize["kind"] != "buckets" or resize["step"] % multiple):
+        raise ValueError(
+            f"{setting}: whole images must have sides that are multiples of {multiple} px; set stages.shard.resize to "
+            f"{{kind: buckets, step: {multiple}}} (or a multiple of that), or {setting} to false"
+        )
+
+
 def image_data(
     shard: Artifact,
     *,

@@ -106,9 +106,9 @@ class Cluster:
 
     def _submit(self, spec: StageSpec) -> str:
         """The job that makes the artifact of `spec`: one that runs already, or a new attempt."""
-        begun = last_attempt(spec.work)  # read first: whoever began it since is in the list of jobs
-        for job in jobs_of(self.client, artifact=spec.target.uri):
-            return job
+        begun = last_attempt(spec.work)  # read first: an attempt that begins after this is in the list of jobs
+        if running := jobs_of(self.client, artifact=spec.target.uri):
+            return running[0]
         for attempt in itertools.count(begun + 1):
             job = job_id(spec, attempt)
             if _status(self.client, job) is None:

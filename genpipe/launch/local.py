@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Sequence
 
 import torch
@@ -23,6 +24,8 @@ from genpipe.pipeline.graph import load_pipeline
 from genpipe.pipeline.plan import plan, spec_of
 from genpipe.pipeline.spec import Progress, StageSpec, write_progress
 from genpipe.stages import is_training, load_stage
+
+POLL_SECONDS = 1.0
 
 
 class LocalLauncher:
@@ -53,13 +56,11 @@ def run_local(spec: StageSpec) -> Artifact:
     """Run a stage here and return its artifact; under torchrun rank 0 leads and the others only train with it."""
     launcher = LocalLauncher()
     if launcher.rank == 0:
-        execute(spec, launcher)
-    elif is_training(load_stage(spec.stage)) and artifacts.committed(spec.target) is None:
+        return execute(spec, launcher)
+    if is_training(load_stage(spec.stage)) and artifacts.committed(spec.target) is None:
         launcher.train(spec, run_id="")
-    if launcher.world_size > 1:
-        dist.barrier()
-    artifact = artifacts.committed(spec.target)
-    assert artifact is not None, "rank 0 committed it, or raised"
+    while (artifact := artifacts.committed(spec.target)) is None:  # for longer than a collective would wait
+        time.sleep(POLL_SECONDS)
     return artifact
 
 

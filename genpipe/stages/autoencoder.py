@@ -17,7 +17,7 @@ from genpipe.config import Config as Block
 from genpipe.config import StageConfig
 from genpipe.data.image_batches import Crop, to_float, to_uint8
 from genpipe.data.loader import Data, SampleSet, sample_batches
-from genpipe.data.train_sets import check_image_size, image_data
+from genpipe.data.train_sets import check_buckets, check_image_size, image_data
 from genpipe.evaluation.grids import hwc, tile
 from genpipe.evaluation.networks import load_inception, load_lpips
 from genpipe.evaluation.reconstruction import ReconstructionScores
@@ -81,6 +81,9 @@ class Config(StageConfig):
 
     image_size: int = Field(64, ge=8)
     crop: Crop = Field("center", description="where squares are cut from images that are stored with another shape")
+    buckets: bool = Field(
+        False, description="train on whole images instead, in batches of one size; of shards with resize.kind buckets"
+    )
     model: AutoencoderConfig = FoldedConfig()
     reconstruction: Literal["l1", "l2"] = Field("l1", description="loss on pixel values: absolute or squared error")
     kl_weight: float = Field(1e-6, ge=0, description="on the KL per image, against the L1 loss per pixel value")
@@ -101,6 +104,8 @@ def roles(cfg: Config) -> dict[str, Role]:
 def check_inputs(cfg: Config, inputs: Mapping[str, Artifact]) -> dict[str, Any]:
     """The latents that it promises. Raises ValueError where sizes do not fit one another."""
     check_image_size(inputs["shard"], cfg.image_size, setting="image_size")
+    if cfg.buckets:
+        check_buckets(inputs["shard"], multiple=cfg.model.factor, setting="buckets")
     if cfg.image_size % cfg.model.factor:
         raise ValueError(f"image_size {cfg.image_size} is not a multiple of the model's factor {cfg.model.factor}")
     if cfg.adversarial and cfg.image_size >> cfg.adversarial.model.layers < 3:
@@ -119,7 +124,8 @@ def check_inputs(cfg: Config, inputs: Mapping[str, Artifact]) -> dict[str, Any]:
 
 def data(cfg: Config, inputs: Mapping[str, Artifact]) -> Data:
     """Square images of both splits, cropped as configured in training."""
-    return image_data(inputs["shard"], size=cfg.image_size, crop=cfg.crop, seed=cfg.train.seed)
+    size = None if cfg.buckets else cfg.image_size
+    return image_data(inputs["shard"], size=size, crop=cfg.crop, seed=cfg.train.seed)
 
 
 def example_batch(cfg: Config, inputs: Mapping[str, Artifact], *, batch_size: int) -> Batch:
@@ -246,15 +252,15 @@ def export(objective: Objective, cfg: Config, inputs: Mapping[str, Artifact], fo
     save_weights(model, folder, kind="autoencoder", config=cfg.model, sizes={}, extra={})
     if isinstance(cfg.model, IdentityConfig):  # pixels stay in [-1, 1], which samplers may then clip to
         channels = cfg.model.latent_channels
-        return {"latent_mean": [0.0] * channels, "latent_std": [1.0] * channels, "latent_sample_std": [1.0] * channels}
+        return {"latent_mean": [0.0] * channels, "latent_std": [1.0] * channels}
     return latent_moments(model, data(cfg, inputs).train, cfg)
 
 
 def latent_moments(model: Autoencoder, samples: SampleSet, cfg: Config) -> dict[str, list[float]]:
-    """The latents' statistics by channel, over training images that stand for all, taken as training takes them.
+    """`latent_mean` and `latent_std` by channel, over training images that stand for all, taken as training takes them.
 
-    `latent_mean`, `latent_std` of the posterior means, and `latent_sample_std` of samples from the posteriors, which
-    LDM standardizes with (Rombach et al. 2022, appendix G); alike without a KL bottleneck.
+    The deviation is that of samples from the posteriors, whether they or their means are trained on (Rombach et al.
+    2022, appendix G): the variance of the means and the mean of the variances.
     """
     device = next(model.parameters()).device
     moments = Moments()
@@ -262,8 +268,4 @@ def latent_moments(model: Autoencoder, samples: SampleSet, cfg: Config) -> dict[
     for batch in sample_batches(samples, count=cfg.statistics_samples, batch_size=64, weights=weights, repeat=True):
         mean, logvar = model.encode(to_float(batch["images"].to(device)))
         moments.add(mean, variance=logvar.exp())
-    return {
-        "latent_mean": moments.mean(),
-        "latent_std": moments.std(),
-        "latent_sample_std": moments.std(sampled=True),
-    }
+    return {"latent_mean": moments.mean(), "latent_std": moments.std()}

@@ -82,8 +82,8 @@ def roles(cfg: Config) -> dict[str, Role]:
 def check_inputs(cfg: Config, inputs: Mapping[str, Artifact]) -> dict[str, Any]:
     """Sizes and statistics of what is cached, each where it is, `classes`, and the fingerprint of each input.
 
-    Text encodings are the text encoder's if there is one, else CLIP's. `latent_std` is that of what training takes:
-    samples with `latent_samples`, else means. Raises ValueError for inputs that do not belong together or are none.
+    Text encodings are the text encoder's if there is one, else CLIP's. Raises ValueError for inputs that do not belong
+    together, and where no encoder is among them.
     """
     check_lineage(inputs)
     if not {"autoencoder", "clip", "text_encoder"} & inputs.keys():
@@ -92,19 +92,7 @@ def check_inputs(cfg: Config, inputs: Mapping[str, Artifact]) -> dict[str, Any]:
     for role, names in COPIED.items():
         held = inputs[role].meta if role in inputs else {}
         meta |= {name: held[name] for name in names if name in held}
-    if cfg.latent_samples and "latent_std" in meta:
-        meta["latent_std"] = _sample_std(inputs["autoencoder"])
     return meta | {role: artifact.fingerprint for role, artifact in inputs.items()}
-
-
-def _sample_std(autoencoder: Artifact) -> list[float]:
-    if "latent_sample_std" not in autoencoder.meta:
-        raise ValueError(
-            f"latent_samples: {autoencoder.uri} has no statistics of samples (latent_sample_std in its meta), as older "
-            "versions wrote it; train it again, or set latent_samples to false"
-        )
-    std: list[float] = autoencoder.meta["latent_sample_std"]
-    return std
 
 
 def parts(cfg: Config, inputs: Mapping[str, Artifact]) -> list[str]:
@@ -136,7 +124,7 @@ class Worker:
         self.sizes: list[int] = []
         if "autoencoder" in inputs:
             self.autoencoder = cast(Autoencoder, self._load(inputs["autoencoder"]))
-            self.statistics = latent_statistics(check_inputs(cfg, inputs), self.device)
+            self.statistics = latent_statistics(inputs["autoencoder"].meta, self.device)
             self.sizes.append(inputs["autoencoder"].meta["image_size"])
         if "clip" in inputs:
             self.clip = cast(CLIP, self._load(inputs["clip"]))

@@ -356,7 +356,7 @@ def finalize(
     if not samples["heldout"]:
         raise ValueError(
             f"heldout_fraction {cfg.heldout_fraction} of {written} samples left nothing to validate on; "
-            "raise it, add images, or change split_seed"
+            "raise it, add images, or change split_seed; a group is never divided, so see that there are several"
         )
     write_statistics(out, shards)
     meta = {

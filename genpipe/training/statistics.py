@@ -34,15 +34,15 @@ class Moments:
         mean: list[float] = self._means()[0].tolist()
         return mean
 
-    def std(self, *, sampled: bool = False) -> list[float]:
-        """Of each channel, of x or, `sampled`, of samples from distributions around x; never below the floor.
+    def std(self) -> list[float]:
+        """Of each channel, never below the floor.
 
         The floor is `LEAST_DEVIATION` of the deviation of all channels together, which is the one number that LDM
         divides its latents by (Rombach et al. 2022, appendix G): what a channel that hardly varied here does elsewhere
         comes out at most ten times as large as there. Where nothing varies at all it is 1, as scikit-learn has it.
         """
         mean, square, spread = self._means()
-        variance = (square - mean.square()).clamp(min=0) + (spread if sampled else 0)
+        variance = (square - mean.square()).clamp(min=0) + spread
         # Differences of large squares leave rounding errors where the variance is 0.
         variance = torch.where(variance > 1e-12 * square, variance, 0.0)
         floor = LEAST_DEVIATION * variance.mean().sqrt()

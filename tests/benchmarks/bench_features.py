@@ -16,6 +16,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from table import measure, show, single_thread
 
@@ -170,11 +171,15 @@ def caching(folder: Path, *, samples: int, rounds: int) -> None:
 
     rates = measure({"features stage": staged, "bare loop, arrays in memory": bare}, rounds=max(2, rounds // 2))
     show(f"caching {SIDE} px", rates, subject="features stage")
+    identity = artifacts.identity("features", version=stage.VERSION, settings={}, inputs=inputs)
+    target = Artifact(kind="features", uri=str(folder / "target"), fingerprint=artifacts.fingerprint(identity))
     spec = StageSpec(
+        name="features",
         stage="features",
         config=cfg.model_dump(mode="json"),
         inputs=inputs,
-        target=Artifact(kind="features", uri=str(folder / "target"), fingerprint="1" * 64),
+        identity=identity,
+        target=target,
         store=str(folder),
         tracking_uri="",
         experiment="",
@@ -234,17 +239,15 @@ def make_inputs(folder: Path, *, samples: int) -> Mapping[str, Artifact]:
         "autoencoder": {"image_size": SIDE, "latent_mean": [0.0] * channels, "latent_std": [1.0] * channels},
         "clip": {"clip_image_size": clip.image_size, "context_length": TOKENS},
     }
-    return {
-        kind: artifacts.commit(
-            Artifact(kind=kind, uri=str(folder / kind), fingerprint=kind, meta=meta),
-            folder=folder / kind,
-            version=1,
-            config={},
-            inputs={},
-            metrics={},
-        )
-        for kind, meta in metas.items()
-    }
+    return {kind: committed(folder / kind, kind, meta) for kind, meta in metas.items()}
+
+
+def committed(folder: Path, role: str, meta: dict[str, Any]) -> Artifact:
+    """The folder as an artifact that fills a role."""
+    kind = {"shard": "shards"}.get(role, role)
+    identity = artifacts.identity(role, version=1, settings={}, inputs={}, source=str(folder))
+    made = Artifact(kind=kind, uri=str(folder), fingerprint=artifacts.fingerprint(identity), meta=meta)
+    return artifacts.commit(made, folder=folder, identity=identity, config={}, inputs={}, metrics={})
 
 
 if __name__ == "__main__":

@@ -106,8 +106,9 @@ def test_rejects_are_counted_and_listed(genpipe: Command, pictures: Path, tmp_pa
     shards = sharded(pictures, str(tmp_path / "store"))
     code, out, err = genpipe("data", "rejects", shards.uri)
     assert code == 0, err
-    words = [line.split() for line in out.splitlines()]
+    words = [line.split()[:2] for line in out.splitlines()]
     assert ["duplicate_image", "3"] in words and ["empty", "1"] in words and ["not_an_image", "1"] in words
+    assert "replace the file with an intact copy" in out, "what to do about it"
     assert "q02.jpg" in out and "the image is that of p02" in out and "starts with b'<html>[/b]'" in out
     code, out, _ = genpipe("data", "rejects", shards.uri, "--reason", "duplicate_image", "--limit", "2")
     assert "x-empty" not in out and "... and 1 more; --limit shows more, --csv all" in out

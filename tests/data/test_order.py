@@ -249,6 +249,8 @@ def test_a_spread_does_without_sources_that_hold_nothing_out() -> None:
     assert sorted(spread(sources, count=9, weights={"none": 1, "some": 1, "gone": 2}, repeat=False)) == list(range(5))
     with pytest.raises(ValueError, match="source_weights: only 'some' has held-out samples; give one of them a weight"):
         spread(sources, count=9, weights={"none": 1, "some": 0}, repeat=False)
+    with pytest.raises(ValueError, match="source_weights: no source is called 'same'; did you mean 'some'"):
+        spread(sources, count=9, weights={"none": 0, "same": 1}, repeat=True)
 
 
 @pytest.mark.parametrize("at", [10**7, 10**9 * 7 + 123_456_789, 10**12])

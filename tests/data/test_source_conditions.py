@@ -86,6 +86,26 @@ def test_columns_of_parquet(tmp_path: Path) -> None:
     assert rejects(opened) == [("no_condition", "t.parquet:2"), ("no_label", "t.parquet:3")]
 
 
+@pytest.mark.parametrize(
+    "labels, expected", [([2.0, float("nan"), 0.0], ("0", "1", "2")), (["b", None, "a"], ("a", "b"))]
+)
+@pytest.mark.parametrize("rows_in_group", [1, 100])
+def test_classes_of_a_whole_column(tmp_path: Path, labels: list[Any], expected: Any, rows_in_group: int) -> None:
+    """With NaN where pandas has an integer column with gaps; read by row groups, whatever the parts."""
+    columns = {"image": [png(n) for n in range(3)], "label": labels}
+    put(tmp_path, {"t.parquet": parquet(columns, row_group_size=rows_in_group)})
+    opened = source("parquet", tmp_path, label="label", captions="{label}", part_size=1)
+    assert opened.classes() == expected
+    assert [one.label for one in samples(opened).values()] == [expected[-1], expected[0]]
+    assert rejects(opened) == [("no_label", "t.parquet:1")]
+
+
+def test_what_is_no_label(tmp_path: Path) -> None:
+    put(tmp_path, {"t.parquet": parquet({"image": [png(1), png(2)], "label": [[1], [2]]})})
+    opened = source("parquet", tmp_path, label="label", captions="{label}")
+    assert opened.classes() == () and [reason for reason, _ in rejects(opened)] == ["bad_label"] * 2
+
+
 def test_class_labels_of_hugging_face(tmp_path: Path) -> None:
     """Numbers in the column, their names in the metadata of the schema."""
     features = {"label": {"names": ["cat", "dog", "elk"], "_type": "ClassLabel"}, "image": {"_type": "Image"}}

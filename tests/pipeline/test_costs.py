@@ -87,6 +87,10 @@ def test_arithmetic_by_hand() -> None:
     flops = 2 * conv + 3 * linear + attention + 2.5 * attention
     assert cost().flops == pytest.approx(flops)
     assert training_flops(stage(5), config(), {}) == pytest.approx(600 * flops)
+    third = {"model": {"every": 3}}
+    assert cost(trainable=third).flops == pytest.approx(flops / 3), "a module that is updated at every third step"
+    with pytest.raises(ValueError, match=r"train\.trainable\.other: .*it trains model"):
+        cost(trainable={"other": {"every": 3}})
 
 
 def test_parameters_and_what_follows_from_them() -> None:
@@ -132,6 +136,7 @@ def test_what_is_alive_at_the_peak(again: int, least: int, most: int) -> None:
 
 def test_bf16_halves_what_products_read_and_give() -> None:
     assert cost(precision="bf16").memory["activations"] < 0.75 * cost().memory["activations"]
+    assert cost(precision="auto") == cost(precision="bf16"), "which is what a GPU is fast at"
 
 
 def test_hours() -> None:

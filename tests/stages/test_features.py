@@ -50,9 +50,7 @@ def test_mirror_images_and_variances_are_the_encoders(made: dict[str, Artifact])
     assert dataset.variants == 2 and dataset.has_spread
     rows = np.array([5, 0, 11])
     images = to_float(image_batch(ShardDataset(Path(made["shard"].uri), split="train"), rows, size=16))
-    meta = made["autoencoder"].meta
-    mean, std = (torch.tensor(meta[name]).view(-1, 1, 1) for name in ("latent_mean", "latent_sample_std"))
-    assert made["features"].meta["latent_std"] == meta["latent_sample_std"] != meta["latent_std"]
+    mean, std = (torch.tensor(made["autoencoder"].meta[f"latent_{name}"]).view(-1, 1, 1) for name in ("mean", "std"))
     noise = np.random.default_rng(0).normal(size=(3, 4, 8, 8)).astype(np.float32)
     close = {"atol": 1e-4, "rtol": 1e-4}
     for variant, seen in enumerate((images, images.flip(-1))):
@@ -193,6 +191,17 @@ def test_a_damaged_image_is_stood_in_for_and_told_of(
     assert "or raise max_bad_share (0.01)" in str(error.value)
 
 
+def test_samples_of_the_latents_have_deviation_one(made: dict[str, Artifact]) -> None:
+    """The law of total variance over all that is cached: images and their mirror images have the same."""
+    folder = Path(made["features"].uri)
+    means, logvars = (
+        np.concatenate([np.load(path) for path in sorted(folder.glob(f"train-*/{name}.npy"))])[:, 0].astype(np.float64)
+        for name in ("latents", "latent_logvars")
+    )
+    np.testing.assert_allclose(means.mean((0, 2, 3)), 0, atol=1e-5)
+    np.testing.assert_allclose(means.var((0, 2, 3)) + np.exp(logvars).mean((0, 2, 3)), 1, atol=1e-5)
+
+
 @pytest.fixture(scope="module")
 def text_encoder(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     """A T5 at random weights, whose context of 4 tokens cuts "a large red circle"."""
@@ -269,14 +278,9 @@ def labeled(shard: Artifact, folder: Path) -> Artifact:
     return committed_anew(made.model_copy(update={"meta": {**made.meta, "classes": ["a", "b", "c"]}}))
 
 
-def test_encoders_that_are_none_or_too_old_are_refused(made: dict[str, Artifact]) -> None:
+def test_a_cache_of_no_encoder_is_refused(made: dict[str, Artifact]) -> None:
     with pytest.raises(ValueError, match="name an autoencoder, a clip or a text_encoder"):
         features.check_inputs(features.Config(), {"shard": made["shard"]})
-    meta = {name: value for name, value in made["autoencoder"].meta.items() if name != "latent_sample_std"}
-    inputs = {"shard": made["shard"], "autoencoder": made["autoencoder"].model_copy(update={"meta": meta})}
-    features.check_inputs(features.Config(), inputs)
-    with pytest.raises(ValueError, match=r"latent_samples: .*train it again, or set latent_samples to false"):
-        features.check_inputs(features.Config(latent_samples=True), inputs)
 
 
 def test_sources_and_caption_weights_reach_training(

@@ -467,7 +467,7 @@ def test_a_conditioning_image_of_another_aspect_is_a_reject(tmp_path: Path) -> N
     source = {"kind": "folder", "path": str(tmp_path / "in"), "condition": "{folder}/{stem}.depth.png"}
     make(configured(tmp_path, source=source), tmp_path / "out")
     found = {row["key"]: (row["reason"], row["detail"]) for row in ledger(tmp_path / "out")}
-    assert {key: reason for key, (reason, _) in found.items()} == {"03": "not_an_image", "07": "aspect"}
+    assert {key: reason for key, (reason, _) in found.items()} == {"03": "not_an_image", "07": "condition_aspect"}
     assert "50 x 50" in found["07"][1] and "404 x 196" in found["07"][1] and "conditioning image" in found["03"][1]
 
 

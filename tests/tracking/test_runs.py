@@ -16,7 +16,7 @@ from genpipe.pipeline.spec import StageSpec
 from genpipe.tracking import store
 from genpipe.tracking.jsonl import runs_uri
 from genpipe.tracking.recorder import Recorder
-from genpipe.tracking.runs import claim_stage_run, fail_stage_run, open_stage_run, pipeline_run
+from genpipe.tracking.runs import PipelineRun, claim_stage_run, fail_stage_run, open_stage_run, pipeline_run
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +62,7 @@ def test_a_training_run_holds_params_metrics_images_and_tags(
     assert (tags["genpipe.git_revision"], tags["mlflow.source.git.commit"]) == ("abc-dirty", "abc")
     assert (tags["genpipe.ray_job"], tags["genpipe.prefect_flow_run"]) == ("job-1", "brave-cat")
     assert tags["genpipe.artifact"] == line.target.uri
+    assert tags["genpipe.precision_used"] == "fp32"
     losses = client.get_metric_history(run.info.run_id, "line/loss")
     assert [metric.step for metric in losses] == [20, 40, 60, 80], "samples seen, every five steps of four"
     assert {"line/grad_norm", "samples_per_second", "step_seconds", "data_wait_share", "heldout/loss"} <= set(
@@ -147,7 +148,11 @@ def test_a_stage_outlives_an_mlflow_that_is_gone(
         losses = [line["samples_seen"] for line in lines if "line/loss" in line.get("metrics", {})]
         assert losses == [20, 40, 60, 80]
     assert "no answer from MLflow" in capsys.readouterr().err
-    fail_stage_run(spec, "no MLflow to say it to")
+    fail_stage_run(spec, "there is no MLflow to record it")
+    parent = PipelineRun(store.client_of(gone), "r0", "0")
+    parent.end_stages(KeyboardInterrupt())
+    parent.summarize([{"stage": "toy_line", "status": "ran", "run_id": ""}])
+    assert "the summary is not recorded in MLflow" in capsys.readouterr().err
 
 
 def test_a_job_that_died_silently_is_marked_failed(client: MlflowClient, toys: Toys) -> None:

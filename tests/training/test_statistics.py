@@ -20,7 +20,6 @@ def test_batches_add_up_to_the_whole() -> None:
     found = moments(x[:7], x[7:30], x[30:])
     np.testing.assert_allclose(found.mean(), x.mean((0, 2, 3)), rtol=1e-5)
     np.testing.assert_allclose(found.std(), x.std((0, 2, 3)), rtol=1e-5)
-    assert found.std(sampled=True) == found.std()
 
 
 def test_samples_vary_by_means_and_by_spread() -> None:
@@ -30,8 +29,8 @@ def test_samples_vary_by_means_and_by_spread() -> None:
     draws = mean + variance**0.5 * random.normal(size=(1000, 1000, 2))
     found = Moments()
     found.add(torch.from_numpy(mean), variance=torch.from_numpy(variance))
-    np.testing.assert_allclose(found.std(sampled=True), draws.std((0, 1)), rtol=5e-3)
-    np.testing.assert_allclose(found.std(), mean.std(0), rtol=1e-9)
+    np.testing.assert_allclose(found.std(), draws.std((0, 1)), rtol=5e-3)
+    np.testing.assert_allclose(found.mean(), mean.mean(0), rtol=1e-9)
 
 
 @pytest.mark.parametrize("level", [0.0, 0.3, 1e4])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BeforeValidator, Field
@@ -81,7 +83,12 @@ def captions_of(
 
 
 def label_of(value: Any) -> str | None:
-    """The name of a class as a field has it, a string or an integer; None for an empty one. ValueError for others."""
+    """The name of a class as a field has it, a string or an integer; None for an empty one. ValueError for others.
+
+    A whole float is an integer, and NaN empty: what pandas makes of integers where some are missing.
+    """
+    if isinstance(value, float):
+        value = None if math.isnan(value) else int(value) if value.is_integer() else value
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, str | int):
@@ -90,8 +97,12 @@ def label_of(value: Any) -> str | None:
 
 
 def labels_of(values: Iterable[Any]) -> set[str]:
-    """The names of the classes among values; those that are none are left for `label_of` to tell."""
-    return {name for value in values if isinstance(value, str | int) and (name := label_of(str(value)))}
+    """The names of the classes among values; what cannot be one is skipped."""
+    found = set()
+    for value in values:
+        with suppress(ValueError):
+            found.add(label_of(value))
+    return {name for name in found if name is not None}
 
 
 def _filled(template: str, label: str | None) -> list[str]:

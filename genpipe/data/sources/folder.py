@@ -232,7 +232,7 @@ class FolderSource:
     def _labeled(self, name: str, row: _Row) -> _Row:
         """A row with the class that a folder's name says, and the captions that are made of it."""
         if self.cfg.label == FOLDER:
-            folder = PurePosixPath(name).parent.name
+            folder = name.rpartition("/")[0].rpartition("/")[2]
             row = replace(row, label=label_of(folder) if is_text(folder) else None)
             if row.label and not row.captions and self.cfg.captions:
                 captions, weights = captions_of({}, wanted=self.cfg.captions, label=row.label)
@@ -337,7 +337,7 @@ def _is_wanted(name: str) -> bool:
 
 
 def _is_metadata(name: str) -> bool:
-    return PurePosixPath(name).name in METADATA_NAMES
+    return name.rpartition("/")[2] in METADATA_NAMES
 
 
 def _fault(name: str) -> str:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from genpipe.data.sources.listing import blames_storage
@@ -39,6 +41,22 @@ def may_have_nulls(file: pq.ParquetFile, column: str) -> bool:
     columns = (group.column(number) for group in groups for number in range(group.num_columns))
     statistics = [chunk.statistics for chunk in columns if chunk.path_in_schema == column]
     return any(known is None or not known.has_null_count or known.null_count for known in statistics)
+
+
+def unique_values(storage: Storage, table: Entry, column: str) -> Iterator[Any]:
+    """The different values of a column in each row group; of those that are damaged none."""
+    try:
+        file = open_parquet(storage, table)
+    except ValueError:
+        return
+    for group in range(file.metadata.num_row_groups):
+        try:
+            yield from pc.unique(file.read_row_group(group, columns=[column], use_threads=False)[column]).to_pylist()
+        except OSError as error:
+            if blames_storage(error, storage=storage):
+                raise
+        except (ValueError, pa.ArrowException):  # of a list, too
+            continue
 
 
 def cut_row_groups(table: Entry, sizes: list[int], *, part_size: int) -> list[Part]:

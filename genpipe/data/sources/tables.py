@@ -26,7 +26,14 @@ from genpipe.data.sources.captions import (
 )
 from genpipe.data.sources.listing import list_files, member_key, part_names, read_ahead, suffix_of, unique_keys
 from genpipe.data.sources.records import Part, Record, cut_lines, jsonable, read_lines
-from genpipe.data.sources.rowgroups import cut_row_groups, group_sizes, may_have_nulls, open_parquet, read_row_groups
+from genpipe.data.sources.rowgroups import (
+    cut_row_groups,
+    group_sizes,
+    may_have_nulls,
+    open_parquet,
+    read_row_groups,
+    unique_values,
+)
 from genpipe.storage import Entry
 
 
@@ -117,8 +124,10 @@ class Tables:
         """
         if self._names or not self.cfg.label:
             return self._names
-        parts = read_ahead(self._labels, self._parts, storage=self.storage)
-        return class_names({label for labels in parts for label in labels})
+        # Of parquet whole tables, whose row groups give their different values at once.
+        pieces = dict.fromkeys(part.table if part.row_groups else part for part in self._parts)
+        found = read_ahead(self._labels, pieces, storage=self.storage)
+        return class_names({label for labels in found for label in labels})
 
     def rows(self, part: str) -> Iterator[Row | Reject]:
         """The rows of a part in their order; one without a caption or with a fault is a Reject."""
@@ -147,8 +156,11 @@ class Tables:
             return read_row_groups(self.storage, part, columns=columns)
         return read_lines(self.storage, part, suffix=suffix_of(part.table.key))
 
-    def _labels(self, part: Part) -> set[str]:
-        return labels_of(_cells(self._records(part, columns=[self.cfg.label]), self.cfg.label))
+    def _labels(self, piece: Entry | Part) -> set[str]:
+        column = self.cfg.label
+        if isinstance(piece, Entry):
+            return labels_of(unique_values(self.storage, piece, column))
+        return labels_of(_cells(self._records(piece, columns=[column]), column))
 
     def _declared_names(self) -> tuple[str, ...]:
         """The names of a Hugging Face ClassLabel column, else ()."""

@@ -32,7 +32,7 @@ class UrlsSource:
 
     The group is the column that is named for it, else the URL. Every failure is a Reject: http_404 (or another
     status), timeout, connection, tls, bad_url, private_address, too_many_redirects, too_large, noai, empty,
-    not_an_image. Raises ValueError as `Tables` does.
+    not_an_image, unsupported. Raises ValueError as `Tables` does.
     """
 
     def __init__(self, cfg: UrlsConfig, *, part_size: int, setting: str) -> None:

@@ -210,7 +210,10 @@ class WebDatasetSource:
             renamed = f"{stem.replace('.', '_')}{'' if '.' in stem else '_2'}.{end}"
             ends = f"a sample's key ends at the first dot of a name, so that {name} is the image {suffix} of {base}"
             remedy = f"rename it, and what belongs to it, as {renamed}"
-            detail = f"{ends}; {remedy}" if has_dots else f"{ends}, which has {base}.{group.image}; {remedy}"
+            if not has_dots:
+                ends += f", which has {base}.{group.image}"
+                remedy += f", or set condition to {suffix!r} if it is a conditioning image"
+            detail = f"{ends}; {remedy}"
             reason = "dotted_key" if has_dots else "second_image"
             yield Reject(self._key(tar, f"{group.name}.{suffix}"), f"{tar}/{group.name}.{suffix}", reason, detail)
 
