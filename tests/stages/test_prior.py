@@ -130,7 +130,7 @@ def test_generation_takes_either_kind(tiny: TinyPipeline, features: FeatureDatas
         return {
             "statistics": embed_statistics(meta, CPU),
             "diffusion": cfg.diffusion,
-            "sampler": cfg.sampler.model_copy(update=sampler),
+            "sampler": cfg.observe.sampler.model_copy(update=sampler),
             "generator": seeded(CPU, 0),
         }
 
@@ -155,7 +155,7 @@ def test_samples_leave_the_units_of_the_diffusion(tiny: TinyPipeline, features: 
     settings: dict[str, Any] = {
         "statistics": far,
         "diffusion": objective.cfg.diffusion,
-        "sampler": objective.cfg.sampler,
+        "sampler": objective.cfg.observe.sampler,
         "generator": seeded(CPU, 0),
     }
     text = Text.from_cache(features.text(rows, np.zeros(4)))

@@ -30,8 +30,8 @@ def seeded(number: int) -> torch.Generator:
 
 
 def config(**settings: Any) -> upsampler.Config:
-    base = {"low_size": 8, "image_size": 32, "crop": 16, "model": SMALL, "sampler": {"steps": 2}}
-    train = {"samples": 8, "global_batch_size": 4, "heldout_samples": 4}
+    base = {"low_size": 8, "image_size": 32, "crop": 16, "model": SMALL, "observe": {"sampler": {"steps": 2}}}
+    train = {"samples": 8, "global_batch_size": 4}
     return upsampler.Config.model_validate({**base, "train": train, **settings})
 
 
@@ -93,8 +93,8 @@ def trained(*, blind: bool) -> tuple[upsampler.Objective, Tensor, Tensor]:
     objective = upsampler.Objective(cfg, PixelSpace(None), CPU)
     if blind:
         see = objective.model.forward
-        objective.model.forward = lambda x, t, *, low_res, noise_aug: see(  # type: ignore[method-assign]
-            x, t, low_res=torch.zeros_like(low_res), noise_aug=noise_aug
+        objective.model.forward = lambda x, t, *, low_res, **rest: see(  # type: ignore[method-assign]
+            x, t, low_res=torch.zeros_like(low_res), **rest
         )
     images = pictures()
     optimizer = torch.optim.Adam(objective.model.parameters(), lr=4e-3)
@@ -218,7 +218,7 @@ def inputs(cfg: upsampler.Config) -> dict[str, Artifact]:
     meta = {"image_size": 16, "latent_size": 4, "latent_channels": 4, "latent_mean": [0.0] * 4, "latent_std": [1.0] * 4}
     autoencoder = Artifact(kind="autoencoder", uri="", fingerprint="a" * 64, meta=meta)
     known = {"shard": shard, "autoencoder": autoencoder}
-    return {name: known[name] for name in upsampler.consumes(cfg)}
+    return {name: known[name] for name in upsampler.roles(cfg)}
 
 
 @pytest.mark.parametrize("settings", FORMS)
@@ -249,7 +249,7 @@ def agreed(cfg: upsampler.Config) -> dict[str, Any]:
             "image_size 34 is not a multiple of the 4 px",
         ),
         ({"target": "latents", "crop": 12}, "crop 12 must be a multiple of the 8 px"),
-        ({"sampler": {"kind": "ddpm", "variance": "learned"}}, "needs a model that learned it"),
+        ({"observe": {"sampler": {"kind": "ddpm", "variance": "learned"}}}, "needs a model that learned it"),
     ],
 )
 def test_what_does_not_fit_is_refused(settings: dict[str, Any], message: str) -> None:
@@ -258,8 +258,15 @@ def test_what_does_not_fit_is_refused(settings: dict[str, Any], message: str) ->
 
 
 def test_what_is_promised() -> None:
-    assert upsampler.consumes(config()) == ("shard",)
-    assert agreed(config(low_size=12)) == {"low_size": 12, "image_size": 32}
+    assert upsampler.roles(config()).keys() == {"shard"}
+    cfg = config(low_size=12)
+    diffusion = cfg.diffusion.model_dump(mode="json")
+    assert agreed(cfg) == {"low_size": 12, "image_size": 32, "diffusion": diffusion}
     latents = config(target="latents")
-    assert upsampler.consumes(latents) == ("shard", "autoencoder")
-    assert agreed(latents) == {"low_size": 8, "image_size": 32, "autoencoder": "a" * 64}
+    assert upsampler.roles(latents).keys() == {"shard", "autoencoder"}
+    assert agreed(latents) == {
+        "low_size": 8,
+        "image_size": 32,
+        "diffusion": diffusion,
+        "autoencoder": "a" * 64,
+    }
