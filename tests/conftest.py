@@ -48,6 +48,12 @@ SIZES = {"small": 8, "large": 14}
 Command = Callable[..., tuple[int, str, str]]
 
 
+@pytest.fixture(autouse=True)
+def _exact_products() -> None:
+    """Products of fp32 in fp32: a stage that an earlier test ran in this process may have asked for less."""
+    torch.set_float32_matmul_precision("highest")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """A cache of the tests' own: that of the user is left alone, and none of it is believed."""

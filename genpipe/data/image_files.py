@@ -45,8 +45,8 @@ _CONVERT = "which is not read; convert it to JPEG or PNG"
 class ImageError(ValueError):
     """An unusable image.
 
-    `reason` is one of empty, not_an_image, too_large, truncated, corrupt, unsupported, condition_aspect; `detail` is for
-    people.
+    `reason` is one of empty, not_an_image, too_large, truncated, corrupt, unsupported, condition_aspect; `detail` is
+    for people.
     """
 
     def __init__(self, reason: str, detail: str) -> None:

@@ -42,12 +42,14 @@ RANKS = 2
 GAN = "adversarial={start: settled, settled: {window: 32, improvement: 0.9}, model: {width: 8, layers: 2}}"
 VQ = "model.bottleneck={kind: vq, codes: 32, revive_after: 2}"
 HIERARCHY = "model={kind: hierarchical, width: 16, residual_width: 8, blocks: 1, top_channels: 4, bottom_channels: 3}"
-SHORT = ("samples=128", "global_batch_size=16", "micro_batch_size=4", "log_every=1", "validate_every=0")
+SHORT = (
+    *("train.samples=128", "train.global_batch_size=16", "train.micro_batch_size=4", "train.precision=fp32"),
+    *("observe.log_every=1", "observe.validate_every=0"),
+)
 
 
 def spec_of(tiny: TinyPipeline, *settings: str) -> StageSpec:
-    short = [f"stages.autoencoder.train.{setting}" for setting in (*SHORT, "precision=fp32")]
-    return tiny.spec("autoencoder", *short, *(f"stages.autoencoder.{setting}" for setting in settings))
+    return tiny.spec("autoencoder", *(f"stages.autoencoder.{setting}" for setting in (*SHORT, *settings)))
 
 
 def make(**settings: Any) -> stage.Objective:

@@ -169,7 +169,7 @@ def test_classes_that_no_caption_names_have_no_accuracy(tiny: TinyPipeline) -> N
 
 
 def test_training_with_clips_own_tokenizer(tiny: TinyPipeline) -> None:
-    settings = (f"tokenizer={{kind: clip, vocabulary: {VOCABULARY}}}", "train.samples=64", "train.validate_every=0")
+    settings = (f"tokenizer={{kind: clip, vocabulary: {VOCABULARY}}}", "train.samples=64", "observe.validate_every=0")
     artifact = tiny.run("clip", *(f"stages.clip.{setting}" for setting in settings))
     folder = fetch(artifact)
     tokenizer = CaptionTokenizer.load(folder / "tokenizer.json")
