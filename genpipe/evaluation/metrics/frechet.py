@@ -21,7 +21,7 @@ from genpipe.data.shards import SPLITS, Split
 from genpipe.evaluation.captions import first_captions
 from genpipe.evaluation.fidelity import FeatureMoments, Moments, StoredMoments, frechet_distance
 from genpipe.evaluation.metrics.features import moments_of_files, save_features
-from genpipe.evaluation.metrics.metric import REFERENCE, SAMPLE, Evaluation, Measure, Partial, part_of
+from genpipe.evaluation.metrics.metric import REFERENCE, SAMPLE, Evaluation, Measure, Partial, check_file, part_of
 from genpipe.evaluation.networks import inception_features, load_inception
 from genpipe.evaluation.reference import check_matched
 from genpipe.models.clip import CLIP
@@ -75,9 +75,11 @@ class FrechetConfig(Config):
         return [f"{split}/{NAMES[self.network.kind]}_*" for split in SPLITS]
 
     def check_inputs(self, inputs: Mapping[str, Artifact]) -> None:
-        """Raise ValueError if the files are not what the settings say: statistics, and a network by its digest."""
+        """Raise ValueError if the network's file, or that of the statistics, is here and not what the settings say."""
+        if isinstance(self.network, PinnedFile):
+            check_file(self.network, setting="metrics.frechet.network")
         if isinstance(self.against, PinnedFile):
-            stored_moments(self.against)
+            check_file(self.against, stored_moments, setting="metrics.frechet.against")
 
     def parts(self, evaluation: Evaluation) -> list[str]:
         """Parts of the pictures, then those of the split that they are held against."""

@@ -20,6 +20,7 @@ from genpipe.data.image_batches import image_batch, to_float
 from genpipe.data.shard_dataset import ShardDataset
 from genpipe.data.shards import Split
 from genpipe.evaluation.reference import Reference, open_splits
+from genpipe.pinned_files import PinnedFile, read_pinned
 from genpipe.storage import Storage
 
 SAMPLE = {"sample": Role("samples")}
@@ -122,3 +123,13 @@ def part_of(part: str) -> tuple[Split, range]:
     """The split and the rows that a part of `Evaluation.parts_of` stands for."""
     split, first, stop = part.split()
     return cast(Split, split), range(int(first), int(stop))
+
+
+def check_file(file: PinnedFile, read: Callable[[PinnedFile], object] = read_pinned, *, setting: str) -> None:
+    """Raise ValueError if a file does not hold what `read` wants. One that is not here may be where workers run."""
+    try:
+        read(file)
+    except FileNotFoundError:
+        return
+    except ValueError as error:
+        raise ValueError(f"{setting}: {error}") from None

