@@ -177,8 +177,26 @@ def stage_task(stage: str) -> StageResult:
             fail_stage_run(spec, str(error))
             raise
         result = _result(planned, "ran", seconds=time.monotonic() - started)
+    _check_ahead(run, planned)
     run.reporter.update(stage, "ran")
     return result
+
+
+def _check_ahead(run: _Run, made: Planned) -> None:
+    """Ask the stages that take what was just made whether it fits, now that it is there, instead of when they start.
+
+    Raises ConfigError: what a training stands between is better known before it.
+    """
+    for later in run.plans.values():
+        if made.name in later.instance.needs and later.status == "run":
+            inputs = {role: artifacts.committed(artifact) or artifact for role, artifact in later.inputs.items()}
+            try:
+                later.instance.stage.check_inputs(later.instance.cfg, inputs)
+            except ValueError as error:
+                raise ConfigError(
+                    f"{run.pipeline.source}: stages.{later.name}: {error} (seen as soon as {made.name} was made, which "
+                    "is committed; a rerun goes on from there)"
+                ) from error
 
 
 def _spec(place: _Place, planned: Planned) -> StageSpec:

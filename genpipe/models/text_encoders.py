@@ -20,7 +20,7 @@ from pydantic import Field, PositiveInt, Tag, TypeAdapter, field_validator
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from genpipe.config import Config, by_kind
+from genpipe.config import Config, Location, by_kind
 from genpipe.models.precision import fp32
 
 CONFIG, TOKENIZER, INDEX = "config.json", "tokenizer.json", "model.safetensors.index.json"
@@ -30,7 +30,7 @@ RECORD = "text_encoder.json"
 class _PublishedConfig(Config):
     """Where a text encoder's files are, what they hold, and how it is run."""
 
-    folder: str = Field(description="path or s3:// URI of a folder with the files, as transformers writes them")
+    folder: Location = Field(description="path or s3:// URI of a folder with the files, as transformers writes them")
     sha256: dict[str, Annotated[str, Field(pattern="^[0-9a-f]{64}$")]] = Field(
         description="by file name, see `sha256sum FILE`: config.json, tokenizer.json and all .safetensors files"
     )
