@@ -6,9 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-import yaml
-from conftest import Command, TinyPipeline
-from PIL import Image
+from conftest import Command
 
 from genpipe.cli import console
 from genpipe.cli import main as cli
@@ -54,7 +52,7 @@ def test_debug_shows_the_trace(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_optimizer_setting_alone_keeps_the_default_optimizer(genpipe: Command, shapes: Path, tmp_path: Path) -> None:
     code, out, err = genpipe("plan", TINY, *settings(shapes, tmp_path), "stages.prior.train.optim.lr=1e-3")
     assert code == 0, err
-    assert out.count("not made yet") == 8
+    assert out.count("not made yet") == 10
 
 
 def test_stages_that_disagree_are_named(genpipe: Command, shapes: Path, tmp_path: Path) -> None:
@@ -64,7 +62,7 @@ def test_stages_that_disagree_are_named(genpipe: Command, shapes: Path, tmp_path
 
 
 def test_a_missing_folder_is_named(genpipe: Command) -> None:
-    fault = "stages.shard: source.path: the folder data/tiny does not exist"
+    fault = f"stages.shard: source.path: the folder {Path('data/tiny').absolute()} does not exist"
     code, _, err = genpipe("stage", "shard", TINY)
     assert code == 2 and fault in err
     code, out, _ = genpipe("check", TINY)
@@ -92,27 +90,6 @@ def test_an_unreachable_service_is_named_with_its_setting(
     code, out, err = genpipe("run", TINY, *settings(shapes, tmp_path), setting)
     assert code == 2
     assert said in err and "Traceback" not in out + err
-
-
-def test_sample_before_training_says_what_to_do(genpipe: Command, shapes: Path, tmp_path: Path) -> None:
-    config = tmp_path / "mine.yaml"
-    source = {"shard": {"source": {"kind": "folder", "path": str(shapes)}}}
-    mine = {"base": str(Path(TINY).absolute()), "store": str(tmp_path / "store"), "stages": source}
-    config.write_text(yaml.safe_dump(mine))
-    code, _, err = genpipe("sample", str(config), "a red circle")
-    assert code == 2
-    assert f"autoencoder, clip, features, decoder, prior, upsampler not made yet; `genpipe run {config}`" in err
-
-
-def test_sample_draws_from_an_evaluation(genpipe: Command, tiny: TinyPipeline, tmp_path: Path) -> None:
-    evaluate = tiny.run("evaluate")
-    pictures = [tmp_path / "one.png", tmp_path / "two.png"]
-    for picture in pictures:
-        code, out, err = genpipe("sample", evaluate.uri, "a red circle", "--each", "3", "--out", str(picture))
-        assert code == 0, err
-        assert str(picture) in out
-    assert pictures[0].read_bytes() == pictures[1].read_bytes(), "the same seed gives the same pictures"
-    assert Image.open(pictures[0]).width > 3 * 32
 
 
 def test_doctor_tries_the_addresses_of_a_configuration(genpipe: Command) -> None:
