@@ -13,7 +13,7 @@ export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export DO_NOT_TRACK := true
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: demo test checks lint types imports tests bench-data format clean
+.PHONY: demo test checks lint types imports tests bench-data bench-gpu format clean
 
 demo: $(READY)
 	@echo "== running the pipeline $(CONFIG)"
@@ -45,7 +45,12 @@ tests: $(READY)
 # How fast data are read and cached, each time beside what else would do it; takes minutes, and a quiet machine.
 bench-data: $(READY)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
-	@for script in tests/benchmarks/bench_*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+	@for name in sharding stream features evaluation; do \
+		echo "== $$name"; $(BIN)/python tests/benchmarks/bench_$$name.py || exit 1; done
+
+# What the loop does of a GPU's peak, and of its memory.
+bench-gpu: $(READY)
+	$(BIN)/python tests/benchmarks/bench_gpu.py
 
 format: $(READY)
 	$(BIN)/ruff check --fix .

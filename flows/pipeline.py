@@ -29,7 +29,7 @@ from prefect.task_runners import ThreadPoolTaskRunner
 from prefect.tasks import Task
 
 from flows import server
-from flows.reporting import PlainReporter, Reporter, StageResult, StagesFailed, Status
+from flows.reporting import Outcome, PlainReporter, Reporter, StageResult, StagesFailed
 from genpipe import artifacts
 from genpipe.config import ConfigError
 from genpipe.launch import jobs
@@ -216,7 +216,7 @@ def _spec(place: _Place, planned: Planned) -> StageSpec:
     return spec.model_copy(update={"run_id": try_claim(spec)})
 
 
-def _result(planned: Planned, status: Status, *, seconds: float) -> StageResult:
+def _result(planned: Planned, status: Outcome, *, seconds: float) -> StageResult:
     manifest = artifacts.read_manifest(planned.artifact.uri)
     assert manifest is not None, f"{planned.name} is not committed at {planned.artifact.uri}"
     return StageResult(

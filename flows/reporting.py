@@ -11,7 +11,7 @@ from genpipe.artifacts import Artifact
 from genpipe.config import Gate
 from genpipe.pipeline.spec import Progress
 
-Status = Literal["cached", "ran", "failed", "skipped"]
+Outcome = Literal["cached", "ran", "failed", "skipped"]
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class StageResult:
     """
 
     stage: str
-    status: Status
+    status: Outcome
     seconds: float = 0.0
     artifact: Artifact | None = None
     metrics: dict[str, float] = field(default_factory=dict)

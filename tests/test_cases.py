@@ -17,8 +17,6 @@ from PIL import Image
 from pydantic import TypeAdapter
 from shard_files import make, stored
 from source_files import put
-from test_parquet_source import parquet
-from test_webdataset_source import tar_of
 
 from genpipe.data.images import ImageError, decode, read_header
 from genpipe.data.samples import Reject, Sample
@@ -27,6 +25,8 @@ from genpipe.launch.local import run_local
 from genpipe.pipeline.graph import load_pipeline
 from genpipe.pipeline.plan import plan, spec_of
 from genpipe.stages import shard
+from tests.data.sources.test_parquet import parquet
+from tests.data.sources.test_webdataset import tar_of
 
 CASES = Path(__file__).parent / "cases"
 TINY = Path(__file__).parents[1] / "configs/pipeline/tiny.yaml"

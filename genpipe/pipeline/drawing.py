@@ -45,8 +45,9 @@ def draw(plans: Sequence[Planned], path: Path, *, title: str) -> None:
     axes.axis("off")
     axes.text(0.2, height - 0.25, title, fontsize=11, fontweight="bold", va="center")
     for source, target, role in edges:
-        known = role.startswith(source.partition("@")[0])
-        _arrow(axes, places[source], places[target], label="" if known else role, faint=_implied(source, target, edges))
+        faint = _implied(source, target, edges)
+        named = faint or role.startswith(source.partition("@")[0])  # by its source, or not worth it
+        _arrow(axes, places[source], places[target], label="" if named else role, faint=faint)
     for planned in plans:
         kind = planned.instance.kind
         cells = ", ".join(f"{path}={value}" for path, value in planned.instance.cells.items())

@@ -16,8 +16,6 @@ from PIL import Image
 from pydantic import ValidationError
 from shard_files import commit, configured, encoded, folder_of, jpeg, ledger, make, smooth, stored
 from source_files import put
-from test_parquet_source import parquet
-from test_webdataset_source import tar_of
 
 from genpipe import artifacts
 from genpipe.artifacts import Artifact
@@ -26,6 +24,8 @@ from genpipe.data.shard_dataset import ShardDataset, open_shards
 from genpipe.data.shards import check_shard, read_index
 from genpipe.pipeline.spec import StageSpec
 from genpipe.stages import shard
+from tests.data.sources.test_parquet import parquet
+from tests.data.sources.test_webdataset import tar_of
 
 
 @pytest.fixture

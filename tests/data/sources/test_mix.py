@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import yaml
 from source_files import png, put
-from test_webdataset_source import described, tar_of
 
 from genpipe import config
 from genpipe.data.samples import Reject, Sample
 from genpipe.data.sources import Source, open_source
 from genpipe.stages import shard
+from tests.data.sources.test_webdataset import described, tar_of
 
 
 def mix(sources: dict[str, Any], tmp_path: Path) -> shard.Config:
