@@ -1,4 +1,4 @@
-"""genpipe: train text-to-image systems in stages."""
+"""genpipe: train image-generating systems in stages."""
 
 import os
 

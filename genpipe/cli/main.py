@@ -26,7 +26,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="markdown",
-    help="""Trains text-to-image systems in stages.
+    help="""Trains image-generating systems in stages.
 
 A pipeline is one YAML file: a graph of stages, each with its settings and inputs. What a stage made is kept under a
 fingerprint of both, so a run does only what is not done yet.

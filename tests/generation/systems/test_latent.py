@@ -143,5 +143,7 @@ def test_a_published_encoder_reads_the_captions(tiny: TinyPipeline, tmp_path: Pa
     fresh = system.encode_text([f"  {shards.captions(i)[0]} " for i in range(3)])
     assert torch.equal(cached.mask, fresh.mask)
     torch.testing.assert_close(cached.encodings, fresh.encodings, atol=2e-2, rtol=2e-2)
+    scores = read_manifest(latent.run("evaluate", settings).uri)
+    assert scores is not None and {"autoencoder/psnr", "decoder/loss"} <= scores.metrics.keys()
     one, other = (system.sample(Conditions(1, texts=[prompt]), generator=seeded(0)) for prompt in PROMPTS)
     assert not torch.allclose(one, other, atol=1e-3)

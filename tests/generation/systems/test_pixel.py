@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from genpipe.artifacts import Artifact
+from genpipe.artifacts import Artifact, read_manifest
 from genpipe.diffusion.process import DiffusionConfig
 from genpipe.generation.conditions import Conditions
 from genpipe.generation.systems import load_system
@@ -47,6 +47,8 @@ def test_three_upsamplers_follow_a_class_conditional_decoder(pixel_tiny: TinyPip
     cascade = type(pixel_tiny)(pixel_tiny.store, pixel_tiny.shapes, path)
     samples = cascade.run("sample")
     assert samples.meta["image_size"] == 32 and samples.meta["samples"]["train"] == 20
+    scores = read_manifest(cascade.run("evaluate").uri)
+    assert scores is not None and {"decoder/loss", *(f"upsampler.{i}/psnr" for i in range(3))} <= scores.metrics.keys()
     system = load_system(cascade.run("system"), device=CPU)
     assert isinstance(system, PixelSystem) and system.conditioned_on == {"label"} and len(system.classes) == 5
     conditions = Conditions(2, labels=[0, 4])
