@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from toy_project import Project, results
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
 @pytest.fixture(scope="module")
