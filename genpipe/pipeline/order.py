@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 
 from genpipe.pipeline.costs import training_flops
@@ -10,11 +11,18 @@ from genpipe.stages import is_training
 
 
 def work(planned: Planned) -> float:
-    """FLOPs that an instance is still to do: those of its training; data stages count for nothing beside them."""
+    """FLOPs that an instance is still to do: those of its training; data stages count for nothing beside them.
+
+    A stage that cannot be stepped on the meta device is reported and counts for nothing, too.
+    """
     stage, cfg = planned.instance.stage, planned.instance.cfg
     if planned.status == "cached" or not is_training(stage):
         return 0.0
-    return training_flops(stage, cfg, planned.inputs) / cfg.resources.workers
+    try:
+        return training_flops(stage, cfg, planned.inputs) / cfg.resources.workers
+    except Exception as error:  # of any stage, the user's own too; its turn is not worth the run
+        print(f"{planned.name}: its work cannot be computed, so its turn is a late one: {error}", file=sys.stderr)
+        return 0.0
 
 
 def longest_path_first(plans: Sequence[Planned]) -> dict[str, int]:

@@ -55,7 +55,7 @@ class Objective:
     def after_step(self) -> None: ...
 
     def validate(self, batches: Iterable[Batch], generator: torch.Generator) -> Validation:
-        raise NotImplementedError
+        return Validation({})
 
 
 def stage(side: int) -> ModuleType:

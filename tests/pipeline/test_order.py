@@ -50,3 +50,16 @@ def test_work_grows_with_samples_and_is_shared_by_workers(plans: dict[str, Plann
     assert work(plans["data"]) == 0.0
     assert work(plans["end"]) == pytest.approx(2.5 * work(plans["first"]))
     assert work(plans["first"]) == pytest.approx(400 * 4)
+
+
+def test_a_stage_whose_work_cannot_be_computed_is_reported_and_runs_all_the_same(
+    plans: dict[str, Planned], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("no such shape")
+
+    monkeypatch.setattr(plans["alone"].instance.stage, "example_batch", broken)
+    places = longest_path_first([plans[name] for name in ("data", "alone", "first", "second")])
+    assert places.keys() == {"data", "alone", "first", "second"}
+    reported = capsys.readouterr().err
+    assert "alone" in reported and "no such shape" in reported

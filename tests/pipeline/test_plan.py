@@ -384,6 +384,15 @@ def test_a_thousand_artifacts_are_compared_without_listing_their_files(
     assert not listed
 
 
+def test_artifacts_of_an_older_format_are_passed_over(tiny: TinyPipeline, tmp_path: Path) -> None:
+    """Format 1 had no identity, and lies where artifacts of some kinds still do."""
+    folder = tmp_path / "store/artifacts/clip/0123456789abcdef"
+    folder.mkdir(parents=True)
+    old = {"format": 1, "artifact": {"kind": "clip", "uri": str(folder), "fingerprint": "0" * 64}, "version": 1}
+    (folder / "manifest.json").write_text(json.dumps(old | {"config": {}, "inputs": {}, "digest": "0" * 64}))
+    assert tiny.plan(f"store={tmp_path / 'store'}")["clip"].why == "not made yet"
+
+
 def test_a_spec_is_what_the_plan_says(tiny: TinyPipeline) -> None:
     spec = tiny.spec("clip")
     planned = tiny.plan()["clip"]
