@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 from pydantic import TypeAdapter
 from shard_files import make, stored
-from source_files import put
+from source_files import parquet, put, tar_of
 
 from genpipe.data.images import ImageError, decode, read_header
 from genpipe.data.samples import Reject, Sample
@@ -25,8 +25,6 @@ from genpipe.launch.local import run_local
 from genpipe.pipeline.graph import load_pipeline
 from genpipe.pipeline.plan import plan, spec_of
 from genpipe.stages import shard
-from tests.data.sources.test_parquet import parquet
-from tests.data.sources.test_webdataset import tar_of
 
 CASES = Path(__file__).parent / "cases"
 TINY = Path(__file__).parents[1] / "configs/pipeline/tiny.yaml"

@@ -1,16 +1,22 @@
-"""What the tests of the sources share: small pictures, files in a folder or under S3, and reading it all."""
+"""What the tests of the sources share: small pictures, tables and tars of them, files put and read whole."""
 
 from __future__ import annotations
 
 import io
+import json
+import tarfile
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 from PIL import Image
 from pydantic import TypeAdapter
 
 from genpipe.data.samples import Reject, Sample
 from genpipe.data.sources import Source, SourceConfig, open_source
 from genpipe.storage import open_storage
+
+Member = tuple[str, bytes]
 
 
 def png(color: str | int = "red") -> bytes:
@@ -19,6 +25,34 @@ def png(color: str | int = "red") -> bytes:
     buffer = io.BytesIO()
     Image.new("RGB", (8, 8), rgb).save(buffer, "PNG")
     return buffer.getvalue()
+
+
+def parquet(columns: dict[str, Any], **options: Any) -> bytes:
+    """A table as the bytes of a parquet file."""
+    buffer = io.BytesIO()
+    pq.write_table(pa.table(columns), buffer, **options)
+    return buffer.getvalue()
+
+
+def tar_of(*members: Member | tarfile.TarInfo) -> bytes:
+    """A tar of files, as name and content, or of members given whole."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        for member in members:
+            if isinstance(member, tarfile.TarInfo):
+                tar.addfile(member)
+                continue
+            info = tarfile.TarInfo(member[0])
+            info.size = len(member[1])
+            tar.addfile(info, io.BytesIO(member[1]))
+    return buffer.getvalue()
+
+
+def described(key: str, caption: str | None = "a cat", **fields: Any) -> list[Member]:
+    """A sample as img2dataset writes it."""
+    record = {"caption": caption, "url": f"http://host/{key}", "key": key, "status": "success", **fields}
+    members = [(f"{key}.jpg", png(int(key) if key.isdecimal() else 0)), (f"{key}.json", json.dumps(record).encode())]
+    return [*members, (f"{key}.txt", caption.encode())] if caption else members
 
 
 def put(uri: object, files: dict[str, bytes | str]) -> None:

@@ -15,7 +15,7 @@ import webdataset
 from PIL import Image
 from pydantic import ValidationError
 from shard_files import commit, configured, encoded, folder_of, jpeg, ledger, make, smooth, stored
-from source_files import put
+from source_files import parquet, put, tar_of
 
 from genpipe import artifacts
 from genpipe.artifacts import Artifact
@@ -24,8 +24,6 @@ from genpipe.data.shard_dataset import ShardDataset, open_shards
 from genpipe.data.shards import check_shard, read_index
 from genpipe.pipeline.spec import StageSpec
 from genpipe.stages import shard
-from tests.data.sources.test_parquet import parquet
-from tests.data.sources.test_webdataset import tar_of
 
 
 @pytest.fixture

@@ -9,11 +9,9 @@ from typing import Any
 import pyarrow as pa
 import pytest
 from pydantic import ValidationError
-from source_files import png, put, rejects, samples, source
+from source_files import parquet, png, put, rejects, samples, source, tar_of
 
 from genpipe.data.sources import MixConfig, declared_classes, has_conditions, open_source
-from tests.data.sources.test_parquet import parquet
-from tests.data.sources.test_webdataset import tar_of
 
 
 def labels(opened: Any) -> dict[str, str | None]:

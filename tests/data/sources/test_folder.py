@@ -9,11 +9,10 @@ from pathlib import Path
 import boto3
 import pytest
 from botocore.config import Config
-from source_files import png, put, read_all, rejects, samples, source
+from source_files import parquet, png, put, read_all, rejects, samples, source
 
 from genpipe.data.samples import Reject, Sample, clean_captions, weigh_captions
 from genpipe.storage import open_storage
-from tests.data.sources.test_parquet import parquet
 
 
 def test_sidecars_give_one_caption_a_line(tmp_path: Path) -> None:

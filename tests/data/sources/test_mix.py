@@ -6,13 +6,12 @@ from typing import Any
 
 import pytest
 import yaml
-from source_files import png, put
+from source_files import described, png, put, tar_of
 
 from genpipe import config
 from genpipe.data.samples import Reject, Sample
 from genpipe.data.sources import Source, open_source
 from genpipe.stages import shard
-from tests.data.sources.test_webdataset import described, tar_of
 
 
 def mix(sources: dict[str, Any], tmp_path: Path) -> shard.Config:

@@ -12,17 +12,11 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from source_files import png, put, read_all, rejects, samples, source
+from source_files import parquet, png, put, read_all, rejects, samples, source
 
 from genpipe.data.samples import LONGEST_DETAIL, Reject, Sample
 from genpipe.data.sources.rowgroups import cut_row_groups
 from genpipe.storage import Entry, open_storage
-
-
-def parquet(columns: dict[str, Any], **options: Any) -> bytes:
-    buffer = io.BytesIO()
-    pq.write_table(pa.table(columns), buffer, **options)
-    return buffer.getvalue()
 
 
 def numbered(count: int, *, start: int = 0, **options: Any) -> bytes:

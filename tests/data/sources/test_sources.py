@@ -14,11 +14,9 @@ from typing import Any
 import pytest
 from PIL import Image
 from shard_files import jpeg, ledger, make, stored
-from source_files import put
+from source_files import parquet, put, tar_of
 
 from genpipe.stages import shard
-from tests.data.sources.test_parquet import parquet
-from tests.data.sources.test_webdataset import tar_of
 
 COUNT = 24
 CAPTIONS = [f"photo number {number}" for number in range(COUNT)]

@@ -19,13 +19,12 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from source_files import png, put, read_all, source
+from source_files import parquet, png, put, read_all, source
 
 from genpipe.data.samples import Reject, Sample
 from genpipe.data.shards import write_rejects
 from genpipe.data.sources.fetch import _public_socket, pause_asked, robots_directives
 from genpipe.storage import open_storage
-from tests.data.sources.test_parquet import parquet
 
 
 def answered(*headers: bytes, body: bytes = b"") -> bytes:

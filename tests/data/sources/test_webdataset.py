@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import gzip
 import io
-import json
 import os
 import pickle
 import tarfile
@@ -14,32 +13,10 @@ import pytest
 import webdataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from source_files import png, put, read_all, rejects, samples, source
+from source_files import described, png, put, read_all, rejects, samples, source, tar_of
 
 from genpipe.data.samples import Reject, Sample
 from genpipe.storage import open_storage
-
-Member = tuple[str, bytes]
-
-
-def tar_of(*members: Member | tarfile.TarInfo) -> bytes:
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w") as tar:
-        for member in members:
-            if isinstance(member, tarfile.TarInfo):
-                tar.addfile(member)
-                continue
-            info = tarfile.TarInfo(member[0])
-            info.size = len(member[1])
-            tar.addfile(info, io.BytesIO(member[1]))
-    return buffer.getvalue()
-
-
-def described(key: str, caption: str | None = "a cat", **fields: Any) -> list[Member]:
-    """A sample as img2dataset writes it."""
-    record = {"caption": caption, "url": f"http://host/{key}", "key": key, "status": "success", **fields}
-    members = [(f"{key}.jpg", png(int(key) if key.isdecimal() else 0)), (f"{key}.json", json.dumps(record).encode())]
-    return [*members, (f"{key}.txt", caption.encode())] if caption else members
 
 
 def link(name: str, *, to: str = "", kind: bytes = tarfile.SYMTYPE) -> tarfile.TarInfo:
