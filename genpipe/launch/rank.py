@@ -14,7 +14,7 @@ from genpipe.launch.process import set_up_process
 from genpipe.launch.run_stage import commit
 from genpipe.pipeline.spec import Progress, StageSpec, write_progress
 from genpipe.stages import load_stage
-from genpipe.tracking.recording import records_of
+from genpipe.tracking.recording import attach
 from genpipe.training.loop import train
 
 
@@ -53,7 +53,7 @@ class RankRuntime:
     environment: dict[str, str] = field(default_factory=dict)
 
     def __enter__(self) -> RankRuntime:
-        self.run = records_of(self.spec.tracking_uri).attach(self.spec, self.run_id) if self.rank == 0 else None
+        self.run = attach(self.spec, self.run_id) if self.rank == 0 else None
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -86,7 +86,9 @@ class RankRuntime:
         self.run.set_tags(facts)
 
     def save(self, folder: Path, *, samples_seen: int) -> None:
-        """Commit a checkpoint to the work folder."""
+        """Commit a checkpoint to the work folder, when what was logged up to it is kept."""
+        assert self.run is not None, "only rank 0 saves"
+        self.run.flush()
         save_checkpoint(self.spec.work, folder, samples_seen=samples_seen)
 
     def latest(self) -> Path | None:
