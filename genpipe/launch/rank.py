@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import tempfile
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from genpipe.launch.checkpoints import latest_checkpoint, save_checkpoint
 from genpipe.launch.process import set_up_process
 from genpipe.launch.run_stage import commit
 from genpipe.pipeline.spec import Progress, StageSpec, write_progress
 from genpipe.stages import load_stage
+from genpipe.storage import join
 from genpipe.tracking.recording import records_of
+from genpipe.training.checkpoint_store import CheckpointStore
 from genpipe.training.loop import train
 
 
@@ -24,7 +26,18 @@ def train_rank(spec: StageSpec, run_id: str, *, rank: int, world_size: int, devi
     cfg = stage.Config.model_validate(spec.config)
     set_up_process(cfg, products="medium")  # bf16 passes, TF32
     torch.manual_seed(cfg.train.seed)  # the same initial weights on every rank
-    with RankRuntime(spec, run_id, rank=rank, world_size=world_size, device=device, total=cfg.train.samples) as rt:
+    checkpoints = CheckpointStore(
+        join(spec.work, "checkpoints"), keep=cfg.resources.keep_checkpoints, best=cfg.observe.keep_best
+    )
+    with RankRuntime(
+        spec,
+        run_id,
+        rank=rank,
+        world_size=world_size,
+        device=device,
+        checkpoints=checkpoints,
+        total=cfg.train.samples,
+    ) as rt:
         objective = stage.objective(cfg, spec.inputs, device)
         result = train(objective, stage.data(cfg, spec.inputs), cfg.train, rt, cfg.resources, cfg.observe)
         if rank == 0:
@@ -49,6 +62,7 @@ class RankRuntime:
     rank: int
     world_size: int
     device: torch.device
+    checkpoints: CheckpointStore
     total: int
     environment: dict[str, str] = field(default_factory=dict)
 
@@ -85,13 +99,12 @@ class RankRuntime:
         self.environment |= facts
         self.run.set_tags(facts)
 
-    def save(self, folder: Path, *, samples_seen: int) -> None:
-        """Commit a checkpoint to the work folder."""
-        save_checkpoint(self.spec.work, folder, samples_seen=samples_seen)
-
-    def latest(self) -> Path | None:
-        """A copy of the newest intact checkpoint of the work folder."""
-        return latest_checkpoint(self.spec.work)
+    def log_event(self, message: str, *, samples_seen: int) -> None:
+        """Print the event, and tag the run with it."""
+        assert self.run is not None, "only rank 0 logs"
+        print(f"at {samples_seen} samples: {message}", flush=True)
+        when = datetime.now(UTC).isoformat(timespec="milliseconds")
+        self.run.set_tags({f"event.{when}": f"at {samples_seen} samples: {message}"})
 
     def should_stop(self) -> bool:
         """Never: a job that is to stop is killed."""

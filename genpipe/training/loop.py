@@ -72,21 +72,26 @@ def train(
     damage = Damage(batches, rt, length=data.train.length, max_share=cfg.max_bad_share, start=state.samples_seen)
     with ExitStack() as stack:
         stack.callback(batches.close)
+        stack.enter_context(state.checkpoints_finished())
         stream = iter(batches)
+        validated = False  # since the last checkpoint
         while state.step < cfg.steps:
             _step(objective, forward, state, stream, cfg, rt, meter)
             last = state.step == cfg.steps
             if not last and _due(observe.validate_every, state.samples_seen, cfg.global_batch_size):
-                _log_validation(validate(objective, data, cfg, rt, state, observe), rt, state)
+                validation = validate(objective, data, cfg, rt, state, observe)
+                _log_validation(validation, rt, state)
+                state.heldout, validated = validation.metrics, True
             if not last and state.step % observe.log_every:
                 continue
             meter.report(state, waited=batches.wait_seconds, bad_samples=damage.report())  # raises, so before a save
-            stop, due = _agreed(rt, rt.should_stop(), time.monotonic() - saved_at > resources.checkpoint_seconds)
+            due = time.monotonic() - saved_at > resources.checkpoint_seconds or (validated and observe.keep_best)
+            stop, due = _agreed(rt, rt.should_stop(), bool(due) and not state.saving)
             if not last and (stop or due):
-                if rt.rank == 0:
-                    state.save(rt)
-                saved_at = time.monotonic()
+                state.save(rt)
+                saved_at, validated = time.monotonic(), False
             if not last and stop:
+                state.wait()
                 raise Interrupted(f"stopped at {state.samples_seen} samples; a new run goes on from there")
     result = validate(objective, data, cfg, rt, state, observe)
     _log_validation(result, rt, state)

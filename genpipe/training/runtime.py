@@ -8,6 +8,8 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from genpipe.training.checkpoint_store import CheckpointStore
+
 
 class Runtime(Protocol):
     """Where this process stands among the ranks, and where its records go.
@@ -18,6 +20,8 @@ class Runtime(Protocol):
     rank: int
     world_size: int
     device: torch.device
+    checkpoints: CheckpointStore
+    """The checkpoints of this training, and this rank's way to put one there."""
 
     def log(self, metrics: dict[str, float], *, samples_seen: int) -> None:
         """Record host values by name."""
@@ -35,12 +39,8 @@ class Runtime(Protocol):
         """Record what this run found out about its machine, in the run and in the artifact's manifest."""
         ...
 
-    def save(self, folder: Path, *, samples_seen: int) -> None:
-        """Commit a folder as the checkpoint at `samples_seen`."""
-        ...
-
-    def latest(self) -> Path | None:
-        """A local copy, which the caller removes, of the newest intact checkpoint; None if there is none."""
+    def log_event(self, message: str, *, samples_seen: int) -> None:
+        """Record something out of the ordinary that people should know of. Any thread may call it."""
         ...
 
     def should_stop(self) -> bool:

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from genpipe.config import Resources
-from genpipe.launch.checkpoints import latest_checkpoint, save_checkpoint
 from genpipe.pipeline.spec import StageSpec
 from genpipe.stages import load_stage
+from genpipe.training.checkpoint_store import CheckpointStore, samples_of
 from genpipe.training.loop import train
 from genpipe.training.objective import Objective, Validation
 
@@ -33,6 +33,11 @@ class FolderRuntime:
     pictures: list[str] = field(default_factory=list)
     files: dict[str, str] = field(default_factory=dict)
     environment: dict[str, str] = field(default_factory=dict)
+    events: list[str] = field(default_factory=list)
+    checkpoints: CheckpointStore = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.checkpoints = CheckpointStore(str(self.work / "checkpoints"))
 
     def log(self, metrics: dict[str, float], *, samples_seen: int) -> None:
         assert self.rank == 0, "only rank 0 logs"
@@ -49,17 +54,16 @@ class FolderRuntime:
         assert self.rank == 0, "only rank 0 logs"
         self.environment |= facts
 
-    def save(self, folder: Path, *, samples_seen: int) -> None:
-        save_checkpoint(str(self.work), folder, samples_seen=samples_seen)
-
-    def latest(self) -> Path | None:
-        return latest_checkpoint(str(self.work))
+    def log_event(self, message: str, *, samples_seen: int) -> None:
+        assert self.rank == 0, "only rank 0 logs"
+        self.events.append(message)
 
     def should_stop(self) -> bool:
         return self.stop_at is not None and max(self.logged, default=0) >= self.stop_at
 
-    def checkpoints(self) -> list[int]:
-        return sorted(int(path.parent.name) for path in self.work.glob("checkpoints/*/manifest.json"))
+    def saved(self) -> list[int]:
+        """Samples seen of the committed checkpoints."""
+        return [samples_of(name) for name in reversed(self.checkpoints.names())]
 
 
 def train_stage(
