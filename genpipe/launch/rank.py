@@ -16,6 +16,7 @@ from genpipe.pipeline.spec import Progress, StageSpec, write_progress
 from genpipe.stages import load_stage
 from genpipe.tracking.recording import records_of
 from genpipe.training.loop import train
+from genpipe.training.runtime import Phase
 
 
 def train_rank(spec: StageSpec, run_id: str, *, rank: int, world_size: int, device: torch.device) -> None:
@@ -96,3 +97,6 @@ class RankRuntime:
     def should_stop(self) -> bool:
         """Never: a job that is to stop is killed."""
         return False
+
+    def enter(self, phase: Phase) -> None:
+        """Nothing: nobody watches yet."""
