@@ -100,8 +100,8 @@ def train(
     return result
 
 
-class Interrupted(Exception):
-    """Training was asked to stop and did, with its checkpoint at `samples_seen` written."""
+class Interrupted(KeyboardInterrupt):
+    """Training was asked to stop and did, with its checkpoint at `samples_seen` written: no error, and no result."""
 
     def __init__(self, samples_seen: int) -> None:
         super().__init__(f"stopped at {samples_seen:,} samples; a new run goes on from there")
