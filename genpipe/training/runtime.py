@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
 
 from genpipe.training.checkpoint_store import CheckpointStore
+
+Phase = Literal["start", "compile", "data", "forward", "backward", "optimizer", "validation", "checkpoint", "export"]
+"""What a rank is busy with. The pass through a micro-batch and the update are quick; all others may take their time."""
 
 
 class Runtime(Protocol):
@@ -44,5 +47,12 @@ class Runtime(Protocol):
         ...
 
     def should_stop(self) -> bool:
-        """Whether to stop, with a checkpoint, when metrics are next due."""
+        """Whether to stop, with a checkpoint, after this step. Asked at every step, so it must cost nothing."""
+        ...
+
+    def enter(self, phase: Phase) -> None:
+        """Take note of what this rank begins to do, so that one that hangs can be told from one that works.
+
+        All ranks enter the same phases in the same order. Called several times a step, so it must cost nothing.
+        """
         ...

@@ -15,14 +15,17 @@ from genpipe.stages import load_stage
 from genpipe.training.checkpoint_store import CheckpointStore, samples_of
 from genpipe.training.loop import train
 from genpipe.training.objective import Objective, Validation
+from genpipe.training.runtime import Phase
 
 CPU = torch.device("cpu")
 SGD_RATE = 0.05
+STEP = 16
+"""Samples of a step of most trainings of tests."""
 
 
 @dataclass
 class FolderRuntime:
-    """`stop_at` samples it asks for a stop."""
+    """It asks for a stop when it has logged all but one step of `stop_at` samples."""
 
     work: Path
     stop_at: int | None = None
@@ -34,6 +37,7 @@ class FolderRuntime:
     files: dict[str, str] = field(default_factory=dict)
     environment: dict[str, str] = field(default_factory=dict)
     events: list[str] = field(default_factory=list)
+    phases: dict[str, int] = field(default_factory=dict)
     checkpoints: CheckpointStore = field(init=False)
 
     def __post_init__(self) -> None:
@@ -58,8 +62,11 @@ class FolderRuntime:
         assert self.rank == 0, "only rank 0 logs"
         self.events.append(message)
 
+    def enter(self, phase: Phase) -> None:
+        self.phases[phase] = self.phases.get(phase, 0) + 1
+
     def should_stop(self) -> bool:
-        return self.stop_at is not None and max(self.logged, default=0) >= self.stop_at
+        return self.stop_at is not None and max(self.logged, default=0) + STEP >= self.stop_at
 
     def saved(self) -> list[int]:
         """Samples seen of the committed checkpoints."""
