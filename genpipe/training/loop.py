@@ -9,8 +9,9 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, nullcontext
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -26,6 +27,7 @@ from genpipe.training.meter import Meter
 from genpipe.training.objective import Batch, Metrics, Objective, ObserveTraining, Step, Validation
 from genpipe.training.runtime import Runtime
 from genpipe.training.settings import TrainConfig, lr_scale
+from genpipe.training.sharpness import sharpened
 from genpipe.training.state import TrainState
 
 
@@ -191,13 +193,16 @@ def _step(
             continue
         for other, module in objective.trainable.items():
             module.requires_grad_(other == name)
+        rho, loss_of = cfg.sam_rho, partial(_loss, name=name, state=state, cfg=cfg, rt=rt)
         for i, (position, batch) in enumerate(micro):
-            step = Step(state.samples_seen, seeded(rt.device, cfg.seed, name, position))
-            partial = rt.world_size > 1 and i < len(micro) - 1
-            with forward[name].no_sync() if partial else nullcontext():  # type: ignore[operator]
-                rt.enter("forward")
-                with autocast(rt.device, state.products):
-                    loss, metrics = forward[name](batch, step)
+            unsynced = rt.world_size > 1 and i < len(micro) - 1
+            alone = partial(loss_of, partial(objective.loss, name), batch, position)
+            rt.enter("forward")
+            with (
+                forward[name].no_sync() if unsynced else nullcontext(),  # type: ignore[operator]
+                sharpened(objective.trainable[name], alone, rho=rho) if rho else nullcontext(),
+            ):
+                loss, metrics = loss_of(forward[name], batch, position)
                 rt.enter("backward")
                 (loss / accumulate).backward()
             meter.add({f"{name}/loss": loss.detach(), **{f"{name}/{k}": v for k, v in metrics.items()}})
@@ -214,6 +219,22 @@ def _step(
         state.emas[name].update()
     state.samples_seen += cfg.global_batch_size
     state.step += 1
+
+
+def _loss(
+    network: Callable[[Batch, Step], tuple[Tensor, Metrics]],
+    batch: Batch,
+    position: int,
+    *,
+    name: str,
+    state: TrainState,
+    cfg: TrainConfig,
+    rt: Runtime,
+) -> tuple[Tensor, Metrics]:
+    """The loss of a micro-batch, with the randomness of its place in the stream, however often it is computed."""
+    step = Step(state.samples_seen, seeded(rt.device, cfg.seed, name, position))
+    with autocast(rt.device, state.products):
+        return network(batch, step)
 
 
 def _clip(module: nn.Module, most: float | None) -> Tensor:
