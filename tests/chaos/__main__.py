@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import re
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -56,9 +57,9 @@ def attempt(lab: Lab, name: str, *, seed: int, turn: int) -> Result:
         random = Random(f"{seed} {name} {turn} {again}")
         try:
             return _inject(lab, name, FAULTS[name], random, turn=first + turn)
-        except Missed:
-            processes.kill_all()
-    return Result(name, "never", "not injected", 0.0, [f"its moment did not come in {TRIES} runs"])
+        except Missed as missed:
+            reason = str(missed)
+    return Result(name, "never", "not injected", 0.0, [f"{TRIES} runs were over before its moment: {reason}"])
 
 
 def _inject(lab: Lab, name: str, fault: Fault, random: Random, *, turn: int) -> Result:
@@ -86,9 +87,7 @@ def _inject(lab: Lab, name: str, fault: Fault, random: Random, *, turn: int) -> 
     except Missed:
         keep = False
         raise
-    except (Exception, KeyboardInterrupt) as error:
-        if isinstance(error, KeyboardInterrupt):
-            raise
+    except Exception as error:
         return Result(name, "?", "the harness failed", 0.0, [f"{type(error).__name__}: {error}; {case.folder}"])
     finally:
         processes.kill_all()
@@ -156,6 +155,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     schedule = _schedule(names, count=given.count or (len(names) if given.only else max(60, len(names))))
     processes.adopt_orphans()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that what was started is ended
     folder = Path(tempfile.mkdtemp(prefix="chaos-", dir="/tmp"))
     lab, results = Lab(folder), []
     try:
