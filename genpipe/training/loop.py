@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from genpipe.config import Resources
 from genpipe.data.loader import Batches, Data, sample_batches, training_order
 from genpipe.models.precision import Products, autocast, products_of
+from genpipe.training.agreement import Agreement
 from genpipe.training.bad_samples import Damage
 from genpipe.training.meter import Meter
 from genpipe.training.objective import Batch, Metrics, Objective, ObserveTraining, Step, Validation
@@ -70,24 +71,32 @@ def train(
         pin=rt.device.type == "cuda",
     )
     damage = Damage(batches, rt, length=data.train.length, max_share=cfg.max_bad_share, start=state.samples_seen)
+    agreement = Agreement(rt, flags=2)
     with ExitStack() as stack:
         stack.callback(batches.close)
+        stack.enter_context(state.checkpoints_finished())
         stream = iter(batches)
+        validated = False  # since the last checkpoint
         while state.step < cfg.steps:
             _step(objective, forward, state, stream, cfg, rt, meter)
+            late = time.monotonic() - saved_at > resources.checkpoint_seconds or bool(validated and observe.keep_best)
+            stop, due = agreement.ask(rt.should_stop(), rt.rank == 0 and late and not state.saving)  # clocks differ
             last = state.step == cfg.steps
-            if not last and _due(observe.validate_every, state.samples_seen, cfg.global_batch_size):
-                _log_validation(validate(objective, data, cfg, rt, state, observe), rt, state)
-            if not last and state.step % observe.log_every:
+            if not (last or stop) and _due(observe.validate_every, state.samples_seen, cfg.global_batch_size):
+                validation = validate(objective, data, cfg, rt, state, observe)
+                _log_validation(validation, rt, state)
+                state.heldout, validated = validation.metrics, True
+            if not (last or stop) and state.step % observe.log_every:
                 continue
             meter.report(state, waited=batches.wait_seconds, bad_samples=damage.report())  # raises, so before a save
-            stop, due = _agreed(rt, rt.should_stop(), time.monotonic() - saved_at > resources.checkpoint_seconds)
             if not last and (stop or due):
-                if rt.rank == 0:
-                    state.save(rt)
-                saved_at = time.monotonic()
+                rt.enter("checkpoint")
+                state.save(rt)
+                saved_at, validated = time.monotonic(), False
             if not last and stop:
-                raise Interrupted(f"stopped at {state.samples_seen} samples; a new run goes on from there")
+                state.wait()
+                raise Interrupted(state.samples_seen)
+        agreement.close()
     result = validate(objective, data, cfg, rt, state, observe)
     _log_validation(result, rt, state)
     for ema in state.emas.values():
@@ -95,8 +104,12 @@ def train(
     return result
 
 
-class Interrupted(Exception):
-    """Training was asked to stop and did, with its checkpoint written."""
+class Interrupted(KeyboardInterrupt):
+    """Training was asked to stop and did, with its checkpoint at `samples_seen` written: no error, and no result."""
+
+    def __init__(self, samples_seen: int) -> None:
+        super().__init__(f"stopped at {samples_seen:,} samples; a new run goes on from there")
+        self.samples_seen = samples_seen
 
 
 @torch.no_grad()
@@ -105,6 +118,7 @@ def validate(
 ) -> Validation:
     """Validate the EMA weights on `heldout_samples` held-out samples, always the same, on rank 0; the others wait."""
     result = Validation({})
+    rt.enter("validation")
     if rt.rank == 0:
         with ExitStack() as stack:
             for name, module in objective.trainable.items():
@@ -170,6 +184,7 @@ def _step(
 ) -> None:
     """One optimizer step of every module whose turn it is, all on the same global batch."""
     accumulate = cfg.global_batch_size // (cfg.micro_batch(rt.world_size) * rt.world_size)
+    rt.enter("data")
     micro = [(position, to_device(batch, rt.device)) for position, batch in _take(stream, accumulate)]
     for name in objective.active(state.samples_seen):
         if state.step % cfg.every(name):
@@ -180,10 +195,13 @@ def _step(
             step = Step(state.samples_seen, seeded(rt.device, cfg.seed, name, position))
             partial = rt.world_size > 1 and i < len(micro) - 1
             with forward[name].no_sync() if partial else nullcontext():  # type: ignore[operator]
+                rt.enter("forward")
                 with autocast(rt.device, state.products):
                     loss, metrics = forward[name](batch, step)
+                rt.enter("backward")
                 (loss / accumulate).backward()
             meter.add({f"{name}/loss": loss.detach(), **{f"{name}/{k}": v for k, v in metrics.items()}})
+        rt.enter("optimizer")
         meter.add({f"{name}/grad_norm": _clip(objective.trainable[name], cfg.grad_clip)})
         scale = lr_scale(cfg.of(name), samples_seen=state.samples_seen)
         for optimizer in state.optimizers[name]:
