@@ -9,8 +9,9 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, nullcontext
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -20,11 +21,13 @@ from torch.nn.parallel import DistributedDataParallel
 from genpipe.config import Resources
 from genpipe.data.loader import Batches, Data, sample_batches, training_order
 from genpipe.models.precision import Products, autocast, products_of
+from genpipe.training.agreement import Agreement
 from genpipe.training.bad_samples import Damage
 from genpipe.training.meter import Meter
 from genpipe.training.objective import Batch, Metrics, Objective, ObserveTraining, Step, Validation
 from genpipe.training.runtime import Runtime
 from genpipe.training.settings import TrainConfig, lr_scale
+from genpipe.training.sharpness import sharpened
 from genpipe.training.state import TrainState
 
 
@@ -70,24 +73,32 @@ def train(
         pin=rt.device.type == "cuda",
     )
     damage = Damage(batches, rt, length=data.train.length, max_share=cfg.max_bad_share, start=state.samples_seen)
+    agreement = Agreement(rt, flags=2)
     with ExitStack() as stack:
         stack.callback(batches.close)
+        stack.enter_context(state.checkpoints_finished())
         stream = iter(batches)
+        validated = False  # since the last checkpoint
         while state.step < cfg.steps:
             _step(objective, forward, state, stream, cfg, rt, meter)
+            late = time.monotonic() - saved_at > resources.checkpoint_seconds or bool(validated and observe.keep_best)
+            stop, due = agreement.ask(rt.should_stop(), rt.rank == 0 and late and not state.saving)  # clocks differ
             last = state.step == cfg.steps
-            if not last and _due(observe.validate_every, state.samples_seen, cfg.global_batch_size):
-                _log_validation(validate(objective, data, cfg, rt, state, observe), rt, state)
-            if not last and state.step % observe.log_every:
+            if not (last or stop) and _due(observe.validate_every, state.samples_seen, cfg.global_batch_size):
+                validation = validate(objective, data, cfg, rt, state, observe)
+                _log_validation(validation, rt, state)
+                state.heldout, validated = validation.metrics, True
+            if not (last or stop) and state.step % observe.log_every:
                 continue
             meter.report(state, waited=batches.wait_seconds, bad_samples=damage.report())  # raises, so before a save
-            stop, due = _agreed(rt, rt.should_stop(), time.monotonic() - saved_at > resources.checkpoint_seconds)
             if not last and (stop or due):
-                if rt.rank == 0:
-                    state.save(rt)
-                saved_at = time.monotonic()
+                rt.enter("checkpoint")
+                state.save(rt)
+                saved_at, validated = time.monotonic(), False
             if not last and stop:
-                raise Interrupted(f"stopped at {state.samples_seen} samples; a new run goes on from there")
+                state.wait()
+                raise Interrupted(state.samples_seen)
+        agreement.close()
     result = validate(objective, data, cfg, rt, state, observe)
     _log_validation(result, rt, state)
     for ema in state.emas.values():
@@ -95,8 +106,12 @@ def train(
     return result
 
 
-class Interrupted(Exception):
-    """Training was asked to stop and did, with its checkpoint written."""
+class Interrupted(KeyboardInterrupt):
+    """Training was asked to stop and did, with its checkpoint at `samples_seen` written: no error, and no result."""
+
+    def __init__(self, samples_seen: int) -> None:
+        super().__init__(f"stopped at {samples_seen:,} samples; a new run goes on from there")
+        self.samples_seen = samples_seen
 
 
 @torch.no_grad()
@@ -105,6 +120,7 @@ def validate(
 ) -> Validation:
     """Validate the EMA weights on `heldout_samples` held-out samples, always the same, on rank 0; the others wait."""
     result = Validation({})
+    rt.enter("validation")
     if rt.rank == 0:
         with ExitStack() as stack:
             for name, module in objective.trainable.items():
@@ -170,20 +186,27 @@ def _step(
 ) -> None:
     """One optimizer step of every module whose turn it is, all on the same global batch."""
     accumulate = cfg.global_batch_size // (cfg.micro_batch(rt.world_size) * rt.world_size)
+    rt.enter("data")
     micro = [(position, to_device(batch, rt.device)) for position, batch in _take(stream, accumulate)]
     for name in objective.active(state.samples_seen):
         if state.step % cfg.every(name):
             continue
         for other, module in objective.trainable.items():
             module.requires_grad_(other == name)
+        rho, loss_of = cfg.sam_rho, partial(_loss, name=name, state=state, cfg=cfg, rt=rt)
         for i, (position, batch) in enumerate(micro):
-            step = Step(state.samples_seen, seeded(rt.device, cfg.seed, name, position))
-            partial = rt.world_size > 1 and i < len(micro) - 1
-            with forward[name].no_sync() if partial else nullcontext():  # type: ignore[operator]
-                with autocast(rt.device, state.products):
-                    loss, metrics = forward[name](batch, step)
+            unsynced = rt.world_size > 1 and i < len(micro) - 1
+            alone = partial(loss_of, partial(objective.loss, name), batch, position)
+            rt.enter("forward")
+            with (
+                forward[name].no_sync() if unsynced else nullcontext(),  # type: ignore[operator]
+                sharpened(objective.trainable[name], alone, rho=rho) if rho else nullcontext(),
+            ):
+                loss, metrics = loss_of(forward[name], batch, position)
+                rt.enter("backward")
                 (loss / accumulate).backward()
             meter.add({f"{name}/loss": loss.detach(), **{f"{name}/{k}": v for k, v in metrics.items()}})
+        rt.enter("optimizer")
         meter.add({f"{name}/grad_norm": _clip(objective.trainable[name], cfg.grad_clip)})
         scale = lr_scale(cfg.of(name), samples_seen=state.samples_seen)
         for optimizer in state.optimizers[name]:
@@ -196,6 +219,22 @@ def _step(
         state.emas[name].update()
     state.samples_seen += cfg.global_batch_size
     state.step += 1
+
+
+def _loss(
+    network: Callable[[Batch, Step], tuple[Tensor, Metrics]],
+    batch: Batch,
+    position: int,
+    *,
+    name: str,
+    state: TrainState,
+    cfg: TrainConfig,
+    rt: Runtime,
+) -> tuple[Tensor, Metrics]:
+    """The loss of a micro-batch, with the randomness of its place in the stream, however often it is computed."""
+    step = Step(state.samples_seen, seeded(rt.device, cfg.seed, name, position))
+    with autocast(rt.device, state.products):
+        return network(batch, step)
 
 
 def _clip(module: nn.Module, most: float | None) -> Tensor:
