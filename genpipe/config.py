@@ -20,6 +20,8 @@ from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, ValidationError, model_validator
 
+from genpipe.storage import read_file
+
 
 class _Where:
     """Marks a setting that says where something is."""
@@ -153,11 +155,11 @@ class Tree:
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Tree:
-    """Read a YAML file with its bases, then apply `key.path=value` overrides.
+    """Read a YAML file with its bases, or one without under an `s3://` URI, then apply `key.path=value` overrides.
 
     Raises ConfigError for a missing file, broken YAML, a cycle of bases, or a malformed override.
     """
-    tree = _read(Path(path), ())
+    tree = _read_remote(str(path)) if "://" in str(path) else _read(Path(path), ())
     for text in overrides:
         tree = _merge(tree, _parse_override(text))
     return tree
@@ -246,6 +248,18 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{key}"] = value
     return flat
+
+
+def _read_remote(uri: str) -> Tree:
+    try:
+        values = yaml.load(read_file(uri), _Loader)
+    except FileNotFoundError:
+        raise ConfigError(f"{uri}: no such configuration file") from None
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ConfigError(f"{uri}: cannot be read: {error}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{uri}: expected a mapping of settings, got {type(values).__name__}")
+    return Tree(values, {}, uri)
 
 
 def _read(path: Path, seen: tuple[Path, ...]) -> Tree:
