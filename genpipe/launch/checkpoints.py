@@ -23,6 +23,14 @@ def save_checkpoint(work: str, folder: Path, *, samples_seen: int) -> None:
         storage.delete_all(f"checkpoints/{old}/")
 
 
+def rewind_checkpoints(work: str, *, samples_seen: int) -> None:
+    """Delete the checkpoints under `work` that are beyond `samples_seen`, newest first; the oldest one stays."""
+    storage = open_storage(work)
+    for name in reversed(_checkpoints(work)[1:]):
+        if int(name) > samples_seen:
+            storage.delete_all(f"checkpoints/{name}/")
+
+
 def latest_checkpoint(work: str) -> Path | None:
     """The newest checkpoint under `work` whose hashes hold, as a local copy; damaged ones are skipped."""
     for name in reversed(_checkpoints(work)):

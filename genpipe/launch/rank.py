@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from genpipe.launch.checkpoints import latest_checkpoint, save_checkpoint
+from genpipe.launch.checkpoints import latest_checkpoint, rewind_checkpoints, save_checkpoint
 from genpipe.launch.process import set_up_process
 from genpipe.launch.run_stage import commit
 from genpipe.pipeline.spec import Progress, StageSpec, write_progress
@@ -92,6 +92,10 @@ class RankRuntime:
     def latest(self) -> Path | None:
         """A copy of the newest intact checkpoint of the work folder."""
         return latest_checkpoint(self.spec.work)
+
+    def rewind(self, *, samples_seen: int) -> None:
+        """Delete the newer checkpoints of the work folder."""
+        rewind_checkpoints(self.spec.work, samples_seen=samples_seen)
 
     def should_stop(self) -> bool:
         """Never: a job that is to stop is killed."""

@@ -43,6 +43,10 @@ class Runtime(Protocol):
         """A local copy, which the caller removes, of the newest intact checkpoint; None if there is none."""
         ...
 
+    def rewind(self, *, samples_seen: int) -> None:
+        """Forget the checkpoints beyond `samples_seen`, or all but the oldest if all are beyond it."""
+        ...
+
     def should_stop(self) -> bool:
         """Whether to stop, with a checkpoint, when metrics are next due."""
         ...

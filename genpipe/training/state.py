@@ -10,8 +10,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from genpipe.data.loader import skip_ranges
 from genpipe.models.precision import Products
 from genpipe.training.ema import Ema
+from genpipe.training.guard import Guard
 from genpipe.training.optim import build_optimizers
 from genpipe.training.runtime import Runtime
 from genpipe.training.settings import TrainConfig
@@ -26,6 +28,7 @@ class TrainState:
     trainable: dict[str, nn.Module]
     optimizers: dict[str, list[torch.optim.Optimizer]]
     emas: dict[str, Ema]
+    guard: Guard
     samples_seen: int = 0
     step: int = 0
     products: Products = "fp32"
@@ -38,7 +41,18 @@ class TrainState:
             trainable=trainable,
             optimizers={name: build_optimizers(module, cfg.of(name).optim) for name, module in trainable.items()},
             emas={name: Ema(module, decay=cfg.ema_decay) for name, module in trainable.items()},
+            guard=Guard(cfg.guard, global_batch_size=cfg.global_batch_size),
         )
+
+    def advance(self) -> None:
+        """Count a step, and pass over the data that is skipped."""
+        self.samples_seen += self.guard.global_batch_size
+        self.skip_windows()
+
+    def skip_windows(self) -> None:
+        """Pass over data that is skipped: it counts as seen, so that schedules and the end stay in place."""
+        self.samples_seen = skip_ranges(self.samples_seen, self.guard.windows)
+        self.step = self.samples_seen // self.guard.global_batch_size
 
     def save(self, rt: Runtime) -> None:
         """Commit a checkpoint through the runtime."""
@@ -49,6 +63,7 @@ class TrainState:
             "trainable": {name: module.state_dict() for name, module in self.trainable.items()},
             "optimizers": {name: [o.state_dict() for o in group] for name, group in self.optimizers.items()},
             "emas": {name: ema.state_dict() for name, ema in self.emas.items()},
+            "guard": self.guard.state_dict(),
         }
         with tempfile.TemporaryDirectory() as folder:
             torch.save(state, Path(folder, STATE_FILE))
@@ -62,6 +77,7 @@ class TrainState:
         state = torch.load(folder / STATE_FILE, map_location=rt.device, weights_only=True)
         shutil.rmtree(folder)
         self.samples_seen, self.step, self.products = state["samples_seen"], state["step"], state["products"]
+        self.guard.load_state_dict(state["guard"])
         for name, module in self.trainable.items():
             module.load_state_dict(state["trainable"][name])
             self.emas[name].load_state_dict(state["emas"][name])

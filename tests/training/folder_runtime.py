@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from genpipe.config import Resources
-from genpipe.launch.checkpoints import latest_checkpoint, save_checkpoint
+from genpipe.launch.checkpoints import latest_checkpoint, rewind_checkpoints, save_checkpoint
 from genpipe.pipeline.spec import StageSpec
 from genpipe.stages import load_stage
 from genpipe.training.loop import train
@@ -33,10 +33,13 @@ class FolderRuntime:
     pictures: list[str] = field(default_factory=list)
     files: dict[str, str] = field(default_factory=dict)
     environment: dict[str, str] = field(default_factory=dict)
+    reported: list[int] = field(default_factory=list)
 
     def log(self, metrics: dict[str, float], *, samples_seen: int) -> None:
         assert self.rank == 0, "only rank 0 logs"
         self.logged.setdefault(samples_seen, {}).update(metrics)
+        if "samples_per_second" in metrics:
+            self.reported.append(samples_seen)
 
     def log_images(self, images: dict[str, np.ndarray], *, samples_seen: int) -> None:
         self.pictures += images
@@ -54,6 +57,9 @@ class FolderRuntime:
 
     def latest(self) -> Path | None:
         return latest_checkpoint(str(self.work))
+
+    def rewind(self, *, samples_seen: int) -> None:
+        rewind_checkpoints(str(self.work), samples_seen=samples_seen)
 
     def should_stop(self) -> bool:
         return self.stop_at is not None and max(self.logged, default=0) >= self.stop_at
@@ -95,6 +101,6 @@ def sgd(module: nn.Module, _: object) -> list[torch.optim.Optimizer]:
     """Ranks add in another order, so gradients differ in their last bits; Adam, dividing by their size, blows those
     bits up where a gradient is near zero. Plain descent shows gradients as they are.
     """
-    optimizer = torch.optim.SGD(module.parameters(), lr=SGD_RATE)
+    optimizer = torch.optim.SGD(module.parameters(), lr=SGD_RATE, fused=True)
     optimizer.param_groups[0]["peak_lr"] = SGD_RATE
     return [optimizer]
