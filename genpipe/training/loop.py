@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from genpipe.config import Resources
 from genpipe.data.loader import Data, sample_batches
 from genpipe.models.precision import Products, autocast, products_of
+from genpipe.training.agreement import Agreement
 from genpipe.training.guard import HeldBuffers, spread_if_bad
 from genpipe.training.meter import Meter
 from genpipe.training.objective import Batch, Metrics, Objective, ObserveTraining, Step, Validation
@@ -48,40 +49,47 @@ def train(
     state = TrainState.fresh(objective.trainable, cfg)
     if not state.resume(rt):
         state.products = _agreed_products(cfg, rt)
-        if rt.rank == 0 and cfg.steps:
+        if cfg.steps:
             state.save(rt)  # what to go back to
     if rt.rank == 0:
         rt.log_environment({"precision_used": state.products, **facts(state)})
     forward = {name: _wrap(objective, name, module) for name, module in objective.trainable.items()}
     meter = Meter(rt, global_batch_size=cfg.global_batch_size, step=state.step)
     held = HeldBuffers(objective.trainable.values())
-    saved_at = time.monotonic()
-    with ExitStack() as stack:
-        batches, damage = open_stream(stack, data, cfg, rt, resources, state)
+    agreement = Agreement(rt, flags=2)
+    saved_at, validated = time.monotonic(), False  # since the last checkpoint
+    with state.checkpoints_finished(), ExitStack() as stream:
+        batches, damage = open_stream(stream, data, cfg, rt, resources, state)
         while state.step < cfg.steps:
             before = state.samples_seen
             _step(objective, forward, state, batches, cfg, rt, meter, held)
+            late = time.monotonic() - saved_at > resources.checkpoint_seconds or bool(validated and observe.keep_best)
+            stop, due = agreement.ask(rt.should_stop(), rt.rank == 0 and late and not state.saving)  # clocks differ
             last, again = state.step == cfg.steps, state.samples_seen <= state.guard.judged
-            validation_due = not (last or again) and _due(observe.validate_every, before, state.samples_seen)
-            report_due = last or state.step % observe.log_every == 0
+            quiet = last or stop or again
+            validation_due = not quiet and _due(observe.validate_every, before, state.samples_seen)
+            report_due = last or stop or state.step % observe.log_every == 0
             if (validation_due or report_due) and (verdict := state.guard.look()):
                 roll_back(state, verdict, rt)
-                batches, damage = open_stream(stack, data, cfg, rt, resources, state)
+                batches, damage = open_stream(stream, data, cfg, rt, resources, state)
                 meter.restart(state)
                 continue
             if validation_due:
-                _log_validation(validate(objective, data, cfg, rt, state, observe), rt, state)
+                validation = validate(objective, data, cfg, rt, state, observe)
+                _log_validation(validation, rt, state)
+                state.heldout, validated = validation.metrics, True
             if not report_due:
                 continue
             # This raises where too much data is damaged, so it comes before a checkpoint.
             meter.report(state, waited=batches.wait_seconds, bad_samples=damage.report(), log=not again)
-            stop, due = _agreed(rt, rt.should_stop(), time.monotonic() - saved_at > resources.checkpoint_seconds)
             if not last and (stop or (due and not state.guard.in_a_run)):
-                if rt.rank == 0:
-                    state.save(rt)
-                saved_at = time.monotonic()
+                rt.enter("checkpoint")
+                state.save(rt)
+                saved_at, validated = time.monotonic(), False
             if not last and stop:
-                raise Interrupted(f"stopped at {state.samples_seen} samples; a new run goes on from there")
+                state.wait()
+                raise Interrupted(state.samples_seen)
+        agreement.close()
     result = validate(objective, data, cfg, rt, state, observe)
     _log_validation(result, rt, state)
     if rt.rank == 0:
@@ -91,8 +99,12 @@ def train(
     return result
 
 
-class Interrupted(Exception):
-    """Training was asked to stop and did, with its checkpoint written."""
+class Interrupted(KeyboardInterrupt):
+    """Training was asked to stop and did, with its checkpoint at `samples_seen` written: no error, and no result."""
+
+    def __init__(self, samples_seen: int) -> None:
+        super().__init__(f"stopped at {samples_seen:,} samples; a new run goes on from there")
+        self.samples_seen = samples_seen
 
 
 @torch.no_grad()
@@ -101,6 +113,7 @@ def validate(
 ) -> Validation:
     """Validate the EMA weights on `heldout_samples` held-out samples, always the same, on rank 0; the others wait."""
     result = Validation({})
+    rt.enter("validation")
     if rt.rank == 0:
         with ExitStack() as stack:
             for name, module in objective.trainable.items():
@@ -167,6 +180,7 @@ def _step(
 ) -> None:
     """One optimizer step of every module whose turn it is, all on the same global batch."""
     accumulate = cfg.global_batch_size // (cfg.micro_batch(rt.world_size) * rt.world_size)
+    rt.enter("data")
     micro = [(position, to_device(batch, rt.device)) for position, batch in _take(stream, accumulate)]
     active = objective.active(state.samples_seen)
     for name in active:
@@ -180,10 +194,13 @@ def _step(
             step = Step(state.samples_seen, seeded(rt.device, cfg.seed, name, position))
             partial = rt.world_size > 1 and i < len(micro) - 1
             with forward[name].no_sync() if partial else nullcontext():  # type: ignore[operator]
+                rt.enter("forward")
                 with autocast(rt.device, state.products):
                     loss, metrics = forward[name](batch, step)
+                rt.enter("backward")
                 loss.backward(spread_if_bad(loss, scale=1 / accumulate))
             measured.append({"loss": loss.detach(), **metrics})
+        rt.enter("optimizer")
         norm = _clip(objective.trainable[name], cfg.grad_clip)
         skip = 1.0 - norm.isfinite().float()
         scale = lr_scale(cfg.of(name), samples_seen=state.samples_seen)

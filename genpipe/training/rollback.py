@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import torch.distributed as dist
-
 from genpipe.training.guard import Verdict
 from genpipe.training.runtime import Runtime
 from genpipe.training.state import TrainState
@@ -27,10 +25,9 @@ def roll_back(state: TrainState, verdict: Verdict, rt: Runtime) -> None:
             f"{len(earlier)} other parts of the data are skipped already; lower train.optim.lr or train.grad_clip, set "
             "train.precision=fp32, or raise train.guard.rollbacks (the last checkpoint is from before this)"
         )
+    state.wait()
     if rt.rank == 0:
-        rt.rewind(samples_seen=verdict.window[0])
-    if rt.world_size > 1:
-        dist.barrier()
+        rt.checkpoints.rewind(verdict.window[0])
     if not state.resume(rt):
         raise FloatingPointError(
             f"{verdict.reason} after {verdict.window[1]} samples, and there is no checkpoint to go back to"
@@ -38,8 +35,9 @@ def roll_back(state: TrainState, verdict: Verdict, rt: Runtime) -> None:
     verdict = replace(verdict, window=(max(verdict.window[0], state.samples_seen), verdict.window[1]))
     state.guard.verdicts = [*earlier, verdict]
     state.skip_windows()
+    state.heldout = {}  # of weights that are no more
     if rt.rank == 0:
-        print(f"training went back, and skips samples of the stream: {verdict}", flush=True)
+        rt.log_event(f"went back, and skip samples {verdict}", samples_seen=verdict.window[1])
         rt.log_environment(facts(state))
 
 

@@ -23,6 +23,7 @@ from genpipe.data.shard_dataset import ShardDataset
 from genpipe.launch.local import run_local
 from genpipe.pipeline.spec import StageSpec
 from genpipe.training import loop, state
+from genpipe.training.agreement import Agreement
 from genpipe.training.bad_samples import Damage
 
 RANKS = 2
@@ -92,6 +93,16 @@ def count_damage(rank: int, folder: str) -> None:
         outcome.error = str(error)
     outcome.files = rt.files
     Path(folder, f"outcome-{rank}").write_text(json.dumps(vars(outcome)))
+    dist.destroy_process_group()
+
+
+def agree(rank: int, folder: str) -> None:
+    """One of two processes: rank 1 raises a flag at its fourth step, and each leaves what it saw in `folder`."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=RANKS)
+    agreement = Agreement(FolderRuntime(Path(folder), rank=rank, world_size=RANKS), flags=2)
+    seen = [agreement.ask(rank == 1 and step == 3, False) for step in range(6)]
+    agreement.close()
+    Path(folder, f"seen-{rank}").write_text(json.dumps(seen))
     dist.destroy_process_group()
 
 

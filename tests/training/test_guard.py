@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 import torch.multiprocessing as mp
-from folder_runtime import FolderRuntime
+from folder_runtime import STEP, FolderRuntime
 from rank_processes import train_small_ranks
+from safetensors.torch import load_file
 from small_objective import G, Small, stream, train_small
 from torch import Tensor
 
@@ -90,16 +91,18 @@ def test_one_loss_far_off_is_no_reason_to_go_back(tmp_path: Path) -> None:
     assert one.logged[150 * G]["rollbacks"] == 0
 
 
-@pytest.mark.parametrize("stop_at", [128, 136, 140, 144, 148, 152, 156])
+@pytest.mark.parametrize("stop_after", [100, 139, 141, 142, 143, 144, 150])
 @pytest.mark.parametrize("trouble", [("x", NAN), ("offset", 1e6)])
-def test_a_resumed_run_comes_to_the_same_verdict(tmp_path: Path, trouble: tuple[str, float], stop_at: int) -> None:
-    """Stopped before, in, and after a run of bad steps; some single ones come before."""
+def test_a_resumed_run_comes_to_the_same_verdict(tmp_path: Path, trouble: tuple[str, float], stop_after: int) -> None:
+    """Stopped before, in, and after a run of bad steps, and looked at more often; a single one comes before."""
     bad = {3: ("x", NAN), **dict.fromkeys((141, 142, 143), trouble)}
     straight = FolderRuntime(tmp_path / "straight")
     expected = train_small(stream(bad), straight, steps=160, **THREE)
-    first, second = FolderRuntime(tmp_path / "cut", stop_at=stop_at * G), FolderRuntime(tmp_path / "cut")
+    first = FolderRuntime(tmp_path / "cut", stop_at=(stop_after - 1) * G + STEP)
+    second = FolderRuntime(tmp_path / "cut")
     with pytest.raises(Interrupted):
-        train_small(stream(bad), first, steps=160, **THREE)
+        train_small(stream(bad), first, steps=160, log_every=1, **THREE)
+    assert max(first.saved()) == (stop_after * G if stop_after != 144 else G), "at once where training went back to"
     found = train_small(stream(bad), second, steps=160, **THREE)
     assert same(found, expected)
     assert second.environment == straight.environment
@@ -118,9 +121,9 @@ def test_training_goes_back_a_bounded_number_of_times(tmp_path: Path) -> None:
     reason = "small: the loss or a gradient is not finite"
     expected = f"{17 * G}-{23 * G} ({reason}), {20 * G}-{26 * G} ({reason})"
     assert rt.environment["skipped_samples"] == expected
-    for at in rt.checkpoints():
-        state = torch.load(tmp_path / "checkpoints" / f"{at:015d}" / "state.pt", weights_only=True)
-        assert all(tensor.isfinite().all() for tensor in state["trainable"]["small"].values())
+    assert rt.saved(), "finite ones"
+    for file in tmp_path.glob("checkpoints/*/*.safetensors"):
+        assert all(tensor.isfinite().all() for tensor in load_file(file).values())
 
 
 def test_the_range_is_by_median_and_deviation() -> None:
