@@ -91,6 +91,12 @@ class CheckpointStore:
             raise ManifestError(f"{uri}: no {artifacts.MANIFEST} here, so nothing was committed")
         return Checkpoint(open_storage(uri), [file.path for file in manifest.files])
 
+    def rewind(self, samples_seen: int) -> None:
+        """Delete what is newer than `samples_seen`, or all but the oldest intact one if all are."""
+        intact = [name for name in self.names() if name not in self.damaged]
+        kept = [name for name in intact if samples_of(name) <= samples_seen]
+        self._delete_all_but(set(kept or intact[-1:]))
+
     def clear(self) -> None:
         """Delete what attempts that were cut off left: everything that is not committed."""
         self._delete_all_but(set(self.names()))
