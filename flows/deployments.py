@@ -161,7 +161,7 @@ def _check_travels(pipeline: Pipeline, text: str) -> None:
         moved.write_text(text, encoding="utf-8")
         there = _places(load_pipeline(str(moved)))
     faults = [
-        f"{pipeline.source}: {setting}: {place} is named by a path from this file, which a worker reads somewhere else; "
+        f"{pipeline.source}: {setting}: {place} is named by a path from this file, which a worker reads elsewhere; "
         "make it absolute (a folder that every node has), or an s3:// URI"
         for setting, place in _places(pipeline).items()
         if there[setting] != place

@@ -1,4 +1,4 @@
-"""What of kustomize infra/kubernetes uses, done by the libraries of its formats: resources, JSON patches (RFC 6902), images."""
+"""What of kustomize infra/kubernetes uses, by libraries of its formats: resources, JSON patches (RFC 6902), images."""
 
 from __future__ import annotations
 
