@@ -9,8 +9,9 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, nullcontext
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -27,6 +28,7 @@ from genpipe.training.objective import Batch, Metrics, Objective, ObserveTrainin
 from genpipe.training.rollback import facts, roll_back
 from genpipe.training.runtime import Runtime
 from genpipe.training.settings import TrainConfig, lr_scale
+from genpipe.training.sharpness import sharpened
 from genpipe.training.state import TrainState
 from genpipe.training.stream import open_stream
 
@@ -190,13 +192,16 @@ def _step(
         measured: list[Metrics] = []
         for other, module in objective.trainable.items():
             module.requires_grad_(other == name)
+        rho, loss_of = cfg.sam_rho, partial(_loss, name=name, state=state, cfg=cfg, rt=rt)
         for i, (position, batch) in enumerate(micro):
-            step = Step(state.samples_seen, seeded(rt.device, cfg.seed, name, position))
-            partial = rt.world_size > 1 and i < len(micro) - 1
-            with forward[name].no_sync() if partial else nullcontext():  # type: ignore[operator]
-                rt.enter("forward")
-                with autocast(rt.device, state.products):
-                    loss, metrics = forward[name](batch, step)
+            unsynced = rt.world_size > 1 and i < len(micro) - 1
+            alone = partial(loss_of, partial(objective.loss, name), batch, position)
+            rt.enter("forward")
+            with (
+                forward[name].no_sync() if unsynced else nullcontext(),  # type: ignore[operator]
+                sharpened(objective.trainable[name], alone, rho=rho) if rho else nullcontext(),
+            ):
+                loss, metrics = loss_of(forward[name], batch, position)
                 rt.enter("backward")
                 loss.backward(spread_if_bad(loss, scale=1 / accumulate))
             measured.append({"loss": loss.detach(), **metrics})
@@ -218,6 +223,22 @@ def _step(
         meter.add({f"{name}/{key}": value for key, value in (means | {"grad_norm": norm}).items()}, skip=skip)
         meter.rates[name] = cfg.of(name).optim.lr * scale
     state.advance()
+
+
+def _loss(
+    network: Callable[[Batch, Step], tuple[Tensor, Metrics]],
+    batch: Batch,
+    position: int,
+    *,
+    name: str,
+    state: TrainState,
+    cfg: TrainConfig,
+    rt: Runtime,
+) -> tuple[Tensor, Metrics]:
+    """The loss of a micro-batch, with the randomness of its place in the stream, however often it is computed."""
+    step = Step(state.samples_seen, seeded(rt.device, cfg.seed, name, position))
+    with autocast(rt.device, state.products):
+        return network(batch, step)
 
 
 def _clip(module: nn.Module, most: float | None) -> Tensor:

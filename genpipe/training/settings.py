@@ -57,6 +57,10 @@ class TrainConfig(Config):
     grad_clip: float | None = Field(
         1.0, gt=0, allow_inf_nan=False, description="largest gradient norm of a trainable module; null: no clipping"
     )
+    sam_rho: float | None = Field(
+        None, gt=0, allow_inf_nan=False,
+        description="sharpness-aware minimization: distance at which gradients are taken, for twice the arithmetic",
+    )  # fmt: skip
     ema_decay: float = Field(0.999, ge=0, lt=1)
     precision: Precision = Field("auto", description="of matrix products; auto: bf16 where the hardware is fast at it")
     seed: int = 0

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from genpipe.config import Resources
 from genpipe.data.order import order
 from genpipe.pipeline.spec import StageSpec
-from genpipe.stages import load_stage
+from genpipe.stages import is_training, load_stage, stage_kinds
 from genpipe.training import loop, state
 from genpipe.training.loop import Interrupted, seeded
 from genpipe.training.objective import Step
@@ -42,14 +42,27 @@ def _full_precision() -> None:
 
 def short(tiny: TinyPipeline, stage: str, *overrides: str) -> StageSpec:
     """Eight steps of a stage: the autoencoder with its discriminator from the fourth on, the prior with Muon."""
-    special = {"autoencoder": (ADVERSARIAL,), "prior": ("stages.prior.train.optim.kind=muon",)}
+    special = {
+        "autoencoder": (ADVERSARIAL,),
+        "clip": ("stages.clip.train.micro_batch_size=null",),
+        "prior": ("stages.prior.train.optim.kind=muon",),
+    }
     settings = [f"stages.{stage}.{setting}" for setting in SHORT]
     return tiny.spec(stage, *settings, *special.get(stage, ()), *overrides)
 
 
-@pytest.fixture(params=["autoencoder", "prior", "decoder", "upsampler"])
-def spec(request: pytest.FixtureRequest, tiny: TinyPipeline) -> StageSpec:
-    return short(tiny, request.param)
+TRAINED = ("autoencoder", "clip", "prior", "decoder", "upsampler", "pixel_decoder")
+
+
+@pytest.fixture(params=TRAINED)
+def spec(request: pytest.FixtureRequest) -> StageSpec:
+    if request.param == "pixel_decoder":  # which is called decoder there
+        return short(request.getfixturevalue("pixel_tiny"), "decoder")
+    return short(request.getfixturevalue("tiny"), request.param)
+
+
+def test_every_stage_that_trains_is_among_these() -> None:
+    assert {kind for kind in stage_kinds() if is_training(load_stage(kind))} == set(TRAINED)
 
 
 def steps_of(rt: FolderRuntime) -> dict[int, dict[str, float]]:
