@@ -12,11 +12,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from genpipe.data.loader import skip_ranges
 from genpipe.models.precision import Products
 from genpipe.training.background import Background
 from genpipe.training.checkpoint import Checkpoint, Snapshot
 from genpipe.training.checkpoint_store import Canceled, name_of, samples_of
 from genpipe.training.ema import Ema
+from genpipe.training.guard import Guard
 from genpipe.training.optim import build_optimizers
 from genpipe.training.runtime import Runtime
 from genpipe.training.settings import TrainConfig
@@ -26,7 +28,7 @@ GRACE_SECONDS = 10.0
 """For a checkpoint under way, when training fails."""
 
 RECORD = ("samples_seen", "step", "products")
-"""The fields of the state that a checkpoint holds as JSON; its tensors are found by `TrainState.tensors`."""
+"""The fields of the state that a checkpoint holds as JSON, beside the guard's; `tensors` finds its tensors."""
 
 
 @dataclass
@@ -36,6 +38,7 @@ class TrainState:
     trainable: dict[str, nn.Module]
     optimizers: dict[str, list[torch.optim.Optimizer]]
     emas: dict[str, Ema]
+    guard: Guard
     samples_seen: int = 0
     step: int = 0
     products: Products = "fp32"
@@ -62,7 +65,18 @@ class TrainState:
             trainable=trainable,
             optimizers={name: build_optimizers(module, cfg.of(name).optim) for name, module in trainable.items()},
             emas={name: Ema(module, decay=cfg.ema_decay) for name, module in trainable.items()},
+            guard=Guard(cfg.guard, global_batch_size=cfg.global_batch_size),
         )
+
+    def advance(self) -> None:
+        """Count a step, and pass over the data that is skipped."""
+        self.samples_seen += self.guard.global_batch_size
+        self.skip_windows()
+
+    def skip_windows(self) -> None:
+        """Pass over data that is skipped: it counts as seen, so that schedules and the end stay in place."""
+        self.samples_seen = skip_ranges(self.samples_seen, self.guard.windows)
+        self.step = self.samples_seen // self.guard.global_batch_size
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor of the state by its name, in the same order on every rank.
@@ -94,7 +108,8 @@ class TrainState:
         self.wait()
         begun = time.monotonic()
         share = share_of(self.tensors(), rank=rt.rank, world_size=rt.world_size)
-        self._snapshot.copy(share, {key: getattr(self, key) for key in RECORD}, device=rt.device)
+        record = {key: getattr(self, key) for key in RECORD} | {"guard": self.guard.state_dict()}
+        self._snapshot.copy(share, record, device=rt.device)
         name = name_of(self.samples_seen, attempt=self._attempt, count=self._saved)
         self._saved += 1
         metrics = dict(self.heldout)
@@ -159,6 +174,7 @@ class TrainState:
     def _load(self, checkpoint: Checkpoint) -> None:
         for key in RECORD:
             setattr(self, key, checkpoint.record[key])
+        self.guard.load_state_dict(checkpoint.record["guard"])
         kept = self._kept()
         states = [_optimizer_state(checkpoint, *found) for found in self._optimizers()]
         tensors = kept | {name: tensor for by_name, _ in states for name, tensor in by_name.items()}
