@@ -41,6 +41,7 @@ class PipelineConfig(Config):
     store: Location = Field(description="a folder or s3://bucket/prefix for artifacts and unfinished work")
     tracking: TrackingConfig = TrackingConfig()
     ray: RayConfig = RayConfig()
+    notify: str = Field("", description="a webhook's URL that is told what came of a run; default: GENPIPE_NOTIFY")
     stages: dict[str, dict[str, Any]]
 
 
