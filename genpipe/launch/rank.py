@@ -16,6 +16,7 @@ from genpipe.pipeline.spec import Progress, StageSpec, write_progress
 from genpipe.stages import load_stage
 from genpipe.tracking.recording import records_of
 from genpipe.training.loop import train
+from genpipe.training.parallel import unsharded
 
 
 def train_rank(spec: StageSpec, run_id: str, *, rank: int, world_size: int, device: torch.device) -> None:
@@ -27,6 +28,7 @@ def train_rank(spec: StageSpec, run_id: str, *, rank: int, world_size: int, devi
     with RankRuntime(spec, run_id, rank=rank, world_size=world_size, device=device, total=cfg.train.samples) as rt:
         objective = stage.objective(cfg, spec.inputs, device)
         result = train(objective, stage.data(cfg, spec.inputs), cfg.train, rt, cfg.resources, cfg.observe)
+        objective = unsharded(objective, lambda: stage.objective(cfg, spec.inputs, device), rank=rank)
         if rank == 0:
             with tempfile.TemporaryDirectory() as folder, torch.no_grad():
                 meta = stage.export(objective, cfg, spec.inputs, Path(folder))

@@ -1,7 +1,8 @@
 """The loop: one for every training stage, on one process or many.
 
 Randomness of a step derives from (seed, name of the trainable module, position in the stream), gradients are averaged
-by DDP, metrics leave the device every `log_every` steps. Nothing between forward and optimizer step waits for it.
+by `training.parallel`, metrics leave the device every `log_every` steps. Nothing between forward and optimizer step
+waits for it.
 """
 
 from __future__ import annotations
@@ -10,19 +11,19 @@ import hashlib
 import math
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from genpipe.config import Resources
 from genpipe.data.loader import Batches, Data, sample_batches, training_order
 from genpipe.models.precision import Products, autocast, products_of
 from genpipe.training.bad_samples import Damage
 from genpipe.training.meter import Meter
-from genpipe.training.objective import Batch, Metrics, Objective, ObserveTraining, Step, Validation
+from genpipe.training.objective import Batch, Objective, ObserveTraining, Step, Validation
+from genpipe.training.optim import clip_gradients
+from genpipe.training.parallel import Parallel, spread
 from genpipe.training.runtime import Runtime
 from genpipe.training.settings import TrainConfig, lr_scale
 from genpipe.training.state import TrainState
@@ -41,12 +42,12 @@ def train(
     after a checkpoint.
     """
     cfg.check_trainable(objective.trainable)
+    parallel = spread(objective, rt, resources)
     state = TrainState.fresh(objective.trainable, cfg)
     if not state.resume(rt):
         state.products = _agreed_products(cfg, rt)
     if rt.rank == 0:
         rt.log_environment({"precision_used": state.products})
-    forward = {name: _wrap(objective, name, module) for name, module in objective.trainable.items()}
     meter = Meter(rt, global_batch_size=cfg.global_batch_size, step=state.step)
     micro_batch = cfg.micro_batch(rt.world_size)
     saved_at = time.monotonic()
@@ -74,10 +75,10 @@ def train(
         stack.callback(batches.close)
         stream = iter(batches)
         while state.step < cfg.steps:
-            _step(objective, forward, state, stream, cfg, rt, meter)
+            _step(objective, parallel, state, stream, cfg, rt, meter)
             last = state.step == cfg.steps
             if not last and _due(observe.validate_every, state.samples_seen, cfg.global_batch_size):
-                _log_validation(validate(objective, data, cfg, rt, state, observe), rt, state)
+                _log_validation(validate(objective, parallel, data, cfg, rt, state, observe), rt, state)
             if not last and state.step % observe.log_every:
                 continue
             meter.report(state, waited=batches.wait_seconds, bad_samples=damage.report())  # raises, so before a save
@@ -88,7 +89,7 @@ def train(
                 saved_at = time.monotonic()
             if not last and stop:
                 raise Interrupted(f"stopped at {state.samples_seen} samples; a new run goes on from there")
-    result = validate(objective, data, cfg, rt, state, observe)
+    result = validate(objective, parallel, data, cfg, rt, state, observe)
     _log_validation(result, rt, state)
     for ema in state.emas.values():
         ema.swap()
@@ -101,11 +102,20 @@ class Interrupted(Exception):
 
 @torch.no_grad()
 def validate(
-    objective: Objective, data: Data, cfg: TrainConfig, rt: Runtime, state: TrainState, observe: ObserveTraining
+    objective: Objective,
+    parallel: Parallel,
+    data: Data,
+    cfg: TrainConfig,
+    rt: Runtime,
+    state: TrainState,
+    observe: ObserveTraining,
 ) -> Validation:
-    """Validate the EMA weights on `heldout_samples` held-out samples, always the same, on rank 0; the others wait."""
+    """Validate the EMA weights on `heldout_samples` held-out samples, always the same.
+
+    What is found is rank 0's. The others wait for it, or compute the same where weights are sharded.
+    """
     result = Validation({})
-    if rt.rank == 0:
+    if rt.rank == 0 or parallel.together:
         with ExitStack() as stack:
             for name, module in objective.trainable.items():
                 stack.enter_context(state.emas[name].swapped())
@@ -119,12 +129,12 @@ def validate(
                 weights=cfg.source_weights,
             )
             moved = (to_device(batch, rt.device) for batch in batches)
-            result = objective.validate(moved, seeded(rt.device, cfg.seed, "validate"))
+            result = parallel.validate(moved, seeded(rt.device, cfg.seed, "validate"))
         if bad := [name for name, value in result.metrics.items() if not math.isfinite(value)]:
             raise FloatingPointError(f"held-out {', '.join(bad)} is not finite after {state.samples_seen} samples")
     if rt.world_size > 1:
         dist.barrier()
-    return result
+    return result if rt.rank == 0 else Validation({})
 
 
 def seeded(device: torch.device, *identity: object) -> torch.Generator:
@@ -138,30 +148,9 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
 
 
-class _Loss(nn.Module):
-    """The loss of one trainable module as a module itself, which is what DDP wraps."""
-
-    def __init__(self, objective: Objective, name: str, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
-        self.objective = objective
-        self.name = name
-
-    def forward(self, batch: Batch, step: Step) -> tuple[Tensor, Metrics]:
-        return self.objective.loss(self.name, batch, step)
-
-
-def _wrap(objective: Objective, name: str, module: nn.Module) -> nn.Module:
-    loss = _Loss(objective, name, module)
-    trained = any(p.requires_grad for p in module.parameters())  # DDP takes no other
-    if trained and dist.is_initialized() and dist.get_world_size() > 1:
-        return DistributedDataParallel(loss, forward_sync_buffers=False)
-    return loss
-
-
 def _step(
     objective: Objective,
-    forward: dict[str, nn.Module],
+    parallel: Parallel,
     state: TrainState,
     stream: Iterator[tuple[int, Batch]],
     cfg: TrainConfig,
@@ -178,33 +167,23 @@ def _step(
             module.requires_grad_(other == name)
         for i, (position, batch) in enumerate(micro):
             step = Step(state.samples_seen, seeded(rt.device, cfg.seed, name, position))
-            partial = rt.world_size > 1 and i < len(micro) - 1
-            with forward[name].no_sync() if partial else nullcontext():  # type: ignore[operator]
+            with parallel.accumulating(name, last=i == len(micro) - 1):
                 with autocast(rt.device, state.products):
-                    loss, metrics = forward[name](batch, step)
+                    loss, metrics = parallel.loss(name, batch, step)
                 (loss / accumulate).backward()
             meter.add({f"{name}/loss": loss.detach(), **{f"{name}/{k}": v for k, v in metrics.items()}})
-        meter.add({f"{name}/grad_norm": _clip(objective.trainable[name], cfg.grad_clip)})
+        meter.add({f"{name}/grad_norm": clip_gradients(objective.trainable[name], cfg.grad_clip)})
         scale = lr_scale(cfg.of(name), samples_seen=state.samples_seen)
         for optimizer in state.optimizers[name]:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * scale
             optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        parallel.zero_grad(name)
         meter.rates[name] = cfg.of(name).optim.lr * scale
         objective.after_step()
         state.emas[name].update()
     state.samples_seen += cfg.global_batch_size
     state.step += 1
-
-
-def _clip(module: nn.Module, most: float | None) -> Tensor:
-    """The norm of a module's gradients, which are scaled down where it is more than `most`."""
-    parameters = [p for p in module.parameters() if p.grad is not None]
-    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    if most is not None:
-        nn.utils.clip_grads_with_norm_(parameters, most, norm)
-    return norm.detach()
 
 
 def _take(stream: Iterator[tuple[int, Batch]], n: int) -> Iterable[tuple[int, Batch]]:
