@@ -11,7 +11,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from stat import S_ISREG
 from typing import Any, NamedTuple, Protocol, TypeVar
@@ -58,8 +58,16 @@ class Storage(Protocol):
         """Put `data` in the place of what is there."""
         ...
 
+    def create(self, key: str, data: bytes) -> None:
+        """Put `data` where nothing is; of several who do at once, one succeeds. Raises FileExistsError."""
+        ...
+
     def upload(self, key: str, path: Path) -> None:
         """Put a local file's content in the place of what is there."""
+        ...
+
+    def writing(self, key: str) -> AbstractContextManager[Path]:
+        """A local path to write to: what is there when the block ends well is put in the place of what is at `key`."""
         ...
 
     def download(self, key: str, path: Path) -> None:
@@ -158,15 +166,24 @@ class LocalStorage(Storage):
 
     @override
     def write(self, key: str, data: bytes) -> None:
-        with _replacing(self._path(key)) as temporary, temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        with _replacing(self._path(key)) as temporary:
+            _write_through(temporary, data)
+
+    @override
+    def create(self, key: str, data: bytes) -> None:
+        path = self._path(key)
+        with _beside(path) as temporary:
+            _write_through(temporary, data)
+            _link(temporary, path)
 
     @override
     def upload(self, key: str, path: Path) -> None:
         with _replacing(self._path(key)) as temporary:
             shutil.copyfile(path, temporary)
+
+    @override
+    def writing(self, key: str) -> AbstractContextManager[Path]:
+        return _replacing(self._path(key))
 
     @override
     def download(self, key: str, path: Path) -> None:
@@ -254,8 +271,26 @@ class S3Storage(Storage):
         self._call(key, lambda: self.client.put_object(Bucket=self.bucket, Key=self._key(key), Body=data))
 
     @override
+    def create(self, key: str, data: bytes) -> None:
+        """By If-None-Match, which AWS, SeaweedFS and MinIO heed; a server that ignores it replaces the object."""
+        where = {"Bucket": self.bucket, "Key": self._key(key)}
+        try:
+            self._call(key, lambda: self.client.put_object(**where, Body=data, IfNoneMatch="*"))
+        except _Taken:
+            if not self._holds(key, data):  # by an earlier try of this very request, whose answer was lost
+                raise FileExistsError(f"{self.uri}/{key}: there already") from None
+
+    @override
     def upload(self, key: str, path: Path) -> None:
         self._call(key, lambda: self.client.upload_file(str(path), self.bucket, self._key(key)))
+
+    @override
+    @contextmanager
+    def writing(self, key: str) -> Iterator[Path]:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, PurePosixPath(key).name)
+            yield path
+            self.upload(key, path)
 
     @override
     def download(self, key: str, path: Path) -> None:
@@ -316,6 +351,11 @@ class S3Storage(Storage):
 
         return self._call(key, get_whole)
 
+    def _holds(self, key: str, data: bytes) -> bool:
+        with suppress(FileNotFoundError):
+            return self.read(key) == data
+        return False
+
     def _call(self, key: str, request: Callable[[], T]) -> T:
         """The answer to a request, or an OSError that says what is wrong and what to look at."""
         from boto3.exceptions import Boto3Error
@@ -347,6 +387,8 @@ class S3Storage(Storage):
                 f"AWS_SECRET_ACCESS_KEY, or AWS_PROFILE), what they may do with bucket {self.bucket}, and "
                 "AWS_ENDPOINT_URL"
             )
+        if status in (409, 412):
+            return _Taken(f"{where}: there already, or being written")
         if 0 < status < 500 or isinstance(error, ParamValidationError):
             return OSError(f"{where}: not a request that {endpoint} takes ({error}); look at AWS_DEFAULT_REGION too")
         return ConnectionError(
@@ -417,25 +459,56 @@ class _RangeFile(io.RawIOBase):
         return length
 
 
+class _Taken(OSError):
+    """S3 did not put an object because there is one, or another request is about to put it."""
+
+
 _TEMPORARY = ".part"
 
 
-class _replacing:
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
     """A temporary file beside `path` that takes its place when the block ends well."""
+    with _beside(path) as temporary:
+        yield temporary
+        temporary.chmod(0o644)
+        os.replace(temporary, path)
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
 
-    def __enter__(self) -> Path:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=self.path.parent, prefix=self.path.name, suffix=_TEMPORARY)
-        os.close(handle)
-        self.temporary = Path(name)
-        return self.temporary
+@contextmanager
+def _beside(path: Path) -> Iterator[Path]:
+    """A temporary file beside `path`, gone when the block ends."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=_TEMPORARY)
+    os.close(handle)
+    try:
+        yield Path(name)
+    finally:
+        Path(name).unlink(missing_ok=True)
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None:
-            self.temporary.chmod(0o644)
-            os.replace(self.temporary, self.path)
-        else:
-            self.temporary.unlink(missing_ok=True)
+
+def _write_through(path: Path, data: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _link(source: Path, target: Path) -> None:
+    """Give a file a second name unless that is taken (FileExistsError): atomic on NFS too, and whole at once."""
+    source.chmod(0o644)
+    try:
+        os.link(source, target)
+    except FileExistsError:
+        if not _same_file(source, target):  # an NFS server may have made the link and lost its answer
+            raise
+    except OSError:  # a file system without links: whole at once only for readers that know what to expect
+        with target.open("xb") as file:
+            file.write(source.read_bytes())
+
+
+def _same_file(one: Path, other: Path) -> bool:
+    try:
+        return one.samefile(other)
+    except FileNotFoundError:
+        return False

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import os
+import subprocess
+import sys
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -107,6 +109,74 @@ def test_files_go_up_and_come_down(storage: Storage, tmp_path: Path) -> None:
     storage.download("deep/er/there.bin", tmp_path / "new" / "folder" / "back.bin")
     assert (tmp_path / "new" / "folder" / "back.bin").read_bytes() == content
     assert [entry[:2] for entry in storage.list()] == [("deep/er/there.bin", len(content))]
+
+
+def test_what_is_there_is_not_created_again(storage: Storage) -> None:
+    storage.create("a/new", b"first")
+    for data in (b"second", b""):
+        with pytest.raises(FileExistsError, match="a/new"):
+            storage.create("a/new", data)
+    assert storage.read("a/new") == b"first"
+    storage.delete("a/new")
+    storage.create("a/new", b"third")
+    assert storage.read("a/new") == b"third"
+    assert [entry.key for entry in storage.list()] == ["a/new"], "no temporary file stays"
+
+
+def test_of_many_who_create_at_once_one_does(storage: Storage) -> None:
+    def create(key: str, name: int) -> bool:
+        try:
+            storage.create(key, str(name).encode())
+        except FileExistsError:
+            return False
+        return True
+
+    with ThreadPoolExecutor(8) as pool:
+        for key in ("a", "b", "c"):
+            created = list(pool.map(lambda name, key=key: create(key, name), range(8)))
+            assert created.count(True) == 1
+            assert storage.read(key) == str(created.index(True)).encode()
+
+
+CREATOR = """
+import sys
+from genpipe.storage import open_storage
+storage, name = open_storage(sys.argv[1]), sys.argv[2]
+input()
+for key in range(200):
+    try:
+        storage.create(str(key), name.encode())
+        print(key)
+    except FileExistsError:
+        pass
+"""
+
+
+def test_of_processes_that_create_at_once_one_does(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", CREATOR, str(tmp_path)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    creators = {name: subprocess.Popen([*command, name], **pipes) for name in ("one", "two", "three")}  # type: ignore[call-overload]
+    for creator in creators.values():
+        creator.stdin.write("go\n")
+        creator.stdin.flush()
+    keys = {name: creator.stdout.read().split() for name, creator in creators.items()}
+    assert sorted(int(key) for won in keys.values() for key in won) == list(range(200))
+    assert all((tmp_path / key).read_text() == name for name in keys for key in keys[name])
+    assert all(creator.wait() == 0 for creator in creators.values())
+
+
+def test_where_files_have_no_second_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on FAT and some network file systems; none is to be had here."""
+
+    def refuse(*_: object) -> None:
+        raise PermissionError("links are not supported")
+
+    monkeypatch.setattr(os, "link", refuse)
+    storage = LocalStorage(str(tmp_path))
+    storage.create("new", b"first")
+    with pytest.raises(FileExistsError):
+        storage.create("new", b"second")
+    assert storage.read("new") == b"first"
 
 
 def test_listing_by_prefix(storage: Storage) -> None:

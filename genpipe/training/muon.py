@@ -26,7 +26,11 @@ class Muon(torch.optim.Optimizer):
     which gives them the root mean square of AdamW's (Liu et al. 2025, eq. 4), so that one learning rate serves both.
     Matrices of one shape are orthogonalized together; the result equals torch.optim.Muon's on each. Of those that are
     sharded every rank orthogonalizes its share. A group holds parameters of one sharding.
+
+    A step for which `found_inf` is 1 changes nothing, as with torch's fused optimizers.
     """
+
+    found_inf: Tensor | None = None
 
     def __init__(self, params: Iterable[Any], *, lr: float, momentum: float = 0.95, weight_decay: float = 0.0) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
@@ -46,17 +50,20 @@ class Muon(torch.optim.Optimizer):
                 scale = 0.2 * max(shape) ** 0.5
                 for p, update in zip(params, updates, strict=True):
                     mine = local(p)
-                    mine.mul_(1 - group["lr"] * group["weight_decay"])
-                    mine.add_(update.view_as(mine), alpha=-group["lr"] * scale)
+                    new = mine.mul(1 - group["lr"] * group["weight_decay"])
+                    self._replace(mine, new.add_(update.view_as(mine), alpha=-group["lr"] * scale))
 
     def _momentum(self, p: Tensor, momentum: float) -> Tensor:
         state = self.state[p]
         if not state:
             state["momentum_buffer"] = torch.zeros_like(p)
         assert p.grad is not None, "only parameters with gradients have updates"
-        gradient = local(p.grad)
-        buffer = local(state["momentum_buffer"]).lerp_(gradient, 1 - momentum)
+        gradient, buffer = local(p.grad), local(state["momentum_buffer"])
+        self._replace(buffer, buffer.lerp(gradient, 1 - momentum))
         return gradient.lerp(buffer, momentum).flatten(1)
+
+    def _replace(self, old: Tensor, new: Tensor) -> None:
+        old.copy_(new if self.found_inf is None else torch.where(self.found_inf.bool(), old, new))
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:

@@ -24,7 +24,8 @@ from genpipe.stages import load_stage
 from genpipe.training.loop import train
 from genpipe.training.muon import Muon
 from genpipe.training.objective import Batch, Metrics, ObserveTraining, Step, Validation
-from genpipe.training.parallel import unsharded
+from genpipe.training.optim import AdamW, build_optimizers, clip_gradients
+from genpipe.training.parallel import Sharded, spread, unsharded
 from genpipe.training.settings import TrainConfig
 from genpipe.training.sharding import whole
 
@@ -125,6 +126,26 @@ def train_toy(rt: FolderRuntime, *, noise: bool, shard_over: int | str = 1, **se
     plain = unsharded(objective, lambda: Toy(noise), rank=rt.rank)
     found = weights(plain) if rt.rank == 0 else {}
     return {"weights": found, "seen": objective.seen, "logged": rt.logged, "metrics": result.metrics}
+
+
+def train_on(rt: FolderRuntime, *, sharded: bool) -> dict[str, Tensor]:
+    """Three steps of the toy on the device of one rank, the blocks in FSDP's hands or not; the weights."""
+    toy, resources = Toy(noise=False), Resources()
+    for module in toy.trainable.values():
+        module.to(rt.device)
+    parallel = Sharded(toy, rt, shards=1) if sharded else spread(toy, rt, resources)
+    batch = {name: tensor.to(rt.device) for name, tensor in collate(np.arange(BATCH), np.arange(BATCH)).items()}
+    optimizers = build_optimizers(toy.network, AdamW(lr=0.02, eps=1e-2))
+    for _ in range(3):
+        for last in (False, True):
+            with parallel.accumulating("network", last=last):
+                loss, _ = parallel.loss("network", batch, Step(BATCH, torch.Generator(rt.device)))
+                loss.backward()
+        clip_gradients(toy.network, 0.5)
+        for optimizer in optimizers:
+            optimizer.step()
+        parallel.zero_grad("network")
+    return {name: whole(tensor.detach()).clone() for name, tensor in toy.network.state_dict().items()}
 
 
 MATRICES = ((12, 8), (12, 8), (12, 8), (5, 30), (3, 2, 3, 3), (1, 4))
