@@ -92,12 +92,13 @@ def _products(device: torch.device) -> Iterator[Finding]:
 
     before = torch.get_num_threads(), torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium")
-    counts = sorted({1, _cores()}) if device.type == "cpu" else [1]
-    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+    gpu = device.type != "cpu"
+    counts = [1] if gpu else sorted({1, _cores()})
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16))[: 3 if gpu else 2]:
         rates = []
         for count in counts:
             torch.set_num_threads(count)
-            where = f"{count} core{'s' if count > 1 else ''}" if device.type == "cpu" else "a GPU"
+            where = "a GPU" if gpu else f"{count} core{'s' if count > 1 else ''}"
             rates.append(f"{gflops(device, dtype):,.0f} GFLOP/s on {where}")
         yield Finding(f"{name} products", True, ", ".join(rates))
     yield Finding("precision: auto", True, f"takes {products_of('auto', device)}")
