@@ -70,14 +70,35 @@ def by_kind(default: str) -> Discriminator:
 class Resources(Config):
     """How a stage is run, never what comes out of it: left out of the fingerprint."""
 
-    workers: int = Field(1, ge=1, description="training ranks, or actors of a data stage")
+    workers: int | tuple[int, int] = Field(
+        1, description="training ranks, or actors of a data stage; [least, most] where they may come and go"
+    )
     cpus: float = Field(1.0, gt=0, description="CPU cores of each worker; also its number of torch threads")
     gpus: float = Field(0.0, ge=0, description="GPUs of each worker")
     loader_threads: int = Field(1, ge=1, description="threads that read and decode batches in each worker")
     loader_processes: int = Field(0, ge=0, description="processes that do so instead of the threads; 0: threads")
     checkpoint_seconds: float = Field(120.0, gt=0, description="wall time between checkpoints")
     keep_checkpoints: int = Field(2, ge=1, description="of the newest intact ones")
+    hang_seconds: float | None = Field(
+        300.0, gt=0, description="for which a rank may be stuck in a pass before its group starts anew; null: for ever"
+    )
     max_failures: int = Field(3, ge=0, description="worker losses that training, or one part, survives")
+
+    @model_validator(mode="after")
+    def _workers_are_some(self) -> Resources:
+        if not 1 <= self.min_workers <= self.max_workers:
+            raise ValueError(f"workers: {self.workers}; give a number from 1 on, or [least, most]")
+        return self
+
+    @property
+    def min_workers(self) -> int:
+        """Workers that it takes at the least."""
+        return self.workers if isinstance(self.workers, int) else self.workers[0]
+
+    @property
+    def max_workers(self) -> int:
+        """Workers that are used if they are to be had."""
+        return self.workers if isinstance(self.workers, int) else self.workers[1]
 
 
 class Gate(Config):
