@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from genpipe.launch import jobs
 from genpipe.pipeline.graph import load_pipeline
 from genpipe.storage import open_storage
-from genpipe.tracking.store import check as check_mlflow
+from genpipe.tracking.recording import records_of
 from genpipe.tracking.store import redacted
 
 if TYPE_CHECKING:
@@ -110,11 +110,16 @@ def _addresses(config: str) -> Iterator[Finding]:
     pipeline = load_pipeline(config)
     store, address = pipeline.cfg.store, pipeline.cfg.ray.address
     yield _tried("store", store, lambda: _probe(store))
-    yield _tried("MLflow", redacted(pipeline.tracking_uri), lambda: check_mlflow(pipeline.tracking_uri))
+    yield _tried("MLflow", redacted(pipeline.tracking_uri), lambda: _check_records(pipeline.tracking_uri))
     if address:
         yield _tried("Ray", address, lambda: jobs.connect(address))
     else:
         yield Finding("Ray", True, "a local one, started for each run")
+
+
+def _check_records(uri: str) -> None:
+    """Raise ValueError where runs could not be recorded."""
+    records_of(uri).check(uri)
 
 
 def _probe(store: str) -> None:
