@@ -77,7 +77,10 @@ class Resources(Config):
     gpus: float = Field(0.0, ge=0, description="GPUs of each worker")
     loader_threads: int = Field(1, ge=1, description="threads that read and decode batches in each worker")
     loader_processes: int = Field(0, ge=0, description="processes that do so instead of the threads; 0: threads")
-    checkpoint_seconds: float = Field(120.0, gt=0, description="wall time between checkpoints")
+    checkpoint_seconds: float | None = Field(
+        None, gt=0, description="wall time between checkpoints; none: what loses least, by their cost and failure_hours"
+    )
+    failure_hours: float = Field(24.0, gt=0, description="mean time between losses of a worker, of all together")
     keep_checkpoints: int = Field(2, ge=1, description="of the newest intact ones")
     hang_seconds: float | None = Field(
         300.0, gt=0, description="for which a rank may be stuck in a pass before its group starts anew; null: for ever"
