@@ -93,6 +93,10 @@ def client_of(uri: str) -> MlflowClient:
         os.environ["MLFLOW_TRACKING_USERNAME"] = unquote(parts.username)
         os.environ["MLFLOW_TRACKING_PASSWORD"] = unquote(parts.password or "")
         uri = _without_login(uri)
+    if parts.scheme == "sqlite":
+        _sqlite_path(uri).parent.mkdir(
+            parents=True, exist_ok=True
+        )  # MLflow takes %25 for a name, and makes that folder
     return MlflowClient(uri)
 
 
