@@ -410,7 +410,8 @@ def _explain(model: type[BaseModel], tree: Tree, prefix: str, fault: Any) -> str
         return f"{where}: expected text, got the number {fault['input']!r}; write it in quotes"
     message = fault["msg"].removeprefix("Value error, ")
     got = "" if isinstance(fault["input"], Mapping) else f", got {fault['input']!r}"
-    return f"{where}: {message[0].lower()}{message[1:]}{got}"
+    meaning = None if fault["type"] == "value_error" else _description(model, loc, tree.values)
+    return f"{where}: {message[0].lower()}{message[1:]}{got}" + (f" ({meaning})" if meaning else "")
 
 
 def _explain_kind(source: str, dotted: str, fault: Any) -> str:
@@ -442,7 +443,18 @@ def _visible(loc: Sequence[int | str], values: Any, *, missing: bool) -> Iterato
 
 
 def _known_keys(model: Any, loc: Loc, values: Any) -> set[str]:
-    """The field names of the block at `loc`, following unions by the `kind` that the user wrote."""
+    """The field names of the block at `loc`."""
+    return {name for m in _blocks_at(model, loc, values) for name in m.model_fields}
+
+
+def _description(model: Any, loc: Loc, values: Any) -> str | None:
+    """What the setting at `loc` means, where its block says so."""
+    fields = (m.model_fields.get(loc[-1]) for m in _blocks_at(model, loc[:-1], values)) if loc else ()
+    return next((field.description for field in fields if field is not None), None)
+
+
+def _blocks_at(model: Any, loc: Loc, values: Any) -> list[type[BaseModel]]:
+    """The models that the block at `loc` may be, following unions by the `kind` that the user wrote."""
     models = list(_models_in(model))
     for key in loc:
         values = values.get(key) if isinstance(values, Mapping) else None
@@ -451,7 +463,7 @@ def _known_keys(model: Any, loc: Loc, values: Any) -> set[str]:
     if isinstance(values, Mapping) and "kind" in values:
         chosen = [m for m in models if values["kind"] in get_args(_annotation(m, "kind"))]
         models = chosen or models
-    return {name for m in models for name in m.model_fields}
+    return models
 
 
 def _annotation(model: type[BaseModel], name: str) -> Any:
