@@ -162,9 +162,9 @@ def claim(spec: StageSpec) -> str:
     records = records_of(spec.tracking_uri)
     try:
         run_id = records.claim_stage_run(spec)
-    except ValueError:
-        raise  # the user's to mend
     except Exception as error:
+        if type(error) is ValueError:  # the user's to mend; an answer that is no JSON is another
+            raise
         run_id = ""
         said = (str(error).strip() or type(error).__name__).splitlines()[0]
         print(f"{spec.name}: no answer from MLflow; {_kept_in(spec.store)}: {said}", file=sys.stderr, flush=True)

@@ -265,6 +265,7 @@ with pipeline_run(toys.tracking_uri, store=toys.store, experiment="toys", name="
     settle_store(toys.store)
 
 
+@pytest.mark.slow
 def test_records_of_a_time_without_mlflow_are_handed_in_once(
     toys: Toys,
     trained: tuple[StageSpec, StageSpec],

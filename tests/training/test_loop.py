@@ -21,8 +21,9 @@ from genpipe.data.order import order
 from genpipe.pipeline.spec import StageSpec
 from genpipe.stages import is_training, load_stage, stage_kinds
 from genpipe.training import loop, state
-from genpipe.training.loop import Interrupted, seeded
+from genpipe.training.loop import Interrupted
 from genpipe.training.objective import Step
+from genpipe.training.stream import seeded
 
 if TYPE_CHECKING:
     from conftest import TinyPipeline
