@@ -166,13 +166,21 @@ class Cluster:
             if str(status) == "STOPPED":
                 raise Stopped(f"the job {job} was stopped; run it again to resume")
             stopped = stopping.outcome(spec)
-            if stopped is None or stopped.attempt != job:
+            if stopped is None or self._exit_status(job) != stopped.status:
                 raise self._failure(spec, job)
             if stopped.reason == "cancelled":
                 raise Stopped(f"{stopped.describe()}; run it again to resume")
             report(read_progress(spec.work))  # which says so
             return False
         raise Stopped(f"{spec.name} was stopped")
+
+    def _exit_status(self, job: str) -> int | None:
+        """What the driver of a job that has ended said of it, None where it was killed or nobody knows."""
+        try:
+            status: int | None = self.client.get_job_info(job).driver_exit_code
+        except (OSError, RuntimeError):
+            return None
+        return status
 
     def _failure(self, spec: StageSpec, job: str) -> StageError:
         """The error that the job reported; the job's log is put beside it."""

@@ -85,11 +85,12 @@ class RayLauncher:
             ),
             torch_config=_torch_config(resources),
         )
+        began = time.time()
         try:
             result = trainer.fit()
         except TrainingFailedError as error:
             self._raise_failure(spec)
-            raise JobLost(f"Ray Train gave up: {last_hang(spec.work) or first_line(error)}") from error
+            raise JobLost(f"Ray Train gave up: {last_hang(spec.work, since=began) or first_line(error)}") from error
         self._raise_failure(spec)
         return Stopped.model_validate(result.return_value) if result.return_value else None
 
