@@ -16,6 +16,7 @@ def save_checkpoint(work: str, folder: Path, *, samples_seen: int) -> None:
     """Commit `folder` as a checkpoint under `work` and delete all but the newest `KEEP_CHECKPOINTS`."""
     uri = join(work, "checkpoints", f"{samples_seen:015d}")
     identity = {"samples_seen": samples_seen}
+    open_storage(uri).delete(artifacts.MANIFEST)  # of a damaged one that was passed over
     target = Artifact(kind="checkpoint", uri=uri, fingerprint=artifacts.fingerprint(identity))
     artifacts.commit(target, folder=folder, identity=identity, config={}, inputs={}, metrics={})
     storage = open_storage(work)

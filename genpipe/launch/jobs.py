@@ -1,13 +1,12 @@
 """Stages as jobs of a Ray cluster, or of the local Ray that a run starts for itself.
 
-Whoever wants an artifact that a job is already making adopts that job, whose metadata names the artifact. An attempt's
-id follows from the fingerprint and the number of attempts so far, so that two who submit at once submit the same job.
-What a job (`launch/ray.py`) tells its submitter lies in the stage's work folder: progress, and the error.
+Whoever wants an artifact that a job is already making adopts that job, whose metadata names the artifact. Of two who
+submit at once, here or on different clusters, one makes it and the other waits for it (`launch/lease.py`). What a job
+(`launch/ray.py`) tells its submitter lies in the stage's work folder: progress, and the error.
 """
 
 from __future__ import annotations
 
-import itertools
 import os
 import shlex
 import sys
@@ -20,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 from genpipe import artifacts
 from genpipe.config import Resources
-from genpipe.launch.failure import JobLost, StageError, first_line, last_attempt, read_failure
+from genpipe.launch.failure import JobLost, StageError, first_line, read_failure
+from genpipe.launch.lease import new_attempt
 from genpipe.launch.local_ray import TUNING, authorization, get, local_head
 from genpipe.launch.resource_queue import Turns
 from genpipe.pipeline.spec import Progress, StageSpec, read_progress
@@ -106,18 +106,9 @@ class Cluster:
 
     def _submit(self, spec: StageSpec) -> str:
         """The job that makes the artifact of `spec`: one that runs already, or a new attempt."""
-        begun = last_attempt(spec.work)  # read first: an attempt that begins after this is in the list of jobs
         if running := jobs_of(self.client, artifact=spec.target.uri):
             return running[0]
-        for attempt in itertools.count(begun + 1):
-            job = job_id(spec, attempt)
-            if _status(self.client, job) is None:
-                return self._submit_as(spec, job)
-            there = self.client.get_job_info(job)
-            ours = (there.metadata or {}).get("artifact") == spec.target.uri  # not of a like stage in another store
-            if ours and not there.status.is_terminal():
-                return job  # somebody submitted it in between
-        raise AssertionError("unreachable")
+        return self._submit_as(spec, new_attempt(spec))
 
     def _submit_as(self, spec: StageSpec, job: str) -> str:
         python = sys.executable if self.embedded else "python"
@@ -224,11 +215,6 @@ def connect(address: str, *, token: str = "") -> JobSubmissionClient:
         raise ValueError(
             f"ray.address: {address} asks for a token: {first_line(error)}; set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN"
         ) from None
-
-
-def job_id(spec: StageSpec, attempt: int) -> str:
-    """The submission id of an attempt: the same whoever submits it, and another for each attempt on any Ray."""
-    return f"genpipe-{spec.target.kind}-{spec.target.fingerprint[:16]}-{attempt}"
 
 
 def stop(client: JobSubmissionClient, jobs: Sequence[str] | set[str]) -> None:

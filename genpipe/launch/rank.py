@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from genpipe.launch import lease
 from genpipe.launch.checkpoints import latest_checkpoint, save_checkpoint
 from genpipe.launch.process import set_up_process
 from genpipe.launch.run_stage import commit
@@ -86,7 +87,8 @@ class RankRuntime:
         self.run.set_tags(facts)
 
     def save(self, folder: Path, *, samples_seen: int) -> None:
-        """Commit a checkpoint to the work folder."""
+        """Commit a checkpoint to the work folder. Raises LeaseLost if another attempt has taken over."""
+        lease.check(self.spec)
         save_checkpoint(self.spec.work, folder, samples_seen=samples_seen)
 
     def latest(self) -> Path | None:

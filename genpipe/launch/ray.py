@@ -18,7 +18,8 @@ from types import FrameType
 from typing import Any
 
 from genpipe.config import Resources
-from genpipe.launch.failure import BEGUN, JobLost, StageError, begin_attempt, first_line, read_failure, report_failure
+from genpipe.launch import lease
+from genpipe.launch.failure import BEGUN, JobLost, StageError, first_line, read_failure, report_failure
 from genpipe.launch.local_ray import TUNING
 from genpipe.pipeline.spec import Progress, StageSpec, write_progress
 from genpipe.storage import join, open_storage
@@ -57,7 +58,7 @@ class RayLauncher:
                 trainer.fit()
         except TrainingFailedError as error:
             self._raise_failure(spec)
-            raise JobLost(f"Ray Train gave up: {first_line(error)}") from error
+            raise _judged(error) from error
         self._raise_failure(spec)
 
     def map(self, spec: StageSpec, parts: Sequence[str]) -> None:
@@ -103,6 +104,22 @@ def _infrastructure() -> tuple[type[Exception], ...]:
     return RayError, DistError
 
 
+def _judged(error: Exception) -> StageError:
+    """What it means that Ray Train gave up, after it has started the group `max_failures` times again.
+
+    A rank cannot tell its own RuntimeError from that of a collective whose other side is gone. If at last no rank was
+    lost, the error is the stage's own.
+    """
+    from ray.train.v2._internal.exceptions import UserExceptionWithTraceback as RankError
+
+    failures: dict[int, Exception] = getattr(error, "worker_failures", {})
+    raised = [failure for failure in failures.values() if isinstance(failure, RankError)]
+    own = [failure for failure in raised if type(failure._base_exc) is RuntimeError]
+    if own and len(raised) == len(failures):
+        return StageError(first_line(own[0]._base_exc), details=str(own[0]))
+    return JobLost(f"Ray Train gave up: {first_line(error)}")
+
+
 def _train_rank(config: dict[str, Any]) -> None:
     """One rank of a training stage, in a Ray Train worker."""
     import ray.train.torch
@@ -115,7 +132,8 @@ def _train_rank(config: dict[str, Any]) -> None:
         return  # the fault is the stage's own, so a restarted group has nothing to try
     context = ray.train.get_context()
     try:
-        with report_failure(spec, job, infrastructure=_infrastructure()):
+        peers = context.get_world_size() - 1
+        with report_failure(spec, job, infrastructure=_infrastructure(), peers=peers):
             train_rank(
                 spec,
                 config["run_id"],
@@ -169,7 +187,6 @@ def drive(spec_uri: str, job: str) -> int:
     os.environ.update({key: value for key, value in TUNING.items() if key not in os.environ})
     spec = StageSpec.read(spec_uri)
     spec = spec.model_copy(update={"links": {**spec.links, "ray_job": job}})
-    begin_attempt(spec.work, job)
     try:
         with report_failure(spec, job, infrastructure=_infrastructure()):
             import ray
@@ -178,7 +195,7 @@ def drive(spec_uri: str, job: str) -> int:
 
             ray.init(address="auto", logging_level=logging.WARNING)
             signal.signal(signal.SIGTERM, _stop_driver)  # Ray's own handler would leave the MLflow run running
-            execute(spec, RayLauncher(job))
+            execute(spec, RayLauncher(job), attempt=job, lost=lease.leave)
             ray.shutdown()  # at exit it would sleep first, for logs that nobody waits for
     except Exception:
         traceback.print_exc()
