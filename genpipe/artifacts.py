@@ -21,10 +21,11 @@ from typing import Any
 from pydantic import Field
 
 from genpipe.config import Config, canonical_json
-from genpipe.storage import Storage, check_key, join, local_path, open_storage, relative, resolve
+from genpipe.storage import Storage, check_key, join, local_path, open_object, open_storage, relative, resolve
 
 MANIFEST = "manifest.json"
 PARTS = "_parts/"
+HASH_BLOCK = 8 * 2**20
 
 
 class Artifact(Config):
@@ -210,16 +211,22 @@ def damaged_files(uri: str) -> Iterator[str]:
         raise ManifestError(f"{uri}: no {MANIFEST} here, so nothing was committed")
     storage = open_storage(uri)
     for file in manifest.files:
-        where = join(uri, file.path)
-        try:
-            content = storage.read(file.path)
-        except FileNotFoundError:
-            yield f"{where}: is missing"
-            continue
-        if len(content) != file.size:
-            yield f"{where}: has {len(content)} bytes, its manifest says {file.size} bytes"
-        elif hashlib.sha256(content).hexdigest() != file.sha256:
-            yield f"{where}: its content differs from the manifest's sha256"
+        if fault := file_fault(storage, file):
+            yield fault
+
+
+def file_fault(storage: Storage, file: FileEntry) -> str | None:
+    """A sentence if a stored file's size or sha256 is not `file`'s. Reads it block by block."""
+    where = join(storage.uri, file.path)
+    try:
+        entry = storage.stat(file.path)
+        if entry.size != file.size:
+            return f"{where}: has {entry.size} bytes, its manifest says {file.size} bytes"
+        with open_object(storage, entry, block=HASH_BLOCK) as content:
+            same = hashlib.file_digest(content, "sha256").hexdigest() == file.sha256
+    except FileNotFoundError:
+        return f"{where}: is missing"
+    return None if same else f"{where}: its content differs from the manifest's sha256"
 
 
 def added_files(manifest: Manifest, uri: str) -> Iterator[str]:
@@ -241,8 +248,13 @@ def add_part(
     fence()
     storage = open_storage(uri)
     files = list(_upload(storage, folder))
-    record = {"part": part, "files": [file.model_dump() for file in files], "stats": dict(stats)}
     fence()
+    mark_part(storage, part, files, stats)
+
+
+def mark_part(storage: Storage, part: str, files: Iterable[FileEntry], stats: Mapping[str, Any]) -> None:
+    """Mark one part of an artifact as finished, whose files are in place."""
+    record = {"part": part, "files": [file.model_dump() for file in files], "stats": dict(stats)}
     storage.write(_marker(part), canonical_json(record).encode())
 
 

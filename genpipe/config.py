@@ -76,6 +76,7 @@ class Resources(Config):
     loader_threads: int = Field(1, ge=1, description="threads that read and decode batches in each worker")
     loader_processes: int = Field(0, ge=0, description="processes that do so instead of the threads; 0: threads")
     checkpoint_seconds: float = Field(120.0, gt=0, description="wall time between checkpoints")
+    keep_checkpoints: int = Field(2, ge=1, description="of the newest intact ones")
     max_failures: int = Field(3, ge=0, description="worker losses that training, or one part, survives")
 
 

@@ -11,7 +11,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from stat import S_ISREG
 from typing import Any, NamedTuple, Protocol, TypeVar
@@ -64,6 +64,10 @@ class Storage(Protocol):
 
     def upload(self, key: str, path: Path) -> None:
         """Put a local file's content in the place of what is there."""
+        ...
+
+    def writing(self, key: str) -> AbstractContextManager[Path]:
+        """A local path to write to: what is there when the block ends well is put in the place of what is at `key`."""
         ...
 
     def download(self, key: str, path: Path) -> None:
@@ -178,6 +182,10 @@ class LocalStorage(Storage):
             shutil.copyfile(path, temporary)
 
     @override
+    def writing(self, key: str) -> AbstractContextManager[Path]:
+        return _replacing(self._path(key))
+
+    @override
     def download(self, key: str, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(self._path(key), path)
@@ -275,6 +283,14 @@ class S3Storage(Storage):
     @override
     def upload(self, key: str, path: Path) -> None:
         self._call(key, lambda: self.client.upload_file(str(path), self.bucket, self._key(key)))
+
+    @override
+    @contextmanager
+    def writing(self, key: str) -> Iterator[Path]:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, PurePosixPath(key).name)
+            yield path
+            self.upload(key, path)
 
     @override
     def download(self, key: str, path: Path) -> None:

@@ -88,7 +88,7 @@ def test_first_run_makes_everything(project: tuple[Project, str]) -> None:
     assert grid
     width, height = Image.open(grid[1]).size
     assert height > width >= 400, "a dozen rows, each a caption and two pictures"
-    assert not list((made.store / "work").rglob("*.pt")), "checkpoints outlive their stage"
+    assert not list((made.store / "work").rglob("*.safetensors")), "checkpoints outlive their stage"
 
 
 def test_losses_fall(project: tuple[Project, str]) -> None:

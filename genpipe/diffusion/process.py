@@ -67,7 +67,8 @@ class DiffusionConfig(Config):
     beta_end: float | None = Field(None, gt=0, lt=1, description="of linear and scaled_linear; none: as published")
     predict: Predict = "flow"
     sigma_data: PositiveFloat = Field(
-        SIGMA_DATA, description="of schedule edm: the data's standard deviation; 1 if standardized, 0.5 for pixels"
+        SIGMA_DATA,
+        description="the data's deviation, for schedule edm and variance analytic; 1 if standardized, 0.5 for pixels",
     )
     variance: Literal["fixed", "learned"] = Field("fixed", description="learned: the network has as many channels more")
     time_sampling: TimeSampling = "logit_normal"
@@ -139,7 +140,7 @@ class SamplerConfig(Config):
     shift: float = Field(1.0, gt=0, description="of uniform: above 1 spends more of the steps at high noise")
     eta: float = Field(0.0, ge=0, le=1, description="of ddim: share of the noise of ancestral sampling")
     variance: Variance = Field(
-        "small", description="of ddpm: the step's; learned: as the model says; analytic: the best for unit variance"
+        "small", description="of ddpm: the step's; learned: as the model says; analytic: the best for the data's size"
     )
     lower_order_final: bool = Field(False, description="of dpmpp_2m, dpmpp_2m_sde, unipc: last step of first order")
     s_churn: NonNegativeFloat = Field(0.0, description="of heun: noise added over all the steps; Karras et al. 2022")
@@ -316,7 +317,7 @@ def sample(
     # As large as x_t is for data of unit variance: 1 but on edm, where it is 80.
     x = noise * torch.hypot(*alpha_sigma(ts[0], schedule)).item()
     bounded = denoise if cfg.threshold == "none" else _bounded(denoise, cfg)
-    return _sampler(cfg, discrete=diffusion.discrete)(bounded, x, ts, schedule=schedule, generator=generator)
+    return _sampler(cfg, diffusion)(bounded, x, ts, schedule=schedule, generator=generator)
 
 
 def inverted(
@@ -395,10 +396,11 @@ def _scale(t_B: Tensor, x: Tensor, cfg: SamplerConfig) -> float | Tensor:
     return expand_like(scale, x)
 
 
-def _sampler(cfg: SamplerConfig, *, discrete: bool) -> Callable[..., Tensor]:
+def _sampler(cfg: SamplerConfig, diffusion: DiffusionConfig) -> Callable[..., Tensor]:
     """The function of samplers or solvers that `cfg` names, with its settings."""
+    discrete = diffusion.discrete
     if cfg.kind == "ddpm":
-        return partial(ddpm, variance=cfg.variance)
+        return partial(ddpm, variance=cfg.variance, sigma_data=diffusion.sigma_data)
     if cfg.kind in ("ddim", "euler", "euler_ancestral"):
         return partial(ddim, eta={"ddim": cfg.eta, "euler": 0.0, "euler_ancestral": 1.0}[cfg.kind])
     if cfg.kind == "heun":

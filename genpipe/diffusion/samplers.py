@@ -16,6 +16,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from genpipe.diffusion.parameterizations import SIGMA_DATA
 from genpipe.diffusion.schedules import Schedule, alpha_sigma, expand_like, steps_of, time_at
 from genpipe.diffusion.variance import Posterior, analytic_variance, interpolated_log_variance, posterior
 
@@ -76,12 +77,13 @@ def ddpm(
     schedule: Schedule,
     generator: torch.Generator | None = None,
     variance: Variance = "small",
+    sigma_data: float = SIGMA_DATA,
 ) -> Tensor:
     """Ancestral sampling (Ho et al. 2020, alg. 2) over any times; no noise in a step that ends at t = 0.
 
     The variance of a step is DDPM's beta-tilde (small), its beta (large), or between them as the network says
     (learned; Nichol & Dhariwal 2021, eq. 15; needs the fraction behind x0), or the best for the size of x0 (analytic;
-    Bao et al. 2022; for data of unit variance).
+    Bao et al. 2022; for data of the deviation `sigma_data`).
 
     Raises ValueError without a generator, and for a learned variance of a model that learned none.
     """
@@ -93,7 +95,8 @@ def ddpm(
         x0, fraction = out[:, : x.shape[1]], out[:, x.shape[1] :]
         x = step.mean(x, x0)
         if there.sigma > 0:
-            x = x + _deviation(step, x0, fraction, variance=variance) * drawn(x, generator)
+            deviation = _deviation(step, x0, fraction, variance=variance, sigma_data=sigma_data)
+            x = x + deviation * drawn(x, generator)
     return x
 
 
@@ -234,9 +237,9 @@ def step_between(here: Level, there: Level) -> Posterior:
     return posterior(alpha=here.alpha, sigma=here.sigma, alpha_next=there.alpha, sigma_next=there.sigma)
 
 
-def _deviation(step: Posterior, x0: Tensor, fraction: Tensor, *, variance: Variance) -> Tensor:
+def _deviation(step: Posterior, x0: Tensor, fraction: Tensor, *, variance: Variance, sigma_data: float) -> Tensor:
     if variance == "analytic":
-        return expand_like(analytic_variance(step, x0).sqrt(), x0)
+        return expand_like(analytic_variance(step, x0, sigma_data=sigma_data).sqrt(), x0)
     if variance == "small":
         return step.small.sqrt()
     if variance == "large":

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from genpipe.diffusion.parameterizations import SIGMA_DATA
 from genpipe.diffusion.schedules import Schedule, alpha_sigma, expand_like, steps_of
 
 
@@ -51,14 +52,15 @@ def interpolated_log_variance(fraction: Tensor, *, small: Tensor, large: Tensor)
     return share * expand_like(large, fraction).log() + (1.0 - share) * expand_like(small, fraction).log()
 
 
-def analytic_variance(step: Posterior, x0: Tensor) -> Tensor:
-    """The best variance of a step for data of unit variance, as large as the error of `x0` [B, ...]; fp32 [B].
+def analytic_variance(step: Posterior, x0: Tensor, *, sigma_data: float = SIGMA_DATA) -> Tensor:
+    """The best variance of a step, as large as the error of the estimate `x0` [B, ...]; fp32 [B].
 
-    Var(x_s | x_t) = small + of_x0^2 Var(x0 | x_t), and on average over the dimensions Var(x0 | x_t) is 1 less the mean
-    square of its estimate (Bao et al. 2022, Analytic-DPM, in terms of x0). Theirs is averaged over the data
-    beforehand, ours over the dimensions of each sample: right for the many of an embedding or an image.
+    Var(x_s | x_t) = small + of_x0^2 Var(x0 | x_t), and on average over the dimensions Var(x0 | x_t) is the data's mean
+    square, `sigma_data`^2, less that of its estimate (Bao et al. 2022, Analytic-DPM, in terms of x0). Theirs is
+    averaged over the data beforehand, ours over the dimensions of each sample: right for the many of an embedding or
+    an image.
     """
-    error = (1.0 - x0.square().flatten(1).mean(1)).clamp(min=0.0)
+    error = (sigma_data**2 - x0.square().flatten(1).mean(1)).clamp(min=0.0)
     return (step.small + step.of_x0.square() * error).float()
 
 

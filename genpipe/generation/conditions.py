@@ -118,6 +118,14 @@ def latent_statistics(meta: Mapping[str, list[float]], device: torch.device) -> 
     return Statistics.of(meta["latent_mean"], meta["latent_std"], axes=2, device=device)
 
 
-def embed_statistics(meta: Mapping[str, list[float]], device: torch.device) -> Statistics:
-    """Those of CLIP's image embeddings, by dimension, from a manifest's meta."""
+def embed_statistics(
+    meta: Mapping[str, list[float]], device: torch.device, *, scale: float | None = None
+) -> Statistics:
+    """Those of CLIP's image embeddings, by dimension, from a manifest's meta.
+
+    With a `scale`, what stands for them: unit vectors are then multiplied by it, and not shifted.
+    """
+    if scale is not None:
+        dim = len(meta["image_embed_mean"])
+        return Statistics.of([0.0] * dim, [1 / scale] * dim, axes=0, device=device)
     return Statistics.of(meta["image_embed_mean"], meta["image_embed_std"], axes=0, device=device)

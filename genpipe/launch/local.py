@@ -18,13 +18,16 @@ import torch.distributed as dist
 from genpipe import artifacts
 from genpipe.artifacts import Artifact
 from genpipe.config import ConfigError
+from genpipe.launch import stopping
 from genpipe.launch.lease import LeaseLost, leave
 from genpipe.launch.rank import train_rank
 from genpipe.launch.run_stage import PartWorker, execute
+from genpipe.launch.stopping import StageStopped
 from genpipe.pipeline.graph import load_pipeline
 from genpipe.pipeline.plan import plan, spec_of
 from genpipe.pipeline.spec import Progress, StageSpec, write_progress
 from genpipe.stages import is_training, load_stage
+from genpipe.training.agreement import PATIENCE
 
 POLL_SECONDS = 1.0
 
@@ -39,7 +42,7 @@ class LocalLauncher:
             self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
             torch.cuda.set_device(self.device)
         if self.world_size > 1 and not dist.is_initialized():
-            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", timeout=PATIENCE)
 
     def train(self, spec: StageSpec, run_id: str) -> None:
         """Train as this process's rank, with the ranks that torchrun started beside it."""
@@ -48,15 +51,18 @@ class LocalLauncher:
     def map(self, spec: StageSpec, parts: Sequence[str]) -> None:
         """Call the stage's worker on one part after the other."""
         worker = PartWorker(spec)
-        for done, part in enumerate(parts):
-            write_progress(spec.work, Progress(done=done, total=len(parts), unit="parts"))
-            worker(part)
+        with stopping.listening(spec.work, rank=0) as should_stop:
+            for done, part in enumerate(parts):
+                write_progress(spec.work, Progress(done=done, total=len(parts), unit="parts"))
+                if should_stop():
+                    raise stopping.answer(spec.work, done=f"{done} of {len(parts)} parts")
+                worker(part)
 
 
 def run_local(spec: StageSpec, *, lost: Callable[[LeaseLost], None] = print) -> Artifact:
     """Run a stage here and return its artifact; under torchrun rank 0 leads and the others only train with it.
 
-    `lost` is called on another thread if somebody else takes over.
+    `lost` is called on another thread if somebody else takes over. Raises StageStopped once it has stopped on request.
     """
     launcher = LocalLauncher()
     if launcher.rank == 0:
@@ -91,12 +97,17 @@ def main(arguments: Sequence[str]) -> int:
         print("usage: python -m genpipe.launch.local CONFIG STAGE [PATH=VALUE]...", file=sys.stderr)
         return 2
     config, stage, *overrides = arguments
+    leads = int(os.environ.get("RANK", 0)) == 0
     try:
         artifact = run_local(spec_of_stage(config, stage, overrides), lost=leave)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    if int(os.environ.get("RANK", 0)) == 0:
+    except StageStopped as stop:
+        if leads:
+            print(f"{stage}: {stop}")
+        return stop.stopped.status
+    if leads:
         manifest = artifacts.read_manifest(artifact.uri)
         assert manifest is not None, "run_local returns a committed artifact"
         print(f"{stage}: {artifact.uri}")

@@ -3,31 +3,69 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from genpipe.launch import lease
-from genpipe.launch.checkpoints import latest_checkpoint, save_checkpoint
+from genpipe.launch import lease, stopping
 from genpipe.launch.process import set_up_process
 from genpipe.launch.run_stage import commit
-from genpipe.pipeline.spec import Progress, StageSpec, write_progress
+from genpipe.pipeline.spec import Progress, StageSpec, read_progress, write_progress
 from genpipe.stages import load_stage
-from genpipe.tracking.recording import records_of
-from genpipe.training.loop import train
+from genpipe.storage import join
+from genpipe.tracking.recording import attach
+from genpipe.training.checkpoint_store import CheckpointStore
+from genpipe.training.loop import Interrupted, train
+from genpipe.training.runtime import Phase
 
 
-def train_rank(spec: StageSpec, run_id: str, *, rank: int, world_size: int, device: torch.device) -> None:
-    """What every rank of a training stage does; rank 0 also exports, records and commits."""
+def train_rank(
+    spec: StageSpec,
+    run_id: str,
+    *,
+    rank: int,
+    world_size: int,
+    device: torch.device,
+    notice: Callable[[], str] = str,
+) -> None:
+    """What every rank of a training stage does; rank 0 also exports, records and commits.
+
+    `notice` says who takes this rank's machine away, once somebody does. Raises StageStopped, on every rank, where the
+    stage was asked to stop: it has its checkpoint, and rank 0 has answered the request.
+    """
     stage = load_stage(spec.stage)
     cfg = stage.Config.model_validate(spec.config)
     set_up_process(cfg, products="medium")  # bf16 passes, TF32
     torch.manual_seed(cfg.train.seed)  # the same initial weights on every rank
-    with RankRuntime(spec, run_id, rank=rank, world_size=world_size, device=device, total=cfg.train.samples) as rt:
+    checkpoints = CheckpointStore(
+        join(spec.work, "checkpoints"),
+        keep=cfg.resources.keep_checkpoints,
+        best=cfg.observe.keep_best,
+        before_commit=lambda: rt.before_checkpoint(),
+    )
+    with ExitStack() as stack:
+        rt = RankRuntime(
+            spec,
+            run_id,
+            rank=rank,
+            world_size=world_size,
+            device=device,
+            checkpoints=checkpoints,
+            total=cfg.train.samples,
+            should_stop=stack.enter_context(stopping.listening(spec.work, rank=rank, notice=notice)),
+        )
+        stack.enter_context(rt)
         objective = stage.objective(cfg, spec.inputs, device)
-        result = train(objective, stage.data(cfg, spec.inputs), cfg.train, rt, cfg.resources, cfg.observe)
+        try:
+            result = train(objective, stage.data(cfg, spec.inputs), cfg.train, rt, cfg.resources, cfg.observe)
+        except Interrupted as interrupted:
+            respond = stopping.answer if rank == 0 else stopping.follow
+            raise respond(spec.work, done=f"{interrupted.samples_seen:,} samples") from interrupted
         if rank == 0:
             with tempfile.TemporaryDirectory() as folder, torch.no_grad():
                 meta = stage.export(objective, cfg, spec.inputs, Path(folder))
@@ -50,11 +88,15 @@ class RankRuntime:
     rank: int
     world_size: int
     device: torch.device
+    checkpoints: CheckpointStore
     total: int
+    should_stop: Callable[[], bool]
     environment: dict[str, str] = field(default_factory=dict)
 
     def __enter__(self) -> RankRuntime:
-        self.run = records_of(self.spec.tracking_uri).attach(self.spec, self.run_id) if self.rank == 0 else None
+        self.run = attach(self.spec, self.run_id) if self.rank == 0 else None
+        before = read_progress(self.spec.work) if self.rank == 0 else None
+        self.note = before.note if before else ""
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -67,7 +109,8 @@ class RankRuntime:
         self.run.log(metrics, samples_seen=samples_seen)
         rate = metrics.get("samples_per_second")
         if rate is not None:
-            write_progress(self.spec.work, Progress(done=samples_seen, total=self.total, rate=rate, metrics=metrics))
+            progress = Progress(done=samples_seen, total=self.total, rate=rate, metrics=metrics, note=self.note)
+            write_progress(self.spec.work, progress)
 
     def log_images(self, images: dict[str, np.ndarray], *, samples_seen: int) -> None:
         """Record pictures in the run."""
@@ -86,15 +129,21 @@ class RankRuntime:
         self.environment |= facts
         self.run.set_tags(facts)
 
-    def save(self, folder: Path, *, samples_seen: int) -> None:
-        """Commit a checkpoint to the work folder. Raises LeaseLost if another attempt has taken over."""
+    def log_event(self, message: str, *, samples_seen: int) -> None:
+        """Print the event, and tag the run with it."""
+        assert self.run is not None, "only rank 0 logs"
+        print(f"at {samples_seen} samples: {message}", flush=True)
+        when = datetime.now(UTC).isoformat(timespec="milliseconds")
+        self.run.set_tags({f"event.{when}": f"at {samples_seen} samples: {message}"})
+
+    def before_checkpoint(self) -> None:
+        """Have what was logged kept before a checkpoint is: what goes on from there does not log it again.
+
+        Raises LeaseLost if another attempt has taken over.
+        """
+        assert self.run is not None, "only rank 0 commits"
+        self.run.flush()
         lease.check(self.spec)
-        save_checkpoint(self.spec.work, folder, samples_seen=samples_seen)
 
-    def latest(self) -> Path | None:
-        """A copy of the newest intact checkpoint of the work folder."""
-        return latest_checkpoint(self.spec.work)
-
-    def should_stop(self) -> bool:
-        """Never: a job that is to stop is killed."""
-        return False
+    def enter(self, phase: Phase) -> None:
+        """Nothing: nobody watches yet."""

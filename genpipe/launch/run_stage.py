@@ -16,13 +16,13 @@ from typing import Any, Protocol
 from genpipe import artifacts
 from genpipe.artifacts import Artifact
 from genpipe.config import StageConfig
-from genpipe.launch import lease
+from genpipe.launch import lease, stopping
 from genpipe.launch.lease import LeaseLost
 from genpipe.launch.process import set_up_process
 from genpipe.pipeline.spec import StageSpec
 from genpipe.stages import is_training, load_stage
 from genpipe.storage import open_storage
-from genpipe.tracking.recording import StageRun, records_of
+from genpipe.tracking.recording import StageRun, open_stage_run, settle_stage
 
 ENVIRONMENT = "environment"
 """Where the stats of a part hold what its worker found on its machine."""
@@ -52,9 +52,12 @@ def execute(
     """
     with lease.hold(spec, attempt or lease.new_attempt(spec), lost=lost) as held:
         if held is not None:
+            stopping.forget(spec.work)
             _make(held, launcher)
     if held is not None:
         open_storage(spec.work).delete_all()
+    else:
+        settle_stage(spec)
     artifact = artifacts.committed(spec.target)
     assert artifact is not None, "the lease is held until there is a committed artifact"
     return artifact
@@ -65,26 +68,14 @@ def _make(spec: StageSpec, launcher: Launcher) -> None:
     stage = load_stage(spec.stage)
     cfg: StageConfig = stage.Config.model_validate(spec.config)
     stage.check_inputs(cfg, spec.inputs)
-    with records_of(spec.tracking_uri).open_stage_run(spec) as run:
+    with open_stage_run(spec) as run:
         if is_training(stage):
             launcher.train(spec, run.run_id)
         else:
             _map_parts(spec, stage, cfg, launcher, run)
         artifact = artifacts.committed(spec.target)
         assert artifact is not None, "the launcher returned without a committed artifact"
-        _log_pictures(artifact, run)
         run.finish(artifact)
-
-
-def _log_pictures(artifact: Artifact, run: StageRun) -> None:
-    """Show the pictures of an artifact beside its metrics, without copying the rest of it here."""
-    storage = open_storage(artifact.uri)
-    with tempfile.TemporaryDirectory() as folder:
-        for entry in storage.list():
-            if entry.key.endswith(".png"):
-                path = Path(folder, Path(entry.key).name)
-                storage.download(entry.key, path)
-                run.log_file(path)
 
 
 def _map_parts(spec: StageSpec, stage: ModuleType, cfg: StageConfig, launcher: Launcher, run: StageRun) -> None:
@@ -102,7 +93,6 @@ def _map_parts(spec: StageSpec, stage: ModuleType, cfg: StageConfig, launcher: L
             results = stage.merge_parts(cfg, open_storage(spec.target.uri), results, Path(folder))
         meta, metrics = stage.finalize(cfg, spec.inputs, results, Path(folder))
         _check_source(spec, stage, cfg)
-        run.log(metrics, samples_seen=0)
         commit(
             spec,
             folder=Path(folder),

@@ -9,11 +9,11 @@ Shapes: B batch, C channels, H and W grid, D embedding width, L text tokens, W t
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Annotated
+from typing import Annotated, Self
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, PositiveInt, Tag
+from pydantic import Field, PositiveInt, Tag, model_validator
 from torch import Tensor, nn
 
 from genpipe.config import Config, by_kind
@@ -25,17 +25,37 @@ from genpipe.models.unet import UNet, UNetConfig
 DenoiserConfig = Annotated[Annotated[DiTConfig, Tag("dit")] | Annotated[UNetConfig, Tag("unet")], by_kind("dit")]
 
 
+class TextTransformerConfig(TransformerConfig):
+    """A transformer of the decoder's own over the text encodings: GLIDE's (Nichol et al. 2021, sec. 4.1) by default.
+
+    LDM's (Rombach et al. 2022, sec. E.2.1 and table 17) has 8 heads of 64 whatever its width, no biases on queries,
+    keys and values, and no pooled state.
+    """
+
+    head_width: PositiveInt | None = Field(None, description="of each head; none: they share the width")
+    qk_norm: bool = Field(True, description="layer-norm queries and keys, against divergence in bf16")
+    qkv_bias: bool = True
+    pooled: bool = Field(True, description="add the state of the last token to the time embedding")
+
+    @model_validator(mode="after")
+    def _heads_share_the_width(self) -> Self:
+        if self.head_width is None and self.width % self.heads:
+            raise ValueError(
+                f"width {self.width} is not divisible by heads {self.heads}; change one, or set head_width"
+            )
+        return self
+
+
 class DecoderConfig(Config):
     """The denoiser, and how it is conditioned on image and caption.
 
-    Latent diffusion's text-to-image model (Rombach et al. 2022) has image_embed false and null_text encoder, and the
-    decoder of unCLIP a text_transformer (GLIDE's: Nichol et al. 2021, sec. 4.1).
+    Latent diffusion's text-to-image model (Rombach et al. 2022) has image_embed false and null_text encoder.
     """
 
     denoiser: DenoiserConfig = DiTConfig()
     image_embed: bool = Field(True, description="condition on the image embedding where there is one")
     embed_tokens: PositiveInt = Field(4, description="context tokens made of the image embedding")
-    text_transformer: TransformerConfig | None = Field(None, description="of its own, over the text encodings")
+    text_transformer: TextTransformerConfig | None = Field(None, description="of its own, over the text encodings")
     null_text: NullText = Field("learned", description="what replaces a dropped caption")
 
 
@@ -85,7 +105,8 @@ class Decoder(nn.Module):
         self.text_transformer = None
         if cfg.text_transformer is not None:
             self.text_transformer = TextTransformer(cfg.text_transformer, text_width=text_width)
-        vector_dim = self.embed_dim + (0 if self.text_transformer is None else width)
+        pooled = cfg.text_transformer is not None and cfg.text_transformer.pooled
+        vector_dim = self.embed_dim + (width if pooled else 0)
         self.denoiser = build_denoiser(
             cfg.denoiser,
             in_channels=latent_channels,
@@ -123,7 +144,8 @@ class Decoder(nn.Module):
             context, context_mask = self._text(text_encodings, text_mask, drop_text=drop_text)
             if self.text_transformer is not None:
                 context, last = self.text_transformer(context, context_mask)
-                vectors.append(last)
+                if self.text_transformer.cfg.pooled:
+                    vectors.append(last)
         if self.embed_dim:
             assert image_embed is not None and drop_image is not None, "built with an image embedding"
             image = torch.where(drop_image[:, None], self.null_image_D, image_embed)
@@ -178,11 +200,20 @@ def check_conditions(cfg: DecoderConfig, *, embed_dim: int, text_width: int) -> 
 class TextTransformer(nn.Module):
     """Transformer over the text encodings, every token seeing the whole caption."""
 
-    def __init__(self, cfg: TransformerConfig, *, text_width: int) -> None:
+    def __init__(self, cfg: TextTransformerConfig, *, text_width: int) -> None:
         super().__init__()
+        self.cfg = cfg
         self.encodings_in = nn.Linear(text_width, cfg.width)
         self.blocks = nn.ModuleList(
-            TransformerBlock(cfg.width, heads=cfg.heads, mlp_ratio=cfg.mlp_ratio) for _ in range(cfg.depth)
+            TransformerBlock(
+                cfg.width,
+                heads=cfg.heads,
+                head_width=cfg.head_width,
+                mlp_ratio=cfg.mlp_ratio,
+                qk_norm=cfg.qk_norm,
+                qkv_bias=cfg.qkv_bias,
+            )
+            for _ in range(cfg.depth)
         )
         self.norm = nn.LayerNorm(cfg.width)
 

@@ -81,16 +81,25 @@ class Attention(nn.Module):
     """
 
     def __init__(
-        self, width: int, *, heads: int, context_dim: int | None = None, qk_norm: bool = True, qkv_bias: bool = True
+        self,
+        width: int,
+        *,
+        heads: int,
+        head_width: int | None = None,
+        context_dim: int | None = None,
+        qk_norm: bool = True,
+        qkv_bias: bool = True,
     ) -> None:
+        """The heads share `width` evenly, or are each `head_width` wide, however wide the tokens are."""
         super().__init__()
-        assert width % heads == 0, "checked in TransformerConfig"
+        assert head_width or width % heads == 0, "checked in TransformerConfig"
+        inner = heads * head_width if head_width else width
         self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width, bias=qkv_bias)
-        self.q_norm = nn.LayerNorm(width) if qk_norm else nn.Identity()
-        self.k_norm = nn.LayerNorm(width) if qk_norm else nn.Identity()
-        self.context_kv = None if context_dim is None else nn.Linear(context_dim, 2 * width)
-        self.out = nn.Linear(width, width)
+        self.qkv = nn.Linear(width, 3 * inner, bias=qkv_bias)
+        self.q_norm = nn.LayerNorm(inner) if qk_norm else nn.Identity()
+        self.k_norm = nn.LayerNorm(inner) if qk_norm else nn.Identity()
+        self.context_kv = None if context_dim is None else nn.Linear(context_dim, 2 * inner)
+        self.out = nn.Linear(inner, width)
 
     def forward(
         self,
@@ -217,14 +226,16 @@ class TransformerBlock(ResidualBlock):
         width: int,
         *,
         heads: int,
+        head_width: int | None = None,
         mlp_ratio: float = 4.0,
         qk_norm: bool = True,
+        qkv_bias: bool = True,
         activation: Activation = "gelu",
         norm_eps: float = 1e-5,
     ) -> None:
         super().__init__()
         self.attention_norm = nn.LayerNorm(width, eps=norm_eps)
-        self.attention = Attention(width, heads=heads, qk_norm=qk_norm)
+        self.attention = Attention(width, heads=heads, head_width=head_width, qk_norm=qk_norm, qkv_bias=qkv_bias)
         self.mlp_norm = nn.LayerNorm(width, eps=norm_eps)
         self.mlp = Mlp(width, ratio=mlp_ratio, activation=activation)
 

@@ -76,7 +76,7 @@ def cost_of(stage: ModuleType, cfg: Any, inputs: Mapping[str, Artifact]) -> Cost
         frozen=frozen,
         flops=sum(flops / train.every(name) for name, (flops, _) in steps.items()) / batch_size,
         memory={
-            "weights": BYTES * (trained + frozen),
+            "weights": BYTES * (trained * (2 if train.sam_rho else 1) + frozen),  # moved ones, and where they were
             "gradients": BYTES * trained,
             "optimizer": sum(
                 optimizer_bytes(module, train.of(name).optim) for name, module in objective.trainable.items()
@@ -136,7 +136,7 @@ def _flops(objective: Objective, part: str, batch: Batch, train: TrainConfig) ->
         module.requires_grad_(name == part)
     with FlopCounterMode(display=False) as counter:
         _run(objective, part, batch, train)
-    return counter.get_total_flops()
+    return counter.get_total_flops() * (2 if train.sam_rho else 1)
 
 
 def _run(objective: Objective, part: str, batch: Batch, train: TrainConfig) -> None:

@@ -15,6 +15,7 @@ from genpipe.artifacts import Artifact, Role, fetch
 from genpipe.config import StageConfig
 from genpipe.data.features import FeatureDataset
 from genpipe.data.loader import Data
+from genpipe.data.order import spread
 from genpipe.data.train_sets import cached_data, example_features
 from genpipe.diffusion.process import DiffusionConfig, SamplerConfig, check_sampler, fixed_time_losses, training_loss
 from genpipe.evaluation.validation import cosine, mean_losses, unrelated
@@ -54,6 +55,11 @@ class Config(StageConfig):
     diffusion: DiffusionConfig = Field(
         DiffusionConfig(schedule="cosine", predict="x0", time_sampling="uniform"), description="of the diffusion prior"
     )
+    embed_scale: float | None = Field(
+        None,
+        gt=0,
+        description="what the diffusion prior multiplies unit vectors by; none: they are standardized by dimension",
+    )
     drop_text: float = Field(0.1, ge=0, lt=1, description="share of captions given up for the null caption")
     initial: InitialWeights | None = Field(None, description="weights to begin with, of this model; none: random ones")
     train: TrainConfig
@@ -80,11 +86,25 @@ def check_inputs(cfg: Config, inputs: Mapping[str, Artifact]) -> dict[str, Any]:
         )
     if cfg.diffusion.variance == "learned":
         raise ValueError("diffusion.variance 'learned': a prior predicts embeddings alone; set it to 'fixed'")
-    check_sampler(cfg.observe.sampler, cfg.diffusion)
+    if cfg.embed_scale is not None and cfg.model.kind != "diffusion":
+        raise ValueError(f"embed_scale has no effect on a prior of kind {cfg.model.kind}; remove it")
+    diffusion = diffusion_of(cfg, embed_dim=meta["embed_dim"])
+    check_sampler(cfg.observe.sampler, diffusion)
     return {
-        "diffusion": cfg.diffusion.model_dump(mode="json"),
+        "diffusion": diffusion.model_dump(mode="json"),
+        **({} if cfg.embed_scale is None else {"embed_scale": cfg.embed_scale}),
         **{name: meta[name] for name in ("embed_dim", "text_width", "clip", "text_encoder") if name in meta},
     }
+
+
+def diffusion_of(cfg: Config, *, embed_dim: int) -> DiffusionConfig:
+    """The diffusion of the prior, which knows the deviation of what it draws: with `embed_scale` not 1.
+
+    The mean square of a unit vector's numbers is 1 / `embed_dim`.
+    """
+    if cfg.embed_scale is None:
+        return cfg.diffusion
+    return cfg.diffusion.model_copy(update={"sigma_data": cfg.embed_scale / embed_dim**0.5})
 
 
 def data(cfg: Config, inputs: Mapping[str, Artifact]) -> Data:
@@ -117,7 +137,9 @@ def objective(cfg: Config, inputs: Mapping[str, Artifact], device: torch.device)
         sizes["null_tokens"] = int(empty.mask.sum())
     prior: Prior
     if isinstance(cfg.model, AutoregressivePriorConfig):
-        fitted = fitted_prior(cfg.model, _training_features(inputs), sizes)
+        sources = {source: range(*span) for source, span in meta["sources"]["train"].items()}
+        chosen = spread(sources, count=cfg.model.fit_samples, weights=cfg.train.source_weights, repeat=True)
+        fitted = fitted_prior(cfg.model, _training_features(inputs), sizes, samples=chosen)
         sizes["components"], prior = fitted.components, fitted
     else:
         prior = build_prior(cfg.model, **sizes)
@@ -132,20 +154,18 @@ def _training_features(inputs: Mapping[str, Artifact]) -> FeatureDataset:
 
 
 def fitted_prior(
-    cfg: AutoregressivePriorConfig, features: FeatureDataset, sizes: Mapping[str, int]
+    cfg: AutoregressivePriorConfig, features: FeatureDataset, sizes: Mapping[str, int], *, samples: np.ndarray
 ) -> AutoregressivePrior:
-    """An untrained autoregressive prior whose codes are fitted on samples spread evenly over the features.
+    """An untrained autoregressive prior whose codes are fitted on these of the features' samples, int64 [N].
 
     Raises ValueError if there are fewer of them than buckets.
     """
-    count = min(cfg.fit_samples, len(features))
-    if count < cfg.buckets:
+    if len(samples) < cfg.buckets:
         raise ValueError(
-            f"model.buckets {cfg.buckets} cannot be filled from {count} training samples; lower it, best to a tenth "
-            "of them, or raise model.fit_samples"
+            f"model.buckets {cfg.buckets} cannot be filled from {len(samples)} training samples; lower it, best to a "
+            "tenth of them, or raise model.fit_samples"
         )
-    spread = np.linspace(0, len(features) - 1, count).astype(np.int64)
-    chunks = np.array_split(spread, -(-count // FIT_CHUNK))
+    chunks = np.array_split(np.sort(samples), -(-len(samples) // FIT_CHUNK))
     mean, basis = principal_components(
         map(features.image_embeds, chunks), variance=cfg.variance, at_most=cfg.max_components
     )
@@ -169,7 +189,8 @@ class Objective:
     def __init__(self, cfg: Config, meta: Mapping[str, Any], model: Prior, sizes: Mapping[str, int]) -> None:
         self.cfg = cfg
         self.model, self.sizes = model, dict(sizes)
-        self.statistics = embed_statistics(meta, model.null_text_D.device)
+        self.statistics = embed_statistics(meta, model.null_text_D.device, scale=cfg.embed_scale)
+        self.diffusion = diffusion_of(cfg, embed_dim=sizes["embed_dim"])
         self.trainable: dict[str, nn.Module] = {"prior": self.model}
 
     def active(self, samples_seen: int) -> Sequence[str]:
@@ -183,7 +204,7 @@ class Objective:
         if isinstance(self.model, AutoregressivePrior):
             return code_losses(self.model, embeds, text, drop_text=drop).mean(), {}
         model, x0 = prior_model(self.model, text, drop_text=drop), self.statistics.standardize(embeds)
-        return training_loss(model, x0, self.cfg.diffusion, generator=step.generator).mean(), {}
+        return training_loss(model, x0, self.diffusion, generator=step.generator).mean(), {}
 
     def after_step(self) -> None:
         """Nothing: no parameter is constrained."""
@@ -193,7 +214,7 @@ class Objective:
         cfg = self.cfg
         sampling: dict[str, Any] = {
             "statistics": self.statistics,
-            "diffusion": cfg.diffusion,
+            "diffusion": self.diffusion,
             "sampler": cfg.observe.sampler,
             "generator": generator,
         }
@@ -224,11 +245,11 @@ class Objective:
                 "cosine_codes": cosine(codes.decode(codes.encode(truth)), truth),
             }
         model, x0 = prior_model(self.model, text, drop_text=keep), self.statistics.standardize(truth)
-        return fixed_time_losses(model, x0, self.cfg.diffusion, generator=generator)
+        return fixed_time_losses(model, x0, self.diffusion, generator=generator)
 
 
 def export(objective: Objective, cfg: Config, inputs: Mapping[str, Artifact], folder: Path) -> dict[str, Any]:
     """Write the weights; what they were trained for goes into the meta, by content and not by name alone."""
-    extra = {"diffusion": cfg.diffusion.model_dump(mode="json")}
+    extra = {"diffusion": objective.diffusion.model_dump(mode="json")}
     save_weights(objective.model, folder, kind="prior", config=cfg.model, sizes=objective.sizes, extra=extra)
     return {"made_from": inputs["features"].meta["made_from"]}

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from genpipe.config import Observe
 from genpipe.data.loader import Batch
+from genpipe.training.checkpoint_store import KeepBest
 
 Metrics = dict[str, Tensor]
 
@@ -43,6 +44,9 @@ class ObserveTraining(Observe):
     log_every: int = Field(20, ge=1, description="steps between metrics")
     validate_every: int = Field(0, ge=0, description="samples between validations; 0: at the end only")
     heldout_samples: int = Field(256, ge=1, description="held-out samples of one validation")
+    keep_best: KeepBest | None = Field(
+        None, description="keep the best checkpoint, too, by this held-out metric; each validation is followed by one"
+    )
 
 
 class Objective(Protocol):

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
+
+from genpipe.training.checkpoint_store import CheckpointStore
+
+Phase = Literal["start", "compile", "data", "forward", "backward", "optimizer", "validation", "checkpoint", "export"]
+"""What a rank is busy with. The pass through a micro-batch and the update are quick; all others may take their time."""
 
 
 class Runtime(Protocol):
@@ -18,6 +23,8 @@ class Runtime(Protocol):
     rank: int
     world_size: int
     device: torch.device
+    checkpoints: CheckpointStore
+    """The checkpoints of this training, and this rank's way to put one there."""
 
     def log(self, metrics: dict[str, float], *, samples_seen: int) -> None:
         """Record host values by name."""
@@ -35,14 +42,17 @@ class Runtime(Protocol):
         """Record what this run found out about its machine, in the run and in the artifact's manifest."""
         ...
 
-    def save(self, folder: Path, *, samples_seen: int) -> None:
-        """Commit a folder as the checkpoint at `samples_seen`."""
-        ...
-
-    def latest(self) -> Path | None:
-        """A local copy, which the caller removes, of the newest intact checkpoint; None if there is none."""
+    def log_event(self, message: str, *, samples_seen: int) -> None:
+        """Record something out of the ordinary that people should know of. Any thread may call it."""
         ...
 
     def should_stop(self) -> bool:
-        """Whether to stop, with a checkpoint, when metrics are next due."""
+        """Whether to stop, with a checkpoint, after this step. Asked at every step, so it must cost nothing."""
+        ...
+
+    def enter(self, phase: Phase) -> None:
+        """Take note of what this rank begins to do, so that one that hangs can be told from one that works.
+
+        All ranks enter the same phases in the same order. Called several times a step, so it must cost nothing.
+        """
         ...

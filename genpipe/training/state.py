@@ -2,21 +2,34 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
-from dataclasses import dataclass
-from pathlib import Path
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from torch import nn
+import torch.distributed as dist
+from torch import Tensor, nn
 
+from genpipe.data.loader import skip_ranges
 from genpipe.models.precision import Products
+from genpipe.training.background import Background
+from genpipe.training.checkpoint import Checkpoint, Snapshot
+from genpipe.training.checkpoint_store import Canceled, name_of, samples_of
 from genpipe.training.ema import Ema
+from genpipe.training.guard import Guard
+from genpipe.training.loss_scale import LossScale
 from genpipe.training.optim import build_optimizers
 from genpipe.training.runtime import Runtime
 from genpipe.training.settings import TrainConfig
+from genpipe.training.slices import local_piece, share_of
 
-STATE_FILE = "state.pt"
+GRACE_SECONDS = 10.0
+"""For a checkpoint under way, when training fails."""
+
+RECORD = ("samples_seen", "step", "products")
+"""The fields of the state that a checkpoint holds as JSON, beside the guard's; `tensors` finds its tensors."""
 
 
 @dataclass
@@ -26,10 +39,28 @@ class TrainState:
     trainable: dict[str, nn.Module]
     optimizers: dict[str, list[torch.optim.Optimizer]]
     emas: dict[str, Ema]
+    scales: dict[str, LossScale]
+    """Of the modules' losses; used with fp16 products alone."""
+
+    guard: Guard
     samples_seen: int = 0
     step: int = 0
     products: Products = "fp32"
     """The precision of matrix products, which a run keeps to its end."""
+
+    heldout: dict[str, float] = field(default_factory=dict)
+    """Metrics of the last validation, on rank 0: they tell the best checkpoint."""
+
+    stall_seconds: float = 0.0
+    """How long the last `save` kept the loop from going on."""
+
+    write_seconds: float = 0.0
+    """How long the last checkpoint took in all, until it was committed."""
+
+    _attempt: int = 0
+    _saved: int = 0
+    _snapshot: Snapshot = field(default_factory=Snapshot)
+    _background: Background = field(default_factory=Background)
 
     @classmethod
     def fresh(cls, trainable: dict[str, nn.Module], cfg: TrainConfig) -> TrainState:
@@ -38,33 +69,191 @@ class TrainState:
             trainable=trainable,
             optimizers={name: build_optimizers(module, cfg.of(name).optim) for name, module in trainable.items()},
             emas={name: Ema(module, decay=cfg.ema_decay) for name, module in trainable.items()},
+            scales={name: LossScale(_device(module)) for name, module in trainable.items()},
+            guard=Guard(cfg.guard, global_batch_size=cfg.global_batch_size),
         )
 
+    def advance(self) -> None:
+        """Count a step, and pass over the data that is skipped."""
+        self.samples_seen += self.guard.global_batch_size
+        self.skip_windows()
+
+    def skip_windows(self) -> None:
+        """Pass over data that is skipped: it counts as seen, so that schedules and the end stay in place."""
+        self.samples_seen = skip_ranges(self.samples_seen, self.guard.windows)
+        self.step = self.samples_seen // self.guard.global_batch_size
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor of the state by its name, in the same order on every rank.
+
+        `trainable/MODULE/WEIGHT`, `emas/MODULE/WEIGHT`, and `optimizers/MODULE/0/WEIGHT/exp_avg` of an optimizer that
+        has made a step: what belongs to a weight goes by its name, not by its place in a group.
+        """
+        found = self._kept()
+        for prefix, module, optimizer in self._optimizers():
+            for name, p in module.named_parameters():
+                for key, value in sorted(optimizer.state.get(p, {}).items()):
+                    if value is not None:
+                        assert isinstance(value, Tensor), f"{prefix}{name}/{key} is a tensor"
+                        found[f"{prefix}{name}/{key}"] = value
+        return found
+
+    @property
+    def saving(self) -> bool:
+        """Whether a checkpoint is being written. On rank 0: whether any rank's part of it is still missing."""
+        return self._background.busy
+
     def save(self, rt: Runtime) -> None:
-        """Commit a checkpoint through the runtime."""
-        state = {
-            "samples_seen": self.samples_seen,
-            "step": self.step,
-            "products": self.products,
-            "trainable": {name: module.state_dict() for name, module in self.trainable.items()},
-            "optimizers": {name: [o.state_dict() for o in group] for name, group in self.optimizers.items()},
-            "emas": {name: ema.state_dict() for name, ema in self.emas.items()},
-        }
-        with tempfile.TemporaryDirectory() as folder:
-            torch.save(state, Path(folder, STATE_FILE))
-            rt.save(Path(folder), samples_seen=self.samples_seen)
+        """Copy the state aside and have it committed as a checkpoint in the background; every rank calls it.
+
+        Waits for the checkpoint before, if that is still being written. One that cannot be written (a full disk, a
+        storage that is away) is an event of the run, not an error; anything else that goes wrong in the background is
+        raised by the next `save` or `wait`.
+        """
+        self.wait()
+        begun = time.monotonic()
+        share = share_of(self.tensors(), rank=rt.rank, world_size=rt.world_size)
+        record = {key: getattr(self, key) for key in RECORD} | {"guard": self.guard.state_dict()}
+        self._snapshot.copy(share, record, device=rt.device)
+        name = name_of(self.samples_seen, attempt=self._attempt, count=self._saved)
+        self._saved += 1
+        metrics = dict(self.heldout)
+        self._background.start(lambda: self._write(rt, name, metrics, begun), name="checkpoint")
+        self.stall_seconds = time.monotonic() - begun
+
+    def wait(self) -> None:
+        """Return when the last checkpoint is committed, or has failed."""
+        self._background.wait()
+
+    @contextmanager
+    def checkpoints_finished(self) -> Iterator[None]:
+        """Leave the block with no checkpoint under way: it is awaited, or after an error given some seconds at most."""
+        try:
+            yield
+        except BaseException:
+            self._background.cancel(grace_seconds=GRACE_SECONDS)
+            raise
+        self.wait()
 
     def resume(self, rt: Runtime) -> bool:
-        """Go on from the newest intact checkpoint; False if there is none."""
-        folder = rt.latest()
-        if folder is None:
-            return False
-        state = torch.load(folder / STATE_FILE, map_location=rt.device, weights_only=True)
-        shutil.rmtree(folder)
-        self.samples_seen, self.step, self.products = state["samples_seen"], state["step"], state["products"]
+        """Go on from the newest intact checkpoint, the same on every rank; False if there is none.
+
+        Ranks and their sharding may be others than those that wrote it. Damaged ones are passed over, and said so in
+        the run. Raises ValueError where a checkpoint's tensors are not those of this model.
+        """
+        self.wait()
+        names, self._attempt = _agreed(rt, _found(rt) if rt.rank == 0 else None)
+        for name in names:
+            faults = _gathered(rt, rt.checkpoints.fault(name, rank=rt.rank, world_size=rt.world_size))
+            fault = next((fault for fault in faults if fault), None)
+            if fault is None:
+                self._load(rt.checkpoints.open(name))
+                return True
+            rt.checkpoints.damaged.add(name)
+            if rt.rank == 0:
+                rt.log_event(f"passed over a damaged checkpoint: {fault}", samples_seen=samples_of(name))
+        return False
+
+    def _write(self, rt: Runtime, name: str, metrics: dict[str, float], begun: float) -> None:
+        """Put this rank's part in place, in the background."""
+        try:
+            rt.checkpoints.put(
+                name,
+                self._snapshot,
+                rank=rt.rank,
+                world_size=rt.world_size,
+                metrics=metrics,
+                canceled=self._background.canceled,
+            )
+            self.write_seconds = time.monotonic() - begun
+        except Canceled:
+            pass
+        except OSError as error:
+            told = f"a checkpoint could not be written, training goes on: {error}"
+            if rt.rank == 0:
+                rt.log_event(told, samples_seen=samples_of(name))
+            else:
+                print(f"rank {rt.rank}: {told}", flush=True)
+
+    @torch.no_grad()
+    def _load(self, checkpoint: Checkpoint) -> None:
+        for key in RECORD:
+            setattr(self, key, checkpoint.record[key])
+        self.guard.load_state_dict(checkpoint.record["guard"])
+        kept = self._kept()
+        states = [_optimizer_state(checkpoint, *found) for found in self._optimizers()]
+        tensors = kept | {name: tensor for by_name, _ in states for name, tensor in by_name.items()}
+        checkpoint.load({name: local_piece(tensor) for name, tensor in tensors.items()})
+        for module, ema in self.emas.items():
+            prefix = f"emas/{module}/"
+            ema.load_state_dict({name.removeprefix(prefix): t for name, t in kept.items() if name.startswith(prefix)})
+        for (_, _, optimizer), (_, state) in zip(self._optimizers(), states, strict=True):
+            optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+    def _kept(self) -> dict[str, Tensor]:
+        """The tensors that are there from the beginning: writing to them writes to modules and averages."""
+        found: dict[str, Tensor] = {}
         for name, module in self.trainable.items():
-            module.load_state_dict(state["trainable"][name])
-            self.emas[name].load_state_dict(state["emas"][name])
-            for optimizer, saved in zip(self.optimizers[name], state["optimizers"][name], strict=True):
-                optimizer.load_state_dict(saved)
-        return True
+            found |= {f"trainable/{name}/{key}": tensor for key, tensor in module.state_dict().items()}
+        for name, ema in self.emas.items():
+            found |= {f"emas/{name}/{key}": tensor for key, tensor in ema.state_dict().items()}
+        for name, scale in self.scales.items():
+            found |= {f"scales/{name}/{key}": tensor for key, tensor in scale.tensors().items()}
+        return found
+
+    def _optimizers(self) -> Iterator[tuple[str, nn.Module, torch.optim.Optimizer]]:
+        """Every optimizer, with the prefix of its tensors' names and the module whose weights it has."""
+        for name, group in self.optimizers.items():
+            for i, optimizer in enumerate(group):
+                yield f"optimizers/{name}/{i}/", self.trainable[name], optimizer
+
+
+def _optimizer_state(
+    checkpoint: Checkpoint, prefix: str, module: nn.Module, optimizer: torch.optim.Optimizer
+) -> tuple[dict[str, Tensor], dict[int, dict[str, Tensor]]]:
+    """Room for the tensors that a checkpoint has of an optimizer: by their names there, and as its `state_dict` does.
+
+    What has the shape of its weight is sharded as that is.
+    """
+    index = {id(p): i for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
+    weights = dict(module.named_parameters())
+    by_name: dict[str, Tensor] = {}
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, shape in checkpoint.shapes.items():
+        if name.startswith(prefix):
+            weight, _, key = name.removeprefix(prefix).rpartition("/")
+            if weight not in weights or id(weights[weight]) not in index:
+                raise ValueError(f"{checkpoint.storage.uri}: holds {name}, which this model's optimizer does not have")
+            p, dtype = weights[weight], checkpoint.dtypes[name]
+            alike = shape == tuple(p.shape)
+            by_name[name] = torch.zeros_like(p, dtype=dtype) if alike else p.new_zeros(shape, dtype=dtype)
+            state.setdefault(index[id(p)], {})[key] = by_name[name]
+    return by_name, state
+
+
+def _device(module: nn.Module) -> torch.device:
+    """Where a module's parameters are, or its buffers."""
+    return next((tensor.device for tensor in (*module.parameters(), *module.buffers())), torch.device("cpu"))
+
+
+def _found(rt: Runtime) -> tuple[list[str], int]:
+    """The checkpoints that there are, newest first, and the name of a new attempt to go on from one."""
+    rt.checkpoints.clear()
+    return rt.checkpoints.names(), time.time_ns() // 10**6
+
+
+def _agreed(rt: Runtime, mine: Any) -> Any:
+    """Rank 0's value, on every rank."""
+    values = [mine]
+    if rt.world_size > 1:
+        dist.broadcast_object_list(values, src=0, device=rt.device)
+    return values[0]
+
+
+def _gathered(rt: Runtime, mine: str | None) -> list[str | None]:
+    """The values of all ranks, on every rank."""
+    values: list[str | None] = [mine]
+    if rt.world_size > 1:
+        values = [None] * rt.world_size
+        dist.all_gather_object(values, mine)
+    return values

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
 from analytic import GAUSSIAN, SCHEDULES, TWO, Mixture, even_in_log_snr, gaussian_flow
 from torch import Tensor
 
-from genpipe.diffusion.samplers import ddim, ddpm, heun, invert
+from genpipe.diffusion.samplers import Variance, ddim, ddpm, heun, invert
 from genpipe.diffusion.schedules import Schedule, alpha_sigma, time_at
 from genpipe.diffusion.solvers import dpmpp_2m, dpmpp_2m_sde, dpmpp_sde, unipc
 from genpipe.diffusion.times import timesteps
@@ -207,18 +208,22 @@ def test_steps_of_the_table_alone(sampler: Sampler, options: dict[str, object]) 
     assert x.std() == pytest.approx(0.6, abs=0.03)
 
 
-def test_analytic_variance_is_exact_in_few_steps() -> None:
-    """Of Gaussian data of unit variance each step's distribution is Gaussian: no other variance draws it in five."""
-    unit = Mixture(torch.zeros(1, 256), torch.ones(1), 1.0)
+@pytest.mark.parametrize("std", [1.0, 17.2 / 32])
+def test_analytic_variance_is_exact_in_few_steps(std: float) -> None:
+    """Of Gaussian data each step's distribution is Gaussian, of whatever size: no other variance draws it in five."""
+    data = Mixture(torch.zeros(1, 256), torch.ones(1), std)
     ts = timesteps(5, schedule="cosine_iddpm", grid="trailing")
     z = torch.randn(400, 256, generator=gen())
 
-    def deviation(variance: str) -> float:
-        x = ddpm(unit.denoiser("cosine_iddpm"), z, ts, schedule="cosine_iddpm", generator=gen(1), variance=variance)  # type: ignore[arg-type]
-        return x.std().item()
+    def deviation(variance: Variance) -> float:
+        options: dict[str, Any] = {"schedule": "cosine_iddpm", "generator": gen(1), "sigma_data": std}
+        return ddpm(data.denoiser("cosine_iddpm"), z, ts, variance=variance, **options).std().item()
 
-    assert deviation("analytic") == pytest.approx(deviation("large"), abs=0.02)
-    assert deviation("small") < 0.8
+    # The last step adds no noise: what comes out is the estimate at the time before, and as large as that.
+    alpha, sigma = (level.item() for level in alpha_sigma(ts[-2], "cosine_iddpm"))
+    expected = alpha * std**2 / math.hypot(alpha * std, sigma)
+    assert deviation("analytic") == pytest.approx(expected, rel=0.005)
+    assert deviation("small") < 0.8 * expected
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)

@@ -20,13 +20,12 @@ from typing_extensions import override
 
 from genpipe import artifacts
 from genpipe.launch import lease
-from genpipe.launch.checkpoints import latest_checkpoint
 from genpipe.launch.lease import LEASE_SECONDS, LeaseLost, Watch, check, find_holder, hold, new_attempt, renew, take
 from genpipe.launch.local import run_local
-from genpipe.launch.rank import RankRuntime
 from genpipe.launch.run_stage import PartWorker, commit
 from genpipe.pipeline.spec import Attempt, StageSpec
-from genpipe.storage import Entry, LocalStorage, open_storage
+from genpipe.storage import Entry, LocalStorage, join, open_storage
+from genpipe.tracking.recording import StageRun
 
 
 @pytest.fixture
@@ -162,13 +161,31 @@ def test_who_lost_the_lease_writes_nothing_more(spec: StageSpec, tmp_path: Path)
         PartWorker(first)("part-1")
     with pytest.raises(LeaseLost):
         commit(first, folder=tmp_path, meta={}, metrics={}, environment={}, run_id="")
-    runtime = RankRuntime(first, "", rank=0, world_size=1, device=None, total=1)  # type: ignore[arg-type]
-    with pytest.raises(LeaseLost):
-        runtime.save(tmp_path, samples_seen=8)
     with pytest.raises(LeaseLost):
         renew(first, 1)
     assert sorted(entry.key for entry in open_storage(spec.store).list()) == before
-    assert latest_checkpoint(spec.work) is None
+
+
+def test_a_training_that_lost_the_lease_commits_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    toys = Toys(tmp_path)
+    resources = {"checkpoint_seconds": 0.001}
+    spec = toys.line(run_local(toys.spec("toy_data")), samples=80, resources=resources)
+    spec = spec.model_copy(update={"tracking_uri": "jsonl"})
+    flush = StageRun.flush
+
+    def flush_and_lose(run: StageRun) -> None:
+        flush(run)
+        storage = open_storage(spec.work)
+        found = find_holder(storage)
+        if found is not None and found.claim.attempt != "second":
+            assert take(storage, found.number + 1, "second")
+
+    monkeypatch.setattr(StageRun, "flush", flush_and_lose)
+    with pytest.raises(LeaseLost):
+        run_local(spec)
+    written = [entry.key for entry in open_storage(join(spec.work, "checkpoints")).list()]
+    assert written and not any(key.endswith(artifacts.MANIFEST) for key in written)
+    assert artifacts.committed(spec.target) is None
 
 
 RUN = """

@@ -8,9 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from genpipe.models.decoder import Decoder, DecoderConfig
+from genpipe.models.decoder import Decoder, DecoderConfig, TextTransformerConfig
 from genpipe.models.dit import DiTConfig
-from genpipe.models.layers import TransformerConfig
 from genpipe.models.unet import UNetConfig
 
 B, L, N, D, W, K = 4, 5, 2, 8, 12, 3
@@ -25,7 +24,14 @@ CONFIGS = {
     "dit": DecoderConfig(denoiser=DIT, embed_tokens=2),
     "dit_cross": DecoderConfig(denoiser=DIT.model_copy(update={"context": "cross"}), null_text="encoder"),
     "dit_joint": DecoderConfig(denoiser=DIT.model_copy(update={"context": "joint"})),
-    "glide": DecoderConfig(denoiser=UNET, text_transformer=TransformerConfig(width=16, depth=1, heads=2)),
+    "glide": DecoderConfig(denoiser=UNET, text_transformer=TextTransformerConfig(width=16, depth=1, heads=2)),
+    "ldm": DecoderConfig(
+        denoiser=LATENT,
+        text_transformer=TextTransformerConfig(
+            width=16, depth=1, heads=3, head_width=8, qk_norm=False, qkv_bias=False, pooled=False
+        ),
+        image_embed=False,
+    ),
     "latent": DecoderConfig(denoiser=LATENT, image_embed=False, null_text="encoder"),
 }
 
@@ -170,10 +176,41 @@ def test_latent_diffusion_is_stable_diffusions_unet_and_nothing_more() -> None:
     assert parameters(cfg, latent_channels=4, embed_dim=768, text_width=768) == 859_520_964
 
 
+def test_latent_diffusions_text_to_image_model_has_its_published_size() -> None:
+    """Rombach et al. 2022, tables 2 and 17: 1.45 B; the U-Net is the 872.30 M that its code prints.
+
+    Its text transformer has, beside what ours has, a table of 30,522 tokens, 77 positions, and an output layer of as
+    many tokens that nothing reads; ours has a projection of the encodings that it is given instead.
+    """
+    unet = UNetConfig(
+        width=320,
+        multipliers=(1, 2, 4, 4),
+        attention_at=(1, 2, 4),
+        attention="transformer",
+        heads=8,
+        modulation="add",
+        resample="conv",
+    )
+    text = TextTransformerConfig(
+        width=1280, depth=32, heads=8, head_width=64, qk_norm=False, qkv_bias=False, pooled=False
+    )
+    with torch.device("meta"):
+        cfg = DecoderConfig(denoiser=unet, text_transformer=text, image_embed=False)
+        model = Decoder(cfg, latent_channels=4, text_width=512)
+    assert model.text_transformer is not None
+    count = {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()}
+    assert count["denoiser"] == pytest.approx(872.30e6, abs=5e3)
+    layer = 3 * 1280 * 512 + 512 * 1280 + 1280 + 2 * 1280 * 5120 + 5120 + 1280 + 2 * 2 * 1280
+    assert count["text_transformer"] == 32 * layer + 2 * 1280 + (512 * 1280 + 1280)
+    theirs = 32 * layer + 2 * 1280 + 30_522 * 1280 + 77 * 1280 + (30_522 * 1280 + 30_522)
+    assert theirs == pytest.approx(582e6, abs=0.5e6)
+    assert theirs + count["denoiser"] == pytest.approx(1.45e9, abs=0.005e9)
+
+
 def test_unclips_decoder_has_its_published_size() -> None:
     """Ramesh et al. 2022, table 3: 3.5 B with the text encoder of width 2048 and depth 24."""
     unet = UNetConfig(width=512, multipliers=(1, 2, 3, 4), blocks=3, attention_at=(2, 4, 8))
-    cfg = DecoderConfig(denoiser=unet, text_transformer=TransformerConfig(width=2048, depth=24, heads=32))
+    cfg = DecoderConfig(denoiser=unet, text_transformer=TextTransformerConfig(width=2048, depth=24, heads=32))
     count = parameters(cfg, latent_channels=3, embed_dim=768, text_width=768, out_channels=6)
     assert count == pytest.approx(3.5e9, rel=0.1)
 
@@ -200,6 +237,8 @@ def test_conditions_that_do_not_fit_the_network_are_refused() -> None:
             Decoder(blind, latent_channels=3, **sizes)
     with pytest.raises(ValueError, match=r"denoiser\.attention is transformer.*plain"):
         Decoder(CONFIGS["latent"], latent_channels=3, classes=K)
+    with pytest.raises(ValueError, match="width 10 is not divisible by heads 3; change one, or set head_width"):
+        TextTransformerConfig(width=10, depth=1, heads=3)
     with pytest.raises(ValueError, match="text_transformer"):
         Decoder(CONFIGS["glide"], latent_channels=3, embed_dim=D)
 

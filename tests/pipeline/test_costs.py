@@ -15,10 +15,10 @@ from genpipe.config import Resources
 from genpipe.models.convolutions import ResBlock
 from genpipe.models.layers import recomputed
 from genpipe.pipeline.costs import Cost, cost_of, training_flops
-from genpipe.training.loop import seeded
 from genpipe.training.objective import Batch, Metrics, Step, Validation
 from genpipe.training.optim import build_optimizers, optimizer_bytes
 from genpipe.training.settings import TrainConfig
+from genpipe.training.stream import seeded
 
 BATCH, WIDTH, HIDDEN, HEADS, TOKENS = 6, 32, 48, 4, 10
 
@@ -87,6 +87,7 @@ def test_arithmetic_by_hand() -> None:
     flops = 2 * conv + 3 * linear + attention + 2.5 * attention
     assert cost().flops == pytest.approx(flops)
     assert training_flops(stage(5), config(), {}) == pytest.approx(600 * flops)
+    assert cost(sam_rho=0.1).flops == pytest.approx(2 * flops), "once to find where, once there"
     third = {"model": {"every": 3}}
     assert cost(trainable=third).flops == pytest.approx(flops / 3), "a module that is updated at every third step"
     with pytest.raises(ValueError, match=r"train\.trainable\.other: .*it trains model"):
@@ -100,6 +101,7 @@ def test_parameters_and_what_follows_from_them() -> None:
     fixed = {"weights": count + found.frozen, "gradients": count, "optimizer": 2 * count, "averages": count}
     assert {name: found.memory[name] for name in fixed} == {name: 4 * numbers for name, numbers in fixed.items()}
     assert found.peak == sum(found.memory.values())
+    assert cost(sam_rho=0.1).memory["weights"] == 4 * (2 * count + found.frozen)
 
 
 class Exponentials(nn.Module):

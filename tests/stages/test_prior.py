@@ -17,8 +17,8 @@ from genpipe.data.features import FeatureDataset
 from genpipe.generation.conditions import Statistics, Text, embed_statistics
 from genpipe.generation.embeds import sample_image_embeds, unconditional_image_embeds
 from genpipe.stages import prior
-from genpipe.training.loop import seeded
 from genpipe.training.objective import Step
+from genpipe.training.stream import seeded
 from genpipe.weights import load_weights
 
 if TYPE_CHECKING:
@@ -84,6 +84,18 @@ def test_the_fit_is_in_the_weights(tiny: TinyPipeline, features: FeatureDataset)
     embeds = features.image_embeds(np.arange(len(features))).float()
     kept = F.cosine_similarity(module.codes.decode(module.codes.encode(embeds)), embeds)
     assert kept.mean() > 0.95
+
+
+def test_codes_are_fitted_on_what_is_trained_on(tiny: TinyPipeline, features: FeatureDataset) -> None:
+    """Of a mix: every source by its weight, wherever it lies."""
+    weighted = "stages.prior.train.source_weights={early: 0, late: 1}"
+    spec = tiny.spec("prior", *KINDS["autoregressive"], weighted)
+    made = spec.inputs["features"]
+    sources = {"train": {"early": [0, 20], "late": [20, len(features)]}, "heldout": made.meta["sources"]["heldout"]}
+    mixed = {**spec.inputs, "features": made.model_copy(update={"meta": {**made.meta, "sources": sources}})}
+    model = prior.objective(prior.Config.model_validate(spec.config), mixed, CPU).model
+    late = features.image_embeds(np.arange(20, len(features))).double().mean(0)
+    torch.testing.assert_close(model.codes.mean_D.double(), late, atol=1e-6, rtol=0)
 
 
 def test_text_embeds_are_those_of_the_first_captions(features: FeatureDataset) -> None:
@@ -165,6 +177,20 @@ def test_samples_leave_the_units_of_the_diffusion(tiny: TinyPipeline, features: 
     for embeds in (sampled, without):
         torch.testing.assert_close(embeds.norm(dim=-1), torch.ones(4))
         assert (embeds[:, 3] > 0.99).all()
+
+
+def test_embeddings_may_be_scaled_instead_of_standardized(tiny: TinyPipeline, features: FeatureDataset) -> None:
+    """As unCLIP's are, by 17.2 (appendix C): a unit vector of D numbers then has a deviation of 17.2 / sqrt(D)."""
+    scaled = "stages.prior.embed_scale=17.2"
+    objective, truth = built(tiny, "diffusion", scaled), features.image_embeds(np.arange(8)).float()
+    torch.testing.assert_close(objective.statistics.standardize(truth), 17.2 * truth)
+    assert objective.diffusion.sigma_data == pytest.approx(17.2 / 16**0.5)
+    made = tiny.run("prior", scaled)
+    assert made.meta["embed_scale"] == 17.2
+    assert load_weights(artifacts.fetch(made), kind="prior", device=CPU).extra["diffusion"] == made.meta["diffusion"]
+    tiny.run("features")
+    with pytest.raises(ConfigError, match="embed_scale has no effect on a prior of kind autoregressive; remove it"):
+        tiny.plan(scaled, *KINDS["autoregressive"])
 
 
 @pytest.mark.parametrize("kind", ["diffusion", "autoregressive"])

@@ -10,19 +10,22 @@ import torch
 from torch import Tensor, nn
 
 from genpipe.config import Resources
-from genpipe.launch.checkpoints import latest_checkpoint, save_checkpoint
 from genpipe.pipeline.spec import StageSpec
 from genpipe.stages import load_stage
+from genpipe.training.checkpoint_store import CheckpointStore, samples_of
 from genpipe.training.loop import train
 from genpipe.training.objective import Objective, Validation
+from genpipe.training.runtime import Phase
 
 CPU = torch.device("cpu")
 SGD_RATE = 0.05
+STEP = 16
+"""Samples of a step of most trainings of tests."""
 
 
 @dataclass
 class FolderRuntime:
-    """`stop_at` samples it asks for a stop."""
+    """It asks for a stop when it has logged all but one step of `stop_at` samples."""
 
     work: Path
     stop_at: int | None = None
@@ -33,10 +36,19 @@ class FolderRuntime:
     pictures: list[str] = field(default_factory=list)
     files: dict[str, str] = field(default_factory=dict)
     environment: dict[str, str] = field(default_factory=dict)
+    events: list[str] = field(default_factory=list)
+    reported: list[int] = field(default_factory=list)
+    phases: dict[str, int] = field(default_factory=dict)
+    checkpoints: CheckpointStore = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.checkpoints = CheckpointStore(str(self.work / "checkpoints"))
 
     def log(self, metrics: dict[str, float], *, samples_seen: int) -> None:
         assert self.rank == 0, "only rank 0 logs"
         self.logged.setdefault(samples_seen, {}).update(metrics)
+        if "samples_per_second" in metrics:
+            self.reported.append(samples_seen)
 
     def log_images(self, images: dict[str, np.ndarray], *, samples_seen: int) -> None:
         self.pictures += images
@@ -49,17 +61,19 @@ class FolderRuntime:
         assert self.rank == 0, "only rank 0 logs"
         self.environment |= facts
 
-    def save(self, folder: Path, *, samples_seen: int) -> None:
-        save_checkpoint(str(self.work), folder, samples_seen=samples_seen)
+    def log_event(self, message: str, *, samples_seen: int) -> None:
+        assert self.rank == 0, "only rank 0 logs"
+        self.events.append(message)
 
-    def latest(self) -> Path | None:
-        return latest_checkpoint(str(self.work))
+    def enter(self, phase: Phase) -> None:
+        self.phases[phase] = self.phases.get(phase, 0) + 1
 
     def should_stop(self) -> bool:
-        return self.stop_at is not None and max(self.logged, default=0) >= self.stop_at
+        return self.stop_at is not None and max(self.logged, default=0) + STEP >= self.stop_at
 
-    def checkpoints(self) -> list[int]:
-        return sorted(int(path.parent.name) for path in self.work.glob("checkpoints/*/manifest.json"))
+    def saved(self) -> list[int]:
+        """Samples seen of the committed checkpoints."""
+        return [samples_of(name) for name in reversed(self.checkpoints.names())]
 
 
 def train_stage(
@@ -95,6 +109,6 @@ def sgd(module: nn.Module, _: object) -> list[torch.optim.Optimizer]:
     """Ranks add in another order, so gradients differ in their last bits; Adam, dividing by their size, blows those
     bits up where a gradient is near zero. Plain descent shows gradients as they are.
     """
-    optimizer = torch.optim.SGD(module.parameters(), lr=SGD_RATE)
+    optimizer = torch.optim.SGD(module.parameters(), lr=SGD_RATE, fused=True)
     optimizer.param_groups[0]["peak_lr"] = SGD_RATE
     return [optimizer]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,14 +14,16 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from folder_runtime import CPU, SGD_RATE, FolderRuntime, build, sgd, train_stage, weights
+from safetensors.torch import load_file
 
 from genpipe.config import Resources
 from genpipe.data.order import order
 from genpipe.pipeline.spec import StageSpec
-from genpipe.stages import load_stage
+from genpipe.stages import is_training, load_stage, stage_kinds
 from genpipe.training import loop, state
-from genpipe.training.loop import Interrupted, seeded
+from genpipe.training.loop import Interrupted
 from genpipe.training.objective import Step
+from genpipe.training.stream import seeded
 
 if TYPE_CHECKING:
     from conftest import TinyPipeline
@@ -40,14 +43,27 @@ def _full_precision() -> None:
 
 def short(tiny: TinyPipeline, stage: str, *overrides: str) -> StageSpec:
     """Eight steps of a stage: the autoencoder with its discriminator from the fourth on, the prior with Muon."""
-    special = {"autoencoder": (ADVERSARIAL,), "prior": ("stages.prior.train.optim.kind=muon",)}
+    special = {
+        "autoencoder": (ADVERSARIAL,),
+        "clip": ("stages.clip.train.micro_batch_size=null",),
+        "prior": ("stages.prior.train.optim.kind=muon",),
+    }
     settings = [f"stages.{stage}.{setting}" for setting in SHORT]
     return tiny.spec(stage, *settings, *special.get(stage, ()), *overrides)
 
 
-@pytest.fixture(params=["autoencoder", "prior", "decoder", "upsampler"])
-def spec(request: pytest.FixtureRequest, tiny: TinyPipeline) -> StageSpec:
-    return short(tiny, request.param)
+TRAINED = ("autoencoder", "clip", "prior", "decoder", "upsampler", "pixel_decoder")
+
+
+@pytest.fixture(params=TRAINED)
+def spec(request: pytest.FixtureRequest) -> StageSpec:
+    if request.param == "pixel_decoder":  # which is called decoder there
+        return short(request.getfixturevalue("pixel_tiny"), "decoder")
+    return short(request.getfixturevalue("tiny"), request.param)
+
+
+def test_every_stage_that_trains_is_among_these() -> None:
+    assert {kind for kind in stage_kinds() if is_training(load_stage(kind))} == set(TRAINED)
 
 
 def steps_of(rt: FolderRuntime) -> dict[int, dict[str, float]]:
@@ -59,12 +75,12 @@ def steps_of(rt: FolderRuntime) -> dict[int, dict[str, float]]:
 def test_an_interrupted_run_resumed_is_the_run_bitwise(spec: StageSpec, tmp_path: Path) -> None:
     straight = FolderRuntime(tmp_path / "straight")
     expected, result = train_stage(spec, straight)
-    assert straight.checkpoints() == [], "checkpoints come by time; this run was too short for one"
+    assert straight.saved() == [0], "checkpoints come by time; this run was too short for another"
 
     first = FolderRuntime(tmp_path / "cut", stop_at=5 * BATCH)
     with pytest.raises(Interrupted, match="stopped at 80 samples"):
         train_stage(spec, first)
-    assert first.checkpoints() == [80]
+    assert first.saved() == [0, 80]
     second = FolderRuntime(tmp_path / "cut")
     found, resumed = train_stage(spec, second)
 
@@ -153,20 +169,36 @@ def test_the_loop_is_gradient_descent(
         torch.testing.assert_close(tensor, expected[name], atol=1e-6, rtol=1e-5)
 
 
-def test_a_damaged_checkpoint_gives_way_to_the_one_before(tiny: TinyPipeline, tmp_path: Path) -> None:
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def corrupt(path: Path) -> None:
+    """One bit, far from where a reader would notice."""
+    content = bytearray(path.read_bytes())
+    content[-1000] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", [truncate, corrupt, Path.unlink])
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(
+    tiny: TinyPipeline, tmp_path: Path, damage: Callable[[Path], None]
+) -> None:
     spec = short(tiny, "prior")
     expected, _ = train_stage(spec, FolderRuntime(tmp_path / "straight"))
     often = Resources(checkpoint_seconds=1e-9)
     first = FolderRuntime(tmp_path / "cut", stop_at=5 * BATCH)
     with pytest.raises(Interrupted):
         train_stage(spec, first, resources=often)
-    assert first.checkpoints() == [64, 80], "two are kept"
-    newest = tmp_path / "cut" / "checkpoints" / f"{80:015d}" / "state.pt"
-    newest.write_bytes(newest.read_bytes()[:-100])
+    before, last = first.saved()
+    assert before < last == 80, "two are kept"
+    damage(sorted((tmp_path / "cut" / "checkpoints").iterdir())[-1] / "rank-00000.safetensors")
 
     second = FolderRuntime(tmp_path / "cut")
     found, _ = train_stage(spec, second)
-    assert min(second.logged) == 80, "it went on from 64 samples"
+    assert min(second.logged) == before + BATCH, "it went on from the one before"
+    [told] = second.events
+    assert told.startswith("passed over a damaged checkpoint: ") and "rank-00000.safetensors" in told
     one, other = weights(expected), weights(found)
     assert all(torch.equal(one[name], other[name]) for name in one)
 
@@ -176,26 +208,30 @@ def test_a_checkpoint_without_its_manifest_is_none(tiny: TinyPipeline, tmp_path:
     spec = short(tiny, "prior")
     with pytest.raises(Interrupted):
         train_stage(spec, FolderRuntime(tmp_path, stop_at=2 * BATCH))
-    (tmp_path / "checkpoints" / f"{32:015d}" / "manifest.json").unlink()
+    *_, folder = sorted((tmp_path / "checkpoints").iterdir())
+    (folder / "manifest.json").unlink()
     again = FolderRuntime(tmp_path)
     train_stage(spec, again)
     assert min(again.logged) == BATCH
+    assert not folder.exists(), "what is left of it is deleted"
 
 
 def test_numbers_that_are_not_finite_stop_training_unsaved(tiny: TinyPipeline, tmp_path: Path) -> None:
-    spec = short(tiny, "upsampler", "stages.upsampler.train.optim.lr=1e30", "stages.upsampler.train.precision=fp32")
+    """A rate at which the weights are useless after one step: training goes back once, and fails the second time."""
+    settings = ("optim.lr=1e30", "precision=fp32", "guard={steps: 2, rollbacks: 1}")
+    spec = short(tiny, "upsampler", *(f"stages.upsampler.train.{setting}" for setting in settings))
     rt = FolderRuntime(tmp_path)
     with pytest.raises(FloatingPointError) as error:
         train_stage(spec, rt, resources=Resources(checkpoint_seconds=1e-9))
     told = str(error.value)
-    assert told.startswith("upsampler/loss")
-    assert "is not finite after" in told and "lower train.optim.lr" in told
-    failed_at = max(rt.logged) + BATCH
-    assert f"after {failed_at} samples" in told
-    assert max(rt.checkpoints()) < failed_at, "what was saved is from before"
-    for at in rt.checkpoints():
-        state = torch.load(tmp_path / "checkpoints" / f"{at:015d}" / "state.pt", weights_only=True)
-        assert all(t.isfinite().all() for t in state["trainable"]["upsampler"].values())
+    assert told.startswith("upsampler: the loss or a gradient is not finite after 96 samples, in 2 steps on end")
+    assert "lower train.optim.lr" in told
+    assert rt.environment["skipped_samples"].startswith("0-48 (upsampler: ")
+    assert max(rt.saved()) < 96, "what was saved is from before"
+    for file in tmp_path.glob("checkpoints/*/*.safetensors"):
+        tensors = load_file(file)
+        assert all(t.isfinite().all() for name, t in tensors.items() if name.startswith("trainable/upsampler/"))
+        assert any(name.startswith("trainable/upsampler/") for name in tensors)
 
 
 def test_validation_and_checkpoints_leave_training_as_it_is(tiny: TinyPipeline, tmp_path: Path) -> None:
@@ -338,7 +374,7 @@ def test_too_many_damaged_samples_stop_training(tiny: TinyPipeline, tmp_path: Pa
         "`genpipe data remove`; train.max_bad_share is 0.01"
     )
     assert list(rt.files) == ["bad_samples-0.jsonl"]
-    assert rt.checkpoints(), "a few before all of the split was looked at"
+    assert rt.saved(), "a few before all of the split was looked at"
 
 
 def test_weights_of_sources_that_are_not_there(tiny: TinyPipeline, tmp_path: Path) -> None:

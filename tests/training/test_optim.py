@@ -17,10 +17,10 @@ from genpipe.models.autoencoder import build_autoencoder
 from genpipe.models.autoregressive_prior import AutoregressivePrior, AutoregressivePriorConfig
 from genpipe.models.clip import CLIP, CLIPConfig, TowerConfig
 from genpipe.models.dc_autoencoder import ChannelNorm, DeepCompressionConfig
-from genpipe.models.decoder import Decoder, DecoderConfig
+from genpipe.models.decoder import Decoder, DecoderConfig, TextTransformerConfig
 from genpipe.models.discriminator import Discriminator, DiscriminatorConfig
 from genpipe.models.dit import DiTConfig
-from genpipe.models.layers import ResidualBlock, TransformerConfig
+from genpipe.models.layers import ResidualBlock
 from genpipe.models.ldm_autoencoder import LdmConfig
 from genpipe.models.prior import DiffusionPrior, DiffusionPriorConfig
 from genpipe.models.space_to_depth_autoencoder import FoldedConfig
@@ -91,7 +91,7 @@ TOWER = TowerConfig(width=16, depth=2, heads=2)
 DIT = DiTConfig(width=16, depth=2, heads=2)
 UNET = UNetConfig(width=32, multipliers=(1, 2), blocks=1, attention_at=(2,), head_width=32)
 LATENT = UNET.model_copy(update={"attention": "transformer", "modulation": "add", "resample": "conv"})
-TEXT = TransformerConfig(width=16, depth=2, heads=2)
+TEXT = TextTransformerConfig(width=16, depth=2, heads=2)
 CONDITIONS = {"latent_channels": 4, "embed_dim": 8, "text_width": 8, "classes": 3}
 
 MODELS: dict[str, Callable[[], nn.Module]] = {

@@ -30,7 +30,11 @@ def spec_of(tiny: TinyPipeline, stage: str) -> StageSpec:
     """Four steps in fp32; micro-batches of 4, but for CLIP, whose loss compares the whole batch: chunks of 3."""
     settings = SETTINGS if stage == "clip" else (*SETTINGS, "train.micro_batch_size=4")
     adversarial = ["stages.autoencoder.adversarial={start: 16, model: {width: 8, layers: 2}}"]
-    extra = {"autoencoder": adversarial, "clip": ["stages.clip.tower_batch_size=3"]}.get(stage, [])
+    extra = {
+        "autoencoder": adversarial,
+        "clip": ["stages.clip.tower_batch_size=3"],
+        "prior": ["stages.prior.train.sam_rho=0.05"],
+    }.get(stage, [])
     return tiny.spec(stage, *(f"stages.{stage}.{setting}" for setting in settings), *extra)
 
 

@@ -92,6 +92,8 @@ class UnclipSystem:
         self.decoder, self.decoder_diffusion = load_decoder(parts["decoder"], device=device)
         self.prior: Prior | None = None
         if "prior" in parts:
+            scale = parts["prior"].meta.get("embed_scale")
+            self.prior_statistics = embed_statistics(parts["clip"].meta, device, scale=scale)
             prior, self.prior_diffusion = load_part(parts["prior"], device=device)
             self.prior = cast(Prior, prior)
         self.cascade = Cascade(cfg, parts, device=device, autoencoder=self.autoencoder)
@@ -115,7 +117,7 @@ class UnclipSystem:
         return sample_image_embeds(
             self.prior,
             text,
-            statistics=self.embed_statistics,
+            statistics=self.prior_statistics,
             diffusion=self.prior_diffusion,
             sampler=self.cfg.prior,
             candidates=self.cfg.candidates,

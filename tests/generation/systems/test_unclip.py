@@ -104,6 +104,19 @@ def test_guidance_0_forgets_the_prompt_and_1_is_the_conditional_model(parts: dic
     assert not torch.allclose(conditional, decode(1.0, order=[2, 0, 1]), atol=1e-3)
 
 
+def test_a_priors_own_units_are_those_that_it_was_trained_in(parts: dict[str, Artifact], tiny: TinyPipeline) -> None:
+    """Scaled embeddings (unCLIP, appendix C) are brought back by its scale, and standardized for the decoder."""
+    prior = tiny.run("prior", "stages.prior.embed_scale=17.2")
+    system = UnclipSystem(CFG, {**parts, "prior": prior}, device=CPU)
+    torch.testing.assert_close(system.prior_statistics.restore(torch.full((16,), 17.2)), torch.ones(16))
+    assert system.prior_diffusion.sigma_data == pytest.approx(17.2 / 16**0.5)
+    whole = UnclipSystem(CFG, parts, device=CPU)
+    assert torch.equal(system.embed_statistics.std, whole.embed_statistics.std)
+    embeds = system.prior_embeds(system.encode_text(PROMPTS), generator=seeded(0))
+    assert embeds is not None
+    torch.testing.assert_close(embeds.norm(dim=-1), torch.ones(3))
+
+
 def test_an_upsampler_may_draw_latents(parts: dict[str, Artifact], tiny: TinyPipeline) -> None:
     """Of images twice as large as those that the autoencoder was trained on."""
     artifact = tiny.run("upsampler", "stages.upsampler.target=latents", "stages.upsampler.train.samples=32")

@@ -1,0 +1,98 @@
+"""Stages that are asked to stop, by real signals to real ranks and by requests in the work folder."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from local_ranks import BATCH, STEPS, Line, statuses
+from toybox import Toys, wait_for
+
+from genpipe.launch import stopping
+from genpipe.launch.local import run_local
+from genpipe.launch.stopping import StageStopped, Stop
+
+RARELY = {"observe": {"log_every": 60}}
+"""Metrics are due twice in a training: a stop that waits for them is seen."""
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory) -> Line:
+    """A training that nothing happened to."""
+    line = Line(tmp_path_factory.mktemp("straight"))
+    with line.ranks() as ranks:
+        assert statuses(ranks) == [0]
+    return line
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.slow)])
+def test_a_signal_gives_a_checkpoint_and_the_same_weights_in_the_end(
+    straight: Line, tmp_path: Path, number: signal.Signals
+) -> None:
+    line = Line(tmp_path, **RARELY)
+    with line.ranks() as ranks:
+        line.wait_until_it_trains()
+        ranks[0].send_signal(number)
+        assert statuses(ranks) == [stopping.PREEMPTED_STATUS]
+        told = ranks[0].communicate()[0]
+    [at] = line.checkpoints
+    assert 60 * BATCH < at < STEPS * BATCH and at % (60 * BATCH), "at the step that it was in"
+    assert f"line: preempted at {at} samples (SIGTERM to" in told.replace("SIGUSR1", "SIGTERM")
+    assert stopping.requested(line.spec.work) is None, "answered"
+    with line.ranks() as ranks:
+        assert statuses(ranks) == [0]
+    assert all(torch.equal(straight.weights[name], tensor) for name, tensor in line.weights.items())
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_rank_stops_both_at_the_same_step(tmp_path: Path) -> None:
+    """And two ranks, interrupted, end as two that were not."""
+    whole, line = Line(tmp_path / "whole"), Line(tmp_path / "cut", **RARELY)
+    with whole.ranks(2) as ranks:
+        assert statuses(ranks) == [0, 0]
+    with line.ranks(2) as ranks:
+        line.wait_until_it_trains()
+        ranks[1].send_signal(signal.SIGTERM)
+        assert statuses(ranks) == [stopping.PREEMPTED_STATUS] * 2
+        told = ranks[0].communicate()[0]
+    assert f"(SIGTERM to process {ranks[1].pid} on" in told
+    assert len(line.checkpoints) == 1
+    with line.ranks(2) as ranks:
+        assert statuses(ranks) == [0, 0]
+    assert all(torch.equal(whole.weights[name], tensor) for name, tensor in line.weights.items())
+
+
+def test_a_request_in_the_work_folder_is_heard_and_answered(tmp_path: Path) -> None:
+    line = Line(tmp_path, **RARELY)
+    with line.ranks() as ranks:
+        line.wait_until_it_trains()
+        stopping.request_stop(line.spec.work, Stop(reason="cancelled", by="somebody"))
+        assert statuses(ranks) == [stopping.CANCELLED_STATUS]
+    answer = wait_for(lambda: stopping.outcome(line.spec.work))
+    assert answer.describe() == f"cancelled at {line.checkpoints[0]} samples (somebody)"
+    with line.ranks() as ranks:
+        assert statuses(ranks) == [0], "what an earlier attempt was asked does not count"
+
+
+def test_a_data_stage_stops_between_its_parts(tmp_path: Path) -> None:
+    spec = Toys(tmp_path).spec("toy_data", parts=4, seconds=0.7)
+    request = threading.Timer(1.0, stopping.request_stop, (spec.work, Stop(reason="cancelled", by="somebody")))
+    request.start()
+    with pytest.raises(StageStopped, match=r"cancelled at [123] of 4 parts \(somebody\); the same command goes on"):
+        run_local(spec)
+    assert run_local(spec).meta["samples"] == 400, "the same command finishes it"
+
+
+def test_a_preemption_does_not_take_a_cancellation_back(tmp_path: Path) -> None:
+    work = str(tmp_path)
+    stopping.request_stop(work, Stop(reason="preempted", by="Slurm"))
+    stopping.request_stop(work, Stop(reason="cancelled", by="somebody"))
+    stopping.request_stop(work, Stop(reason="preempted", by="Slurm"))
+    stopped = stopping.answer(work, done="3 parts").stopped
+    assert (stopped.reason, stopped.by, stopped.status) == ("cancelled", "somebody", 130)
+    assert stopping.follow(work, done="").stopped == stopped, "what the other ranks raise"
+    stopping.forget(work)
+    assert stopping.outcome(work) is None and stopping.requested(work) is None
