@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 
 from genpipe.config import Config
+from genpipe.files import telling_full
 from genpipe.pipeline.spec import StageSpec
 from genpipe.storage import open_storage
 
@@ -81,7 +82,11 @@ def report_failure(
 
 def failure_of(error: Exception, *, infrastructure: bool) -> Failure:
     """What is reported of an exception."""
-    message = str(error).strip() or type(error).__name__
+    try:
+        with telling_full():
+            raise error
+    except Exception as told:
+        message = str(told).strip() or type(told).__name__
     lines = traceback.format_exception(error)
     return Failure(message=message, traceback="".join(lines), infrastructure=infrastructure)
 

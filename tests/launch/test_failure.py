@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import subprocess
 import sys
 from pathlib import Path
@@ -36,7 +37,7 @@ def fail(spec: StageSpec, error: BaseException, *, attempt: str = "first", peers
     ("error", "infrastructure"),
     [
         (ValueError("the config is wrong"), False),
-        (OSError(28, "No space left on device"), False),
+        (FileNotFoundError(2, "No such file", "shard.tar"), False),
         (ConnectionResetError("by the other side"), True),
         (TimeoutError("no answer"), True),
         (ClusterGone("its head is gone"), True),
@@ -111,6 +112,22 @@ def test_what_fails_because_its_process_ends_has_not_failed(spec: StageSpec) -> 
     done = subprocess.run([sys.executable, "-c", LEAVING, spec.write()], capture_output=True, text=True, timeout=60)
     assert "cannot schedule new futures" in done.stderr
     assert read_failure(spec.work, "first") is None
+
+
+@pytest.mark.parametrize(
+    ("error", "where"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "/"), "/"),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), "a disk of this machine"),
+    ],
+)
+def test_a_full_disk_is_a_sentence_with_what_to_do(spec: StageSpec, error: Exception, where: str) -> None:
+    fail(spec, error)
+    failure = read_failure(spec.work, "first")
+    assert failure is not None and not failure.infrastructure
+    assert failure.message.startswith(where)
+    assert "no space left" in failure.message and "then give the same command again" in failure.message
+    assert "Errno" not in failure.message and "Errno" in failure.traceback
 
 
 def test_a_failure_belongs_to_its_attempt(spec: StageSpec) -> None:
