@@ -307,6 +307,34 @@ def test_a_local_ray_and_its_jobs_end_with_a_killed_submitter(toys: Toys) -> Non
     assert survivors(started) == []
 
 
+@pytest.mark.parametrize("victim", ["gcs_server", "raylet"])
+def test_a_local_ray_that_dies_is_replaced_and_the_stage_goes_on(toys: Toys, data: Artifact, victim: str) -> None:
+    """By another thread than the one that started the first, as Prefect's tasks do, which end long before the run."""
+    spec = toys.line(data, samples=400, step_seconds=0.05, resources={"checkpoint_seconds": 0.1})
+    before, first = psutil.Process().children(recursive=True), list[psutil.Process]()
+
+    def kill_once(progress: Progress | None) -> None:
+        if progress and progress.done >= 100 and not first:
+            first.extend(p for p in psutil.Process().children(recursive=True) if p not in before)
+            next(p for p in first if p.name() == victim).kill()
+
+    with cluster() as local:
+        with pytest.raises(JobLost):
+            local.run(spec, report=kill_once)
+        assert survivors(first) == [], "nothing of it goes on beside the new one"
+        threads = [threading.Thread(target=run, args=(local, spec)) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        second = [p for p in psutil.Process().children(recursive=True) if p not in before]
+        assert sum(p.name() == victim for p in second) == 1
+    assert survivors(second) == []
+    pids = history(toys, spec, "line/pid")
+    assert len({pid for _, pid in pids}) == 2
+    assert [step for step, _ in pids].count(20) == 1, "it did not begin at the beginning"
+
+
 def test_what_does_not_fit_is_said_at_once(ray: Cluster, toys: Toys) -> None:
     refused = pytest.raises(ValueError, match=r"stages.toy_data.resources: 64 workers x 8 CPUs do not fit this machine")
     with refused, ray.turn("toy_data", Resources(workers=64, cpus=8), order=0):
