@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING, Any
 
 from genpipe import artifacts
 from genpipe.config import Resources
+from genpipe.launch import stopping
 from genpipe.launch.failure import JobLost, StageError, first_line, read_failure
 from genpipe.launch.lease import new_attempt
-from genpipe.launch.local_ray import TUNING, authorization, get, local_head
+from genpipe.launch.local_ray import ALONE, TUNING, authorization, get, local_head
 from genpipe.launch.resource_queue import Turns
 from genpipe.pipeline.spec import Progress, StageSpec, read_progress
 from genpipe.storage import join, open_storage
@@ -59,7 +60,7 @@ class LocalRay:
             return self.client
 
     def _start(self) -> None:
-        self.head = self.stack.enter_context(local_head({**TUNING, **os.environ}))
+        self.head = self.stack.enter_context(local_head({**TUNING, **ALONE, **os.environ}))
         self.client = connect(self.head.address, token=self.head.token)
 
 
@@ -96,8 +97,8 @@ class Cluster:
         if not self.embedded:
             yield
             return
-        self._fits(stage, resources)
-        needs = {"CPU": resources.workers * resources.cpus, "GPU": resources.workers * resources.gpus}
+        workers = self._that_fit(stage, resources)
+        needs = {"CPU": workers * resources.cpus, "GPU": workers * resources.gpus}
         with self.turns.take(needs, order=order) as granted:
             if not granted:
                 raise Stopped(f"{stage} was stopped before it began")
@@ -106,19 +107,21 @@ class Cluster:
     def run(self, spec: StageSpec, *, report: Report) -> str:
         """Submit a stage, or adopt the job that already runs it, and wait for its artifact; the job's id.
 
-        A local Ray that has died is replaced first. `report` gets the progress, None before the first. Raises
-        StageError, JobLost, or Stopped after `interrupt` or where somebody else stopped the job.
+        A local Ray that has died is replaced first, and a job that is preempted is followed by another one. `report`
+        gets the progress, None before the first. Raises StageError, JobLost, or Stopped after `interrupt` or where
+        somebody else stopped the job.
         """
         if self.local is not None:
             self.client = self.local.revive()
-        job = self._submit(spec)
-        self.jobs.add(job)
-        try:
-            self._wait(spec, job, report)
-        finally:
-            if not self.interrupted.is_set():
-                self.jobs.discard(job)
-        return job
+        while True:
+            job = self._submit(spec)
+            self.jobs.add(job)
+            try:
+                if self._wait(spec, job, report):
+                    return job
+            finally:
+                if not self.interrupted.is_set():
+                    self.jobs.discard(job)
 
     def interrupt(self, *, stop_jobs: bool) -> None:
         """Make every `run` return; stop their jobs, or leave them to be adopted."""
@@ -134,14 +137,18 @@ class Cluster:
             if self.local is None:
                 raise
 
-    def _fits(self, stage: str, resources: Resources) -> None:
+    def _that_fit(self, stage: str, resources: Resources) -> int:
+        """Workers that the local Ray can run at once. Raises ValueError if they are too few."""
+        fit = resources.max_workers
         for kind, each in (("CPU", resources.cpus), ("GPU", resources.gpus)):
             there = self.capacity.get(kind, 0.0)
-            if resources.workers * each > there:
+            fit = min(fit, int(there / each)) if each else fit
+            if resources.min_workers * each > there:
                 raise ValueError(
-                    f"stages.{stage}.resources: {resources.workers} workers x {each:g} {kind}s do not fit this "
+                    f"stages.{stage}.resources: {resources.min_workers} workers x {each:g} {kind}s do not fit this "
                     f"machine, which has {there:g}; lower them, or set ray.address to a cluster"
                 )
+        return fit
 
     def _submit(self, spec: StageSpec) -> str:
         """The job that makes the artifact of `spec`: one that runs already, or a new attempt."""
@@ -175,7 +182,8 @@ class Cluster:
                 raise JobLost(f"Ray does not take the job: {first_line(error)}") from error
             time.sleep(POLL_SECONDS)  # the cluster has only just started
 
-    def _wait(self, spec: StageSpec, job: str, report: Report) -> None:
+    def _wait(self, spec: StageSpec, job: str, report: Report) -> bool:
+        """Wait until the job has made the artifact (True) or was preempted."""
         heard = time.monotonic()
         while not self.interrupted.wait(POLL_SECONDS):
             try:
@@ -191,12 +199,18 @@ class Cluster:
                 report(read_progress(spec.work))
                 continue
             if artifacts.committed(spec.target) is not None:
-                return
+                return True
             if self.interrupted.is_set():
                 break
             if str(status) == "STOPPED":
                 raise Stopped(f"the job {job} was stopped; run it again to resume")
-            raise self._failure(spec, job)
+            stopped = stopping.outcome(spec)
+            if stopped is None or stopped.attempt != job:
+                raise self._failure(spec, job)
+            if stopped.reason == "cancelled":
+                raise Stopped(f"{stopped.describe()}; run it again to resume")
+            report(read_progress(spec.work))  # which says so
+            return False
         raise Stopped(f"{spec.name} was stopped")
 
     def _failure(self, spec: StageSpec, job: str) -> StageError:

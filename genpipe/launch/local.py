@@ -46,16 +46,19 @@ class LocalLauncher:
 
     def train(self, spec: StageSpec, run_id: str) -> None:
         """Train as this process's rank, with the ranks that torchrun started beside it."""
+        if self.rank == 0:
+            stopping.withdraw(spec)
         train_rank(spec, run_id, rank=self.rank, world_size=self.world_size, device=self.device)
 
     def map(self, spec: StageSpec, parts: Sequence[str]) -> None:
         """Call the stage's worker on one part after the other."""
+        stopping.withdraw(spec)
         worker = PartWorker(spec)
-        with stopping.listening(spec.work, rank=0) as should_stop:
+        with stopping.listening(spec, rank=0) as should_stop:
             for done, part in enumerate(parts):
                 write_progress(spec.work, Progress(done=done, total=len(parts), unit="parts"))
                 if should_stop():
-                    raise stopping.answer(spec.work, done=f"{done} of {len(parts)} parts")
+                    raise stopping.answer(spec, done=f"{done} of {len(parts)} parts")
                 worker(part)
 
 

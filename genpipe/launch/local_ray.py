@@ -27,12 +27,13 @@ TUNING = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(7 * 24 * 3600),
     "RAY_TRAIN_METRICS_ENABLED": "0",
-    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "RAY_JOB_STOP_WAIT_TIME_S": "10",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_worker_niceness": "0",  # Ray would have training give way to every other process
 }
+ALONE = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
+"""Of a node that nobody but its own run can take away, which saves an actor for each stage."""
 
 
 class Head(NamedTuple):

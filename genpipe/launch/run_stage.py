@@ -16,7 +16,7 @@ from typing import Any, Protocol
 from genpipe import artifacts
 from genpipe.artifacts import Artifact
 from genpipe.config import StageConfig
-from genpipe.launch import lease, stopping
+from genpipe.launch import lease
 from genpipe.launch.lease import LeaseLost
 from genpipe.launch.process import set_up_process
 from genpipe.pipeline.spec import StageSpec
@@ -52,7 +52,6 @@ def execute(
     """
     with lease.hold(spec, attempt or lease.new_attempt(spec), lost=lost) as held:
         if held is not None:
-            stopping.forget(spec.work)
             _make(held, launcher)
     if held is not None:
         open_storage(spec.work).delete_all()

@@ -77,13 +77,13 @@ class Progress(Config):
     note: str = Field("", description="what happened on the way, and was no failure")
 
     def describe(self) -> str:
-        """For people: done of total, rate, time left, the loss if there is one, and what happened on the way."""
+        """For people: done of total, rate, time left, and the loss if there is one."""
         parts = [f"{self.done:,}/{self.total:,} {self.unit}"]
         if self.rate:
             left = max(0, self.total - self.done) / self.rate
             parts += [f"{self.rate:,.1f}/s" if self.rate < 10 else f"{self.rate:,.0f}/s", f"{duration(left)} left"]
         losses = [f"loss {value:.4f}" for name, value in self.metrics.items() if name.endswith("/loss")]
-        return "  ".join(parts + losses[:1] + [f"({self.note})"] * bool(self.note))
+        return "  ".join(parts + losses[:1])
 
 
 def duration(seconds: float) -> str:

@@ -18,9 +18,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from genpipe.config import Resources
 from genpipe.data.loader import Data
-from genpipe.models.precision import Products, autocast, products_of
+from genpipe.models.precision import DTYPES, Products, autocast, gflops, products_of
 from genpipe.training.agreement import Agreement
 from genpipe.training.guard import HeldBuffers, spread_if_bad
+from genpipe.training.interval import checkpoint_interval
 from genpipe.training.meter import Meter
 from genpipe.training.objective import Batch, Metrics, Objective, ObserveTraining, Step, Validation
 from genpipe.training.rollback import facts, roll_back
@@ -29,6 +30,7 @@ from genpipe.training.settings import TrainConfig, lr_scale
 from genpipe.training.sharpness import sharpened
 from genpipe.training.state import TrainState
 from genpipe.training.stream import open_stream, seeded, to_device
+from genpipe.training.trial import step_flops
 from genpipe.training.validation import validate
 
 
@@ -55,7 +57,8 @@ def train(
     if rt.rank == 0:
         rt.log_environment({"precision_used": state.products, **facts(state)})
     forward = {name: _wrap(objective, name, module) for name, module in objective.trainable.items()}
-    meter = Meter(rt, global_batch_size=cfg.global_batch_size, step=state.step)
+    peak_flops = 1e9 * gflops(rt.device, DTYPES[state.products])
+    meter = Meter(rt, global_batch_size=cfg.global_batch_size, peak_flops=peak_flops)
     held = HeldBuffers(objective.trainable.values())
     agreement = Agreement(rt, flags=2)
     saved_at, validated = time.monotonic(), False  # since the last checkpoint
@@ -64,7 +67,10 @@ def train(
         while state.step < cfg.steps:
             before = state.samples_seen
             _step(objective, forward, state, batches, cfg, rt, meter, held)
-            late = time.monotonic() - saved_at > resources.checkpoint_seconds or bool(validated and observe.keep_best)
+            interval = checkpoint_interval(
+                resources, stall_seconds=state.stall_seconds, write_seconds=state.write_seconds
+            )
+            late = time.monotonic() - saved_at > interval or bool(validated and observe.keep_best)
             stop, due = agreement.ask(rt.should_stop(), rt.rank == 0 and late and not state.saving)  # clocks differ
             last, again = state.step == cfg.steps, state.samples_seen <= state.guard.judged
             quiet = last or stop or again
@@ -73,18 +79,27 @@ def train(
             if (validation_due or report_due) and (verdict := state.guard.look()):
                 roll_back(state, verdict, rt)
                 batches, damage = open_stream(stream, data, cfg, rt, resources, state)
-                meter.restart(state)
+                meter.restart()
                 continue
             if validation_due:
-                state.heldout = validate(objective, data, cfg, rt, state, observe).metrics
+                with meter.aside():
+                    state.heldout = validate(objective, data, cfg, rt, state, observe).metrics
                 validated = True
             if not report_due:
                 continue
             # This raises where too much data is damaged, so it comes before a checkpoint.
-            meter.report(state, waited=batches.wait_seconds, bad_samples=damage.report(), log=not again)
+            meter.report(
+                state,
+                waited=batches.wait_seconds,
+                log=not again,
+                bad_samples=damage.report(),
+                checkpoint_interval_seconds=interval,
+                checkpoint_stall_seconds=state.stall_seconds,
+            )
             if not last and (stop or (due and not state.guard.in_a_run)):
                 rt.enter("checkpoint")
-                state.save(rt)
+                with meter.aside():
+                    state.save(rt)
                 saved_at, validated = time.monotonic(), False
             if not last and stop:
                 state.wait()
@@ -141,10 +156,17 @@ def _step(
     accumulate = cfg.global_batch_size // (cfg.micro_batch(rt.world_size) * rt.world_size)
     rt.enter("data")
     micro = [(position, to_device(batch, rt.device)) for position, batch in _take(stream, accumulate)]
-    active = objective.active(state.samples_seen)
+    active, flops = objective.active(state.samples_seen), 0
     for name in active:
         if state.step % cfg.every(name):
             continue
+        key = (name, *active)
+        if key not in meter.flops_of:
+            with meter.aside():
+                position, batch = micro[0]
+                step = Step(state.samples_seen, seeded(rt.device, cfg.seed, name, position))
+                meter.flops_of[key] = step_flops(objective, name, batch, step, products=state.products)
+        flops += meter.flops_of[key] * accumulate * (1 if cfg.sam_rho is None else 2)
         held.hold()
         measured: list[Metrics] = []
         for other, module in objective.trainable.items():
@@ -183,6 +205,7 @@ def _step(
         means |= {"grad_norm": norm} | ({"loss_scale": scale} if isinstance(scale, Tensor) else {})
         meter.add({f"{name}/{key}": value for key, value in means.items()}, skip=skip)
         meter.rates[name] = cfg.of(name).optim.lr * share
+    meter.count(flops=flops)
     state.advance()
 
 

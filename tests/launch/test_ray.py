@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -26,6 +27,7 @@ from genpipe.artifacts import Artifact
 from genpipe.config import Resources
 from genpipe.launch import jobs as on_ray
 from genpipe.launch import ray as driver
+from genpipe.launch import stopping
 from genpipe.launch.failure import JobLost, StageError
 from genpipe.launch.jobs import Cluster, cluster, connect
 from genpipe.launch.local import run_local
@@ -53,6 +55,12 @@ def data(toys: Toys) -> Artifact:
 
 def run(ray: Cluster, spec: StageSpec) -> str:
     return ray.run(spec, report=lambda progress: None)
+
+
+def submitted(ray: Cluster, spec: StageSpec) -> dict[str, str]:
+    """The jobs that were to make an artifact, with their status."""
+    mine = [job for job in ray.client.list_jobs() if (job.metadata or {}).get("artifact") == spec.target.uri]
+    return {str(job.submission_id): str(job.status) for job in mine}
 
 
 def run_of(toys: Toys, spec: StageSpec) -> Run:
@@ -142,6 +150,57 @@ def test_a_killed_rank_goes_on_from_its_checkpoint(ray: Cluster, toys: Toys, dat
     assert max(step for step, _ in pids) == 400
 
 
+def test_a_rank_that_is_told_to_end_is_preempted_and_the_job_goes_on(
+    ray: Cluster, toys: Toys, data: Artifact, tmp_path: Path
+) -> None:
+    """With no failure allowed, with the checkpoint that it wrote, and to the weights of a run left alone."""
+    resources = {"max_failures": 0}
+    spec = toys.line(data, samples=400, step_seconds=0.05, resources=resources)
+    told: dict[int, str] = {}
+
+    def end_one(progress: Progress | None) -> None:
+        if progress and progress.done >= 60 and not told:
+            pid = int(progress.metrics["line/pid"])
+            told[pid] = ""
+            os.kill(pid, signal.SIGTERM)
+        elif progress and progress.note:
+            told.update(dict.fromkeys(told, progress.note))
+
+    job = ray.run(spec, report=end_one)
+    assert submitted(ray, spec) == {job: "SUCCEEDED"}, "one job, whose ranks started anew"
+    [(pid, note)] = told.items()
+    assert re.fullmatch(rf"was preempted by SIGTERM to process {pid} on \S+, goes on from [0-9]+ samples", note)
+    steps = history(toys, spec, "line/pid")
+    assert len({of for _, of in steps}) == 2
+    counts = [step for step, _ in steps]
+    assert counts == sorted(set(counts)), "nothing was done twice"
+    (tmp_path / "alone").mkdir()
+    alone = Toys(tmp_path / "alone").line(data, samples=400, step_seconds=0.05)
+    run_local(alone)
+    assert all(torch.equal(weights(spec)[name], tensor) for name, tensor in weights(alone).items())
+
+
+def test_a_driver_that_is_told_to_end_is_followed_by_another(ray: Cluster, toys: Toys, data: Artifact) -> None:
+    """It first has its ranks write a checkpoint; nobody counts a failure."""
+    spec = toys.line(data, samples=400, step_seconds=0.052, resources={"max_failures": 0})
+    notes: list[str] = []
+
+    def end_driver(progress: Progress | None) -> None:
+        if progress and progress.done >= 60 and not notes:
+            [driving] = [process for process in drivers(spec) if "-m" in process.cmdline()]
+            driving.terminate()
+            notes.append("")
+        elif progress and progress.note:
+            notes.append(progress.note)
+
+    job = ray.run(spec, report=end_driver)
+    assert "SIGTERM to process" in notes[-1]
+    assert sorted(submitted(ray, spec).values()) == ["FAILED", "SUCCEEDED"], "Ray's word for a status that is not 0"
+    assert submitted(ray, spec)[job] == "SUCCEEDED"
+    steps = [step for step, _ in history(toys, spec, "line/pid")]
+    assert steps == sorted(set(steps)), "nothing was done twice"
+
+
 def test_a_stage_that_fails_says_so_once(ray: Cluster, toys: Toys, data: Artifact) -> None:
     spec = toys.line(data, fail="the loss is wrong; mend it")
     with pytest.raises(StageError, match=r"^the loss is wrong; mend it \(log: .*job.log\)$") as failure:
@@ -206,6 +265,41 @@ def test_a_job_that_somebody_stops_is_stopped_and_not_lost(ray: Cluster, toys: T
 
     with pytest.raises(on_ray.Stopped, match="was stopped; run it again to resume"):
         ray.run(spec, report=stop)
+
+
+def test_training_and_data_stages_can_be_cancelled(ray: Cluster, toys: Toys, data: Artifact) -> None:
+    """By a request in the work folder alone, which needs no way to this Ray."""
+    training = toys.line(data, samples=4000, step_seconds=0.05, train={"seed": 6})
+    mapping = toys.spec("toy_data", parts=40, seconds=1.0)
+    for spec in (training, mapping):
+        asked: list[Progress] = []
+
+        def ask(progress: Progress | None, spec: StageSpec = spec, asked: list[Progress] = asked) -> None:
+            if progress and progress.done and not asked:
+                asked.append(progress)
+                stopping.request_stop(spec, "cancelled", by="somebody")
+
+        with pytest.raises(on_ray.Stopped, match=r"^cancelled at .* \(somebody\); run it again to resume"):
+            ray.run(spec, report=ask)
+        assert run_of(toys, spec).info.status == "KILLED"
+    assert list(Path(training.work, "checkpoints").glob("*/manifest.json"))
+
+
+def test_a_stopped_rank_is_found_and_its_group_starts_anew(ray: Cluster, toys: Toys, data: Artifact) -> None:
+    resources = {"checkpoint_seconds": 0.1, "hang_seconds": 4.0}
+    spec = toys.line(data, samples=400, step_seconds=0.054, resources=resources)
+    stopped: list[int] = []
+
+    def stop_one(progress: Progress | None) -> None:
+        if progress and progress.done >= 100 and not stopped:
+            stopped.append(int(progress.metrics["line/pid"]))
+            os.kill(stopped[0], signal.SIGSTOP)
+
+    ray.run(spec, report=stop_one)
+    pids = history(toys, spec, "line/pid")
+    assert [pid for _, pid in pids if pid not in stopped], "another process went on"
+    assert max(step for step, _ in pids) == 400
+    assert not psutil.pid_exists(stopped[0])
 
 
 def test_a_failing_part_is_named(ray: Cluster, toys: Toys) -> None:
