@@ -35,7 +35,11 @@ META = torch.device("meta")
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one training stage. `memory` is in bytes, on each of its `workers`; `flops` of one sample."""
+    """Of one training stage. `memory` is in bytes, on each of its `workers`; `flops` of one sample.
+
+    Of a range of workers it is the memory of the fewest, whose shares of a step are the largest, and the number is the
+    most.
+    """
 
     parameters: dict[str, int]
     frozen: int
@@ -66,7 +70,7 @@ def cost_of(stage: ModuleType, cfg: Any, inputs: Mapping[str, Artifact]) -> Cost
     Raises ValueError where the ranks do not fit `resources.shard_over`.
     """
     train: TrainConfig = cfg.train
-    batch_size = train.micro_batch(cfg.resources.workers)
+    batch_size = train.micro_batch(cfg.resources.min_workers)
     objective = _prepared(stage, cfg, inputs)
     train.check_trainable(objective.trainable)
     with META:
@@ -75,7 +79,7 @@ def cost_of(stage: ModuleType, cfg: Any, inputs: Mapping[str, Artifact]) -> Cost
         steps = {name: _step(objective, name, batch, train) for name in names}
     parameters = {part: _count(module) for part, module in objective.trainable.items()}
     frozen = _frozen(objective)
-    share = _Share(objective, ranks=cfg.resources.shards(cfg.resources.workers))
+    share = _Share(objective, ranks=cfg.resources.shards(cfg.resources.min_workers))
     held = sum(share.held(p) for module in objective.trainable.values() for p in module.parameters())
     return Cost(
         parameters=parameters,
@@ -93,7 +97,7 @@ def cost_of(stage: ModuleType, cfg: Any, inputs: Mapping[str, Artifact]) -> Cost
             "activations": max((peak for _, peak in steps.values()), default=0),
         },
         samples=train.samples,
-        workers=cfg.resources.workers,
+        workers=cfg.resources.max_workers,
     )
 
 
@@ -124,7 +128,7 @@ class _Share:
 def training_flops(stage: ModuleType, cfg: Any, inputs: Mapping[str, Artifact]) -> float:
     """FLOPs of a whole training, as `cost_of` counts them, in a fraction of its time: no memory is looked at."""
     train: TrainConfig = cfg.train
-    batch_size = train.micro_batch(cfg.resources.workers)
+    batch_size = train.micro_batch(cfg.resources.min_workers)
     objective = _prepared(stage, cfg, inputs)
     total = 0.0
     with META:

@@ -7,8 +7,6 @@ waits for it.
 
 from __future__ import annotations
 
-import hashlib
-import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, nullcontext
@@ -19,10 +17,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from genpipe.config import Resources
-from genpipe.data.loader import Data, sample_batches
-from genpipe.models.precision import Products, autocast, products_of
+from genpipe.data.loader import Data
+from genpipe.models.precision import DTYPES, Products, autocast, gflops, products_of
 from genpipe.training.agreement import Agreement
 from genpipe.training.guard import HeldBuffers, spread_if_bad
+from genpipe.training.interval import checkpoint_interval
 from genpipe.training.meter import Meter
 from genpipe.training.objective import Batch, Metrics, Objective, ObserveTraining, Step, Validation
 from genpipe.training.optim import clip_gradients
@@ -32,7 +31,9 @@ from genpipe.training.runtime import Runtime
 from genpipe.training.settings import TrainConfig, lr_scale
 from genpipe.training.sharpness import sharpened
 from genpipe.training.state import TrainState
-from genpipe.training.stream import open_stream
+from genpipe.training.stream import open_stream, seeded, to_device
+from genpipe.training.trial import step_flops
+from genpipe.training.validation import validate
 
 
 def train(
@@ -63,7 +64,8 @@ def train(
             state.save(rt)  # what to go back to
     if rt.rank == 0:
         rt.log_environment({"precision_used": state.products, **facts(state)})
-    meter = Meter(rt, global_batch_size=cfg.global_batch_size, step=state.step)
+    peak_flops = 1e9 * gflops(rt.device, DTYPES[state.products])
+    meter = Meter(rt, global_batch_size=cfg.global_batch_size, peak_flops=peak_flops)
     held = HeldBuffers(objective.trainable.values())
     agreement = Agreement(rt, flags=2)
     saved_at, validated = time.monotonic(), False  # since the last checkpoint
@@ -72,7 +74,10 @@ def train(
         while state.step < cfg.steps:
             before = state.samples_seen
             _step(objective, parallel, state, batches, cfg, rt, meter, held)
-            late = time.monotonic() - saved_at > resources.checkpoint_seconds or bool(validated and observe.keep_best)
+            interval = checkpoint_interval(
+                resources, stall_seconds=state.stall_seconds, write_seconds=state.write_seconds
+            )
+            late = time.monotonic() - saved_at > interval or bool(validated and observe.keep_best)
             stop, due = agreement.ask(rt.should_stop(), rt.rank == 0 and late and not state.saving)  # clocks differ
             last, again = state.step == cfg.steps, state.samples_seen <= state.guard.judged
             quiet = last or stop or again
@@ -81,26 +86,33 @@ def train(
             if (validation_due or report_due) and (verdict := state.guard.look()):
                 roll_back(state, verdict, rt)
                 batches, damage = open_stream(stream, data, cfg, rt, resources, state)
-                meter.restart(state)
+                meter.restart()
                 continue
             if validation_due:
-                validation = validate(objective, parallel, data, cfg, rt, state, observe)
-                _log_validation(validation, rt, state)
-                state.heldout, validated = validation.metrics, True
+                with meter.aside():
+                    state.heldout = validate(objective, parallel, data, cfg, rt, state, observe).metrics
+                validated = True
             if not report_due:
                 continue
             # This raises where too much data is damaged, so it comes before a checkpoint.
-            meter.report(state, waited=batches.wait_seconds, bad_samples=damage.report(), log=not again)
+            meter.report(
+                state,
+                waited=batches.wait_seconds,
+                log=not again,
+                bad_samples=damage.report(),
+                checkpoint_interval_seconds=interval,
+                checkpoint_stall_seconds=state.stall_seconds,
+            )
             if not last and (stop or (due and not state.guard.in_a_run)):
                 rt.enter("checkpoint")
-                state.save(rt)
+                with meter.aside():
+                    state.save(rt)
                 saved_at, validated = time.monotonic(), False
             if not last and stop:
                 state.wait()
                 raise Interrupted(state.samples_seen)
         agreement.close()
     result = validate(objective, parallel, data, cfg, rt, state, observe)
-    _log_validation(result, rt, state)
     if rt.rank == 0:
         rt.log_environment(facts(state))
     for ema in state.emas.values():
@@ -114,55 +126,6 @@ class Interrupted(KeyboardInterrupt):
     def __init__(self, samples_seen: int) -> None:
         super().__init__(f"stopped at {samples_seen:,} samples; a new run goes on from there")
         self.samples_seen = samples_seen
-
-
-@torch.no_grad()
-def validate(
-    objective: Objective,
-    parallel: Parallel,
-    data: Data,
-    cfg: TrainConfig,
-    rt: Runtime,
-    state: TrainState,
-    observe: ObserveTraining,
-) -> Validation:
-    """Validate the EMA weights on `heldout_samples` held-out samples, always the same.
-
-    What is found is rank 0's. The others wait for it, or compute the same where weights are sharded.
-    """
-    result = Validation({})
-    rt.enter("validation")
-    if rt.rank == 0 or parallel.together:
-        with ExitStack() as stack:
-            for name, module in objective.trainable.items():
-                stack.enter_context(state.emas[name].swapped())
-                module.eval()
-                stack.callback(module.train)
-            stack.enter_context(autocast(rt.device, state.products))
-            batches = sample_batches(
-                data.heldout,
-                count=observe.heldout_samples,
-                batch_size=cfg.validation_batch,
-                weights=cfg.source_weights,
-            )
-            moved = (to_device(batch, rt.device) for batch in batches)
-            result = parallel.validate(moved, seeded(rt.device, cfg.seed, "validate"))
-        if bad := [name for name, value in result.metrics.items() if not math.isfinite(value)]:
-            raise FloatingPointError(f"held-out {', '.join(bad)} is not finite after {state.samples_seen} samples")
-    if rt.world_size > 1:
-        dist.barrier()
-    return result if rt.rank == 0 else Validation({})
-
-
-def seeded(device: torch.device, *identity: object) -> torch.Generator:
-    """A generator whose seed is a hash of `identity`."""
-    digest = hashlib.sha256(repr(identity).encode()).digest()
-    return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-
-
-def to_device(batch: Batch, device: torch.device) -> Batch:
-    """The batch on `device`, copied behind the host's back where its memory is pinned."""
-    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
 
 
 def _step(
@@ -179,33 +142,43 @@ def _step(
     accumulate = cfg.global_batch_size // (cfg.micro_batch(rt.world_size) * rt.world_size)
     rt.enter("data")
     micro = [(position, to_device(batch, rt.device)) for position, batch in _take(stream, accumulate)]
-    active = objective.active(state.samples_seen)
+    active, flops = objective.active(state.samples_seen), 0
     for name in active:
         if state.step % cfg.every(name):
             continue
+        key = (name, *active)
+        if key not in meter.flops_of:
+            with meter.aside():
+                position, batch = micro[0]
+                step = Step(state.samples_seen, seeded(rt.device, cfg.seed, name, position))
+                meter.flops_of[key] = step_flops(objective, name, batch, step, products=state.products)
+        flops += meter.flops_of[key] * accumulate * (1 if cfg.sam_rho is None else 2)
         held.hold()
         measured: list[Metrics] = []
         for other, module in objective.trainable.items():
             module.requires_grad_(other == name)
+        scale = state.scales[name].value.clone() if state.products == "fp16" else 1.0
         rho, loss_of = cfg.sam_rho, partial(_loss, name=name, state=state, cfg=cfg, rt=rt)
         for i, (position, batch) in enumerate(micro):
             alone = partial(loss_of, partial(objective.loss, name), batch, position)
             rt.enter("forward")
             with (
                 parallel.accumulating(name, last=i == len(micro) - 1),
-                sharpened(objective.trainable[name], alone, rho=rho) if rho else nullcontext(),
+                sharpened(objective.trainable[name], alone, rho=rho, scale=scale) if rho else nullcontext(),
             ):
                 loss, metrics = loss_of(partial(parallel.loss, name), batch, position)
                 rt.enter("backward")
-                loss.backward(spread_if_bad(loss, scale=1 / accumulate))
+                loss.backward(spread_if_bad(loss, scale=scale / accumulate))
             measured.append({"loss": loss.detach(), **metrics})
         rt.enter("optimizer")
-        norm = clip_gradients(objective.trainable[name], cfg.grad_clip)
-        skip = 1.0 - norm.isfinite().float()
-        scale = lr_scale(cfg.of(name), samples_seen=state.samples_seen)
+        norm = clip_gradients(objective.trainable[name], cfg.grad_clip, scale=scale)
+        skip = bad = 1.0 - norm.isfinite().float()
+        if state.products == "fp16":
+            bad = state.scales[name].update(skip)
+        share = lr_scale(cfg.of(name), samples_seen=state.samples_seen)
         for optimizer in state.optimizers[name]:
             for group in optimizer.param_groups:
-                group["lr"] = group["peak_lr"] * scale
+                group["lr"] = group["peak_lr"] * share
             optimizer.found_inf = skip  # type: ignore[attr-defined]  # as torch's fused optimizers take it
             optimizer.step()
         parallel.zero_grad(name)
@@ -213,9 +186,11 @@ def _step(
         held.put_back(skip=skip)
         state.emas[name].update()
         means = {key: torch.stack([some[key].float() for some in measured]).mean() for key in measured[0]}
-        state.guard.note(name, active=active, samples_seen=state.samples_seen, loss=means["loss"], skip=skip)
-        meter.add({f"{name}/{key}": value for key, value in (means | {"grad_norm": norm}).items()}, skip=skip)
-        meter.rates[name] = cfg.of(name).optim.lr * scale
+        state.guard.note(name, active=active, samples_seen=state.samples_seen, loss=means["loss"], skip=bad)
+        means |= {"grad_norm": norm} | ({"loss_scale": scale} if isinstance(scale, Tensor) else {})
+        meter.add({f"{name}/{key}": value for key, value in means.items()}, skip=skip)
+        meter.rates[name] = cfg.of(name).optim.lr * share
+    meter.count(flops=flops)
     state.advance()
 
 
@@ -244,22 +219,9 @@ def _due(every: int, before: int, now: int) -> bool:
     return every > 0 and now // every > before // every
 
 
-def _agreed(rt: Runtime, *flags: bool) -> list[bool]:
-    """Rank 0's flags: all ranks must take the same turn, and their clocks differ."""
-    if rt.world_size == 1:
-        return list(flags)
-    answer = torch.tensor(flags, dtype=torch.uint8, device=rt.device)
-    dist.broadcast(answer, src=0)
-    return [bool(flag) for flag in answer.tolist()]
-
-
 def _agreed_products(cfg: TrainConfig, rt: Runtime) -> Products:
     """The precision of products that rank 0 finds: ranks on unlike machines must not differ."""
-    [bf16] = _agreed(rt, rt.rank == 0 and products_of(cfg.precision, rt.device) == "bf16")
-    return "bf16" if bf16 else "fp32"
-
-
-def _log_validation(result: Validation, rt: Runtime, state: TrainState) -> None:
-    if rt.rank == 0:
-        rt.log({f"heldout/{k}": v for k, v in result.metrics.items()}, samples_seen=state.samples_seen)
-        rt.log_images(result.images, samples_seen=state.samples_seen)
+    found: list[Products] = [products_of(cfg.precision, rt.device) if rt.rank == 0 else "fp32"]
+    if rt.world_size > 1:
+        dist.broadcast_object_list(found, src=0, device=rt.device)
+    return found[0]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from genpipe.config import Config, by_kind
 from genpipe.models.layers import Modulation, ResidualBlock
 from genpipe.training import muon
-from genpipe.training.sharding import by_sharding, whole
+from genpipe.training.sharding import by_sharding, local, whole
 
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 """Layers whose weights are matrices that multiply activations."""
@@ -82,10 +82,15 @@ def build_optimizers(module: nn.Module, cfg: AdamW | Muon) -> list[torch.optim.O
     return optimizers
 
 
-def clip_gradients(module: nn.Module, most: float | None) -> Tensor:
-    """The norm of a module's gradients over all ranks, a scalar; they are scaled down where it is more than `most`."""
+def clip_gradients(module: nn.Module, most: float | None, *, scale: Tensor | float = 1.0) -> Tensor:
+    """The norm of a module's gradients over all ranks, a scalar; they are scaled down where it is more than `most`.
+
+    Gradients of a loss that was multiplied by the tensor `scale` are divided by it first.
+    """
     parameters = [p for p in module.parameters() if p.grad is not None]
     alike = by_sharding(parameters)
+    if isinstance(scale, Tensor):  # a power of two, so that nothing is rounded
+        torch._foreach_mul_([local(p.grad) for p in parameters if p.grad is not None], 1 / scale)
     norms = [whole(nn.utils.get_total_norm([p.grad for p in some if p.grad is not None])) for some in alike]
     norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
     if most is not None:
