@@ -68,7 +68,10 @@ class TrainState:
         return cls(
             trainable=trainable,
             optimizers={name: build_optimizers(module, cfg.of(name).optim) for name, module in trainable.items()},
-            emas={name: Ema(module, decay=cfg.ema_decay) for name, module in trainable.items()},
+            emas={
+                name: Ema(module, decay=cfg.ema_decay, sigma_rel=cfg.ema_sigma_rel)
+                for name, module in trainable.items()
+            },
             scales={name: LossScale(_device(module)) for name, module in trainable.items()},
             guard=Guard(cfg.guard, global_batch_size=cfg.global_batch_size),
         )
