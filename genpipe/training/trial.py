@@ -52,5 +52,7 @@ def gradients(objective: Objective, name: str, batch: Batch, step: Step, *, prod
 def step_flops(objective: Objective, name: str, batch: Batch, step: Step, *, products: Products) -> int:
     """Floating-point operations of a micro-batch, forward and backward, as `torch.utils.flop_counter` counts them."""
     with unobserved(objective), FlopCounterMode(display=False) as counter:
+        for module in (module for trained in objective.trainable.values() for module in trained.modules()):
+            module._compiled_call_impl = None  # what is compiled cannot be counted
         gradients(objective, name, batch, step, products=products)
     return counter.get_total_flops()
