@@ -90,6 +90,9 @@ class Resources(Config):
     checkpoint_seconds: float | None = Field(
         None, gt=0, description="wall time between checkpoints; none: what loses least, by their cost and failure_hours"
     )
+    compile: bool = Field(
+        False, description="compile the blocks of trained networks, if their gradients are then what they are without"
+    )
     failure_hours: float = Field(24.0, gt=0, description="mean time between losses of a worker, of all together")
     keep_checkpoints: int = Field(2, ge=1, description="of the newest intact ones")
     hang_seconds: float | None = Field(

@@ -20,6 +20,7 @@ from genpipe.config import Resources
 from genpipe.data.loader import Data
 from genpipe.models.precision import DTYPES, Products, autocast, gflops, products_of
 from genpipe.training.agreement import Agreement
+from genpipe.training.compile import compile_if_right, run_eagerly
 from genpipe.training.guard import HeldBuffers, spread_if_bad
 from genpipe.training.interval import checkpoint_interval
 from genpipe.training.meter import Meter
@@ -58,10 +59,15 @@ def train(
             "resources.shard_over to 1"
         )
     state = TrainState.fresh(objective.trainable, cfg)
-    if not state.resume(rt):
+    resumed = state.resume(rt)
+    if not resumed:
         state.products = _agreed_products(cfg, rt)
-        if cfg.steps:
-            state.save(rt)  # what to go back to
+    if resources.compile:
+        if parallel.together:
+            raise ValueError("resources.compile does not go with sharded blocks; set it to false, or shard_over to 1")
+        compile_if_right(objective, data, cfg, rt, state)
+    if cfg.steps and not resumed:
+        state.save(rt)  # what to go back to
     if rt.rank == 0:
         rt.log_environment({"precision_used": state.products, **facts(state)})
     peak_flops = 1e9 * gflops(rt.device, DTYPES[state.products])
@@ -112,6 +118,7 @@ def train(
                 state.wait()
                 raise Interrupted(state.samples_seen)
         agreement.close()
+    run_eagerly(objective)
     result = validate(objective, parallel, data, cfg, rt, state, observe)
     if rt.rank == 0:
         rt.log_environment(facts(state))

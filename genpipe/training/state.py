@@ -28,7 +28,7 @@ from genpipe.training.slices import local_piece, share_of
 GRACE_SECONDS = 10.0
 """For a checkpoint under way, when training fails."""
 
-RECORD = ("samples_seen", "step", "products")
+RECORD = ("samples_seen", "step", "products", "compiled")
 """The fields of the state that a checkpoint holds as JSON, beside the guard's; `tensors` finds its tensors."""
 
 
@@ -47,6 +47,9 @@ class TrainState:
     step: int = 0
     products: Products = "fp32"
     """The precision of matrix products, which a run keeps to its end."""
+
+    compiled: bool = True
+    """Whether blocks may be compiled: not in a run that found them wrong."""
 
     heldout: dict[str, float] = field(default_factory=dict)
     """Metrics of the last validation, on rank 0: they tell the best checkpoint."""

@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from genpipe.data.loader import Data, sample_batches
 from genpipe.models.precision import autocast
+from genpipe.training.compile import eagerly
 from genpipe.training.objective import Objective, ObserveTraining, Validation
 from genpipe.training.parallel import Parallel
 from genpipe.training.runtime import Runtime
@@ -37,6 +38,7 @@ def validate(
     rt.enter("validation")
     if rt.rank == 0 or parallel.together:
         with ExitStack() as stack:
+            stack.enter_context(eagerly(objective))  # batches of other sizes are not worth compiling for
             for name, module in objective.trainable.items():
                 stack.enter_context(state.emas[name].swapped())
                 module.eval()
