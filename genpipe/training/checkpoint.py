@@ -51,7 +51,7 @@ class Snapshot:
         self._memory = torch.empty(0, dtype=torch.uint8)
         self._views: list[Tensor] = []
         self._stream: torch.cuda.Stream | None = None
-        self._header = b""
+        self._record = "{}"
 
     @torch.no_grad()
     def copy(self, pieces: Mapping[str, Piece], record: Mapping[str, Any], *, device: torch.device) -> None:
@@ -60,11 +60,11 @@ class Snapshot:
         From a GPU on a stream of its own: the host goes on at once, and what is put on the device's current stream
         after this waits for the copies.
         """
-        ordered = sorted(pieces.items(), key=lambda item: -item[1].local.element_size())  # so that all are aligned
+        ordered = sorted(pieces.items(), key=lambda item: -_alignment(item[1].local.nbytes))
         layout = [(name, piece.local.dtype, piece.box, piece.whole) for name, piece in ordered]
         if layout != self._layout:
             self._allocate(layout, pinned=device.type == "cuda")
-        self._header = self._made_header(record)
+        self._record = json.dumps(record)
         sources = [piece.local for _, piece in ordered]
         if device.type != "cuda":
             for view, source in zip(self._views, sources, strict=True):
@@ -82,16 +82,16 @@ class Snapshot:
         """Write the file to `path`; its size and sha256. Waits for copies that are under way."""
         if self._stream is not None:
             self._stream.synchronize()
-        digest = hashlib.sha256()
+        digest, header = hashlib.sha256(), self._header()
         with path.open("wb") as file:
             # Both let other threads run: training goes on beside them.
-            for block in [self._header, *self._memory.split(BLOCK)]:
+            for block in [header, *self._memory.split(BLOCK)]:
                 content = block if isinstance(block, bytes) else memoryview(block.numpy())
                 digest.update(content)
                 file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        return len(self._header) + self._memory.numel(), digest.hexdigest()
+        return len(header) + self._memory.numel(), digest.hexdigest()
 
     def _allocate(self, layout: list[tuple[str, torch.dtype, Box, tuple[int, ...]]], *, pinned: bool) -> None:
         sizes = [box.numel * dtype.itemsize for _, dtype, box, _ in layout]
@@ -101,7 +101,7 @@ class Snapshot:
             self._views.append(part.view(dtype).view(box.shape))
         self._layout = layout
 
-    def _made_header(self, record: Mapping[str, Any]) -> bytes:
+    def _header(self) -> bytes:
         entries: dict[str, Any] = {}
         offset = 0
         for name, dtype, box, _ in self._layout:
@@ -109,10 +109,15 @@ class Snapshot:
             entries[name] = {"dtype": NAMES[dtype], "shape": box.shape, "data_offsets": (offset, end)}
             offset = end
         places = {name: {"start": box.start, "whole": whole} for name, _, box, whole in self._layout}
-        told = {"format": FORMAT, "places": json.dumps(places), "record": json.dumps(record)}
+        told = {"format": FORMAT, "places": json.dumps(places), "record": self._record}
         raw = json.dumps({"__metadata__": told, **entries}).encode()
         raw += b" " * (-len(raw) % 8)
         return len(raw).to_bytes(8, "little") + raw
+
+
+def _alignment(nbytes: int) -> int:
+    """The largest power of two that divides a size: in descending order each begins at a multiple of its own."""
+    return nbytes & -nbytes
 
 
 class _Part(NamedTuple):
