@@ -316,7 +316,8 @@ def _run_stages(run: _Run) -> list[StageResult]:
         **{f"genpipe.{name}": value for name, value in links.items()},
     }
     files = [Path(pipeline.source)] if Path(pipeline.source).is_file() else []
-    server.crash_flow_runs([str(dead.tags.get(FLOW_RUN)) for dead in settle_store(pipeline.cfg.store)])
+    if dead := settle_store(pipeline.cfg.store):
+        server.crash_flow_runs([record.tags.get(FLOW_RUN, "") for record in dead])
     with ExitStack() as stack:
         parent = stack.enter_context(
             pipeline_run(

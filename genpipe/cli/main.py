@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import socket
 import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -86,6 +88,38 @@ def stage(
     with _watched() as reporter:
         result = run_one(name, config, [*(overrides or []), *given], reporter=reporter)
     _summary([result])
+
+
+@app.command()
+def cancel(
+    config: ConfigFile,
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[STAGE]... [PATH=VALUE]...", help="stages; default: all. Settings as they were run with"
+        ),
+    ] = None,
+    wait: Annotated[float, typer.Option(min=1, help="seconds for a stage to write its checkpoint and end")] = 60,
+) -> None:
+    """Stop stages that run, wherever and by whomever they were started; running them again goes on from there.
+
+    Training stops within a step, with a checkpoint; a data stage keeps the parts that are finished. Exits 1 if a stage
+    has begun and does not answer: it does not run any more, or it did not stop.
+    """
+    from genpipe.launch.cancel import cancel as cancel_stages
+    from genpipe.pipeline.graph import load_pipeline
+    from genpipe.pipeline.plan import plan as plan_pipeline
+
+    names = [argument for argument in arguments or [] if "=" not in argument]
+    pipeline = load_pipeline(config, [argument for argument in arguments or [] if "=" in argument])
+    plans = [p for p in plan_pipeline(pipeline, only=names) if p.name in names or not names]
+    by = f"genpipe cancel on {socket.gethostname()} at {datetime.now():%H:%M:%S}"
+    silent = cancel_stages(
+        pipeline, plans, by=by, seconds=wait, tell=lambda line: console.out.print(line, highlight=False)
+    )
+    if silent:
+        console.problem(f"no answer within {wait:g} s from {', '.join(silent)}: nobody runs it, or it does not stop")
+        raise typer.Exit(1)
 
 
 @app.command()

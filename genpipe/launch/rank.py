@@ -12,9 +12,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from genpipe.launch import stopping
+from genpipe.launch import lease, stopping
 from genpipe.launch.process import set_up_process
 from genpipe.launch.run_stage import commit
+from genpipe.launch.watchdog import Watched
 from genpipe.pipeline.spec import Progress, StageSpec, read_progress, write_progress
 from genpipe.stages import load_stage
 from genpipe.storage import join
@@ -48,6 +49,7 @@ def train_rank(
         best=cfg.observe.keep_best,
         before_commit=lambda: rt.before_checkpoint(),
     )
+    watched = Watched(spec.work, rank=rank, world_size=world_size, seconds=cfg.resources.hang_seconds)
     with ExitStack() as stack:
         rt = RankRuntime(
             spec,
@@ -57,7 +59,8 @@ def train_rank(
             device=device,
             checkpoints=checkpoints,
             total=cfg.train.samples,
-            should_stop=stack.enter_context(stopping.listening(spec.work, rank=rank, notice=notice)),
+            should_stop=stack.enter_context(stopping.listening(spec, rank=rank, notice=notice)),
+            enter=stack.enter_context(watched).enter,
         )
         stack.enter_context(rt)
         objective = stage.objective(cfg, spec.inputs, device)
@@ -65,8 +68,9 @@ def train_rank(
             result = train(objective, stage.data(cfg, spec.inputs), cfg.train, rt, cfg.resources, cfg.observe)
         except Interrupted as interrupted:
             respond = stopping.answer if rank == 0 else stopping.follow
-            raise respond(spec.work, done=f"{interrupted.samples_seen:,} samples") from interrupted
+            raise respond(spec, done=f"{interrupted.samples_seen:,} samples") from interrupted
         if rank == 0:
+            rt.enter("export")
             with tempfile.TemporaryDirectory() as folder, torch.no_grad():
                 meta = stage.export(objective, cfg, spec.inputs, Path(folder))
                 commit(
@@ -91,6 +95,7 @@ class RankRuntime:
     checkpoints: CheckpointStore
     total: int
     should_stop: Callable[[], bool]
+    enter: Callable[[Phase], None]
     environment: dict[str, str] = field(default_factory=dict)
 
     def __enter__(self) -> RankRuntime:
@@ -137,9 +142,10 @@ class RankRuntime:
         self.run.set_tags({f"event.{when}": f"at {samples_seen} samples: {message}"})
 
     def before_checkpoint(self) -> None:
-        """Have what was logged kept before a checkpoint is: what goes on from there does not log it again."""
+        """Have what was logged kept before a checkpoint is: what goes on from there does not log it again.
+
+        Raises LeaseLost if another attempt has taken over.
+        """
         assert self.run is not None, "only rank 0 commits"
         self.run.flush()
-
-    def enter(self, phase: Phase) -> None:
-        """Nothing: nobody watches yet."""
+        lease.check(self.spec)

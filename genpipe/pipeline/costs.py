@@ -34,7 +34,11 @@ META = torch.device("meta")
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one training stage. `memory` is in bytes, on each of its `workers`; `flops` of one sample."""
+    """Of one training stage. `memory` is in bytes, on each of its `workers`; `flops` of one sample.
+
+    Of a range of workers it is the memory of the fewest, whose shares of a step are the largest, and the number is the
+    most.
+    """
 
     parameters: dict[str, int]
     frozen: int
@@ -62,7 +66,7 @@ def cost_of(stage: ModuleType, cfg: Any, inputs: Mapping[str, Artifact]) -> Cost
     in blocks as on a GPU; what libraries reserve comes on top.
     """
     train: TrainConfig = cfg.train
-    batch_size = train.micro_batch(cfg.resources.workers)
+    batch_size = train.micro_batch(cfg.resources.min_workers)
     objective = on_meta(stage, cfg, inputs)
     train.check_trainable(objective.trainable)
     with META:
@@ -85,14 +89,14 @@ def cost_of(stage: ModuleType, cfg: Any, inputs: Mapping[str, Artifact]) -> Cost
             "activations": max((peak for _, peak in steps.values()), default=0),
         },
         samples=train.samples,
-        workers=cfg.resources.workers,
+        workers=cfg.resources.max_workers,
     )
 
 
 def training_flops(stage: ModuleType, cfg: Any, inputs: Mapping[str, Artifact]) -> float:
     """FLOPs of a whole training, as `cost_of` counts them, in a fraction of its time: no memory is looked at."""
     train: TrainConfig = cfg.train
-    batch_size = train.micro_batch(cfg.resources.workers)
+    batch_size = train.micro_batch(cfg.resources.min_workers)
     objective = on_meta(stage, cfg, inputs)
     total = 0.0
     with META:

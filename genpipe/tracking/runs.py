@@ -23,7 +23,7 @@ from genpipe.stages import is_training, load_stage
 from genpipe.tracking import jsonl
 from genpipe.tracking.open_runs import OpenRun
 from genpipe.tracking.recorder import Facts, File, Picture, Point, Record, Status, Steps
-from genpipe.tracking.store import check, client_of, experiment_id_of, is_refused, redacted
+from genpipe.tracking.store import check, client_of, experiment_id_of, first_line, is_refused, redacted
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -139,7 +139,7 @@ class StageKeeper:
             client.log_stream(run_id, io.BytesIO(record.data), record.name)
         elif isinstance(record, Facts):
             for name, value in record.tags.items():
-                client.set_tag(run_id, f"genpipe.{name}", value[:MAX_TAG])
+                client.set_tag(run_id, f"genpipe.{_name(name)}"[:250], value[:MAX_TAG])
         elif record.status == "RUNNING":
             _mark_running(client, client.get_run(run_id))
         elif record.status == "FINISHED":
@@ -209,7 +209,19 @@ class _System:
 
 
 def claim_stage_run(spec: StageSpec) -> str:
-    """Find or create the run of `spec`, record what is known before the work starts, and mark it as running."""
+    """Find or create the run of `spec`, record what is known before the work starts, and mark it as running.
+
+    Raises ValueError where MLflow refuses that.
+    """
+    try:
+        return _claim(spec)
+    except Exception as error:
+        if is_refused(error):
+            raise ValueError(f"stages.{spec.name}: MLflow refuses its run: {first_line(error)}") from error
+        raise
+
+
+def _claim(spec: StageSpec) -> str:
     client = client_of(spec.tracking_uri)
     experiment_id = experiment_id_of(client, spec.tracking_uri, spec.experiment)
     run = _find(client, experiment_id, spec)
@@ -273,8 +285,7 @@ def _log_params(client: MlflowClient, run_id: str, config: Mapping[str, Any]) ->
     from mlflow.entities import Param
 
     settings = flatten({key: value for key, value in config.items() if key not in UNFINGERPRINTED})
-    # Keys that users choose, such as templates of captions, may have characters that MLflow refuses.
-    named = {re.sub(r"[^\w./: -]", "_", key)[:250]: value for key, value in settings.items()}
+    named = {_name(key)[:250]: value for key, value in settings.items()}
     params = [Param(key, str(value)[:MAX_PARAM]) for key, value in named.items()]
     for start in range(0, len(params), PARAMS_A_CALL):
         client.log_batch(run_id, params=params[start : start + PARAMS_A_CALL])
@@ -355,6 +366,11 @@ def _log_model(client: MlflowClient, run_id: str, spec: StageSpec, artifact: Art
 
 def _tags(tags: Mapping[str, str]) -> dict[str, str]:
     return {key: value[:MAX_TAG] for key, value in tags.items() if value}
+
+
+def _name(text: str) -> str:
+    """A name that MLflow takes: those that users choose, such as templates of captions, may have other characters."""
+    return re.sub(r"[^\w./: -]", "_", text)
 
 
 def _json(value: Any) -> str:

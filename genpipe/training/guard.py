@@ -126,7 +126,7 @@ class Guard:
         if course.run == 0:
             course.run_began = seen
             course.reason = (
-                f"{name}: the loss or a gradient is not finite" if skipped
+                f"{name}: the loss or a gradient is not finite" if skipped or not math.isfinite(loss)
                 else f"{name}/loss {loss:.4g} is far above its recent range (limit {course.limit:.4g})"
             )  # fmt: skip
         course.run += 1

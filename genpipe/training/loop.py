@@ -6,8 +6,6 @@ by DDP, metrics leave the device every `log_every` steps. Nothing between forwar
 
 from __future__ import annotations
 
-import hashlib
-import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, nullcontext
@@ -19,10 +17,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from genpipe.config import Resources
-from genpipe.data.loader import Data, sample_batches
-from genpipe.models.precision import Products, autocast, products_of
+from genpipe.data.loader import Data
+from genpipe.models.precision import DTYPES, Products, autocast, gflops, products_of
 from genpipe.training.agreement import Agreement
 from genpipe.training.guard import HeldBuffers, spread_if_bad
+from genpipe.training.interval import checkpoint_interval
 from genpipe.training.meter import Meter
 from genpipe.training.objective import Batch, Metrics, Objective, ObserveTraining, Step, Validation
 from genpipe.training.rollback import facts, roll_back
@@ -30,7 +29,9 @@ from genpipe.training.runtime import Runtime
 from genpipe.training.settings import TrainConfig, lr_scale
 from genpipe.training.sharpness import sharpened
 from genpipe.training.state import TrainState
-from genpipe.training.stream import open_stream
+from genpipe.training.stream import open_stream, seeded, to_device
+from genpipe.training.trial import step_flops
+from genpipe.training.validation import validate
 
 
 def train(
@@ -56,7 +57,8 @@ def train(
     if rt.rank == 0:
         rt.log_environment({"precision_used": state.products, **facts(state)})
     forward = {name: _wrap(objective, name, module) for name, module in objective.trainable.items()}
-    meter = Meter(rt, global_batch_size=cfg.global_batch_size, step=state.step)
+    peak_flops = 1e9 * gflops(rt.device, DTYPES[state.products])
+    meter = Meter(rt, global_batch_size=cfg.global_batch_size, peak_flops=peak_flops)
     held = HeldBuffers(objective.trainable.values())
     agreement = Agreement(rt, flags=2)
     saved_at, validated = time.monotonic(), False  # since the last checkpoint
@@ -65,7 +67,10 @@ def train(
         while state.step < cfg.steps:
             before = state.samples_seen
             _step(objective, forward, state, batches, cfg, rt, meter, held)
-            late = time.monotonic() - saved_at > resources.checkpoint_seconds or bool(validated and observe.keep_best)
+            interval = checkpoint_interval(
+                resources, stall_seconds=state.stall_seconds, write_seconds=state.write_seconds
+            )
+            late = time.monotonic() - saved_at > interval or bool(validated and observe.keep_best)
             stop, due = agreement.ask(rt.should_stop(), rt.rank == 0 and late and not state.saving)  # clocks differ
             last, again = state.step == cfg.steps, state.samples_seen <= state.guard.judged
             quiet = last or stop or again
@@ -74,26 +79,33 @@ def train(
             if (validation_due or report_due) and (verdict := state.guard.look()):
                 roll_back(state, verdict, rt)
                 batches, damage = open_stream(stream, data, cfg, rt, resources, state)
-                meter.restart(state)
+                meter.restart()
                 continue
             if validation_due:
-                validation = validate(objective, data, cfg, rt, state, observe)
-                _log_validation(validation, rt, state)
-                state.heldout, validated = validation.metrics, True
+                with meter.aside():
+                    state.heldout = validate(objective, data, cfg, rt, state, observe).metrics
+                validated = True
             if not report_due:
                 continue
             # This raises where too much data is damaged, so it comes before a checkpoint.
-            meter.report(state, waited=batches.wait_seconds, bad_samples=damage.report(), log=not again)
+            meter.report(
+                state,
+                waited=batches.wait_seconds,
+                log=not again,
+                bad_samples=damage.report(),
+                checkpoint_interval_seconds=interval,
+                checkpoint_stall_seconds=state.stall_seconds,
+            )
             if not last and (stop or (due and not state.guard.in_a_run)):
                 rt.enter("checkpoint")
-                state.save(rt)
+                with meter.aside():
+                    state.save(rt)
                 saved_at, validated = time.monotonic(), False
             if not last and stop:
                 state.wait()
                 raise Interrupted(state.samples_seen)
         agreement.close()
     result = validate(objective, data, cfg, rt, state, observe)
-    _log_validation(result, rt, state)
     if rt.rank == 0:
         rt.log_environment(facts(state))
     for ema in state.emas.values():
@@ -107,46 +119,6 @@ class Interrupted(KeyboardInterrupt):
     def __init__(self, samples_seen: int) -> None:
         super().__init__(f"stopped at {samples_seen:,} samples; a new run goes on from there")
         self.samples_seen = samples_seen
-
-
-@torch.no_grad()
-def validate(
-    objective: Objective, data: Data, cfg: TrainConfig, rt: Runtime, state: TrainState, observe: ObserveTraining
-) -> Validation:
-    """Validate the EMA weights on `heldout_samples` held-out samples, always the same, on rank 0; the others wait."""
-    result = Validation({})
-    rt.enter("validation")
-    if rt.rank == 0:
-        with ExitStack() as stack:
-            for name, module in objective.trainable.items():
-                stack.enter_context(state.emas[name].swapped())
-                module.eval()
-                stack.callback(module.train)
-            stack.enter_context(autocast(rt.device, state.products))
-            batches = sample_batches(
-                data.heldout,
-                count=observe.heldout_samples,
-                batch_size=cfg.validation_batch,
-                weights=cfg.source_weights,
-            )
-            moved = (to_device(batch, rt.device) for batch in batches)
-            result = objective.validate(moved, seeded(rt.device, cfg.seed, "validate"))
-        if bad := [name for name, value in result.metrics.items() if not math.isfinite(value)]:
-            raise FloatingPointError(f"held-out {', '.join(bad)} is not finite after {state.samples_seen} samples")
-    if rt.world_size > 1:
-        dist.barrier()
-    return result
-
-
-def seeded(device: torch.device, *identity: object) -> torch.Generator:
-    """A generator whose seed is a hash of `identity`."""
-    digest = hashlib.sha256(repr(identity).encode()).digest()
-    return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-
-
-def to_device(batch: Batch, device: torch.device) -> Batch:
-    """The batch on `device`, copied behind the host's back where its memory is pinned."""
-    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
 
 
 class _Loss(nn.Module):
@@ -184,14 +156,22 @@ def _step(
     accumulate = cfg.global_batch_size // (cfg.micro_batch(rt.world_size) * rt.world_size)
     rt.enter("data")
     micro = [(position, to_device(batch, rt.device)) for position, batch in _take(stream, accumulate)]
-    active = objective.active(state.samples_seen)
+    active, flops = objective.active(state.samples_seen), 0
     for name in active:
         if state.step % cfg.every(name):
             continue
+        key = (name, *active)
+        if key not in meter.flops_of:
+            with meter.aside():
+                position, batch = micro[0]
+                step = Step(state.samples_seen, seeded(rt.device, cfg.seed, name, position))
+                meter.flops_of[key] = step_flops(objective, name, batch, step, products=state.products)
+        flops += meter.flops_of[key] * accumulate * (1 if cfg.sam_rho is None else 2)
         held.hold()
         measured: list[Metrics] = []
         for other, module in objective.trainable.items():
             module.requires_grad_(other == name)
+        scale = state.scales[name].value.clone() if state.products == "fp16" else 1.0
         rho, loss_of = cfg.sam_rho, partial(_loss, name=name, state=state, cfg=cfg, rt=rt)
         for i, (position, batch) in enumerate(micro):
             unsynced = rt.world_size > 1 and i < len(micro) - 1
@@ -199,19 +179,21 @@ def _step(
             rt.enter("forward")
             with (
                 forward[name].no_sync() if unsynced else nullcontext(),  # type: ignore[operator]
-                sharpened(objective.trainable[name], alone, rho=rho) if rho else nullcontext(),
+                sharpened(objective.trainable[name], alone, rho=rho, scale=scale) if rho else nullcontext(),
             ):
                 loss, metrics = loss_of(forward[name], batch, position)
                 rt.enter("backward")
-                loss.backward(spread_if_bad(loss, scale=1 / accumulate))
+                loss.backward(spread_if_bad(loss, scale=scale / accumulate))
             measured.append({"loss": loss.detach(), **metrics})
         rt.enter("optimizer")
-        norm = _clip(objective.trainable[name], cfg.grad_clip)
-        skip = 1.0 - norm.isfinite().float()
-        scale = lr_scale(cfg.of(name), samples_seen=state.samples_seen)
+        norm = _clip(objective.trainable[name], cfg.grad_clip, scale=scale)
+        skip = bad = 1.0 - norm.isfinite().float()
+        if state.products == "fp16":
+            bad = state.scales[name].update(skip)
+        share = lr_scale(cfg.of(name), samples_seen=state.samples_seen)
         for optimizer in state.optimizers[name]:
             for group in optimizer.param_groups:
-                group["lr"] = group["peak_lr"] * scale
+                group["lr"] = group["peak_lr"] * share
             optimizer.found_inf = skip  # type: ignore[attr-defined]  # as torch's fused optimizers take it
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -219,9 +201,11 @@ def _step(
         held.put_back(skip=skip)
         state.emas[name].update()
         means = {key: torch.stack([some[key].float() for some in measured]).mean() for key in measured[0]}
-        state.guard.note(name, active=active, samples_seen=state.samples_seen, loss=means["loss"], skip=skip)
-        meter.add({f"{name}/{key}": value for key, value in (means | {"grad_norm": norm}).items()}, skip=skip)
-        meter.rates[name] = cfg.of(name).optim.lr * scale
+        state.guard.note(name, active=active, samples_seen=state.samples_seen, loss=means["loss"], skip=bad)
+        means |= {"grad_norm": norm} | ({"loss_scale": scale} if isinstance(scale, Tensor) else {})
+        meter.add({f"{name}/{key}": value for key, value in means.items()}, skip=skip)
+        meter.rates[name] = cfg.of(name).optim.lr * share
+    meter.count(flops=flops)
     state.advance()
 
 
@@ -241,10 +225,13 @@ def _loss(
         return network(batch, step)
 
 
-def _clip(module: nn.Module, most: float | None) -> Tensor:
-    """The norm of a module's gradients, which are scaled down where it is more than `most`."""
+def _clip(module: nn.Module, most: float | None, *, scale: Tensor | float) -> Tensor:
+    """The norm of a module's gradients over `scale`; they are divided by it, and scaled down to norm `most`."""
     parameters = [p for p in module.parameters() if p.grad is not None]
-    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    if isinstance(scale, Tensor):
+        torch._foreach_mul_(gradients, 1 / scale)  # a power of two, so that nothing is rounded
+    norm = nn.utils.get_total_norm(gradients)
     if most is not None:
         nn.utils.clip_grads_with_norm_(parameters, most, norm)
     return norm.detach()
@@ -259,22 +246,9 @@ def _due(every: int, before: int, now: int) -> bool:
     return every > 0 and now // every > before // every
 
 
-def _agreed(rt: Runtime, *flags: bool) -> list[bool]:
-    """Rank 0's flags: all ranks must take the same turn, and their clocks differ."""
-    if rt.world_size == 1:
-        return list(flags)
-    answer = torch.tensor(flags, dtype=torch.uint8, device=rt.device)
-    dist.broadcast(answer, src=0)
-    return [bool(flag) for flag in answer.tolist()]
-
-
 def _agreed_products(cfg: TrainConfig, rt: Runtime) -> Products:
     """The precision of products that rank 0 finds: ranks on unlike machines must not differ."""
-    [bf16] = _agreed(rt, rt.rank == 0 and products_of(cfg.precision, rt.device) == "bf16")
-    return "bf16" if bf16 else "fp32"
-
-
-def _log_validation(result: Validation, rt: Runtime, state: TrainState) -> None:
-    if rt.rank == 0:
-        rt.log({f"heldout/{k}": v for k, v in result.metrics.items()}, samples_seen=state.samples_seen)
-        rt.log_images(result.images, samples_seen=state.samples_seen)
+    found: list[Products] = [products_of(cfg.precision, rt.device) if rt.rank == 0 else "fp32"]
+    if rt.world_size > 1:
+        dist.broadcast_object_list(found, src=0, device=rt.device)
+    return found[0]

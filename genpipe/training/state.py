@@ -19,6 +19,7 @@ from genpipe.training.checkpoint import Checkpoint, Snapshot
 from genpipe.training.checkpoint_store import Canceled, name_of, samples_of
 from genpipe.training.ema import Ema
 from genpipe.training.guard import Guard
+from genpipe.training.loss_scale import LossScale
 from genpipe.training.optim import build_optimizers
 from genpipe.training.runtime import Runtime
 from genpipe.training.settings import TrainConfig
@@ -38,6 +39,9 @@ class TrainState:
     trainable: dict[str, nn.Module]
     optimizers: dict[str, list[torch.optim.Optimizer]]
     emas: dict[str, Ema]
+    scales: dict[str, LossScale]
+    """Of the modules' losses; used with fp16 products alone."""
+
     guard: Guard
     samples_seen: int = 0
     step: int = 0
@@ -65,6 +69,7 @@ class TrainState:
             trainable=trainable,
             optimizers={name: build_optimizers(module, cfg.of(name).optim) for name, module in trainable.items()},
             emas={name: Ema(module, decay=cfg.ema_decay) for name, module in trainable.items()},
+            scales={name: LossScale(_device(module)) for name, module in trainable.items()},
             guard=Guard(cfg.guard, global_batch_size=cfg.global_batch_size),
         )
 
@@ -192,6 +197,8 @@ class TrainState:
             found |= {f"trainable/{name}/{key}": tensor for key, tensor in module.state_dict().items()}
         for name, ema in self.emas.items():
             found |= {f"emas/{name}/{key}": tensor for key, tensor in ema.state_dict().items()}
+        for name, scale in self.scales.items():
+            found |= {f"scales/{name}/{key}": tensor for key, tensor in scale.tensors().items()}
         return found
 
     def _optimizers(self) -> Iterator[tuple[str, nn.Module, torch.optim.Optimizer]]:
@@ -222,6 +229,11 @@ def _optimizer_state(
             by_name[name] = torch.zeros_like(p, dtype=dtype) if alike else p.new_zeros(shape, dtype=dtype)
             state.setdefault(index[id(p)], {})[key] = by_name[name]
     return by_name, state
+
+
+def _device(module: nn.Module) -> torch.device:
+    """Where a module's parameters are, or its buffers."""
+    return next((tensor.device for tensor in (*module.parameters(), *module.buffers())), torch.device("cpu"))
 
 
 def _found(rt: Runtime) -> tuple[list[str], int]:

@@ -1,11 +1,14 @@
-"""The stream of batches that a training run reads from where it stands."""
+"""The stream of batches that a training run reads from where it stands, and the randomness of each."""
 
 from __future__ import annotations
 
+import hashlib
 from contextlib import ExitStack
 
+import torch
+
 from genpipe.config import Resources
-from genpipe.data.loader import Batches, Data, training_order
+from genpipe.data.loader import Batch, Batches, Data, training_order
 from genpipe.training.bad_samples import Damage
 from genpipe.training.runtime import Runtime
 from genpipe.training.settings import TrainConfig
@@ -44,3 +47,14 @@ def open_stream(
     stack.callback(batches.close)
     length, share = data.train.length, cfg.max_bad_share
     return batches, Damage(batches, rt, length=length, max_share=share, start=state.samples_seen)
+
+
+def seeded(device: torch.device, *identity: object) -> torch.Generator:
+    """A generator whose seed is a hash of `identity`."""
+    digest = hashlib.sha256(repr(identity).encode()).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """The batch on `device`, copied behind the host's back where its memory is pinned."""
+    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}

@@ -7,11 +7,11 @@ given once more; to leave no process behind; and to leave true records. Needs Li
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import shutil
 import signal
 import sys
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -59,6 +59,7 @@ def attempt(lab: Lab, name: str, *, seed: int, turn: int) -> Result:
             return _inject(lab, name, FAULTS[name], random, turn=first + turn)
         except Missed as missed:
             reason = str(missed)
+            print(f"{name}: once more, as {reason}", file=sys.stderr, flush=True)
     return Result(name, "never", "not injected", 0.0, [f"{TRIES} runs were over before its moment: {reason}"])
 
 
@@ -155,8 +156,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     schedule = _schedule(names, count=given.count or (len(names) if given.only else max(60, len(names))))
     processes.adopt_orphans()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # also where a shell started this with `&`, for the runs
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that what was started is ended
-    folder = Path(tempfile.mkdtemp(prefix="chaos-", dir="/tmp"))
+    folder = Path(f"/tmp/chaos{os.getpid()}")  # short: Ray's sockets lie below it, and a path of one has 107 bytes
+    folder.mkdir()
     lab, results = Lab(folder), []
     try:
         for number, (name, turn) in enumerate(schedule, 1):

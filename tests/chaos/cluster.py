@@ -62,7 +62,7 @@ class Hosts:
             "dashboard-port": dashboard,
             "dashboard-agent-listen-port": 0,
             "object-store-memory": 128 * 2**20,
-            "temp-dir": case.folder / "tmp",
+            "temp-dir": case.folder / "t",
         }
         self._start("head", ["--head", *(f"--{name}={value}" for name, value in options.items())])
         self._await(1)

@@ -151,13 +151,13 @@ class Case:
         self.closers: list[Callable[[], object]] = []
         self.disk: Disk | None = None
         self.hosts: Hosts | None = None
-        (folder / "tmp").mkdir(parents=True)
+        (folder / "t").mkdir(parents=True)
         self.environment = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")} | {
             "PYTHONPATH": f"{ROOT}:{ROOT / 'tests/toys'}",
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
             "PREFECT_HOME": str(folder / "prefect"),
             "GENPIPE_CACHE": str(folder / "cache"),
-            "TMPDIR": str(folder / "tmp"),
+            "TMPDIR": str(folder / "t"),
             "OMP_NUM_THREADS": "1",
         }
         self.settings: dict[str, Any] = {

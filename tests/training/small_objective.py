@@ -89,7 +89,7 @@ def train_small(
     *,
     steps: int,
     log_every: int = 4,
-    checkpoint_seconds: float = 1e9,
+    checkpoint_seconds: float | None = 1e9,
     build: Callable[[], Small] = Small,
     **settings: Any,
 ) -> dict[str, Tensor]:

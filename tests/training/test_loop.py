@@ -21,8 +21,9 @@ from genpipe.data.order import order
 from genpipe.pipeline.spec import StageSpec
 from genpipe.stages import is_training, load_stage, stage_kinds
 from genpipe.training import loop, state
-from genpipe.training.loop import Interrupted, seeded
+from genpipe.training.loop import Interrupted
 from genpipe.training.objective import Step
+from genpipe.training.stream import seeded
 
 if TYPE_CHECKING:
     from conftest import TinyPipeline
@@ -67,7 +68,8 @@ def test_every_stage_that_trains_is_among_these() -> None:
 
 def steps_of(rt: FolderRuntime) -> dict[int, dict[str, float]]:
     """What training logged, without the clock's values."""
-    clock = {"samples_per_second", "step_seconds", "data_wait_share"}
+    clock = {"samples_per_second", "step_seconds", "data_wait_share", "other_share", "compute_share", "mfu"}
+    clock |= {"peak_memory_gib", "checkpoint_interval_seconds", "checkpoint_stall_seconds"}
     return {at: {n: v for n, v in values.items() if n not in clock} for at, values in rt.logged.items()}
 
 
