@@ -15,6 +15,7 @@ import typer
 
 from genpipe.cli import console
 from genpipe.cli import data as data_commands
+from genpipe.cli.prove import prove as prove_command
 from genpipe.cli.sample import sample as sample_command
 from genpipe.config import ConfigError
 
@@ -177,6 +178,7 @@ def check(configs: Annotated[list[str], typer.Argument(metavar="CONFIG...", help
 
 
 app.command()(sample_command)
+app.command()(prove_command)
 
 
 @app.command()
