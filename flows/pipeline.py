@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -39,11 +39,11 @@ from genpipe.pipeline.order import longest_path_first
 from genpipe.pipeline.plan import Planned, plan, spec_of
 from genpipe.pipeline.spec import StageSpec
 from genpipe.storage import local_path
+from genpipe.tracking.recording import claim, pipeline_run, records_of, settle_stage, settle_store
 from genpipe.tracking.registry import resolve
-from genpipe.tracking.runs import fail_stage_run, pipeline_run, try_claim
-from genpipe.tracking.store import check as check_mlflow
 
 RETRY_SECONDS = 3
+FLOW_RUN = "genpipe.prefect_flow_run_id"
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,8 @@ class _Run:
     plans: dict[str, Planned]
     reporter: Reporter
     overrides: Sequence[str] = ()
+    misfits: dict[str, str] = field(default_factory=dict)
+    """Why a stage cannot run, where that is seen before its turn."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,7 @@ class _Place:
     pipeline_run_id: str
     links: dict[str, str]
     turns: dict[str, int]
+    running: dict[str, StageSpec] = field(default_factory=dict)
 
 
 _prepared: ContextVar[_Run] = ContextVar("prepared")
@@ -162,20 +165,24 @@ def stage_task(stage: str) -> StageResult:
     place = _place.get()
     run, planned = place.run, place.run.plans[stage]
     if planned.status == "cached" or artifacts.committed(planned.artifact) is not None:
+        settle_stage(_plain_spec(place, planned))
         result = _result(planned, "cached", seconds=0.0)
         run.reporter.update(stage, "cached", message=planned.why)
         return result
+    if stage in run.misfits:
+        raise ConfigError(run.misfits[stage])
     assert place.cluster is not None, "a plan with work to do has a cluster"
     with place.cluster.turn(stage, planned.instance.cfg.resources, order=place.turns[stage]):
         started = time.monotonic()
-        spec = _spec(place, planned)
+        spec = place.running[stage] = _spec(place, planned)
         run.reporter.update(stage, "running", message=planned.why)
         try:
             place.cluster.run(spec, report=lambda progress: run.reporter.update(stage, "running", progress=progress))
         except JobLost as error:
             run.reporter.update(stage, "lost", message=str(error))
-            fail_stage_run(spec, str(error))
+            settle_stage(spec, status="FAILED", error=str(error), gone=True)
             raise
+        settle_stage(spec, gone=True)
         result = _result(planned, "ran", seconds=time.monotonic() - started)
     _check_ahead(run, planned)
     run.reporter.update(stage, "ran")
@@ -185,18 +192,22 @@ def stage_task(stage: str) -> StageResult:
 def _check_ahead(run: _Run, made: Planned) -> None:
     """Ask the stages that take what was just made whether it fits, now that it is there, instead of when they start.
 
-    Raises ConfigError: what a training stands between is better known before it.
+    One that it does not fit is told to have failed at once: what a training stands between is better known before it.
     """
     for later in run.plans.values():
-        if made.name in later.instance.needs and later.status == "run":
+        if made.name in later.instance.needs and later.status == "run" and later.name not in run.misfits:
             inputs = {role: artifacts.committed(artifact) or artifact for role, artifact in later.inputs.items()}
             try:
                 later.instance.stage.check_inputs(later.instance.cfg, inputs)
             except ValueError as error:
-                raise ConfigError(
-                    f"{run.pipeline.source}: stages.{later.name}: {error} (seen as soon as {made.name} was made, which "
-                    "is committed; a rerun goes on from there)"
-                ) from error
+                run.misfits[later.name] = (
+                    f"{run.pipeline.source}: stages.{later.name}: {error} (seen as soon as {made.name} was made)"
+                )
+                run.reporter.update(later.name, "failed", message=run.misfits[later.name])
+
+
+def _plain_spec(place: _Place, planned: Planned) -> StageSpec:
+    return spec_of(planned, place.run.pipeline, pipeline_run_id=place.pipeline_run_id, links=place.links)
 
 
 def _spec(place: _Place, planned: Planned) -> StageSpec:
@@ -212,8 +223,8 @@ def _spec(place: _Place, planned: Planned) -> StageSpec:
         raise ConfigError(f"{place.run.pipeline.source}: stages.{planned.name}: {error}") from error
     target = planned.artifact.model_copy(update={"meta": promised})
     planned = replace(planned, inputs=inputs, artifact=target)
-    spec = spec_of(planned, place.run.pipeline, pipeline_run_id=place.pipeline_run_id, links=place.links)
-    return spec.model_copy(update={"run_id": try_claim(spec)})
+    spec = _plain_spec(place, planned)
+    return spec.model_copy(update={"run_id": claim(spec)})
 
 
 def _result(planned: Planned, status: Outcome, *, seconds: float) -> StageResult:
@@ -268,7 +279,7 @@ def _start(entry: Flow[Any, list[StageResult]], prepared: _Run, parameters: dict
         starting = threading.Thread(target=server.start, name="prefect-server")
         starting.start()  # while MLflow is looked at
         stack.callback(starting.join)
-        check_mlflow(prepared.pipeline.tracking_uri)
+        records_of(prepared.pipeline.tracking_uri).check(prepared.pipeline.tracking_uri)
         starting.join()
         stack.callback(_prepared.reset, _prepared.set(prepared))
         try:
@@ -305,10 +316,17 @@ def _run_stages(run: _Run) -> list[StageResult]:
         **{f"genpipe.{name}": value for name, value in links.items()},
     }
     files = [Path(pipeline.source)] if Path(pipeline.source).is_file() else []
+    if dead := settle_store(pipeline.cfg.store):
+        server.crash_flow_runs([record.tags.get(FLOW_RUN, "") for record in dead])
     with ExitStack() as stack:
         parent = stack.enter_context(
             pipeline_run(
-                pipeline.tracking_uri, experiment=pipeline.experiment, name=flow_run.name, tags=tags, files=files
+                pipeline.tracking_uri,
+                store=pipeline.cfg.store,
+                experiment=pipeline.experiment,
+                name=flow_run.name,
+                tags=tags,
+                files=files,
             )
         )
         turns = stack.enter_context(ThreadPoolExecutor(1)).submit(longest_path_first, list(run.plans.values()))
@@ -316,7 +334,8 @@ def _run_stages(run: _Run) -> list[StageResult]:
         if any(planned.status == "run" for planned in run.plans.values()):
             runtime_env = pipeline.cfg.ray.runtime_env
             cluster = stack.enter_context(jobs.cluster(pipeline.cfg.ray.address, runtime_env=runtime_env))
-        stack.callback(_place.reset, _place.set(_Place(run, cluster, parent.run_id, links, turns.result())))
+        place = _Place(run, cluster, parent.run_id, links, turns.result())
+        stack.callback(_place.reset, _place.set(place))
         futures = _submit(run)
         try:
             results = [_outcome(run, name, future) for name, future in futures.items()]
@@ -324,8 +343,8 @@ def _run_stages(run: _Run) -> list[StageResult]:
             if cluster is not None:
                 stops = cluster.embedded or isinstance(error, KeyboardInterrupt)
                 cluster.interrupt(stop_jobs=stops)
-                if stops:
-                    parent.end_stages(error)
+                for spec in place.running.values() if stops else ():
+                    settle_stage(spec, error=f"{type(error).__name__}: {error}", gone=True)
             raise
         rows = [_row(result) for result in results]
         parent.summarize(rows, images=_images(results))
@@ -351,6 +370,8 @@ def _outcome(run: _Run, stage: str, future: PrefectFuture[StageResult]) -> Stage
     state = future.state
     if state.is_completed():
         return future.result()
+    if stage in run.misfits:
+        return StageResult(stage, "failed", message=run.misfits[stage])
     if not state.is_final():  # Prefect leaves a task pending whose upstream did not complete
         needs = [need for need in run.plans[stage].instance.needs if need in run.plans]
         result = StageResult(stage, "skipped", message=f"it needs {', '.join(needs)}, of which not all were made")

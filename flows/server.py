@@ -4,9 +4,28 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import tempfile
+from collections.abc import Sequence
+from uuid import UUID
 
+from prefect.client.orchestration import get_client
+from prefect.exceptions import ObjectNotFound
 from prefect.settings import get_current_settings
+from prefect.states import Crashed
+
+ENTRY = """
+import os, runpy, sys, threading, time
+
+def watch(parent):
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
+
+threading.Thread(target=watch, args=[int(sys.argv.pop(1))], daemon=True).start()
+runpy.run_module("uvicorn", run_name="__main__")
+"""
 
 
 def described() -> str:
@@ -32,9 +51,38 @@ def check_home() -> None:
 
 
 def start() -> None:
-    """Start a server for this process, unless PREFECT_API_URL names one; it does not hear Ctrl-C."""
+    """Start a server for this process, unless PREFECT_API_URL names one.
+
+    It does not hear Ctrl-C, and it ends with this process, even if that is killed.
+    """
     from prefect.server.api.server import SubprocessASGIServer  # takes seconds
 
     if get_current_settings().api.url is None:
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # inherited; ours alone is to unwind
-        SubprocessASGIServer().start()
+        server = SubprocessASGIServer()
+        server._run_uvicorn_command = lambda: _run(server.port)
+        server.start()
+
+
+def _run(port: int) -> subprocess.Popen[bytes]:
+    """Prefect's own command for its temporary server, in a process that ends with this one."""
+    settings = get_current_settings().to_environment_variables(exclude_unset=True)
+    server = {"PREFECT_UI_ENABLED": "0", "PREFECT__SERVER_EPHEMERAL": "1", "PREFECT__SERVER_FINAL": "1"}
+    uvicorn = ["--factory", "prefect.server.api.server:create_app", "--lifespan", "on", "--log-level", "error"]
+    return subprocess.Popen(
+        [sys.executable, "-c", ENTRY, str(os.getpid()), *uvicorn, "--host", "127.0.0.1", "--port", str(port)],
+        env={**os.environ, **server, **settings},
+    )
+
+
+def crash_flow_runs(ids: Sequence[str]) -> None:
+    """Tell Prefect of flow runs whose process is gone; those that ended, or that it does not know, are passed over."""
+    with get_client(sync_client=True) as client:
+        for each in ids:
+            try:
+                flow_run = client.read_flow_run(UUID(each))
+                if flow_run.state is None or not flow_run.state.is_final():
+                    gone = Crashed(message="its process was killed, or its machine was lost")
+                    client.set_flow_run_state(flow_run.id, gone, force=True)
+            except (ValueError, ObjectNotFound):
+                continue

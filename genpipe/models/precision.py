@@ -9,16 +9,19 @@ from typing import Literal
 
 import torch
 
-Precision = Literal["auto", "bf16", "fp32"]
-"""As configured. `auto` is bf16 where the hardware multiplies bf16 faster than fp32, else fp32."""
+Precision = Literal["auto", "bf16", "fp16", "fp32"]
+"""As configured. `auto` is bf16 where the hardware is faster at it than at fp32, fp16 on GPUs that are so at this
+alone, else fp32."""
 
-Products = Literal["bf16", "fp32"]
+Products = Literal["bf16", "fp16", "fp32"]
 """As used."""
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 PROBE_SECONDS = 0.02
 PROBE_SIZE = {"cpu": 512, "cuda": 4096}
 WORTH_CASTING = 1.2
-"""Times as fast as fp32 that bf16 products must be to make up for the casts around them."""
+"""Times as fast as fp32 that products in a half precision must be to make up for the casts around them."""
 
 
 def fp32(device: torch.device) -> AbstractContextManager[object]:
@@ -27,8 +30,9 @@ def fp32(device: torch.device) -> AbstractContextManager[object]:
 
 
 def autocast(device: torch.device, products: Products) -> torch.autocast:
-    """Autocast to bf16, or none for fp32."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=products == "bf16")
+    """Autocast to bf16 or fp16, or none for fp32."""
+    half = products != "fp32"
+    return torch.autocast(device.type, dtype=DTYPES[products] if half else None, enabled=half)
 
 
 def products_of(precision: Precision, device: torch.device) -> Products:
@@ -59,4 +63,7 @@ def gflops(device: torch.device, dtype: torch.dtype) -> float:
 def _fastest(device: torch.device) -> Products:
     rates = [[gflops(device, dtype) for dtype in (torch.bfloat16, torch.float32)] for _ in range(2)]
     bf16, full = (max(rate) for rate in zip(*rates, strict=True))  # twice, in turn, as others may use the machine
-    return "bf16" if bf16 > WORTH_CASTING * full else "fp32"
+    if bf16 > WORTH_CASTING * full:
+        return "bf16"
+    fp16 = device.type == "cuda" and gflops(device, torch.float16) > WORTH_CASTING * full  # before Ampere
+    return "fp16" if fp16 else "fp32"

@@ -150,8 +150,9 @@ class Quantizer(nn.Module):
         self.unused_steps.add_(1).mul_(seen.counts == 0)
         dead_K = self.unused_steps >= self.cfg.revive_after
         place_K = dead_K.cumsum(0) - 1
-        revived_K = dead_K & (place_K < len(seen.outputs))
         fresh_KC = seen.outputs[place_K.clamp(0, len(seen.outputs) - 1)]
+        # Of a step that is skipped for numbers that are not finite, no code may keep one: it can be a parameter.
+        revived_K = dead_K & (place_K < len(seen.outputs)) & fresh_KC.isfinite().all(1)
         self.codebook.copy_(torch.where(revived_K[:, None], fresh_KC, self.codebook))
         self.unused_steps.mul_(~revived_K)
         if self.cfg.update == "ema":

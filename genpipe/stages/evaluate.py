@@ -22,7 +22,7 @@ from genpipe.evaluation.metrics.metric import Evaluation, Measure, Metric
 from genpipe.models.precision import autocast, products_of
 from genpipe.stages import is_training, load_stage
 from genpipe.storage import Storage, join, open_storage
-from genpipe.training.loop import seeded, to_device
+from genpipe.training.stream import seeded, to_device
 from genpipe.weights import load_weights
 
 VERSION = 2

@@ -34,7 +34,7 @@ from genpipe.generation.prompts import (
 )
 from genpipe.generation.systems import load_system
 from genpipe.models.precision import Precision, autocast, products_of
-from genpipe.training.loop import seeded
+from genpipe.training.stream import seeded
 
 VERSION = 1
 MAKES = "samples"

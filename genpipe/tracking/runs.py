@@ -1,8 +1,8 @@
 """What MLflow remembers: a run for each pipeline run, and one run for each stage fingerprint.
 
-A stage's run is found again by its fingerprint, so a retry, a resume or another pipeline run goes on in the same
-one. While a stage works, a thread of its own writes what was logged: work never waits for MLflow. Where MLflow is gone
-for good, the stage goes on, and its records are kept in the store as those of `tracking/jsonl.py`.
+A stage's run is found again by its fingerprint, so a retry, a resume or another pipeline run goes on in the same one,
+until it is finished: an artifact that was deleted and is made again gets another. Its metrics go forward only: what a
+resumed training computes once more is there already.
 """
 
 from __future__ import annotations
@@ -10,217 +10,163 @@ from __future__ import annotations
 import io
 import json
 import re
-import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 from genpipe import artifacts
 from genpipe.artifacts import Artifact
 from genpipe.config import UNFINGERPRINTED, flatten
+from genpipe.pipeline.spec import StageSpec
 from genpipe.stages import is_training, load_stage
 from genpipe.tracking import jsonl
-from genpipe.tracking.recorder import Point, Recorder
+from genpipe.tracking.open_runs import OpenRun
+from genpipe.tracking.recorder import Facts, File, Picture, Point, Record, Status, Steps
 from genpipe.tracking.store import check, client_of, experiment_id_of, first_line, is_refused, redacted
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-
-    from genpipe.pipeline.spec import StageSpec
-    from genpipe.tracking.recording import StageRun
+    from mlflow.entities import Run
 
 FINGERPRINT = "genpipe.fingerprint"
+ERROR = "genpipe.error"
 MAX_TAG = 5000
 MAX_PARAM = 6000
 PARAMS_A_CALL = 100
 METRICS_A_CALL = 1000
 
+__all__ = ["StageKeeper", "begin_pipeline", "check", "claim_stage_run", "end_pipeline"]
 
-@contextmanager
-def pipeline_run(
-    uri: str, *, experiment: str, name: str, tags: Mapping[str, str], files: Sequence[Path] = ()
-) -> Iterator[PipelineRun]:
-    """The MLflow run of one pipeline run, under which the stages' runs nest.
 
-    `files` (the configuration) are logged with it. An exception marks it failed, an interruption killed. Raises
-    ValueError where MLflow cannot be reached at the start; later it may go away.
+def begin_pipeline(run: OpenRun, files: Sequence[Path]) -> str:
+    """Create the MLflow run of a pipeline run, with `files` (the configuration); its id.
+
+    Raises ValueError where MLflow cannot be reached.
     """
-    check(uri)
-    client = client_of(uri)
-    experiment_id = experiment_id_of(client, uri, experiment)
-    run = client.create_run(experiment_id, run_name=name, tags=_tags(tags))
+    assert run.pipeline is not None, "the run of a pipeline"
+    check(run.tracking_uri)
+    client = client_of(run.tracking_uri)
+    experiment_id = experiment_id_of(client, run.tracking_uri, run.pipeline.experiment)
+    created = client.create_run(experiment_id, run_name=run.pipeline.name, tags=_tags(run.pipeline.tags))
+    run_id = str(created.info.run_id)
     for file in files:
-        client.log_artifact(run.info.run_id, str(file), "config")
-    parent = PipelineRun(client, run.info.run_id, experiment_id)
-    try:
-        yield parent
-    except BaseException as error:
-        _end(client, parent.run_id, error)
-        raise
-    with _outages_reported(f"the end of the MLflow run {parent.run_id} is not recorded"):
-        client.set_terminated(parent.run_id, parent.status)
+        client.log_artifact(run_id, str(file), "config")
+    return run_id
 
 
-@contextmanager
-def _outages_reported(what: str) -> Iterator[None]:
-    """In the block, trouble with MLflow costs a line on standard error and nothing else."""
-    from mlflow.exceptions import MlflowException
-
-    try:
-        yield
-    except MlflowException as error:
-        print(f"{what}: {first_line(error)}", file=sys.stderr, flush=True)
-
-
-class PipelineRun:
-    """A pipeline run in MLflow."""
-
-    def __init__(self, client: MlflowClient, run_id: str, experiment_id: str) -> None:
-        self.client = client
-        self.run_id = run_id
-        self.experiment_id = experiment_id
-        self.status = "FINISHED"
-
-    def summarize(self, rows: Sequence[Mapping[str, Any]], *, images: Sequence[Path] = ()) -> None:
-        """Log the table of stages (each row names its `stage`, `status` and `run_id`) and sample images."""
-        if any(row["status"] in ("failed", "skipped") for row in rows):
-            self.status = "FAILED"
-        with _outages_reported("the summary is not recorded in MLflow"):
-            self.client.log_dict(self.run_id, {"stages": [dict(row) for row in rows]}, "summary.json")
-            for row in rows:
-                self.client.set_tag(self.run_id, f"genpipe.status.{row['stage']}", row["status"])
-                if row.get("run_id"):
-                    self.client.set_tag(self.run_id, f"genpipe.run.{row['stage']}", row["run_id"])
-            for image in images:
-                self.client.log_artifact(self.run_id, str(image), "samples")
-
-    def end_stages(self, error: BaseException) -> None:
-        """End the stages' runs that `error` stopped: a job that is killed, or has no time, cannot do so itself."""
-        query = f"tags.`mlflow.parentRunId` = '{self.run_id}' and attributes.status = 'RUNNING'"
-        with _outages_reported("runs of stages could not be ended"):
-            for run in self.client.search_runs([self.experiment_id], query):
-                _end(self.client, run.info.run_id, error)
+def end_pipeline(run: OpenRun) -> None:
+    """Record the table of a pipeline run's stages, its pictures and how it ended; may be repeated."""
+    assert run.pipeline is not None, "the run of a pipeline"
+    client, record = client_of(run.tracking_uri), run.pipeline
+    if record.rows:
+        client.log_dict(run.run_id, {"stages": [dict(row) for row in record.rows]}, "summary.json")
+    for row in record.rows:
+        client.set_tag(run.run_id, f"genpipe.status.{row['stage']}", row["status"])
+        if row.get("run_id"):
+            client.set_tag(run.run_id, f"genpipe.run.{row['stage']}", row["run_id"])
+    for image in record.images:
+        if Path(image).is_file():
+            client.log_artifact(run.run_id, image, "samples")
+    if record.error:
+        client.set_tag(run.run_id, ERROR, record.error[:MAX_TAG])
+    client.set_terminated(run.run_id, "FINISHED" if record.status == "RUNNING" else record.status)
 
 
-@contextmanager
-def open_stage_run(spec: StageSpec) -> Iterator[StageRun]:
-    """The run of `spec`'s fingerprint: the one its submitter claimed, or found or created here.
+class StageKeeper:
+    """Keeps a stage's run in MLflow; where it is not claimed yet, it is when MLflow answers."""
 
-    An exception marks it failed with its text in the tag `genpipe.error`, an interruption killed; both are raised on.
-    Otherwise `StageRun.finish` is what ends it. Where MLflow does not answer, the run is recorded in the store.
-    """
-    run_id = spec.run_id or try_claim(spec)
-    if not run_id:
-        with jsonl.open_stage_run(spec) as records:
-            yield records
-        return
-    run = MlflowRun(spec, run_id, watch_system=not is_training(load_stage(spec.stage)))
-    if job := spec.links.get("ray_job"):
-        run.set_tags({"ray_job": job})
-    try:
-        yield run
-    except BaseException as error:
-        run.close()
-        _end(client_of(spec.tracking_uri), run.run_id, error)
-        raise
-    run.close()
+    pause_seconds = 0.5
 
-
-def attach(spec: StageSpec, run_id: str) -> StageRun:
-    """The run that `open_stage_run` opened in another process, for rank 0 of a training stage."""
-    return MlflowRun(spec, run_id, watch_system=True) if run_id else jsonl.attach(spec, run_id)
-
-
-def try_claim(spec: StageSpec) -> str:
-    """As `claim_stage_run`, but empty where MLflow does not answer: the stage is then recorded in the store alone."""
-    from mlflow.exceptions import MlflowException
-
-    try:
-        return claim_stage_run(spec)
-    except MlflowException as error:
-        if is_refused(error):
-            raise
-        where = jsonl.runs_uri(spec)
-        print(f"{spec.name}: no answer from MLflow; recording in {where}: {first_line(error)}", file=sys.stderr)
-        return ""
-
-
-def fail_stage_run(spec: StageSpec, message: str) -> None:
-    """Mark the run of `spec` failed if it still counts as running: its job died before it could do so."""
-    client = client_of(spec.tracking_uri)
-    with _outages_reported(f"the failure of {spec.name} is not recorded in MLflow"):
-        run_id = _find(client, experiment_id_of(client, spec.tracking_uri, spec.experiment), spec.target.fingerprint)
-        if run_id and client.get_run(run_id).info.status == "RUNNING":
-            client.set_tag(run_id, "genpipe.error", message[:MAX_TAG])
-            client.set_terminated(run_id, "FAILED")
-
-
-class MlflowRun:
-    """A stage's run in MLflow. Logging returns at once; a thread writes."""
-
-    def __init__(self, spec: StageSpec, run_id: str, *, watch_system: bool) -> None:
+    def __init__(self, spec: StageSpec, run_id: str) -> None:
         self.spec = spec
         self.run_id = run_id
-        self.recorder = Recorder(
-            write=self._write_points,
-            refused=is_refused,
-            sense=_System(spec.tracking_uri, run_id) if watch_system else None,
-            keep=partial(jsonl.append_points, spec),
-            label=f"MLflow at {redacted(spec.tracking_uri)}",
-        )
+        self.where = f"MLflow at {redacted(spec.tracking_uri)}"
+        self.sense = _System(self)
+        self.started = 0
+        self.steps = Steps()
 
-    def log(self, metrics: Mapping[str, float], *, samples_seen: int) -> None:
-        """Log metrics with samples seen as MLflow's step."""
-        now = time.time_ns() // 1_000_000
-        self.recorder.put([Point(name, float(value), now, samples_seen) for name, value in metrics.items()])
+    @property
+    def client(self) -> MlflowClient:
+        """The client of this process."""
+        return client_of(self.spec.tracking_uri)
 
-    def log_image(self, name: str, image: np.ndarray, *, samples_seen: int) -> None:
-        """Log a picture (uint8, HWC); MLflow shows the pictures of one name as a series over samples."""
-        self.put(lambda client: client.log_image(self.run_id, image, key=name, step=samples_seen, synchronous=True))
+    def open(self) -> None:
+        """Look up the run and the last step of every series, and hand in what was kept in the store meanwhile."""
+        self.run_id = self.run_id or claim_stage_run(self.spec)
+        run = self.client.get_run(self.run_id)
+        self.started = run.info.start_time
+        self.steps = Steps()
+        self.steps.last = {metric.key: metric.step for metric in run.data.to_proto().metrics}
+        if "mlflow.loggedImages" in run.data.tags:
+            self._find_pictures()
+        if kept := jsonl.kept(self.spec):
+            self.write(kept)
+            jsonl.mark_handed_in(self.spec, self.run_id)
 
-    def log_file(self, path: Path) -> None:
-        """Log a file; it is read before this returns, so it may be temporary."""
-        data, name = path.read_bytes(), path.name
-        self.put(lambda client: client.log_stream(self.run_id, io.BytesIO(data), name))
+    def write(self, records: Sequence[Record]) -> None:
+        """Log records, those of metrics together."""
+        points: list[Point] = []
+        for record in filter(self.steps.is_new, records):
+            if isinstance(record, Point):
+                points.append(record)
+            else:
+                self._log_points(points)
+                points = []
+                self._log(record)
+        self._log_points(points)
 
-    def set_tags(self, tags: Mapping[str, str]) -> None:
-        """Tag the run with `genpipe.NAME` for each of `tags`."""
-        for name, value in tags.items():
-            self.put(lambda client, name=name, value=value: client.set_tag(self.run_id, f"genpipe.{name}", value))  # type: ignore[misc]
+    def refuses(self, error: Exception) -> bool:
+        """Whether MLflow answered that it does not want a record."""
+        return is_refused(error)
 
-    def finish(self, artifact: Artifact) -> None:
-        """Record the committed artifact, its weights as a logged model if the stage trains, and end the run."""
-        manifest = artifacts.read_manifest(artifact.uri)
-        assert manifest is not None, f"nothing is committed at {artifact.uri}"
-        training = is_training(load_stage(self.spec.stage))
-        if training:
-            self.log(manifest.metrics, samples_seen=int(self.spec.config["train"]["samples"]))
-        self.put(lambda client: client.log_dict(self.run_id, manifest.model_dump(mode="json"), "manifest.json"))
-        self.put(lambda client: client.set_tag(self.run_id, "genpipe.meta", _json(artifact.meta)[:MAX_TAG]))
-        if training:
-            self.put(lambda client: _log_model(client, self.run_id, self.spec, artifact))
-        self.put(lambda client: client.set_terminated(self.run_id, "FINISHED"))
-        self.close()
-
-    def put(self, write: Callable[[MlflowClient], Any]) -> None:
-        """Have the thread call `write` with its client."""
-        self.recorder.put(lambda: write(client_of(self.spec.tracking_uri)))
-
-    def close(self) -> None:
-        """Write what is left, within a bounded time."""
-        self.recorder.close()
-
-    def _write_points(self, points: list[Point]) -> None:
+    def _log_points(self, points: Sequence[Point]) -> None:
         from mlflow.entities import Metric
 
-        client = client_of(self.spec.tracking_uri)
         for start in range(0, len(points), METRICS_A_CALL):
-            client.log_batch(self.run_id, metrics=[Metric(*point) for point in points[start : start + METRICS_A_CALL]])
+            batch = points[start : start + METRICS_A_CALL]
+            self.client.log_batch(self.run_id, metrics=[Metric(*point) for point in batch])
+            for point in batch:
+                self.steps.note(point)
+
+    def _log(self, record: Picture | File | Facts | Status) -> None:
+        client, run_id = self.client, self.run_id
+        if isinstance(record, Picture):
+            name, image, moment, step = record
+            client.log_image(run_id, image, key=name, step=step, timestamp=moment, synchronous=True)
+            self.steps.note(record)
+        elif isinstance(record, File):
+            client.log_stream(run_id, io.BytesIO(record.data), record.name)
+        elif isinstance(record, Facts):
+            for name, value in record.tags.items():
+                client.set_tag(run_id, f"genpipe.{_name(name)}"[:250], value[:MAX_TAG])
+        elif record.status == "RUNNING":
+            _mark_running(client, client.get_run(run_id))
+        elif record.status == "FINISHED":
+            self._complete(record)
+        elif not record.late or client.get_run(run_id).info.status == "RUNNING":
+            client.set_tag(run_id, ERROR, record.error[:MAX_TAG])
+            client.set_terminated(run_id, record.status, end_time=record.milliseconds)
+
+    def _complete(self, record: Status) -> None:
+        """Record the committed artifact, its weights as a logged model if the stage trains, and end the run."""
+        client, run_id = self.client, self.run_id
+        manifest = artifacts.read_manifest(self.spec.target.uri)
+        if manifest is not None:
+            client.log_dict(run_id, manifest.model_dump(mode="json"), "manifest.json")
+            client.set_tag(run_id, "genpipe.meta", _json(manifest.artifact.meta)[:MAX_TAG])
+            if is_training(load_stage(self.spec.stage)):
+                _log_model(client, run_id, self.spec, manifest.artifact)
+        _forget_error(client, client.get_run(run_id))
+        client.set_terminated(run_id, "FINISHED", end_time=record.milliseconds)
+
+    def _find_pictures(self) -> None:
+        """Note the pictures that are there: MLflow calls them `images/NAME+step+STEP+timestamp+...`, `~` for `/`."""
+        for file in self.client.list_artifacts(self.run_id, "images"):
+            found = re.fullmatch(r"images/(.+?)[+%]step[+%](\d+)[+%].*", file.path)
+            if found is not None:
+                name = f"images/{found[1].replace('~', '/')}"
+                self.steps.last[name] = max(int(found[2]), self.steps.last.get(name, -1))
 
 
 class _System:
@@ -228,15 +174,15 @@ class _System:
 
     FIRST_SECONDS, EVERY_SECONDS = 2.0, 10.0
 
-    def __init__(self, uri: str, run_id: str) -> None:
-        self.uri = uri
-        self.run_id = run_id
+    def __init__(self, keeper: StageKeeper) -> None:
+        self.keeper = keeper
         self.monitor: Any = None
-        self.started = 0
         self.due = 0.0
 
     def __call__(self) -> list[Point]:
         """A reading, if one is due; called on the recorder's thread alone."""
+        if not self.keeper.started:
+            return []
         if self.monitor is None:
             self._start()
         if time.monotonic() < self.due:
@@ -246,13 +192,13 @@ class _System:
         values = self.monitor.aggregate_metrics()
         self._clear()
         now = time.time_ns() // 1_000_000
-        return [Point(f"system/{k}", float(v), now, (now - self.started) // 1000) for k, v in values.items()]
+        seconds = (now - self.keeper.started) // 1000
+        return [Point(f"system/{name}", float(value), now, seconds) for name, value in values.items()]
 
     def _start(self) -> None:
         from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
-        self.started = client_of(self.uri).get_run(self.run_id).info.start_time
-        self.monitor = SystemMetricsMonitor(self.run_id, tracking_uri=self.uri)
+        self.monitor = SystemMetricsMonitor(self.keeper.run_id, tracking_uri=self.keeper.spec.tracking_uri)
         self.monitor.collect_metrics()  # the first reading of CPU use has no interval to speak of
         self._clear()
         self.due = time.monotonic() + self.FIRST_SECONDS
@@ -262,32 +208,59 @@ class _System:
             monitor.clear_metrics()
 
 
-def _find(client: MlflowClient, experiment_id: str, fingerprint: str) -> str | None:
-    query = f"tags.`{FINGERPRINT}` = '{fingerprint}'"
-    runs = client.search_runs([experiment_id], query, max_results=1, order_by=["attributes.start_time ASC"])
-    return str(runs[0].info.run_id) if runs else None
-
-
 def claim_stage_run(spec: StageSpec) -> str:
     """Find or create the run of `spec`, record what is known before the work starts, and mark it as running.
 
-    A submitter that has MLflow at hand does this for its job, which then starts without it.
+    Raises ValueError where MLflow refuses that.
     """
+    try:
+        return _claim(spec)
+    except Exception as error:
+        if is_refused(error):
+            raise ValueError(f"stages.{spec.name}: MLflow refuses its run: {first_line(error)}") from error
+        raise
+
+
+def _claim(spec: StageSpec) -> str:
     client = client_of(spec.tracking_uri)
     experiment_id = experiment_id_of(client, spec.tracking_uri, spec.experiment)
-    run_id = _find(client, experiment_id, spec.target.fingerprint)
+    run = _find(client, experiment_id, spec)
     tags = _stage_tags(spec)
-    if run_id is None:
-        run_id = str(client.create_run(experiment_id, run_name=spec.name, tags=tags).info.run_id)
-        _log_params(client, run_id, spec.config)
-        _log_inputs(client, run_id, spec)
-    else:
-        client.update_run(run_id, status="RUNNING")
-        if "genpipe.error" in client.get_run(run_id).data.tags:
-            client.delete_tag(run_id, "genpipe.error")
+    if run is not None:
         for key, value in tags.items():
-            client.set_tag(run_id, key, value)
+            client.set_tag(run.info.run_id, key, value)
+        if run.info.status != "FINISHED":
+            _mark_running(client, run)
+        return str(run.info.run_id)
+    run_id = str(client.create_run(experiment_id, run_name=spec.name, tags=tags).info.run_id)
+    _log_params(client, run_id, spec.config)
+    _log_inputs(client, run_id, spec)
     return run_id
+
+
+def _find(client: MlflowClient, experiment_id: str, spec: StageSpec) -> Run | None:
+    """The run that makes the artifact of `spec`, or made it.
+
+    A finished one counts only while its artifact is there. On a server that several stores share, each has its own.
+    """
+    query = f"tags.`{FINGERPRINT}` = '{spec.target.fingerprint}'"
+    runs = client.search_runs([experiment_id], query, order_by=["attributes.start_time DESC"])
+    if not spec.tracking_uri.startswith("sqlite:"):  # else it is the store's own, which may have been moved
+        runs = [run for run in runs if run.data.tags.get("genpipe.artifact") == spec.target.uri]
+    if runs and runs[0].info.status == "FINISHED" and artifacts.find(spec.target.uri) is None:
+        return None
+    return runs[0] if runs else None
+
+
+def _mark_running(client: MlflowClient, run: Run) -> None:
+    if run.info.status != "RUNNING":
+        client.update_run(run.info.run_id, status="RUNNING")
+    _forget_error(client, run)
+
+
+def _forget_error(client: MlflowClient, run: Run) -> None:
+    if ERROR in run.data.tags:
+        client.delete_tag(run.info.run_id, ERROR)
 
 
 def _stage_tags(spec: StageSpec) -> dict[str, str]:
@@ -312,8 +285,7 @@ def _log_params(client: MlflowClient, run_id: str, config: Mapping[str, Any]) ->
     from mlflow.entities import Param
 
     settings = flatten({key: value for key, value in config.items() if key not in UNFINGERPRINTED})
-    # Keys that users choose, such as templates of captions, may have characters that MLflow refuses.
-    named = {re.sub(r"[^\w./: -]", "_", key)[:250]: value for key, value in settings.items()}
+    named = {_name(key)[:250]: value for key, value in settings.items()}
     params = [Param(key, str(value)[:MAX_PARAM]) for key, value in named.items()]
     for start in range(0, len(params), PARAMS_A_CALL):
         client.log_batch(run_id, params=params[start : start + PARAMS_A_CALL])
@@ -378,7 +350,9 @@ def _log_model(client: MlflowClient, run_id: str, spec: StageSpec, artifact: Art
         "genpipe.meta": _json(artifact.meta),
     }
     params = {key[:250]: str(value)[:MAX_PARAM] for key, value in flatten(spec.config).items()}
-    model = client.create_logged_model(
+    query = f"tags.`{FINGERPRINT}` = '{artifact.fingerprint}'"
+    begun = client.search_logged_models([run.info.experiment_id], query)  # by one that was killed before the next line
+    model = next((model for model in begun if model.source_run_id == run_id), None) or client.create_logged_model(
         run.info.experiment_id,
         name=spec.name,
         source_run_id=run_id,
@@ -390,15 +364,13 @@ def _log_model(client: MlflowClient, run_id: str, spec: StageSpec, artifact: Art
     client.log_outputs(run_id, [LoggedModelOutput(model.model_id, int(spec.config["train"]["samples"]))])
 
 
-def _end(client: MlflowClient, run_id: str, error: BaseException) -> None:
-    """End a run that did not finish; `error` is on its way to the caller."""
-    with _outages_reported(f"MLflow run {run_id} could not be ended"):
-        client.set_tag(run_id, "genpipe.error", f"{type(error).__name__}: {error}"[:MAX_TAG])
-        client.set_terminated(run_id, "FAILED" if isinstance(error, Exception) else "KILLED")
-
-
 def _tags(tags: Mapping[str, str]) -> dict[str, str]:
     return {key: value[:MAX_TAG] for key, value in tags.items() if value}
+
+
+def _name(text: str) -> str:
+    """A name that MLflow takes: those that users choose, such as templates of captions, may have other characters."""
+    return re.sub(r"[^\w./: -]", "_", text)
 
 
 def _json(value: Any) -> str:

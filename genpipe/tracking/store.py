@@ -13,10 +13,13 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlsplit, urlunsplit
+from urllib.request import url2pathname
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -27,6 +30,18 @@ os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
 os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
 
 REACH_SECONDS = 5.0
+LOCK_SECONDS = 300.0
+
+FILES = "mlartifacts"
+"""The folder beside an SQLite file where the files of its runs lie."""
+FILE_COLUMNS = (
+    ("experiments", "artifact_location"),
+    ("runs", "artifact_uri"),
+    ("logged_models", "artifact_location"),
+    ("model_versions", "storage_location"),
+)
+ARTIFACT_COLUMNS = (("tags", "value"), ("logged_model_tags", "tag_value"))
+"""Where MLflow's tables hold URIs of files, and genpipe's tags paths of artifacts."""
 
 
 def check(uri: str) -> None:
@@ -45,7 +60,7 @@ def check(uri: str) -> None:
     else:
         raise ValueError(
             f"tracking.uri: {uri!r} is not an MLflow tracking URI; write http://host:5000, sqlite:///path/mlflow.db "
-            "or leave it empty for SQLite in the store (jsonl is for single stages: python -m genpipe.launch.local)"
+            "or leave it empty for SQLite in the store (of jsonl, the records are in the store's folder runs/)"
         )
     from mlflow.exceptions import MlflowException
 
@@ -83,6 +98,7 @@ def serve_ui(uri: str, *, port: int) -> None:
 def client_of(uri: str) -> MlflowClient:
     """The client of this process for the MLflow at `uri`.
 
+    An SQLite file is made, or brought up to date, by one process at a time, and follows its folder if that was moved.
     A login in the URI of a server goes where MLflow looks for one otherwise, so that no message shows it.
     """
     from mlflow import MlflowClient
@@ -93,11 +109,54 @@ def client_of(uri: str) -> MlflowClient:
         os.environ["MLFLOW_TRACKING_USERNAME"] = unquote(parts.username)
         os.environ["MLFLOW_TRACKING_PASSWORD"] = unquote(parts.password or "")
         uri = _without_login(uri)
+    path = _sqlite_path(uri).absolute()
     if parts.scheme == "sqlite":
-        _sqlite_path(uri).parent.mkdir(
-            parents=True, exist_ok=True
-        )  # MLflow takes %25 for a name, and makes that folder
-    return MlflowClient(uri)
+        with suppress(OSError):  # a store that can only be read
+            path.parent.mkdir(parents=True, exist_ok=True)  # MLflow would make one with %25 in its name
+    if parts.scheme != "sqlite" or not os.access(path.parent, os.W_OK):
+        return MlflowClient(uri)
+    with _alone_with(path):
+        client = MlflowClient(uri)
+        client.search_experiments(max_results=1)
+        _follow_move(path)
+    return client
+
+
+@contextmanager
+def _alone_with(path: Path) -> Iterator[None]:
+    """Hold an SQLite lock on a file beside the database: MLflow would make its tables twice at once, and fail."""
+    connection = sqlite3.connect(path.with_name(f"{path.name}.lock"), timeout=LOCK_SECONDS, isolation_level=None)
+    try:
+        connection.execute("begin exclusive")
+        yield
+    finally:
+        connection.close()
+
+
+def _follow_move(path: Path) -> None:
+    """Where the folder of an SQLite file was moved or copied, let its runs' files and artifacts be those beside it.
+
+    MLflow holds the absolute location of files in each experiment, run and model; it would write those of later runs
+    to the old place, made anew if it is gone.
+    """
+    here = path.parent / FILES
+    with closing(sqlite3.connect(path, timeout=LOCK_SECONDS)) as database, database:
+        query = "select distinct artifact_location from experiments where artifact_location like ?"
+        for (location,) in database.execute(query, (f"file:%/{FILES}",)).fetchall():
+            there = Path(url2pathname(urlsplit(location).path))
+            if there == here or (there.parent.exists() and there.parent.samefile(here.parent)):
+                continue
+            for table, column in FILE_COLUMNS:
+                _replace_start(database, table, column, location, here.as_uri())
+            for table, column in ARTIFACT_COLUMNS:
+                _replace_start(database, table, column, str(there.parent), str(here.parent))
+
+
+def _replace_start(database: sqlite3.Connection, table: str, column: str, before: str, after: str) -> None:
+    database.execute(
+        f"update {table} set {column} = ? || substr({column}, ?) where {column} = ? or substr({column}, 1, ?) = ?",
+        (after, len(before) + 1, before, len(before) + 1, f"{before}/"),
+    )
 
 
 def experiment_id_of(client: MlflowClient, uri: str, name: str) -> str:
@@ -106,7 +165,7 @@ def experiment_id_of(client: MlflowClient, uri: str, name: str) -> str:
 
     experiment = client.get_experiment_by_name(name)
     if experiment is None:
-        beside = _sqlite_path(uri).absolute().parent / "mlartifacts"
+        beside = _sqlite_path(uri).absolute().parent / FILES
         location = beside.as_uri() if uri.startswith("sqlite:") else None
         try:
             kind = {"mlflow.experimentKind": "custom_model_development"}  # opens the UI's pages for model training

@@ -59,6 +59,8 @@ class CheckpointStore:
     damaged: set[str] = field(default_factory=set)
     """Names of those that were passed over; they are deleted when there is a newer one."""
 
+    _deleted: set[str] = field(default_factory=set)
+
     def names(self) -> list[str]:
         """Of the committed checkpoints, newest first."""
         keys = (entry.key for entry in open_storage(self.uri).list())
@@ -88,6 +90,12 @@ class CheckpointStore:
         if manifest is None:
             raise ManifestError(f"{uri}: no {artifacts.MANIFEST} here, so nothing was committed")
         return Checkpoint(open_storage(uri), [file.path for file in manifest.files])
+
+    def rewind(self, samples_seen: int) -> None:
+        """Delete what is newer than `samples_seen`, or all but the oldest intact one if all are."""
+        intact = [name for name in self.names() if name not in self.damaged]
+        kept = [name for name in intact if samples_of(name) <= samples_seen]
+        self._delete_all_but(set(kept or intact[-1:]))
 
     def clear(self) -> None:
         """Delete what attempts that were cut off left: everything that is not committed."""
@@ -156,9 +164,10 @@ class CheckpointStore:
     def _delete_all_but(self, kept: set[str]) -> None:
         storage = open_storage(self.uri)
         for name in list(storage.folders()):
-            if name not in kept:
+            if name not in kept | self._deleted:
                 storage.delete(f"{name}/{artifacts.MANIFEST}")  # first, so that no half of one is taken for damaged
                 storage.delete_all(f"{name}/")
+                self._deleted.add(name)  # some S3 servers go on listing its folder
 
 
 def name_of(samples_seen: int, *, attempt: int, count: int) -> str:

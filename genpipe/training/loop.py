@@ -6,8 +6,6 @@ by DDP, metrics leave the device every `log_every` steps. Nothing between forwar
 
 from __future__ import annotations
 
-import hashlib
-import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, nullcontext
@@ -19,16 +17,19 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from genpipe.config import Resources
-from genpipe.data.loader import Batches, Data, sample_batches, training_order
+from genpipe.data.loader import Data
 from genpipe.models.precision import Products, autocast, products_of
 from genpipe.training.agreement import Agreement
-from genpipe.training.bad_samples import Damage
+from genpipe.training.guard import HeldBuffers, spread_if_bad
 from genpipe.training.meter import Meter
 from genpipe.training.objective import Batch, Metrics, Objective, ObserveTraining, Step, Validation
+from genpipe.training.rollback import facts, roll_back
 from genpipe.training.runtime import Runtime
 from genpipe.training.settings import TrainConfig, lr_scale
 from genpipe.training.sharpness import sharpened
 from genpipe.training.state import TrainState
+from genpipe.training.stream import open_stream, seeded, to_device
+from genpipe.training.validation import validate
 
 
 def train(
@@ -39,59 +40,49 @@ def train(
     Starts from the runtime's newest checkpoint if there is one: N steps and k + resume + (N - k) steps give the
     same weights, bitwise on CPU. Every rank returns; metrics and pictures of the validation are rank 0's.
 
-    Raises ValueError where `cfg.trainable` names a module that the objective does not train; FloatingPointError when a
-    loss or gradient stops being finite, before such weights are saved; Interrupted when the runtime asked for a stop,
+    A step whose loss or gradient is not finite is skipped; see `cfg.guard` for what a run of them leads to.
+
+    Raises ValueError where `cfg.trainable` names a module that the objective does not train; FloatingPointError when
+    numbers stop being finite for good, before such weights are saved; Interrupted when the runtime asked for a stop,
     after a checkpoint.
     """
     cfg.check_trainable(objective.trainable)
     state = TrainState.fresh(objective.trainable, cfg)
     if not state.resume(rt):
         state.products = _agreed_products(cfg, rt)
+        if cfg.steps:
+            state.save(rt)  # what to go back to
     if rt.rank == 0:
-        rt.log_environment({"precision_used": state.products})
+        rt.log_environment({"precision_used": state.products, **facts(state)})
     forward = {name: _wrap(objective, name, module) for name, module in objective.trainable.items()}
     meter = Meter(rt, global_batch_size=cfg.global_batch_size, step=state.step)
-    micro_batch = cfg.micro_batch(rt.world_size)
-    saved_at = time.monotonic()
-    loaders = resources.loader_processes or resources.loader_threads
-    batches = Batches(
-        data.train.collate,
-        order=training_order(
-            data,
-            weights=cfg.source_weights,
-            seed=cfg.seed,
-            run=cfg.micro_batch_size or cfg.global_batch_size,
-        ),
-        global_batch_size=cfg.global_batch_size,
-        micro_batch_size=micro_batch,
-        rank=rt.rank,
-        world_size=rt.world_size,
-        start=state.samples_seen,
-        prefetch=max(2 * cfg.global_batch_size // (micro_batch * rt.world_size), loaders + 1),
-        threads=resources.loader_threads,
-        processes=resources.loader_processes,
-        pin=rt.device.type == "cuda",
-    )
-    damage = Damage(batches, rt, length=data.train.length, max_share=cfg.max_bad_share, start=state.samples_seen)
+    held = HeldBuffers(objective.trainable.values())
     agreement = Agreement(rt, flags=2)
-    with ExitStack() as stack:
-        stack.callback(batches.close)
-        stack.enter_context(state.checkpoints_finished())
-        stream = iter(batches)
-        validated = False  # since the last checkpoint
+    saved_at, validated = time.monotonic(), False  # since the last checkpoint
+    with state.checkpoints_finished(), ExitStack() as stream:
+        batches, damage = open_stream(stream, data, cfg, rt, resources, state)
         while state.step < cfg.steps:
-            _step(objective, forward, state, stream, cfg, rt, meter)
+            before = state.samples_seen
+            _step(objective, forward, state, batches, cfg, rt, meter, held)
             late = time.monotonic() - saved_at > resources.checkpoint_seconds or bool(validated and observe.keep_best)
             stop, due = agreement.ask(rt.should_stop(), rt.rank == 0 and late and not state.saving)  # clocks differ
-            last = state.step == cfg.steps
-            if not (last or stop) and _due(observe.validate_every, state.samples_seen, cfg.global_batch_size):
-                validation = validate(objective, data, cfg, rt, state, observe)
-                _log_validation(validation, rt, state)
-                state.heldout, validated = validation.metrics, True
-            if not (last or stop) and state.step % observe.log_every:
+            last, again = state.step == cfg.steps, state.samples_seen <= state.guard.judged
+            quiet = last or stop or again
+            validation_due = not quiet and _due(observe.validate_every, before, state.samples_seen)
+            report_due = last or stop or state.step % observe.log_every == 0
+            if (validation_due or report_due) and (verdict := state.guard.look()):
+                roll_back(state, verdict, rt)
+                batches, damage = open_stream(stream, data, cfg, rt, resources, state)
+                meter.restart(state)
                 continue
-            meter.report(state, waited=batches.wait_seconds, bad_samples=damage.report())  # raises, so before a save
-            if not last and (stop or due):
+            if validation_due:
+                state.heldout = validate(objective, data, cfg, rt, state, observe).metrics
+                validated = True
+            if not report_due:
+                continue
+            # This raises where too much data is damaged, so it comes before a checkpoint.
+            meter.report(state, waited=batches.wait_seconds, bad_samples=damage.report(), log=not again)
+            if not last and (stop or (due and not state.guard.in_a_run)):
                 rt.enter("checkpoint")
                 state.save(rt)
                 saved_at, validated = time.monotonic(), False
@@ -100,7 +91,8 @@ def train(
                 raise Interrupted(state.samples_seen)
         agreement.close()
     result = validate(objective, data, cfg, rt, state, observe)
-    _log_validation(result, rt, state)
+    if rt.rank == 0:
+        rt.log_environment(facts(state))
     for ema in state.emas.values():
         ema.swap()
     return result
@@ -112,46 +104,6 @@ class Interrupted(KeyboardInterrupt):
     def __init__(self, samples_seen: int) -> None:
         super().__init__(f"stopped at {samples_seen:,} samples; a new run goes on from there")
         self.samples_seen = samples_seen
-
-
-@torch.no_grad()
-def validate(
-    objective: Objective, data: Data, cfg: TrainConfig, rt: Runtime, state: TrainState, observe: ObserveTraining
-) -> Validation:
-    """Validate the EMA weights on `heldout_samples` held-out samples, always the same, on rank 0; the others wait."""
-    result = Validation({})
-    rt.enter("validation")
-    if rt.rank == 0:
-        with ExitStack() as stack:
-            for name, module in objective.trainable.items():
-                stack.enter_context(state.emas[name].swapped())
-                module.eval()
-                stack.callback(module.train)
-            stack.enter_context(autocast(rt.device, state.products))
-            batches = sample_batches(
-                data.heldout,
-                count=observe.heldout_samples,
-                batch_size=cfg.validation_batch,
-                weights=cfg.source_weights,
-            )
-            moved = (to_device(batch, rt.device) for batch in batches)
-            result = objective.validate(moved, seeded(rt.device, cfg.seed, "validate"))
-        if bad := [name for name, value in result.metrics.items() if not math.isfinite(value)]:
-            raise FloatingPointError(f"held-out {', '.join(bad)} is not finite after {state.samples_seen} samples")
-    if rt.world_size > 1:
-        dist.barrier()
-    return result
-
-
-def seeded(device: torch.device, *identity: object) -> torch.Generator:
-    """A generator whose seed is a hash of `identity`."""
-    digest = hashlib.sha256(repr(identity).encode()).digest()
-    return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-
-
-def to_device(batch: Batch, device: torch.device) -> Batch:
-    """The batch on `device`, copied behind the host's back where its memory is pinned."""
-    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
 
 
 class _Loss(nn.Module):
@@ -183,16 +135,21 @@ def _step(
     cfg: TrainConfig,
     rt: Runtime,
     meter: Meter,
+    held: HeldBuffers,
 ) -> None:
     """One optimizer step of every module whose turn it is, all on the same global batch."""
     accumulate = cfg.global_batch_size // (cfg.micro_batch(rt.world_size) * rt.world_size)
     rt.enter("data")
     micro = [(position, to_device(batch, rt.device)) for position, batch in _take(stream, accumulate)]
-    for name in objective.active(state.samples_seen):
+    active = objective.active(state.samples_seen)
+    for name in active:
         if state.step % cfg.every(name):
             continue
+        held.hold()
+        measured: list[Metrics] = []
         for other, module in objective.trainable.items():
             module.requires_grad_(other == name)
+        scale = state.scales[name].value.clone() if state.products == "fp16" else 1.0
         rho, loss_of = cfg.sam_rho, partial(_loss, name=name, state=state, cfg=cfg, rt=rt)
         for i, (position, batch) in enumerate(micro):
             unsynced = rt.world_size > 1 and i < len(micro) - 1
@@ -200,25 +157,33 @@ def _step(
             rt.enter("forward")
             with (
                 forward[name].no_sync() if unsynced else nullcontext(),  # type: ignore[operator]
-                sharpened(objective.trainable[name], alone, rho=rho) if rho else nullcontext(),
+                sharpened(objective.trainable[name], alone, rho=rho, scale=scale) if rho else nullcontext(),
             ):
                 loss, metrics = loss_of(forward[name], batch, position)
                 rt.enter("backward")
-                (loss / accumulate).backward()
-            meter.add({f"{name}/loss": loss.detach(), **{f"{name}/{k}": v for k, v in metrics.items()}})
+                loss.backward(spread_if_bad(loss, scale=scale / accumulate))
+            measured.append({"loss": loss.detach(), **metrics})
         rt.enter("optimizer")
-        meter.add({f"{name}/grad_norm": _clip(objective.trainable[name], cfg.grad_clip)})
-        scale = lr_scale(cfg.of(name), samples_seen=state.samples_seen)
+        norm = _clip(objective.trainable[name], cfg.grad_clip, scale=scale)
+        skip = bad = 1.0 - norm.isfinite().float()
+        if state.products == "fp16":
+            bad = state.scales[name].update(skip)
+        share = lr_scale(cfg.of(name), samples_seen=state.samples_seen)
         for optimizer in state.optimizers[name]:
             for group in optimizer.param_groups:
-                group["lr"] = group["peak_lr"] * scale
+                group["lr"] = group["peak_lr"] * share
+            optimizer.found_inf = skip  # type: ignore[attr-defined]  # as torch's fused optimizers take it
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        meter.rates[name] = cfg.of(name).optim.lr * scale
         objective.after_step()
+        held.put_back(skip=skip)
         state.emas[name].update()
-    state.samples_seen += cfg.global_batch_size
-    state.step += 1
+        means = {key: torch.stack([some[key].float() for some in measured]).mean() for key in measured[0]}
+        state.guard.note(name, active=active, samples_seen=state.samples_seen, loss=means["loss"], skip=bad)
+        means |= {"grad_norm": norm} | ({"loss_scale": scale} if isinstance(scale, Tensor) else {})
+        meter.add({f"{name}/{key}": value for key, value in means.items()}, skip=skip)
+        meter.rates[name] = cfg.of(name).optim.lr * share
+    state.advance()
 
 
 def _loss(
@@ -237,10 +202,13 @@ def _loss(
         return network(batch, step)
 
 
-def _clip(module: nn.Module, most: float | None) -> Tensor:
-    """The norm of a module's gradients, which are scaled down where it is more than `most`."""
+def _clip(module: nn.Module, most: float | None, *, scale: Tensor | float) -> Tensor:
+    """The norm of a module's gradients over `scale`; they are divided by it, and scaled down to norm `most`."""
     parameters = [p for p in module.parameters() if p.grad is not None]
-    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    if isinstance(scale, Tensor):
+        torch._foreach_mul_(gradients, 1 / scale)  # a power of two, so that nothing is rounded
+    norm = nn.utils.get_total_norm(gradients)
     if most is not None:
         nn.utils.clip_grads_with_norm_(parameters, most, norm)
     return norm.detach()
@@ -250,27 +218,14 @@ def _take(stream: Iterator[tuple[int, Batch]], n: int) -> Iterable[tuple[int, Ba
     return [next(stream) for _ in range(n)]
 
 
-def _due(every: int, samples_seen: int, step: int) -> bool:
-    """Whether this step crossed a multiple of `every`."""
-    return every > 0 and samples_seen // every > (samples_seen - step) // every
-
-
-def _agreed(rt: Runtime, *flags: bool) -> list[bool]:
-    """Rank 0's flags: all ranks must take the same turn, and their clocks differ."""
-    if rt.world_size == 1:
-        return list(flags)
-    answer = torch.tensor(flags, dtype=torch.uint8, device=rt.device)
-    dist.broadcast(answer, src=0)
-    return [bool(flag) for flag in answer.tolist()]
+def _due(every: int, before: int, now: int) -> bool:
+    """Whether a multiple of `every` was crossed between two counts of samples."""
+    return every > 0 and now // every > before // every
 
 
 def _agreed_products(cfg: TrainConfig, rt: Runtime) -> Products:
     """The precision of products that rank 0 finds: ranks on unlike machines must not differ."""
-    [bf16] = _agreed(rt, rt.rank == 0 and products_of(cfg.precision, rt.device) == "bf16")
-    return "bf16" if bf16 else "fp32"
-
-
-def _log_validation(result: Validation, rt: Runtime, state: TrainState) -> None:
-    if rt.rank == 0:
-        rt.log({f"heldout/{k}": v for k, v in result.metrics.items()}, samples_seen=state.samples_seen)
-        rt.log_images(result.images, samples_seen=state.samples_seen)
+    found: list[Products] = [products_of(cfg.precision, rt.device) if rt.rank == 0 else "fp32"]
+    if rt.world_size > 1:
+        dist.broadcast_object_list(found, src=0, device=rt.device)
+    return found[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from itertools import islice
 
 import torch
 import torch.distributed as dist
@@ -21,27 +22,27 @@ class Meter:
         self.rt = rt
         self.global_batch_size = global_batch_size
         self.rates: dict[str, float] = {}
-        self.sums: dict[str, Tensor] = {}
-        self.counts: dict[str, int] = {}
+        self._sums: dict[tuple[str, ...], Tensor] = {}
+        """By the names of metrics that are added together: their sums, and the number of steps."""
         self.last = (time.monotonic(), step, 0.0)
 
-    def add(self, metrics: Metrics) -> None:
-        """Take detached scalars of one micro-batch, or of one step."""
-        for name, value in metrics.items():
-            self.sums[name] = self.sums[name] + value.float() if name in self.sums else value.float()
-            self.counts[name] = self.counts.get(name, 0) + 1
+    def add(self, metrics: Metrics, *, skip: Tensor) -> None:
+        """Take the detached scalars of one step, or nothing of it where `skip` is 1."""
+        names = tuple(metrics)
+        values = torch.stack([*(value.float() for value in metrics.values()), torch.ones_like(skip)])
+        values = torch.where(skip.bool(), 0.0, values)
+        self._sums[names] = self._sums[names] + values if names in self._sums else values
 
-    def report(self, state: TrainState, *, waited: float, bad_samples: int) -> None:
-        """Log the means since the last report; `waited` is the seconds so far that steps have waited for data.
+    def restart(self, state: TrainState) -> None:
+        """Begin anew where training went back to, with another stream of data."""
+        self._sums, self.last = {}, (time.monotonic(), state.step, 0.0)
 
-        Raises FloatingPointError if a mean is not finite.
+    def report(self, state: TrainState, *, waited: float, bad_samples: int, log: bool) -> None:
+        """Log the means since the last report, but for those that are not finite, unless not to `log`.
+
+        `waited` is the seconds so far that steps have waited for data.
         """
         values = self._means()
-        if bad := [name for name, value in values.items() if not math.isfinite(value)]:
-            raise FloatingPointError(
-                f"{', '.join(bad)} is not finite after {state.samples_seen} samples; lower train.optim.lr or "
-                "train.grad_clip, or set train.precision=fp32 (the last checkpoint is from before this)"
-            )
         now = (time.monotonic(), state.step, waited)
         seconds, steps, waiting = (a - b for a, b in zip(now, self.last, strict=True))
         values |= {f"{name}/lr": rate for name, rate in self.rates.items()}
@@ -49,16 +50,25 @@ class Meter:
         values["step_seconds"] = seconds / steps
         values["data_wait_share"] = waiting / seconds
         values["bad_samples"] = float(bad_samples)
-        if self.rt.rank == 0:
+        values["skipped_steps"] = float(state.guard.skipped_steps)
+        values["rollbacks"] = float(len(state.guard.windows))
+        if log and self.rt.rank == 0:
             self.rt.log(values, samples_seen=state.samples_seen)
-        self.sums, self.counts, self.last = {}, {}, now
+        self._sums, self.last = {}, now
 
     def _means(self) -> dict[str, float]:
-        """Over the micro-batches of all ranks; empty where no module was updated."""
-        if not self.sums:
+        """Over the steps of all ranks; empty where no module was updated."""
+        if not self._sums:
             return {}
-        means = torch.stack([total / self.counts[name] for name, total in self.sums.items()])
+        sums = torch.cat(list(self._sums.values()))
         if self.rt.world_size > 1:
-            dist.all_reduce(means)
-            means /= self.rt.world_size
-        return dict(zip(self.sums, means.tolist(), strict=True))
+            dist.all_reduce(sums)
+        found: dict[str, list[float]] = {}
+        left = iter(sums.tolist())
+        for names in self._sums:
+            *values, steps = islice(left, len(names) + 1)
+            for name, value in zip(names, values, strict=True):
+                total, count = found.get(name, (0.0, 0.0))
+                found[name] = [total + value, count + steps]
+        means = {name: total / steps for name, (total, steps) in found.items() if steps}
+        return {name: mean for name, mean in means.items() if math.isfinite(mean)}

@@ -21,7 +21,11 @@ class Muon(torch.optim.Optimizer):
     A convolution's weight is the matrix [channels out, everything else]. Updates are scaled by 0.2 sqrt(larger side),
     which gives them the root mean square of AdamW's (Liu et al. 2025, eq. 4), so that one learning rate serves both.
     Matrices of one shape are orthogonalized together; the result equals torch.optim.Muon's on each.
+
+    A step for which `found_inf` is 1 changes nothing, as with torch's fused optimizers.
     """
+
+    found_inf: Tensor | None = None
 
     def __init__(
         self, params: Iterable[Tensor], *, lr: float, momentum: float = 0.95, weight_decay: float = 0.0
@@ -41,16 +45,20 @@ class Muon(torch.optim.Optimizer):
                 updates = orthogonalize(torch.stack([self._momentum(p, group["momentum"]) for p in params]))
                 scale = 0.2 * max(shape) ** 0.5
                 for p, update in zip(params, updates, strict=True):
-                    p.mul_(1 - group["lr"] * group["weight_decay"])
-                    p.add_(update.view_as(p), alpha=-group["lr"] * scale)
+                    new = p.mul(1 - group["lr"] * group["weight_decay"])
+                    self._replace(p, new.add_(update.view_as(p), alpha=-group["lr"] * scale))
 
     def _momentum(self, p: Tensor, momentum: float) -> Tensor:
         state = self.state[p]
         if not state:
             state["momentum_buffer"] = torch.zeros_like(p)
         assert p.grad is not None, "only parameters with gradients have updates"
-        buffer = state["momentum_buffer"].lerp_(p.grad, 1 - momentum)
+        buffer = state["momentum_buffer"]
+        self._replace(buffer, buffer.lerp(p.grad, 1 - momentum))
         return p.grad.lerp(buffer, momentum).flatten(1)
+
+    def _replace(self, old: Tensor, new: Tensor) -> None:
+        old.copy_(new if self.found_inf is None else torch.where(self.found_inf.bool(), old, new))
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:

@@ -26,6 +26,21 @@ class TrainableConfig(Config):
     every: int = Field(1, ge=1, description="steps of the run between updates of this module")
 
 
+class GuardConfig(Config):
+    """When training goes back to a checkpoint and skips what it met since.
+
+    Steps with a loss or gradient that is not finite are never applied. A run of them, or of losses far off, ends in a
+    rollback; the part of the data that is skipped is the run and as many steps before it (as Chowdhery et al. 2022,
+    section 5.1, did by hand).
+    """
+
+    steps: int = Field(16, ge=1, description="bad steps in a row that make training go back")
+    deviations: float | None = Field(
+        20.0, gt=0, description="robust standard deviations above the recent median that make a loss bad; null: none do"
+    )
+    rollbacks: int = Field(3, ge=0, description="how often training goes back before it fails")
+
+
 class TrainConfig(Config):
     """One training run. Progress is counted in samples, so that batch size and ranks may change."""
 
@@ -52,6 +67,7 @@ class TrainConfig(Config):
     source_weights: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]] = Field(
         default_factory=dict, description="share of the training samples from each source of a mix; default: by size"
     )
+    guard: GuardConfig = GuardConfig()
     max_bad_share: float = Field(0.01, ge=0, le=1, description="share of damaged samples beyond which training stops")
 
     @model_validator(mode="after")

@@ -12,11 +12,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from genpipe.data.loader import skip_ranges
 from genpipe.models.precision import Products
 from genpipe.training.background import Background
 from genpipe.training.checkpoint import Checkpoint, Snapshot
 from genpipe.training.checkpoint_store import Canceled, name_of, samples_of
 from genpipe.training.ema import Ema
+from genpipe.training.guard import Guard
+from genpipe.training.loss_scale import LossScale
 from genpipe.training.optim import build_optimizers
 from genpipe.training.runtime import Runtime
 from genpipe.training.settings import TrainConfig
@@ -26,7 +29,7 @@ GRACE_SECONDS = 10.0
 """For a checkpoint under way, when training fails."""
 
 RECORD = ("samples_seen", "step", "products")
-"""The fields of the state that a checkpoint holds as JSON; its tensors are found by `TrainState.tensors`."""
+"""The fields of the state that a checkpoint holds as JSON, beside the guard's; `tensors` finds its tensors."""
 
 
 @dataclass
@@ -36,6 +39,10 @@ class TrainState:
     trainable: dict[str, nn.Module]
     optimizers: dict[str, list[torch.optim.Optimizer]]
     emas: dict[str, Ema]
+    scales: dict[str, LossScale]
+    """Of the modules' losses; used with fp16 products alone."""
+
+    guard: Guard
     samples_seen: int = 0
     step: int = 0
     products: Products = "fp32"
@@ -62,7 +69,19 @@ class TrainState:
             trainable=trainable,
             optimizers={name: build_optimizers(module, cfg.of(name).optim) for name, module in trainable.items()},
             emas={name: Ema(module, decay=cfg.ema_decay) for name, module in trainable.items()},
+            scales={name: LossScale(_device(module)) for name, module in trainable.items()},
+            guard=Guard(cfg.guard, global_batch_size=cfg.global_batch_size),
         )
+
+    def advance(self) -> None:
+        """Count a step, and pass over the data that is skipped."""
+        self.samples_seen += self.guard.global_batch_size
+        self.skip_windows()
+
+    def skip_windows(self) -> None:
+        """Pass over data that is skipped: it counts as seen, so that schedules and the end stay in place."""
+        self.samples_seen = skip_ranges(self.samples_seen, self.guard.windows)
+        self.step = self.samples_seen // self.guard.global_batch_size
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor of the state by its name, in the same order on every rank.
@@ -94,7 +113,8 @@ class TrainState:
         self.wait()
         begun = time.monotonic()
         share = share_of(self.tensors(), rank=rt.rank, world_size=rt.world_size)
-        self._snapshot.copy(share, {key: getattr(self, key) for key in RECORD}, device=rt.device)
+        record = {key: getattr(self, key) for key in RECORD} | {"guard": self.guard.state_dict()}
+        self._snapshot.copy(share, record, device=rt.device)
         name = name_of(self.samples_seen, attempt=self._attempt, count=self._saved)
         self._saved += 1
         metrics = dict(self.heldout)
@@ -159,6 +179,7 @@ class TrainState:
     def _load(self, checkpoint: Checkpoint) -> None:
         for key in RECORD:
             setattr(self, key, checkpoint.record[key])
+        self.guard.load_state_dict(checkpoint.record["guard"])
         kept = self._kept()
         states = [_optimizer_state(checkpoint, *found) for found in self._optimizers()]
         tensors = kept | {name: tensor for by_name, _ in states for name, tensor in by_name.items()}
@@ -176,6 +197,8 @@ class TrainState:
             found |= {f"trainable/{name}/{key}": tensor for key, tensor in module.state_dict().items()}
         for name, ema in self.emas.items():
             found |= {f"emas/{name}/{key}": tensor for key, tensor in ema.state_dict().items()}
+        for name, scale in self.scales.items():
+            found |= {f"scales/{name}/{key}": tensor for key, tensor in scale.tensors().items()}
         return found
 
     def _optimizers(self) -> Iterator[tuple[str, nn.Module, torch.optim.Optimizer]]:
@@ -206,6 +229,11 @@ def _optimizer_state(
             by_name[name] = torch.zeros_like(p, dtype=dtype) if alike else p.new_zeros(shape, dtype=dtype)
             state.setdefault(index[id(p)], {})[key] = by_name[name]
     return by_name, state
+
+
+def _device(module: nn.Module) -> torch.device:
+    """Where a module's parameters are, or its buffers."""
+    return next((tensor.device for tensor in (*module.parameters(), *module.buffers())), torch.device("cpu"))
 
 
 def _found(rt: Runtime) -> tuple[list[str], int]:

@@ -40,10 +40,21 @@ def test_a_grid_of_each_prompt(genpipe: Command, config: Path, tmp_path: Path) -
 def test_a_pipeline_and_its_system_draw_the_same(
     genpipe: Command, config: Path, tiny: TinyPipeline, tmp_path: Path
 ) -> None:
+    """And write nothing into the store, which may be read-only; nor do other commands that only look."""
     outs = [tmp_path / "pipeline.png", tmp_path / "system.png"]
-    for source, out in zip((str(config), tiny.run("system").uri), outs, strict=True):
+    sources = (str(config), tiny.run("system").uri)
+    shards, before = tiny.run("shard").uri, written(tiny.store)
+    for source, out in zip(sources, outs, strict=True):
         assert genpipe("sample", source, "a red circle", "--out", str(out))[0] == 0
     assert outs[0].read_bytes() == outs[1].read_bytes()
+    assert genpipe("plan", str(config))[0] == 0
+    assert genpipe("data", "show", shards, "--out", str(tmp_path / "sheet.png"))[0] == 0
+    assert written(tiny.store) == before
+
+
+def written(folder: Path | str) -> dict[Path, int]:
+    """When each file and folder was last written."""
+    return {path: path.stat().st_mtime_ns for path in Path(folder).rglob("*")}
 
 
 def test_the_training_data_need_not_be_there(genpipe: Command, tiny: TinyPipeline, tmp_path: Path) -> None:

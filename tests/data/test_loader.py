@@ -6,6 +6,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,21 @@ def delivered(stream: Batches, count: int) -> Iterator[tuple[int, tuple[int, ...
     for position, batch in itertools.islice(stream, count):
         assert batch["positions"].tolist() == list(range(position, position + len(batch["positions"])))
         yield position, tuple(batch["indices"].tolist())
+
+
+@given(
+    start=st.integers(0, 9),
+    windows=st.lists(st.tuples(st.integers(0, 20), st.integers(1, 6)), max_size=4),
+    rank=st.integers(0, 1),
+)
+def test_skipped_ranges_are_left_out_and_nothing_else(start: int, windows: list[tuple[int, int]], rank: int) -> None:
+    """Against a list of steps: those of no window, in order, whether windows touch, overlap or hold the start."""
+    skip = [(24 * begin, 24 * (begin + length)) for begin, length in windows]
+    left_out = {step for begin, length in windows for step in range(begin, begin + length)}
+    kept = [step for step in range(start, 60) if step not in left_out][:8]
+    with closing(batches(50, start=24 * start, skip=skip, rank=rank, world_size=2)) as stream:
+        found = [position for position, _ in itertools.islice(stream, 8 * 6)]
+    assert found == [24 * step + 2 * rank + 4 * micro for step in kept for micro in range(6)]
 
 
 @settings(deadline=None, max_examples=60)

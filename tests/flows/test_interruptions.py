@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import sqlite3
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
@@ -18,7 +19,7 @@ from toybox import TOYS, survivors, wait_for
 from genpipe.launch.jobs import connect
 from genpipe.launch.local_ray import TUNING, Head, local_head
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
 SLOW = {
@@ -49,6 +50,37 @@ def test_nothing_survives_the_command(tmp_path: Path, prefect_home: Path, sent: 
     assert project.runs(stage)[0].info.status == "KILLED"
     assert project.runs("parent")[0].info.status == "KILLED"
     assert not list((project.store / "artifacts" / stage).glob("*/manifest.json"))
+
+
+def test_a_killed_run_leaves_nothing_and_the_next_one_ends_its_records(tmp_path: Path, prefect_home: Path) -> None:
+    project = Project(tmp_path, prefect_home)
+    project.make_data()
+    slow = ["stages.toy_line.step_seconds=0.1", "stages.toy_line.train.samples=600"]
+    slow += ["stages.toy_line.resources.checkpoint_seconds=1"]
+    process = project.start(*slow, stage="toy_line")
+    checkpoints = (project.store / "work/toy_line").glob
+    wait_for(lambda: list(checkpoints("*/checkpoints/*/manifest.json")) or process.poll() is not None, seconds=200)
+    assert process.poll() is None, project.output.read_text()
+    started = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    process.wait()
+    assert survivors(started) == [], "Prefect's server and Ray end with the run"
+    assert [run.info.status for run in (*project.runs("parent"), *project.runs("toy_line"))] == ["RUNNING", "RUNNING"]
+
+    code, output = project.run(*slow, stage="toy_line")
+    assert code == 0, output
+    after, before = project.runs("parent")
+    assert (before.info.status, after.info.status) == ("KILLED", "FINISHED")
+    assert "is gone" in before.data.tags["genpipe.error"]
+    [line] = project.runs("toy_line")
+    assert line.info.status == "FINISHED"
+    steps = [metric.step for metric in project.mlflow().get_metric_history(line.info.run_id, "line/loss")]
+    assert steps == list(range(20, 620, 20)), "one history: nothing twice, nothing lost"
+    with sqlite3.connect(project.folder / "prefect" / "prefect.db") as database:
+        states = dict(database.execute("select id, state_type from flow_run").fetchall())
+    flow_runs = [run.data.tags["genpipe.prefect_flow_run_id"] for run in (before, after)]
+    assert [states[flow_run] for flow_run in flow_runs] == ["CRASHED", "COMPLETED"]
+    assert not list((project.store / "runs/open").glob("*"))
 
 
 @pytest.fixture

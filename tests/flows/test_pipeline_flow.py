@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sqlite3
 from pathlib import Path
@@ -54,3 +55,13 @@ def test_records_link_prefect_ray_and_mlflow(project: Project) -> None:
     assert ended.pop("toy_end") != "COMPLETED"
     assert ended == {"toy_data": "COMPLETED", "toy_line": "FAILED", "toy_slow": "COMPLETED"}
     assert any(stage.info.run_id in str(table) for table in tables), "Prefect's table names the MLflow runs"
+
+
+def test_a_run_needs_no_mlflow(project: Project) -> None:
+    code, output = project.run("tracking.uri=jsonl", stage="toy_data")
+    assert (code, results(output)) == (0, {"toy_data": "cached"}), output
+    [summary] = (project.store / "runs/pipelines").glob("*/summary.json")
+    record = json.loads(summary.read_text())
+    assert record["status"] == "FINISHED"
+    assert [(row["stage"], row["status"]) for row in record["rows"]] == [("toy_data", "cached")]
+    assert (summary.parent / "config/toy.yaml").is_file()

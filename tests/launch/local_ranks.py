@@ -17,6 +17,7 @@ from toybox import TOYS, free_port, install, wait_for
 
 from genpipe.launch.local import main, spec_of_stage
 from genpipe.pipeline.spec import Progress, StageSpec, read_progress
+from genpipe.training.checkpoint_store import samples_of
 
 STEPS = 150
 BATCH = 4
@@ -47,7 +48,9 @@ class Line:
 
     @property
     def checkpoints(self) -> list[int]:
-        return sorted(int(path.parent.name) for path in Path(self.spec.work).glob("checkpoints/*/manifest.json"))
+        """Samples seen of those that are newer than the beginning."""
+        found = (samples_of(path.parent.name) for path in Path(self.spec.work).glob("checkpoints/*/manifest.json"))
+        return sorted(at for at in found if at)
 
     def wait_until_it_trains(self) -> Progress:
         """Its first progress in an attempt."""

@@ -46,9 +46,22 @@ def test_auto_takes_bf16_where_the_processor_is_fast_at_it(
     precision._fastest.cache_clear()
 
 
+def test_auto_takes_fp16_on_gpus_that_are_slow_at_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rates of a V100, in TFLOP/s: fp32 15, bf16 emulated, fp16 100. No processor is asked for fp16."""
+    precision._fastest.cache_clear()
+    rates = {torch.bfloat16: 11.0, torch.float32: 15.0, torch.float16: 100.0}
+    monkeypatch.setattr(precision, "gflops", lambda device, dtype: rates[dtype])
+    assert products_of("auto", torch.device("cuda")) == "fp16"
+    assert products_of("auto", CPU) == "fp32"
+    rates[torch.bfloat16] = 90.0
+    precision._fastest.cache_clear()
+    assert products_of("auto", torch.device("cuda")) == "bf16"
+    precision._fastest.cache_clear()
+
+
 def test_what_is_asked_for_is_taken_and_autocast_follows() -> None:
     matrix = torch.ones(2, 2)
-    for asked, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
+    for asked, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16), ("fp32", torch.float32)):
         assert products_of(asked, CPU) == asked  # type: ignore[arg-type]
         with autocast(CPU, asked):  # type: ignore[arg-type]
             assert (matrix @ matrix).dtype == dtype

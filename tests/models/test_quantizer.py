@@ -188,6 +188,16 @@ def test_more_dead_codes_than_a_step_revives() -> None:
     assert (model.codebook.abs().max(1).values < 40).all()
 
 
+def test_no_code_is_revived_from_numbers_that_are_not_finite() -> None:
+    """Nor where codes are parameters, which no skipped step puts back."""
+    model = make(update="gradient", revive_after=1)
+    latents = grid()
+    latents[:, :, ::2] = torch.nan
+    model(latents, generator=torch.Generator().manual_seed(0))
+    model.update()
+    assert model.codebook.isfinite().all()
+
+
 def test_use_by_hand() -> None:
     use = codebook_use({"": torch.tensor([2.0, 2.0, 0.0, 0.0]), "top_": torch.tensor([3.0, 1.0])})
     assert use["codes_used"] == 0.5 and use["perplexity"] == pytest.approx(2.0)

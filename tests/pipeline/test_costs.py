@@ -15,10 +15,10 @@ from genpipe.config import Resources
 from genpipe.models.convolutions import ResBlock
 from genpipe.models.layers import recomputed
 from genpipe.pipeline.costs import Cost, cost_of, training_flops
-from genpipe.training.loop import seeded
 from genpipe.training.objective import Batch, Metrics, Step, Validation
 from genpipe.training.optim import build_optimizers, optimizer_bytes
 from genpipe.training.settings import TrainConfig
+from genpipe.training.stream import seeded
 
 BATCH, WIDTH, HIDDEN, HEADS, TOKENS = 6, 32, 48, 4, 10
 

@@ -17,8 +17,8 @@ from genpipe.data.features import FeatureDataset
 from genpipe.generation.conditions import Statistics, Text, embed_statistics
 from genpipe.generation.embeds import sample_image_embeds, unconditional_image_embeds
 from genpipe.stages import prior
-from genpipe.training.loop import seeded
 from genpipe.training.objective import Step
+from genpipe.training.stream import seeded
 from genpipe.weights import load_weights
 
 if TYPE_CHECKING:

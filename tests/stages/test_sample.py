@@ -23,7 +23,7 @@ from genpipe.data.train_sets import image_data
 from genpipe.generation.systems import Conditions, load_system
 from genpipe.models.precision import autocast, products_of
 from genpipe.stages import sample
-from genpipe.training.loop import seeded
+from genpipe.training.stream import seeded
 
 if TYPE_CHECKING:
     from conftest import TinyPipeline

@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
+import numpy as np
+import psutil
 import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
-from toybox import Toys, free_port
+from toybox import Toys, free_port, wait_for
 
 from genpipe import artifacts
-from genpipe.launch.local import run_local
+from genpipe.launch.local import LocalLauncher, run_local
 from genpipe.pipeline.spec import StageSpec
 from genpipe.tracking import store
 from genpipe.tracking.jsonl import runs_uri
+from genpipe.tracking.open_runs import all_open
 from genpipe.tracking.recorder import Recorder
-from genpipe.tracking.runs import PipelineRun, claim_stage_run, fail_stage_run, open_stage_run, pipeline_run
+from genpipe.tracking.recording import attach, claim, open_stage_run, pipeline_run, settle_stage, settle_store
+from genpipe.tracking.runs import claim_stage_run
 
 
 @pytest.fixture(scope="module")
@@ -129,39 +137,226 @@ def test_a_retry_goes_on_in_the_same_run(
     assert done.data.tags["mlflow.parentRunId"] == "second"
 
 
-def test_a_stage_outlives_an_mlflow_that_is_gone(
+def steps_of(client: MlflowClient, run_id: str, metric: str) -> list[int]:
+    return [point.step for point in client.get_metric_history(run_id, metric)]
+
+
+def test_metrics_and_pictures_after_a_resume_are_of_one_history(client: MlflowClient, toys: Toys) -> None:
+    """Killed at 160 samples, resumed from the checkpoint at 80: what is computed once more stands once."""
+    spec = toys.spec("toy_data", slope=7.0)
+    run_id = claim(spec)
+    for start, stop in ((20, 180), (100, 220)):
+        run = attach(spec, run_id)
+        for samples_seen in range(start, stop, 20):
+            run.log({"loss": 1 / samples_seen, "rate": samples_seen % 7}, samples_seen=samples_seen)
+            if samples_seen % 40 == 0:
+                run.log_image("held/out", np.zeros((4, 4, 3), np.uint8), samples_seen=samples_seen)
+        run.close()
+    for metric in ("loss", "rate"):
+        assert steps_of(client, run_id, metric) == list(range(20, 220, 20))
+    pictures = [file.path for file in client.list_artifacts(run_id, "images") if file.path.endswith(".png")]
+    assert len(pictures) == len(range(40, 220, 40))
+
+
+def killed(code: str, toys: Toys, *, lives: bool = False) -> subprocess.Popen[str]:
+    """A process that runs `code` until it prints something, and is then killed, or `lives`."""
+    begin = f"from pathlib import Path; from toybox import Toys; toys = Toys(Path({toys.store!r}))\n"
+    path = os.pathsep.join([str(Path(__file__).parent.parent), *sys.path])
+    process = subprocess.Popen(
+        [sys.executable, "-c", begin + code], stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": path}
+    )
+    assert process.stdout is not None and process.stdout.readline(), "it ended too early"
+    if not lives:
+        process.kill()
+        process.wait()
+    return process
+
+
+COMMITTED = """
+import time
+from genpipe.launch.local import LocalLauncher, run_local
+from genpipe.tracking.recording import StageRun
+StageRun.finish = lambda *_: (print("committed", flush=True), time.sleep(60))
+data = run_local(toys.spec("toy_data"))
+run_local(toys.line(data, train={"seed": SEED}))
+"""
+
+
+@pytest.mark.parametrize("found_by", ["stage", "store"])
+def test_whoever_finds_the_artifact_committed_completes_its_record(
+    client: MlflowClient, toys: Toys, trained: tuple[StageSpec, StageSpec], found_by: str
+) -> None:
+    """Of a driver that was killed just after the commit."""
+    data = artifacts.find(trained[0].target.uri)
+    assert data is not None
+    seed = {"stage": 21, "store": 22}[found_by]
+    spec = toys.line(data, train={"seed": seed})
+    killed(COMMITTED.replace("SEED", str(seed)), toys)
+    assert run_of(client, spec).info.status == "RUNNING"
+    for _ in range(2):
+        if found_by == "stage":
+            run_local(spec)
+        else:
+            settle_store(toys.store)
+        run = run_of(client, spec)
+        assert run.info.status == "FINISHED"
+        assert len(run.outputs.model_outputs) == 1
+        assert steps_of(client, run.info.run_id, "loss") == [80]
+        files = {file.path for file in client.list_artifacts(run.info.run_id)}
+        assert {"manifest.json", "images"} <= files
+    assert not [run for run in all_open(toys.store) if run.stage == spec]
+
+
+@pytest.mark.parametrize("late", [KeyboardInterrupt("Ctrl-C"), KeyError("'00000'")])
+def test_what_is_committed_is_finished_whatever_came_after(
+    client: MlflowClient, toys: Toys, trained: tuple[StageSpec, StageSpec], late: BaseException
+) -> None:
+    data = artifacts.find(trained[0].target.uri)
+    assert data is not None
+    spec = toys.line(data, train={"seed": 31 + isinstance(late, KeyError)})
+    with pytest.raises(type(late)), open_stage_run(spec):
+        LocalLauncher().train(spec, run_of(client, spec).info.run_id)
+        raise late
+    run = run_of(client, spec)
+    assert run.info.status == "FINISHED" and len(run.outputs.model_outputs) == 1
+    assert "genpipe.error" not in run.data.tags
+
+
+def test_an_artifact_that_is_made_again_has_a_run_of_its_own(client: MlflowClient, toys: Toys) -> None:
+    spec = toys.spec("toy_data", slope=8.0)
+    first = claim(spec)
+    run_local(spec)
+    assert claim(spec) == first
+    shutil.rmtree(spec.target.uri)
+    run_local(spec)
+    manifest = artifacts.read_manifest(spec.target.uri)
+    assert manifest is not None and manifest.run_id != first
+    assert client.get_run(first).info.status == client.get_run(manifest.run_id).info.status == "FINISHED"
+
+
+def test_runs_of_dead_processes_are_ended_and_those_of_live_ones_left(
+    client: MlflowClient, toys: Toys, trained: tuple[StageSpec, StageSpec]
+) -> None:
+    code = """
+import time
+from genpipe.tracking.recording import claim, pipeline_run
+tags = {"genpipe.prefect_flow_run_id": "flow-SLOPE"}
+with pipeline_run(toys.tracking_uri, store=toys.store, experiment="toys", name="SLOPE", tags=tags) as parent:
+    claim(toys.spec("toy_data", slope=SLOPE).model_copy(update={"pipeline_run_id": parent.run_id}))
+    print("claimed", flush=True)
+    time.sleep(600)
+"""
+    dead, alive = toys.spec("toy_data", slope=9.0), toys.spec("toy_data", slope=10.0)
+    killed(code.replace("SLOPE", "9.0"), toys)
+    living = killed(code.replace("SLOPE", "10.0"), toys, lives=True)
+    try:
+        ended = settle_store(toys.store)
+        assert [record.tags["genpipe.prefect_flow_run_id"] for record in ended] == ["flow-9.0"]
+        assert settle_store(toys.store) == []
+        for spec, status in ((dead, "KILLED"), (alive, "RUNNING")):
+            run = run_of(client, spec)
+            parent = client.get_run(run.data.tags["mlflow.parentRunId"])
+            assert (run.info.status, parent.info.status) == (status, status)
+            for each in (run, parent):
+                assert ("is gone" in each.data.tags.get("genpipe.error", "")) == (status == "KILLED")
+    finally:
+        living.kill()
+        living.wait()
+    settle_store(toys.store)
+
+
+@pytest.mark.slow
+def test_records_of_a_time_without_mlflow_are_handed_in_once(
     toys: Toys,
     trained: tuple[StageSpec, StageSpec],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
 ) -> None:
-    """Gone before the stage begins, and gone while it trains: it commits, and its metrics are in the store."""
-    monkeypatch.setattr(Recorder, "CLOSE_SECONDS", 1.0)
+    """Gone before the stage begins, and gone while it trains: it commits, and the server gets all when it is there."""
+    monkeypatch.setattr(Recorder, "PATIENCE_SECONDS", 0.5)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    gone = f"http://127.0.0.1:{free_port()}"
+    port = free_port()
+    uri = f"http://127.0.0.1:{port}"
     data = artifacts.find(trained[0].target.uri)
     assert data is not None
-    for seed, run_id in ((11, ""), (12, "claimed-before-it-went")):
-        spec = toys.line(data, train={"seed": seed}).model_copy(update={"tracking_uri": gone, "run_id": run_id})
-        run_local(spec)
-        lines = [json.loads(line) for line in Path(runs_uri(spec), "metrics.jsonl").read_text().splitlines()]
-        losses = [line["samples_seen"] for line in lines if "line/loss" in line.get("metrics", {})]
-        assert losses == [20, 40, 60, 80]
-    assert "no answer from MLflow" in capsys.readouterr().err
-    fail_stage_run(spec, "there is no MLflow to record it")
-    parent = PipelineRun(store.client_of(gone), "r0", "0")
-    parent.end_stages(KeyboardInterrupt())
-    parent.summarize([{"stage": "toy_line", "status": "ran", "run_id": ""}])
-    assert "the summary is not recorded in MLflow" in capsys.readouterr().err
+    store.client_of.cache_clear()
+    specs = [toys.line(data, train={"seed": seed}).model_copy(update={"tracking_uri": uri}) for seed in (11, 12)]
+    server = MlflowServer(tmp_path, port)
+    with server, pipeline_run(uri, store=toys.store, experiment="toys", name="p", tags={}) as parent:
+        specs[1] = specs[1].model_copy(update={"run_id": claim(specs[1])})
+        server.stop()
+        for spec in specs:
+            run_local(spec)
+            lines = [json.loads(line) for line in Path(runs_uri(spec), "metrics.jsonl").read_text().splitlines()]
+            losses = [line["samples_seen"] for line in lines if "line/loss" in line.get("metrics", {})]
+            assert losses == [20, 40, 60, 80]
+        parent.summarize([{"stage": "toy_line", "status": "ran", "run_id": ""}])
+    said = capsys.readouterr().err
+    assert said.count("what is recorded is kept in") == 2, "of the stage that could not be claimed, and of the pipeline"
+    assert "records are kept in" in said
+    assert settle_store(toys.store) == [], "it is still gone"
+
+    with MlflowServer(tmp_path, port):
+        client = MlflowClient(uri)
+        for _ in range(2):
+            settle_store(toys.store)
+            for spec in specs:
+                run = run_of(client, spec)
+                assert run.info.status == "FINISHED" and len(run.outputs.model_outputs) == 1
+                assert steps_of(client, run.info.run_id, "line/loss") == [20, 40, 60, 80]
+                assert steps_of(client, run.info.run_id, "loss") == [80]
+                assert run.data.tags["genpipe.precision_used"] == "fp32"
+                images = [file.path for file in client.list_artifacts(run.info.run_id, "images")]
+                assert len([path for path in images if path.endswith(".png")]) == 1
+            assert client.get_run(parent.run_id).info.status == "FINISHED"
+            assert client.get_run(parent.run_id).data.tags["genpipe.status.toy_line"] == "ran"
+    assert not [run for run in all_open(toys.store) if run.tracking_uri == uri]
+
+
+class MlflowServer:
+    """`mlflow server` on loopback, with its records in a folder; it takes them up when it is started again."""
+
+    def __init__(self, folder: Path, port: int) -> None:
+        self.port = port
+        self.command = [
+            *(sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"),
+            *("--backend-store-uri", f"sqlite:///{folder}/mlflow.db", "--artifacts-destination", str(folder / "files")),
+        ]
+
+    def __enter__(self) -> None:
+        quiet = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+        self.process = subprocess.Popen(self.command, env=quiet, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        wait_for(self.answers, seconds=120)
+
+    def answers(self) -> bool:
+        try:
+            store.check(f"http://127.0.0.1:{self.port}")
+        except ValueError:
+            return False
+        return True
+
+    def stop(self) -> None:
+        family = psutil.Process(self.process.pid).children(recursive=True)
+        for process in (self.process, *family):
+            process.kill()
+        self.process.wait()
+
+    def __exit__(self, *_: object) -> None:
+        if self.process.poll() is None:
+            self.stop()
 
 
 def test_a_job_that_died_silently_is_marked_failed(client: MlflowClient, toys: Toys) -> None:
     spec = toys.spec("toy_data", slope=3.0)
-    claim_stage_run(spec)
-    fail_stage_run(spec, "the node is gone")
+    claim(spec)
+    settle_stage(spec, status="FAILED", error="the node is gone")
+    assert run_of(client, spec).info.status == "RUNNING", "whoever claimed it is there"
+    settle_stage(spec, status="FAILED", error="the node is gone", gone=True)
     assert run_of(client, spec).info.status == "FAILED"
+    assert run_of(client, spec).data.tags["genpipe.error"] == "the node is gone"
     run_local(spec)
-    fail_stage_run(spec, "not this time")
+    settle_stage(spec, status="FAILED", error="not this time", gone=True)
     assert run_of(client, spec).info.status == "FINISHED"
 
 
@@ -173,7 +368,7 @@ def test_a_pipeline_run_tells_of_its_stages(client: MlflowClient, toys: Toys, tm
         {"stage": "toy_line", "status": "failed", "run_id": "", "seconds": 2.0},
     ]
     with pipeline_run(
-        toys.tracking_uri, experiment="toys", name="toys", tags={"genpipe.x": "1"}, files=[config]
+        toys.tracking_uri, store=toys.store, experiment="toys", name="toys", tags={"genpipe.x": "1"}, files=[config]
     ) as parent:
         parent.summarize(rows)
     run = client.get_run(parent.run_id)
@@ -182,22 +377,6 @@ def test_a_pipeline_run_tells_of_its_stages(client: MlflowClient, toys: Toys, tm
     assert run.data.tags["genpipe.status.toy_line"] == "failed"
     logged = {file.path for file in client.list_artifacts(parent.run_id)}
     assert {"summary.json", "config"} <= logged
-
-
-def test_stages_that_were_stopped_do_not_go_on_running(client: MlflowClient, toys: Toys) -> None:
-    stopped = pytest.raises(KeyboardInterrupt)
-    with stopped, pipeline_run(toys.tracking_uri, experiment="toys", name="toys", tags={}) as parent:
-        data = toys.spec("toy_data", slope=6.0).model_copy(update={"pipeline_run_id": parent.run_id})
-        done = run_local(data)
-        line = claim_stage_run(toys.line(done).model_copy(update={"pipeline_run_id": parent.run_id}))
-        other = claim_stage_run(toys.line(done, samples=160))  # of no pipeline run
-        parent.end_stages(KeyboardInterrupt("Ctrl-C"))
-        raise KeyboardInterrupt
-    assert client.get_run(line).info.status == "KILLED"
-    assert client.get_run(line).data.tags["genpipe.error"] == "KeyboardInterrupt: Ctrl-C"
-    assert client.get_run(other).info.status == "RUNNING"
-    manifest = artifacts.read_manifest(done.uri)
-    assert manifest is not None and client.get_run(manifest.run_id).info.status == "FINISHED"
 
 
 def test_long_and_many_settings_are_recorded(client: MlflowClient, toys: Toys) -> None:

@@ -6,7 +6,9 @@ import base64
 import http.server
 import io
 import json
+import shutil
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -14,6 +16,7 @@ import types
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 from toybox import free_port
 
@@ -132,3 +135,63 @@ def test_a_database_without_its_driver_names_the_package(tmp_path: Path) -> None
     with pytest.raises(ValueError, match="not a database's URI"):
         store.check("postgresq://127.0.0.1/mlflow")
     assert time.monotonic() - begun < 10, "before MLflow tries for minutes"
+
+
+@pytest.mark.slow
+def test_two_who_start_at_once_make_one_database(tmp_path: Path) -> None:
+    uri = sqlite_uri(tmp_path / "new" / "mlflow.db")
+    code = f"""
+import sys
+from genpipe.tracking import store
+store.check({uri!r})
+client = store.client_of({uri!r})
+print(client.create_run(store.experiment_id_of(client, {uri!r}, "runs")).info.experiment_id)
+"""
+    processes = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    answers = [process.communicate(timeout=240)[0].strip() for process in processes]
+    assert [process.returncode for process in processes] == [0, 0, 0]
+    assert len(set(answers)) == 1, "one experiment"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("before", ["moved", "copied"])
+def test_a_store_that_was_moved_takes_its_files_along(tmp_path: Path, before: str) -> None:
+    old, new = tmp_path / "old store", tmp_path / "elsewhere" / "new store"
+    uri = sqlite_uri(old / "mlflow.db")
+    store.check(uri)
+    client = store.client_of(uri)
+    first = client.create_run(
+        store.experiment_id_of(client, uri, "runs"), tags={"genpipe.artifact": f"{old}/artifacts/a"}
+    )
+    client.log_image(first.info.run_id, np.zeros((4, 4, 3), np.uint8), key="picture", step=1, synchronous=True)
+    model = client.create_logged_model(
+        first.info.experiment_id, name="m", tags={"genpipe.artifact": f"{old}/artifacts/a"}
+    )
+    store.client_of.cache_clear()
+    shutil.copytree(old, new)
+    if before == "moved":
+        shutil.rmtree(old)
+    files = sorted(tmp_path.glob("old*/**/*"))
+
+    code = """
+import io, sys
+from genpipe.tracking import store
+uri, first = sys.argv[1:]
+store.check(uri)
+client = store.client_of(uri)
+second = client.create_run(store.experiment_id_of(client, uri, "runs")).info.run_id
+for run_id in (first, second):
+    client.log_stream(run_id, io.BytesIO(b"x"), "later.txt")
+"""
+    moved = sqlite_uri(new / "mlflow.db")
+    subprocess.run([sys.executable, "-c", code, moved, first.info.run_id], check=True, timeout=240)
+    assert sorted(tmp_path.glob("old*/**/*")) == files, "nothing is written there"
+    assert len(list(new.glob("mlartifacts/**/later.txt"))) == 2
+    client = store.client_of(moved)
+    assert len([f for f in client.list_artifacts(first.info.run_id, "images") if f.path.endswith(".png")]) == 1
+    run = client.get_run(first.info.run_id)
+    assert run.info.artifact_uri.startswith((new / "mlartifacts").as_uri())
+    assert run.data.tags["genpipe.artifact"] == f"{new}/artifacts/a"
+    moved_model = client.get_logged_model(model.model_id)
+    assert moved_model.tags["genpipe.artifact"] == f"{new}/artifacts/a"
+    assert moved_model.artifact_location.startswith((new / "mlartifacts").as_uri())

@@ -37,6 +37,7 @@ class FolderRuntime:
     files: dict[str, str] = field(default_factory=dict)
     environment: dict[str, str] = field(default_factory=dict)
     events: list[str] = field(default_factory=list)
+    reported: list[int] = field(default_factory=list)
     phases: dict[str, int] = field(default_factory=dict)
     checkpoints: CheckpointStore = field(init=False)
 
@@ -46,6 +47,8 @@ class FolderRuntime:
     def log(self, metrics: dict[str, float], *, samples_seen: int) -> None:
         assert self.rank == 0, "only rank 0 logs"
         self.logged.setdefault(samples_seen, {}).update(metrics)
+        if "samples_per_second" in metrics:
+            self.reported.append(samples_seen)
 
     def log_images(self, images: dict[str, np.ndarray], *, samples_seen: int) -> None:
         self.pictures += images
@@ -106,6 +109,6 @@ def sgd(module: nn.Module, _: object) -> list[torch.optim.Optimizer]:
     """Ranks add in another order, so gradients differ in their last bits; Adam, dividing by their size, blows those
     bits up where a gradient is near zero. Plain descent shows gradients as they are.
     """
-    optimizer = torch.optim.SGD(module.parameters(), lr=SGD_RATE)
+    optimizer = torch.optim.SGD(module.parameters(), lr=SGD_RATE, fused=True)
     optimizer.param_groups[0]["peak_lr"] = SGD_RATE
     return [optimizer]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from folder_runtime import FolderRuntime, build, sgd, train_stage, weights
+from small_objective import G, Small, stream, train_small
+from torch import nn
 
 from genpipe.data.image_batches import Images
 from genpipe.data.loader import Batches
@@ -101,3 +104,27 @@ def agree(rank: int, folder: str) -> None:
     agreement.close()
     Path(folder, f"seen-{rank}").write_text(json.dumps(seen))
     dist.destroy_process_group()
+
+
+def train_small_ranks(rank: int, folder: str) -> None:
+    """One of two processes: train on a stream with bad steps, of which each is met by one rank alone."""
+    torch.set_num_threads(1)
+    bad = {3: ("x", math.nan), 6: ("offset", math.nan), **dict.fromkeys((12, 13, 14), ("x", math.inf))}
+    settings: dict[str, Any] = {"steps": 24, "micro_batch_size": 2, "guard": {"steps": 3}, "build": Plain}
+    settings["optim"] = {"kind": "adamw", "lr": 0.01, "eps": 1e-3}  # small gradients' last bits are not blown up
+    if rank == 0:
+        alone = train_small(stream(bad), FolderRuntime(Path(folder, "alone")), **settings)
+        torch.save(alone, Path(folder, "alone.pt"))
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=RANKS)
+    rt = FolderRuntime(Path(folder, "together"), rank=rank, world_size=RANKS)
+    torch.save(train_small(stream(bad), rt, **settings), Path(folder, f"{rank}.pt"))
+    assert rank or (rt.logged[24 * G]["rollbacks"] == 1 and rt.logged[24 * G]["skipped_steps"] == 2)
+    dist.destroy_process_group()
+
+
+class Plain(Small):
+    """Without statistics of a batch, which are a rank's own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model[1].norm = nn.Identity()

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import resource
+import signal
+import subprocess
+import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -17,6 +24,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
+from genpipe.storage import open_storage
+from genpipe.training.checkpoint_store import CheckpointStore
 from genpipe.training.settings import TrainConfig
 from genpipe.training.state import TrainState
 
@@ -30,6 +39,10 @@ LAYOUTS: list[tuple[Kind, int]] = [
     ("plain", 1),
     ("plain", 4),
 ]
+
+
+DAMAGED = 3
+"""The turn before which the file of another rank than 0 is damaged: both ranks take the checkpoint before."""
 
 
 class Net(nn.Module):
@@ -99,6 +112,9 @@ def pass_on(rank: int, folder: str) -> None:
 
 def take_over(rt: FolderRuntime, kind: Kind, *, turn: int) -> None:
     state = built(kind, seed=turn)
+    if turn == DAMAGED and rt.rank == 0:
+        truncate(sorted(rt.work.glob("checkpoints/*/*.safetensors"))[-1])
+    dist.barrier()
     resumed = state.resume(rt)
     found = whole(state)
     if turn == 0:
@@ -109,14 +125,16 @@ def take_over(rt: FolderRuntime, kind: Kind, *, turn: int) -> None:
         if rt.rank == 0:
             save_file(found, rt.work / "expected.safetensors")
     else:
-        assert resumed and (state.samples_seen, state.step) == (20 + turn - 1, 2)
+        before = turn - 1 if turn <= DAMAGED else turn - 2
+        assert resumed and (state.samples_seen, state.step) == (20 + before - (turn == DAMAGED), 2)
         assert same(found, load_file(rt.work / "expected.safetensors")), f"{kind} on {rt.world_size} ranks"
     if turn:
         state.samples_seen += 1
     state.save(rt)
     step(state)  # the optimizer takes what was loaded; what is written is from before
     state.wait()
-    assert turn == 0 or rt.rank or not rt.events
+    told = ["passed over a damaged checkpoint"] if turn == DAMAGED and rt.rank == 0 else []
+    assert [event.partition(":")[0] for event in rt.events] == told
 
 
 @pytest.mark.slow
@@ -126,3 +144,141 @@ def test_other_ranks_sharded_or_not_go_on_from_the_same_bits(tmp_path: Path) -> 
     newest = FolderRuntime(tmp_path).checkpoints.names()[0]
     sizes = [path.stat().st_size for path in (tmp_path / "checkpoints" / newest).glob("*.safetensors")]
     assert len(sizes) == 4 and max(sizes) < sum(sizes) / 2, "each wrote its share"
+
+
+@pytest.fixture
+def rt(tmp_path: Path) -> FolderRuntime:
+    return FolderRuntime(tmp_path)
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+@contextmanager
+def full_disk() -> Iterator[None]:
+    """No file of this process may have more than 1,000 bytes: a write beyond that is an error, as on a full disk."""
+    usual = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, usual[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, usual)
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+def test_a_failed_write_is_told_and_the_next_one_is_made(rt: FolderRuntime) -> None:
+    state = built(width=32)
+    assert not state.resume(rt)
+    step(state)
+    with full_disk():
+        state.save(rt)
+        state.wait()
+    assert rt.saved() == []
+    [told] = rt.events
+    assert told.startswith("a checkpoint could not be written, training goes on: ") and "File too large" in told
+    step(state)
+    state.save(rt)
+    state.wait()
+    assert rt.saved() == [20] and len(rt.events) == 1
+    again = built(width=32, seed=1)
+    assert again.resume(rt) and same(whole(again), whole(state))
+
+
+def test_another_error_of_the_background_is_raised(rt: FolderRuntime) -> None:
+    class LeaseLost(Exception):
+        pass
+
+    def refuse() -> None:
+        raise LeaseLost
+
+    rt.checkpoints.before_commit = refuse
+    state = built(width=4)
+    state.save(rt)
+    with pytest.raises(LeaseLost):
+        state.save(rt)
+    assert rt.saved() == [] and rt.events == []
+
+
+def test_a_checkpoint_under_way_is_finished_when_training_fails(rt: FolderRuntime) -> None:
+    state = built(width=64)
+    with pytest.raises(FloatingPointError), state.checkpoints_finished():
+        step(state)
+        state.save(rt)
+        raise FloatingPointError
+    assert rt.saved() == [10]
+
+
+def test_an_optimizer_begins_anew_where_the_checkpoint_has_none(rt: FolderRuntime) -> None:
+    """Rolled back to before its first step, as a discriminator that joins late."""
+    state = built(width=4)
+    state.save(rt)
+    expected = whole(state)
+    step(state)
+    assert state.resume(rt)
+    assert same(whole(state), expected) and not any("exp_avg" in name for name in expected)
+
+
+def test_tensors_go_by_the_names_of_weights() -> None:
+    state = built()
+    step(state)
+    names = set(state.tensors())
+    assert {"trainable/net/seen", "emas/net/gain", "optimizers/net/0/inner.2.weight/exp_avg_sq"} <= names
+    assert all(name.startswith(("trainable/net/", "emas/net/", "optimizers/net/0/")) for name in names)
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from folder_runtime import FolderRuntime
+from test_state import built, step
+state, rt = built(width=1500), FolderRuntime(Path(sys.argv[1]))
+state.resume(rt)
+state.save(rt)
+state.wait()
+step(state)
+state.save(rt)
+while not list(rt.work.glob("checkpoints/*/*.part")):
+    pass
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_killed_while_it_writes(rt: FolderRuntime) -> None:
+    """72 MB are under way: the checkpoint before is taken, and what is left of this one deleted."""
+    killed = subprocess.run([sys.executable, "-c", KILLED, str(rt.work)], env=environment())
+    assert killed.returncode == -signal.SIGKILL
+    folders = list((rt.work / "checkpoints").iterdir())
+    assert len(folders) == 2 and rt.saved() == [0]
+    state = built(width=1500, seed=1)
+    assert state.resume(rt)
+    assert same(whole(state), whole(built(width=1500)))
+    assert len(list((rt.work / "checkpoints").iterdir())) == 1
+
+
+def environment() -> dict[str, str]:
+    tests = Path(__file__).parent
+    paths = [str(tests), str(tests.parent), str(tests.parent.parent), os.environ.get("PYTHONPATH", "")]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+
+
+def test_checkpoints_on_s3(s3_server: str, rt: FolderRuntime) -> None:
+    rt.checkpoints = CheckpointStore(f"s3://genpipe/{rt.work.name}")
+    state = built()
+    for _ in range(3):
+        step(state)
+        state.save(rt)
+    state.wait()
+    assert rt.saved() == [20, 30] and rt.events == []
+    rt.checkpoints = CheckpointStore(rt.checkpoints.uri)
+    again = built(seed=1)
+    assert again.resume(rt) and same(whole(again), whole(state))
+    storage = open_storage(rt.checkpoints.uri)
+    [key] = [entry.key for entry in storage.list(f"{rt.checkpoints.names()[0]}/rank")]
+    storage.write(key, storage.read(key)[:-1] + b"?")
+    assert built(seed=1).resume(rt)
+    [told] = rt.events
+    assert told == (
+        f"passed over a damaged checkpoint: {rt.checkpoints.uri}/{key}: its content differs from the manifest's sha256"
+    )
