@@ -2,10 +2,10 @@
 
     python tests/benchmarks/bench_train.py [--launcher ray|local] [--pairs 60] [--block 5]
 
-A stage is trained as `genpipe run` trains it: a Ray Train worker (or `run_local`) with MLflow's records, checkpoints and
-the loader. In blocks of some steps it takes turns with a process that has the same model, batch, optimizer, clipping and
-average, and nothing else; whoever has no turn is stopped, with all its processes. Expect a ratio of at most 1.03. What
-starting takes is told apart. On a machine that others use, too, believe the CPU time.
+A stage is trained as `genpipe run` trains it: in a Ray Train worker (or by `run_local`), with the loader, MLflow's
+records and checkpoints. In blocks of some steps it takes turns with a process that has the same model, batch,
+optimizer, clipping and average, and nothing else; whoever has no turn is stopped, with all its processes. Expect a
+ratio of at most 1.03. What starting takes is told apart. On a machine that others use, too, believe the CPU time.
 """
 
 from __future__ import annotations
@@ -176,7 +176,7 @@ def checkpoints(folder: Path) -> set[str]:
 def compare(launcher: str, *, pairs: int, block: int) -> None:
     """Measure, and print what came out."""
     with tempfile.TemporaryDirectory(prefix="bench") as name, both(launcher, Path(name), block) as (stack, bare):
-        print(f"start: stack {stack.start_seconds:.1f} s, bare loop {bare.start_seconds:.1f} s")
+        print(f"start: stack {stack.start_seconds:.1f} s, bare loop {bare.start_seconds:.1f} s", flush=True)
         blocks: dict[str, list[dict[str, Any]]] = {"stack": [], "bare": []}
         for _ in range(WARM + pairs):
             before = checkpoints(Path(name))
@@ -192,11 +192,10 @@ def compare(launcher: str, *, pairs: int, block: int) -> None:
         f"{launcher}: {pairs} pairs of {block} steps, {saving.sum()} with a checkpoint; 95 % intervals over the pairs"
     )
     for side in ("stack", "bare"):
-        late = (steps[side] > 1.5 * np.median(steps[side])).mean()
-        print(
-            f"  {side}: median step {1e3 * np.median(steps[side]):.1f} ms, CPU {1e3 * cpu[side].sum() / len(steps[side]):.1f} "
-            f"ms; {100 * late:.1f} % of the steps over 1.5 medians, the longest {steps[side].max() / np.median(steps[side]):.1f}"
-        )
+        typical, each = np.median(steps[side]), cpu[side].sum() / len(steps[side])
+        late, longest = 100 * (steps[side] > 1.5 * typical).mean(), steps[side].max() / typical
+        print(f"  {side}: median step {1e3 * typical:.1f} ms, CPU {1e3 * each:.1f} ms a step")
+        print(f"    {late:.1f} % of the steps over 1.5 medians, the longest {longest:.1f} medians")
     apart = steps["stack"].reshape(pairs, block)[~saving]
     late = (apart > 1.5 * np.median(apart)).mean()
     print(f"  stack without the blocks with a checkpoint: {100 * late:.1f} % of the steps over 1.5 medians")

@@ -1,7 +1,7 @@
 """A training stage that tells how long its steps take, and that works only when it has the turn.
 
-Its objective trains a small DiT on noise held in memory. It ends a block of `block` steps by writing the seconds of each
-to the socket `clock`, and begins the next when it is answered: `bench_train.py` lets a bare loop run in between.
+Its objective trains a small DiT on noise held in memory. It ends a block of `block` steps by writing the seconds of
+each to the socket `clock`, and begins the next when it is answered: `bench_train.py` lets a bare loop run in between.
 """
 
 from __future__ import annotations
