@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -19,6 +19,7 @@ from genpipe import artifacts
 from genpipe.artifacts import Artifact
 from genpipe.config import ConfigError
 from genpipe.launch import stopping
+from genpipe.launch.lease import LeaseLost, leave
 from genpipe.launch.rank import train_rank
 from genpipe.launch.run_stage import PartWorker, execute
 from genpipe.launch.stopping import StageStopped
@@ -61,14 +62,14 @@ class LocalLauncher:
                 worker(part)
 
 
-def run_local(spec: StageSpec) -> Artifact:
+def run_local(spec: StageSpec, *, lost: Callable[[LeaseLost], None] = print) -> Artifact:
     """Run a stage here and return its artifact; under torchrun rank 0 leads and the others only train with it.
 
-    Raises StageStopped once it has stopped on request.
+    `lost` is called on another thread if somebody else takes over. Raises StageStopped once it has stopped on request.
     """
     launcher = LocalLauncher()
     if launcher.rank == 0:
-        return execute(spec, launcher)
+        return execute(spec, launcher, lost=lost)
     if is_training(load_stage(spec.stage)) and artifacts.committed(spec.target) is None:
         launcher.train(spec, run_id="")
     while (artifact := artifacts.committed(spec.target)) is None:  # for longer than a collective would wait
@@ -101,7 +102,7 @@ def main(arguments: Sequence[str]) -> int:
     config, stage, *overrides = arguments
     leads = int(os.environ.get("RANK", 0)) == 0
     try:
-        artifact = run_local(spec_of_stage(config, stage, overrides))
+        artifact = run_local(spec_of_stage(config, stage, overrides), lost=leave)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from genpipe.launch import stopping
+from genpipe.launch import lease, stopping
 from genpipe.launch.process import set_up_process
 from genpipe.launch.run_stage import commit
 from genpipe.launch.watchdog import Watched
@@ -157,6 +157,10 @@ class RankRuntime:
         self.run.set_tags({f"event.{when}": f"at {samples_seen} samples: {message}"})
 
     def before_checkpoint(self) -> None:
-        """Have what was logged kept before a checkpoint is: what goes on from there does not log it again."""
+        """Have what was logged kept before a checkpoint is: what goes on from there does not log it again.
+
+        Raises LeaseLost if another attempt has taken over.
+        """
         assert self.run is not None, "only rank 0 commits"
         self.run.flush()
+        lease.check(self.spec)

@@ -21,8 +21,8 @@ from typing import Any
 
 from genpipe import artifacts
 from genpipe.config import Resources
-from genpipe.launch import stopping
-from genpipe.launch.failure import BEGUN, JobLost, StageError, begin_attempt, first_line, read_failure, report_failure
+from genpipe.launch import lease, stopping
+from genpipe.launch.failure import BEGUN, JobLost, StageError, first_line, read_failure, report_failure
 from genpipe.launch.local_ray import TUNING
 from genpipe.launch.stopping import StageStopped, Stopped
 from genpipe.launch.watchdog import last_hang
@@ -85,11 +85,12 @@ class RayLauncher:
             ),
             torch_config=_torch_config(resources),
         )
+        began = time.time()
         try:
             result = trainer.fit()
         except TrainingFailedError as error:
             self._raise_failure(spec)
-            raise JobLost(f"Ray Train gave up: {last_hang(spec.work) or first_line(error)}") from error
+            raise _judged(error, last_hang(spec.work, since=began)) from error
         self._raise_failure(spec)
         return Stopped.model_validate(result.return_value) if result.return_value else None
 
@@ -139,6 +140,22 @@ def _infrastructure() -> tuple[type[Exception], ...]:
     return RayError, DistError
 
 
+def _judged(error: Exception, hang: str) -> StageError:
+    """What it means that Ray Train gave up, after it has started the group `max_failures` times again.
+
+    A rank cannot tell its own RuntimeError from that of a collective whose other side is gone. If at last no rank was
+    lost, the error is the stage's own.
+    """
+    from ray.train.v2._internal.exceptions import UserExceptionWithTraceback as RankError
+
+    failures: dict[int, Exception] = getattr(error, "worker_failures", {})
+    raised = [failure for failure in failures.values() if isinstance(failure, RankError)]
+    own = [failure for failure in raised if type(failure._base_exc) is RuntimeError]
+    if own and not hang and len(raised) == len(failures):
+        return StageError(first_line(own[0]._base_exc), details=str(own[0]))
+    return JobLost(f"Ray Train gave up: {hang or first_line(error)}")
+
+
 def _torch_config(resources: Resources) -> Any:
     """How Ray Train sets the ranks' processes up: for torch's collectives, and to hear signals.
 
@@ -184,7 +201,8 @@ def _train_rank(config: dict[str, Any]) -> dict[str, Any] | None:
         return None  # the fault is the stage's own, so a restarted group has nothing to try
     context = ray.train.get_context()
     try:
-        with report_failure(spec, job, infrastructure=_infrastructure()):
+        peers = context.get_world_size() - 1
+        with report_failure(spec, job, infrastructure=_infrastructure(), peers=peers):
             train_rank(
                 spec,
                 config["run_id"],
@@ -245,7 +263,6 @@ def drive(spec_uri: str, job: str) -> int:
     os.environ.update({key: value for key, value in TUNING.items() if key not in os.environ})
     spec = StageSpec.read(spec_uri)
     spec = spec.model_copy(update={"links": {**spec.links, "ray_job": job}})
-    begin_attempt(spec.work, job)
     try:
         with report_failure(spec, job, infrastructure=_infrastructure()):
             import ray
@@ -254,7 +271,7 @@ def drive(spec_uri: str, job: str) -> int:
 
             ray.init(address="auto", logging_level=logging.WARNING)
             signal.signal(signal.SIGTERM, _stop_driver)  # Ray's own handler would leave the MLflow run running
-            execute(spec, RayLauncher(job))
+            execute(spec, RayLauncher(job), attempt=job, lost=lease.leave)
             ray.shutdown()  # at exit it would sleep first, for logs that nobody waits for
     except StageStopped as stop:
         print(stop, flush=True)

@@ -169,11 +169,13 @@ def behind(reports: Mapping[int, Report], world_size: int, *, give_up: bool) -> 
     return [rank for rank, report in reports.items() if report.entered == least]
 
 
-def last_hang(work: str) -> str:
-    """What was said of the last rank that hung in an attempt, empty if none did."""
+def last_hang(work: str, *, since: float) -> str:
+    """What was said of the last rank that hung since then (seconds of the epoch), empty if none did."""
     storage = open_storage(work)
     told = sorted(entry.key for entry in storage.list(f"{HANGS}/"))
-    return storage.read(told[-1]).decode().splitlines()[0] if told else ""
+    if not told or int(told[-1].removeprefix(f"{HANGS}/").partition("-")[0]) < int(since):
+        return ""
+    return storage.read(told[-1]).decode().splitlines()[0]
 
 
 class _Watchdog:

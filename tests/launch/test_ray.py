@@ -90,8 +90,8 @@ def test_every_part_is_mapped_once_though_an_actor_is_killed(ray: Cluster, toys:
     seen: list[Progress | None] = []
     job = ray.run(spec, report=seen.append)
     assert (tmp_path / "died").exists()
-    assert job == f"genpipe-toy_data-{spec.target.fingerprint[:16]}-1", "a lost actor costs its part only"
     manifest = artifacts.verify(spec.target.uri)
+    assert manifest.environment["attempt"] == job, "a lost actor costs its part only"
     assert {file.path for file in manifest.files} == {*(f"part-{n}.npy" for n in range(5)), "preview.png"}
     assert manifest.artifact.meta["samples"] == 500
     assert seen[0] is None, "no progress before the job has begun"
@@ -220,14 +220,14 @@ def test_a_failure_does_not_outlive_its_attempt(ray: Cluster, toys: Toys, data: 
     full = tmp_path / "full"
     full.touch()
     spec = toys.line(data, fail_while=str(full))
-    failed = pytest.raises(StageError, match="No space left on device")
+    failed = pytest.raises(StageError, match="no space left")
     with failed:
         run(ray, spec)
     with cluster() as other:
         with failed:
             run(other, spec)
         full.unlink()
-        assert run(other, spec) == on_ray.job_id(spec, 3)
+        run(other, spec)
     assert artifact_of(spec).fingerprint == spec.target.fingerprint
 
 
@@ -261,7 +261,7 @@ def test_a_job_that_somebody_stops_is_stopped_and_not_lost(ray: Cluster, toys: T
 
     def stop(progress: Progress | None) -> None:
         if progress:
-            ray.client.stop_job(on_ray.job_id(spec, 1))
+            ray.client.stop_job(job_of(ray, spec))
 
     with pytest.raises(on_ray.Stopped, match="was stopped; run it again to resume"):
         ray.run(spec, report=stop)
@@ -320,10 +320,12 @@ def test_a_stage_is_adopted_by_others_who_want_it_but_not_for_another_store(
     for thread in threads:
         thread.start()
     wait_for(lambda: on_ray.jobs_of(ray.client, artifact=mine.target.uri))
-    assert run(ray, other) == on_ray.job_id(other, 2)
+    elsewhere = run(ray, other)
     for thread in threads:
         thread.join()
-    assert jobs == [on_ray.job_id(mine, 1)] * 2
+    assert len(jobs) == 2 and elsewhere not in jobs
+    made_by = artifacts.verify(mine.target.uri).environment["attempt"]
+    assert made_by in jobs, "one of the two made it; the other adopted the job or waited for it"
     assert artifact_of(mine).uri != artifact_of(other).uri
 
 
@@ -337,9 +339,19 @@ def test_a_killed_driver_is_a_lost_job_and_the_next_attempt_goes_on(ray: Cluster
 
     with pytest.raises(JobLost, match="exited without reporting an error"):
         ray.run(spec, report=kill_driver)
-    assert run(ray, spec) == on_ray.job_id(spec, 2)
+    run(ray, spec)
     steps = [step for step, _ in history(toys, spec, "line/pid")]
     assert steps.count(20) == 1, "the second attempt did not begin at the beginning"
+
+
+def is_of(job: Any, spec: StageSpec) -> bool:
+    return bool((job.metadata or {}).get("artifact") == spec.target.uri)
+
+
+def job_of(ray: Cluster, spec: StageSpec) -> str:
+    """The job that is making the artifact of `spec`."""
+    [job] = on_ray.jobs_of(ray.client, artifact=spec.target.uri)
+    return job
 
 
 def drivers(spec: StageSpec) -> list[psutil.Process]:
@@ -365,7 +377,7 @@ def test_interrupt_stops_the_job_and_the_run_is_killed(toys: Toys, ray: Cluster,
     own.interrupt(stop_jobs=True)
     thread.join(10)
     assert len(ended) == 1
-    assert str(ray.client.get_job_status(on_ray.job_id(spec, 1))) == "STOPPED"
+    assert [job.status for job in ray.client.list_jobs() if is_of(job, spec)] == ["STOPPED"]
     wait_for(lambda: run_of(toys, spec).info.status == "KILLED", seconds=15)
 
 
@@ -387,6 +399,34 @@ def test_a_local_ray_and_its_jobs_end_with_a_killed_submitter(toys: Toys) -> Non
     submitter.kill()
     submitter.wait()
     assert survivors(started) == []
+
+
+@pytest.mark.parametrize("victim", ["gcs_server", "raylet"])
+def test_a_local_ray_that_dies_is_replaced_and_the_stage_goes_on(toys: Toys, data: Artifact, victim: str) -> None:
+    """By another thread than the one that started the first, as Prefect's tasks do, which end long before the run."""
+    spec = toys.line(data, samples=400, step_seconds=0.05, resources={"checkpoint_seconds": 0.1})
+    before, first = psutil.Process().children(recursive=True), list[psutil.Process]()
+
+    def kill_once(progress: Progress | None) -> None:
+        if progress and progress.done >= 100 and not first:
+            first.extend(p for p in psutil.Process().children(recursive=True) if p not in before)
+            next(p for p in first if p.name() == victim).kill()
+
+    with cluster() as local:
+        with pytest.raises(JobLost):
+            local.run(spec, report=kill_once)
+        assert survivors(first) == [], "nothing of it goes on beside the new one"
+        threads = [threading.Thread(target=run, args=(local, spec)) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        second = [p for p in psutil.Process().children(recursive=True) if p not in before]
+        assert sum(p.name() == victim for p in second) == 1
+    assert survivors(second) == []
+    pids = history(toys, spec, "line/pid")
+    assert len({pid for _, pid in pids}) == 2
+    assert [step for step, _ in pids].count(20) == 1, "it did not begin at the beginning"
 
 
 def test_what_does_not_fit_is_said_at_once(ray: Cluster, toys: Toys) -> None:

@@ -64,6 +64,21 @@ def test_a_signal_to_one_rank_stops_both_at_the_same_step(tmp_path: Path) -> Non
     assert all(torch.equal(whole.weights[name], tensor) for name, tensor in line.weights.items())
 
 
+@pytest.mark.slow
+def test_a_preempted_group_goes_on_with_another_number_of_ranks(straight: Line, tmp_path: Path) -> None:
+    """The steps hold the same samples, so the weights are those of one rank that did it all, up to rounding."""
+    line = Line(tmp_path)
+    with line.ranks(2) as ranks:
+        line.wait_until_it_trains()
+        ranks[0].send_signal(signal.SIGTERM)
+        assert statuses(ranks) == [stopping.PREEMPTED_STATUS] * 2
+    assert 0 < line.checkpoints[-1] < STEPS * BATCH
+    with line.ranks(1) as ranks:
+        assert statuses(ranks) == [0]
+    for name, tensor in line.weights.items():
+        torch.testing.assert_close(tensor, straight.weights[name], rtol=0, atol=1e-5)
+
+
 def test_a_request_in_the_work_folder_is_heard_and_answered(tmp_path: Path) -> None:
     line = Line(tmp_path, step_seconds=0.3, observe={"log_every": 2})
     with line.ranks() as ranks:

@@ -27,6 +27,7 @@ def test_a_rank_that_waits_for_ever_is_killed_and_its_stack_is_kept(tmp_path: Pa
     line = Line(tmp_path, hang_while=str(hang), **RESOURCES)
     with line.ranks() as ranks:
         line.wait_until_it_trains()
+        began = time.time()
         hang.touch()
         assert statuses(ranks) == [-signal.SIGKILL]
         said = ranks[0].communicate()[1]
@@ -34,7 +35,8 @@ def test_a_rank_that_waits_for_ever_is_killed_and_its_stack_is_kept(tmp_path: Pa
     assert told.startswith(f"rank 0 (process {ranks[0].pid} on ")
     assert "made no progress for" in told and "in its forward phase" in told
     assert 'toy_line.py", line' in told and "in loss" in told, "where it hung"
-    assert last_hang(line.spec.work) == told.splitlines()[0] and told.splitlines()[0] in said
+    assert last_hang(line.spec.work, since=began) == told.splitlines()[0] and told.splitlines()[0] in said
+    assert last_hang(line.spec.work, since=time.time() + 1) == ""
     hang.unlink()
     with line.ranks() as ranks:
         assert statuses(ranks) == [0]
