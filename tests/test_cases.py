@@ -1,4 +1,10 @@
-"""What users bring, as they bring it: the right outcome, or one message that says what to do. Each test is a report."""
+"""What users bring, as they bring it: the right outcome, or one message that says what to do. Each test is a report.
+
+Those that need a server or minutes are beside what they are about: shared captions (10) in evaluation/test_retrieval.py
+and stages/test_clip.py, logins (19) in tracking/test_store.py, a home that cannot be written (20) in
+flows/test_server.py, two runs at once (23) in tracking and flows, a moved store (24) in pipeline/test_plan.py, old
+errors (25) and interrupted parts (27) in launch/test_failure.py and launch/test_ray.py.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +24,7 @@ from pydantic import TypeAdapter
 from shard_files import make, stored
 from source_files import parquet, put, tar_of
 
+from genpipe.config import ConfigError
 from genpipe.data.images import ImageError, decode, read_header
 from genpipe.data.samples import Reject, Sample
 from genpipe.data.sources import SourceConfig, open_source
@@ -159,6 +166,28 @@ def test_08_nothing_that_was_brought_is_lost(tmp_path: Path) -> None:
     assert "2 files" in rejects[1].detail and "convert" in rejects[1].detail
 
 
+def write_yaml(path: Path, text: str) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"base: {TINY}\n{text}")
+    return str(path)
+
+
+def test_11_a_stage_that_stands_twice(tmp_path: Path) -> None:
+    block = "  autoencoder: {train: {samples: 320}}\n"
+    path = write_yaml(tmp_path / "twice.yaml", f"stages:\n{block}  clip: {{train: {{samples: 480}}}}\n{block}")
+    with pytest.raises(ConfigError) as error:
+        load_pipeline(path)
+    assert all(part in str(error.value) for part in (path, "'autoencoder' stands here again after line 3", "line 5"))
+
+
+def test_12_an_infinite_setting(tmp_path: Path) -> None:
+    path = write_yaml(tmp_path / "infinite.yaml", "stages: {autoencoder: {train: {grad_clip: .inf}}}\n")
+    with pytest.raises(ConfigError) as error:
+        load_pipeline(path)
+    for part in (path, "stages.autoencoder.train.grad_clip", "finite number, got inf", "null: no clipping"):
+        assert part in str(error.value)
+
+
 def test_14_one_folder_spelled_in_many_ways(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for number in range(3):
         put(tmp_path / "data", {f"{number}.jpg": jpeg(number), f"{number}.txt": f"picture {number}"})
@@ -197,6 +226,37 @@ def test_16_a_folder_that_changes_while_it_is_read(tmp_path: Path) -> None:
     (again,) = plan(pipeline, only=["shard"])
     samples = run_local(spec_of(again, pipeline)).meta["samples"]
     assert sum(samples.values()) == 61
+
+
+@pytest.mark.parametrize("name", ["feature%2Flogin", "a?b", "with space", "a#b"])
+def test_17_stores_of_any_path(tmp_path: Path, name: str) -> None:
+    """Artifacts and records lie where the path says, and are found again."""
+    for number in range(30):
+        put(tmp_path / "data", {f"{number}.jpg": jpeg(number), f"{number}.txt": f"picture {number}"})
+    settings = [f"store={tmp_path}/{name}", f"stages.shard.source.path={tmp_path}/data"]
+    pipeline = load_pipeline(str(TINY), settings)
+    (planned,) = plan(pipeline, only=["shard"])
+    run_local(spec_of(planned, pipeline))
+    assert plan(pipeline, only=["shard"])[0].status == "cached"
+    assert (tmp_path / name / "mlflow.db").exists()
+    files = [path.relative_to(tmp_path).parts[0] for path in tmp_path.rglob("*") if path.is_file()]
+    assert set(files) == {"data", name}
+
+
+def test_21_relative_paths_are_those_of_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(3):
+        put(tmp_path / "project/data", {f"{number}.jpg": jpeg(number), f"{number}.txt": f"picture {number}"})
+    path = write_yaml(
+        tmp_path / "project/configs/mine.yaml",
+        "store: ../runs\nstages: {shard: {source: {kind: folder, path: ../data}}}\n",
+    )
+    (tmp_path / "elsewhere").mkdir()
+    found = set()
+    for folder in ("project", "project/configs", "elsewhere"):
+        monkeypatch.chdir(tmp_path / folder)
+        (planned,) = plan(load_pipeline(path), only=["shard"])
+        found.add(planned.artifact.uri)
+    assert len(found) == 1 and next(iter(found)).startswith(str(tmp_path / "project/runs"))
 
 
 @pytest.mark.parametrize("name", ["IMG_0001.HEIC", "renamed.jpg"])

@@ -251,7 +251,7 @@ def _decode_jpeg(data: bytes, **least: int) -> np.ndarray | None:
     except ValueError:
         return None
     profile = _jpeg_profile(data)
-    return image_HWC if profile is None else np.asarray(to_srgb(Image.fromarray(image_HWC), profile))
+    return image_HWC if profile is None else np.array(to_srgb(Image.fromarray(image_HWC), profile))
 
 
 def _jpeg_profile(data: bytes) -> bytes | None:

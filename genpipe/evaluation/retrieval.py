@@ -68,15 +68,15 @@ def recall_at(ranks: Tensor, k: int) -> float:
     return (ranks < k).float().mean().item()
 
 
-def retrieval_recalls(images: Tensor, texts: Tensor, *, image_of_text: Tensor) -> dict[str, float]:
+def retrieval_recalls(images: Tensor, texts: Tensor, *, image_groups: Tensor, text_groups: Tensor) -> dict[str, float]:
     """Recall at 1, 5 and 10 both ways, as CLIP is reported on Flickr30k and COCO (Radford et al. 2021, sec. 3.1).
 
-    images [I, D], texts [T, D] unit vectors; image_of_text int64 [T], the image that each text describes. Of an
-    image's several texts the first that is found counts. Each image has one at least.
+    images [I, D], texts [T, D] unit vectors; image_groups int64 [I], text_groups int64 [T]: an image and a text of one
+    group belong together, and of several the first that is found counts. On COCO a group is an image and its texts;
+    where several images have the very same text, it is all of them. Neither an image nor a text is alone in its group.
     """
-    every_image = torch.arange(len(images), device=images.device)
     ranks = {
-        "image_to_text": retrieval_ranks(images, texts, every_image, groups=image_of_text),
-        "text_to_image": retrieval_ranks(texts, images, image_of_text),
+        "image_to_text": retrieval_ranks(images, texts, image_groups, groups=text_groups),
+        "text_to_image": retrieval_ranks(texts, images, text_groups, groups=image_groups),
     }
     return {f"{way}_r{k}": recall_at(found, k) for way, found in ranks.items() for k in (1, 5, 10)}

@@ -234,15 +234,17 @@ class Objective:
 
     def validate(self, batches: Iterable[Batch], generator: torch.Generator) -> Validation:
         """Loss and retrieval among the held-out pairs, and zero-shot accuracy where classes are configured."""
-        embeds, labels = [], []
+        embeds, labels, captions = [], [], []
         for batch in batches:
             embeds.append(self.model(to_float(batch["images"]), batch["tokens"]))
+            captions += list(batch["tokens"] * self.model.text_mask(batch["tokens"]))
             labels.append(batch.get("labels", batch["tokens"].new_empty(0)))
         images, texts = (torch.cat(part) for part in zip(*embeds, strict=True))
         loss = self.model.heldout_loss(images, texts, size=ROWS)
-        own = torch.arange(len(images), device=images.device)
         metrics = {"loss": loss.item(), "pool": float(len(images))}
-        metrics |= retrieval_recalls(images, texts, image_of_text=own)
+        # A picture whose caption another has word for word belongs to either.
+        groups = nn.utils.rnn.pad_sequence(captions, batch_first=True).unique(dim=0, return_inverse=True)[1]
+        metrics |= retrieval_recalls(images, texts, image_groups=groups, text_groups=groups)
         if self.cfg.zero_shot is not None and self.prompts is not None:
             prompts = torch.cat([self._text_embed(tokens) for tokens in self.prompts.split(PROMPTS)])
             classes = class_embeds(prompts, classes=len(self.cfg.zero_shot.classes))

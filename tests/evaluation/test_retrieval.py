@@ -95,7 +95,9 @@ def problem(images: int, texts: int, seed: int) -> tuple[Tensor, Tensor, Tensor]
 def test_recalls_with_several_texts_an_image_by_brute_force(images: int, texts: int, seed: int) -> None:
     """An image's query succeeds at k if any of its texts is among the k that are most similar."""
     image_embeds, text_embeds, image_of_text = problem(images, texts, seed)
-    found = retrieval_recalls(image_embeds, text_embeds, image_of_text=image_of_text)
+    found = retrieval_recalls(
+        image_embeds, text_embeds, image_groups=torch.arange(len(image_embeds)), text_groups=image_of_text
+    )
     similarity = (image_embeds @ text_embeds.T).tolist()
     for k in (1, 5, 10):
         hits = 0
@@ -116,10 +118,20 @@ def test_the_same_text_twice_for_an_image_does_not_stand_in_its_own_way() -> Non
     assert retrieval_ranks(images, texts, torch.arange(2), groups=torch.tensor([0, 1, 1, 1])).tolist() == [1, 0]
 
 
+def test_texts_that_images_share_belong_to_all_of_them() -> None:
+    """Class names: a perfect model, whose embeddings are its captions', finds one of the class first."""
+    groups = torch.arange(60) % 4
+    embeds = unit(4, 16, seed=0)[groups]
+    found = retrieval_recalls(embeds, embeds, image_groups=groups, text_groups=groups)
+    assert set(found.values()) == {1.0}
+    apart = retrieval_recalls(embeds, embeds, image_groups=torch.arange(60), text_groups=torch.arange(60))
+    assert set(apart.values()) == {0.0}, "as 60 captions of their own they all tie"
+
+
 def test_recalls_of_pairs_are_sklearns_top_k_accuracy() -> None:
     images, texts = unit(40, 6, seed=0), unit(40, 6, seed=1)
     texts = F.normalize(images + 0.8 * texts, dim=-1)
-    found = retrieval_recalls(images, texts, image_of_text=torch.arange(40))
+    found = retrieval_recalls(images, texts, image_groups=torch.arange(40), text_groups=torch.arange(40))
     for way, scores in (("image_to_text", images @ texts.T), ("text_to_image", texts @ images.T)):
         for k in (1, 5, 10):
             expected = top_k_accuracy_score(range(40), scores.numpy(), k=k)
@@ -129,7 +141,9 @@ def test_recalls_of_pairs_are_sklearns_top_k_accuracy() -> None:
 
 def test_blocks_change_nothing_and_bound_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     image_embeds, text_embeds, image_of_text = problem(30, 41, 3)
-    whole = retrieval_recalls(image_embeds, text_embeds, image_of_text=image_of_text)
+    whole = retrieval_recalls(
+        image_embeds, text_embeds, image_groups=torch.arange(len(image_embeds)), text_groups=image_of_text
+    )
     monkeypatch.setattr(retrieval, "BLOCK", 256)
     sizes: list[int] = []
     cosines = retrieval._cosines
@@ -139,7 +153,12 @@ def test_blocks_change_nothing_and_bound_the_memory(monkeypatch: pytest.MonkeyPa
         return cosines(queries, pool)
 
     monkeypatch.setattr(retrieval, "_cosines", counted)
-    assert retrieval_recalls(image_embeds, text_embeds, image_of_text=image_of_text) == whole
+    assert (
+        retrieval_recalls(
+            image_embeds, text_embeds, image_groups=torch.arange(len(image_embeds)), text_groups=image_of_text
+        )
+        == whole
+    )
     assert len(sizes) > 10 and max(sizes) <= 256
 
 

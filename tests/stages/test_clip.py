@@ -110,6 +110,26 @@ def test_patches_are_dropped_by_the_step_in_training_alone(tiny: TinyPipeline) -
     assert metrics[0] == metrics[1]
 
 
+def test_a_perfect_model_of_class_names_retrieves_all(tiny: TinyPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every picture's embedding is that of its caption, which others have too, in batches padded to other lengths."""
+    built = Built(tiny)
+    tokenizer = CaptionTokenizer.load(fetch(tiny.run("clip")) / "tokenizer.json")
+    names = ["a cat", "a dog", "a very small red circle"]
+    embeds = nn.functional.normalize(torch.randn(3, 16, generator=torch.Generator().manual_seed(0)), dim=-1)
+    batches, classes = [], []
+    for of_batch in ([0, 1, 0], [2, 1, 0]):
+        tokens = tokenizer.encode_short([names[i] for i in of_batch], context_length=16)
+        size = built.cfg.model.image_size
+        images = torch.zeros(3, 3, size, size, dtype=torch.uint8)
+        batches.append({"images": images, "tokens": torch.from_numpy(tokens)})
+        classes.append(embeds[of_batch])
+    assert batches[0]["tokens"].shape != batches[1]["tokens"].shape
+    seen = iter(classes)
+    monkeypatch.setattr(built.objective.model, "forward", lambda images, tokens: (own := next(seen), own))
+    metrics = built.objective.validate(batches, torch.Generator()).metrics
+    assert {metrics[f"{way}_r1"] for way in ("image_to_text", "text_to_image")} == {1.0}
+
+
 def test_the_example_is_a_batch_as_collated_and_needs_no_data(tiny: TinyPipeline) -> None:
     built = Built(tiny)
     collated = train_batch(built, size=4)
