@@ -22,5 +22,5 @@ esac
 pip() { "$target/bin/python" -m pip install --quiet --no-cache-dir --constraint "$source/constraints.txt" "$@"; }
 # shellcheck disable=SC2086  # an option and its value, or nothing
 pip $index "$torch"
-pip "$source[cluster,demo,text-encoders]"
+pip "${source}[cluster,demo,text-encoders]"
 "$target/bin/genpipe" --help >/dev/null

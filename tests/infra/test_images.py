@@ -40,4 +40,4 @@ def test_what_the_image_copies_is_there() -> None:
 def test_the_image_holds_no_secret() -> None:
     text = (ROOT / "infra/images/Containerfile").read_text()
     assert not re.search(r"(PASSWORD|TOKEN|SECRET\w*|ACCESS_KEY\w*)=", text)
-    assert text.index("USER genpipe") < text.index("\nCMD")
+    assert text.index("USER 1000") < text.index("\nCMD")
