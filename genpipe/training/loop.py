@@ -74,7 +74,7 @@ def train(
     meter = Meter(rt, global_batch_size=cfg.global_batch_size, peak_flops=peak_flops)
     held = HeldBuffers(objective.trainable.values())
     agreement = Agreement(rt, flags=2)
-    saved_at, validated = time.monotonic(), False  # since the last checkpoint
+    saved_at, validated, due = time.monotonic(), False, False  # since the last checkpoint
     with state.checkpoints_finished(), ExitStack() as stream:
         batches, damage = open_stream(stream, data, cfg, rt, resources, state)
         while state.step < cfg.steps:
@@ -84,7 +84,9 @@ def train(
                 resources, stall_seconds=state.stall_seconds, write_seconds=state.write_seconds
             )
             late = time.monotonic() - saved_at > interval or bool(validated and observe.keep_best)
-            stop, due = agreement.ask(rt.should_stop(), rt.rank == 0 and late and not state.saving)  # clocks differ
+            asks = rt.rank == 0 and late and not (due or state.saving)  # clocks differ: rank 0's counts
+            stop, agreed = agreement.ask(rt.should_stop(), asks)
+            due = due or agreed
             last, again = state.step == cfg.steps, state.samples_seen <= state.guard.judged
             quiet = last or stop or again
             validation_due = not quiet and _due(observe.validate_every, before, state.samples_seen)
@@ -113,7 +115,7 @@ def train(
                 rt.enter("checkpoint")
                 with meter.aside():
                     state.save(rt)
-                saved_at, validated = time.monotonic(), False
+                saved_at, validated, due = time.monotonic(), False, False
             if not last and stop:
                 state.wait()
                 raise Interrupted(state.samples_seen)
