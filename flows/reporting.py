@@ -56,7 +56,10 @@ class StageResult:
 
 
 class Reporter(Protocol):
-    """Told of every change, from several threads: a stage is `waiting`, `running` (its progress with it), or ended."""
+    """Told of every change, from several threads: a stage is `waiting`, `running` (its progress with it), or ended.
+
+    What the progress notes, such as a preemption, is worth a line of its own.
+    """
 
     def update(self, stage: str, status: str, *, progress: Progress | None = None, message: str = "") -> None:
         """Take note of an instance's new status, of its progress, or of both."""
@@ -70,9 +73,13 @@ class PlainReporter:
 
     def __init__(self) -> None:
         self.said: dict[str, tuple[str, float]] = {}
+        self.noted: dict[str, str] = {}
 
     def update(self, stage: str, status: str, *, progress: Progress | None = None, message: str = "") -> None:
         """Print a line if the status is new, or the last progress was printed a while ago."""
+        if progress and progress.note != self.noted.get(stage, ""):
+            self.noted[stage] = progress.note
+            print(f"{stage}: {progress.note}\n", end="", flush=True)
         before, at = self.said.get(stage, ("waiting", -math.inf))
         if status == before and (progress is None or time.monotonic() - at < self.EVERY_SECONDS):
             return

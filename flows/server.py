@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from uuid import UUID
 
 from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
 from prefect.exceptions import ObjectNotFound
 from prefect.settings import get_current_settings
 from prefect.states import Crashed
@@ -76,13 +77,20 @@ def _run(port: int) -> subprocess.Popen[bytes]:
 
 
 def crash_flow_runs(ids: Sequence[str]) -> None:
-    """Tell Prefect of flow runs whose process is gone; those that ended, or that it does not know, are passed over."""
+    """Tell Prefect of flow runs whose process is gone, and of their tasks.
+
+    Those that ended, or that it does not know, are passed over.
+    """
+    gone = Crashed(message="its process was killed, or its machine was lost")
     with get_client(sync_client=True) as client:
         for each in ids:
             try:
                 flow_run = client.read_flow_run(UUID(each))
-                if flow_run.state is None or not flow_run.state.is_final():
-                    gone = Crashed(message="its process was killed, or its machine was lost")
-                    client.set_flow_run_state(flow_run.id, gone, force=True)
             except (ValueError, ObjectNotFound):
                 continue
+            if flow_run.state is None or not flow_run.state.is_final():
+                of_it = FlowRunFilter(id=FlowRunFilterId(any_=[flow_run.id]))
+                for task_run in client.read_task_runs(flow_run_filter=of_it):
+                    if task_run.state is None or not task_run.state.is_final():
+                        client.set_task_run_state(task_run.id, gone, force=True)
+                client.set_flow_run_state(flow_run.id, gone, force=True)

@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -237,13 +237,19 @@ def added_files(manifest: Manifest, uri: str) -> Iterator[str]:
             yield f"{join(uri, entry.key)}: was not committed, but readers may take it for a part of the artifact"
 
 
-def add_part(uri: str, part: str, folder: Path, stats: Mapping[str, Any]) -> None:
+def add_part(
+    uri: str, part: str, folder: Path, stats: Mapping[str, Any], *, fence: Callable[[], None] = lambda: None
+) -> None:
     """Put one part's finished files into the artifact at `uri`, its marker last.
 
-    Repeating a part replaces it, so a worker that died halfway costs that part and nothing else.
+    Repeating a part replaces it, so a worker that died halfway costs that part and nothing else. `fence` raises if
+    the caller may no longer write: it is called before the files and again before the marker.
     """
+    fence()
     storage = open_storage(uri)
-    mark_part(storage, part, list(_upload(storage, folder)), stats)
+    files = list(_upload(storage, folder))
+    fence()
+    mark_part(storage, part, files, stats)
 
 
 def mark_part(storage: Storage, part: str, files: Iterable[FileEntry], stats: Mapping[str, Any]) -> None:
@@ -270,13 +276,17 @@ def commit(
     metrics: Mapping[str, float],
     environment: Mapping[str, str] | None = None,
     run_id: str = "",
+    fence: Callable[[], None] = lambda: None,
 ) -> Artifact:
-    """Make `artifact` real: gather the finished `parts`, upload `folder`, and write the manifest last.
+    """Make `artifact` real: gather the finished `parts`, upload `folder`, and create the manifest last.
 
     A file of `folder` takes the place of one of the same path that a part brought. What attempts that were cut off
-    left beside them is deleted. `artifact.fingerprint` must be that of `identity`.
+    left beside them is deleted. `artifact.fingerprint` must be that of `identity`. `fence` raises if the caller may no
+    longer write: it is called before the files and again before the manifest. Raises FileExistsError where a manifest
+    is there already.
     """
     assert artifact.fingerprint == fingerprint(identity), "an artifact is named by its identity"
+    fence()
     storage = open_storage(artifact.uri)
     done = finished_parts(artifact.uri)
     gathered = [FileEntry.model_validate(file) for part in parts for file in done[part]["files"]]
@@ -296,10 +306,11 @@ def commit(
     )
     record = manifest.model_dump(mode="json")
     text = json.dumps({**record, "digest": _digest(record)}, indent=1, sort_keys=True)
+    fence()
     for entry in list(storage.list()):
         if entry.key not in files and entry.key != MANIFEST and not entry.key.startswith(PARTS):
             storage.delete(entry.key)
-    storage.write(MANIFEST, text.encode())
+    storage.create(MANIFEST, text.encode())
     storage.delete_all(PARTS)
     return artifact
 

@@ -18,6 +18,8 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 
 from typing_extensions import override
 
+from genpipe.files import TEMPORARY, beside, link, replacing, write_through
+
 T = TypeVar("T")
 BODY_ATTEMPTS = 3
 
@@ -166,24 +168,24 @@ class LocalStorage(Storage):
 
     @override
     def write(self, key: str, data: bytes) -> None:
-        with _replacing(self._path(key)) as temporary:
-            _write_through(temporary, data)
+        with replacing(self._path(key)) as temporary:
+            write_through(temporary, data)
 
     @override
     def create(self, key: str, data: bytes) -> None:
         path = self._path(key)
-        with _beside(path) as temporary:
-            _write_through(temporary, data)
-            _link(temporary, path)
+        with beside(path) as temporary:
+            write_through(temporary, data)
+            link(temporary, path)
 
     @override
     def upload(self, key: str, path: Path) -> None:
-        with _replacing(self._path(key)) as temporary:
+        with replacing(self._path(key)) as temporary:
             shutil.copyfile(path, temporary)
 
     @override
     def writing(self, key: str) -> AbstractContextManager[Path]:
-        return _replacing(self._path(key))
+        return replacing(self._path(key))
 
     @override
     def download(self, key: str, path: Path) -> None:
@@ -223,7 +225,7 @@ class LocalStorage(Storage):
             for name in sorted(files):
                 path = Path(folder, name)
                 key = path.relative_to(self.root).as_posix()
-                if key.startswith(prefix) and not name.endswith(_TEMPORARY):
+                if key.startswith(prefix) and not name.endswith(TEMPORARY):
                     with suppress(FileNotFoundError):  # deleted since its folder was read
                         yield _entry(key, path.stat(follow_symlinks=os.path.exists(path)))
 
@@ -294,7 +296,7 @@ class S3Storage(Storage):
 
     @override
     def download(self, key: str, path: Path) -> None:
-        with _replacing(path) as temporary:
+        with replacing(path) as temporary:
             self._call(key, lambda: self.client.download_file(self.bucket, self._key(key), str(temporary)))
 
     @override
@@ -373,7 +375,7 @@ class S3Storage(Storage):
 
         where = f"{self.uri}/{key}".rstrip("/")
         endpoint = self.client.meta.endpoint_url
-        answer: Any = getattr(error, "response", {})
+        answer: Any = getattr(error, "response", None) or {}  # None where the connection was cut
         status = answer.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
         code = answer.get("Error", {}).get("Code", "")
         if code == "NoSuchBucket":
@@ -461,54 +463,3 @@ class _RangeFile(io.RawIOBase):
 
 class _Taken(OSError):
     """S3 did not put an object because there is one, or another request is about to put it."""
-
-
-_TEMPORARY = ".part"
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A temporary file beside `path` that takes its place when the block ends well."""
-    with _beside(path) as temporary:
-        yield temporary
-        temporary.chmod(0o644)
-        os.replace(temporary, path)
-
-
-@contextmanager
-def _beside(path: Path) -> Iterator[Path]:
-    """A temporary file beside `path`, gone when the block ends."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=_TEMPORARY)
-    os.close(handle)
-    try:
-        yield Path(name)
-    finally:
-        Path(name).unlink(missing_ok=True)
-
-
-def _write_through(path: Path, data: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _link(source: Path, target: Path) -> None:
-    """Give a file a second name unless that is taken (FileExistsError): atomic on NFS too, and whole at once."""
-    source.chmod(0o644)
-    try:
-        os.link(source, target)
-    except FileExistsError:
-        if not _same_file(source, target):  # an NFS server may have made the link and lost its answer
-            raise
-    except OSError:  # a file system without links: whole at once only for readers that know what to expect
-        with target.open("xb") as file:
-            file.write(source.read_bytes())
-
-
-def _same_file(one: Path, other: Path) -> bool:
-    try:
-        return one.samefile(other)
-    except FileNotFoundError:
-        return False

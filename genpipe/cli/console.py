@@ -35,6 +35,7 @@ class Display:
             transient=True,
         )
         self.tasks: dict[str, TaskID] = {}
+        self.noted: dict[str, str] = {}
 
     def __enter__(self) -> Display:
         self.bars.start()
@@ -54,6 +55,9 @@ class Display:
     def _running(self, stage: str, progress: StageProgress | None) -> None:
         if stage not in self.tasks:
             self.tasks[stage] = self.bars.add_task("starting", stage=stage, total=None)
+        if progress and progress.note != self.noted.get(stage, ""):
+            self.noted[stage] = progress.note
+            self.bars.print(f"{stage}: {progress.note}", highlight=False)
         if progress:
             self.bars.update(
                 self.tasks[stage],

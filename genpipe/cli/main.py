@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import socket
 import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,6 +15,7 @@ import typer
 
 from genpipe.cli import console
 from genpipe.cli import data as data_commands
+from genpipe.cli.prove import prove as prove_command
 from genpipe.cli.sample import sample as sample_command
 from genpipe.config import ConfigError
 
@@ -88,6 +91,38 @@ def stage(
 
 
 @app.command()
+def cancel(
+    config: ConfigFile,
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[STAGE]... [PATH=VALUE]...", help="stages; default: all. Settings as they were run with"
+        ),
+    ] = None,
+    wait: Annotated[float, typer.Option(min=1, help="seconds for a stage to write its checkpoint and end")] = 60,
+) -> None:
+    """Stop stages that run, wherever and by whomever they were started; running them again goes on from there.
+
+    Training stops within a step, with a checkpoint; a data stage keeps the parts that are finished. Exits 1 if a stage
+    has begun and does not answer: it does not run any more, or it did not stop.
+    """
+    from genpipe.launch.cancel import cancel as cancel_stages
+    from genpipe.pipeline.graph import load_pipeline
+    from genpipe.pipeline.plan import plan as plan_pipeline
+
+    names = [argument for argument in arguments or [] if "=" not in argument]
+    pipeline = load_pipeline(config, [argument for argument in arguments or [] if "=" in argument])
+    plans = [p for p in plan_pipeline(pipeline, only=names) if p.name in names or not names]
+    by = f"genpipe cancel on {socket.gethostname()} at {datetime.now():%H:%M:%S}"
+    silent = cancel_stages(
+        pipeline, plans, by=by, seconds=wait, tell=lambda line: console.out.print(line, highlight=False)
+    )
+    if silent:
+        console.problem(f"no answer within {wait:g} s from {', '.join(silent)}: nobody runs it, or it does not stop")
+        raise typer.Exit(1)
+
+
+@app.command()
 def plan(
     config: ConfigFile,
     overrides: Overrides = None,
@@ -143,6 +178,7 @@ def check(configs: Annotated[list[str], typer.Argument(metavar="CONFIG...", help
 
 
 app.command()(sample_command)
+app.command()(prove_command)
 
 
 @app.command()
@@ -236,7 +272,7 @@ def _costs(plans: Sequence[Planned], *, mfu: float, peak_tflops: float, price: f
     total = sum(hours.values())
     rows.append(("all", "", "", "", "", f"{total:,.3g}", f"{total * price:,.2f}"))
     console.table(("stage", "parameters", "GFLOP a sample", "samples", "workers", "GPU-hours", "cost"), rows)
-    parts = ("weights", "gradients", "optimizer", "averages", "activations")
+    parts = ("weights", "gradients", "optimizer", "averages", "gathered", "activations")
     sizes = [(name, *(cost.memory[part] / 2**30 for part in parts), cost.peak / 2**30) for name, cost in costs.items()]
     memory = [(name, *(f"{size:,.3f}" for size in row)) for name, *row in sizes]
     console.table(("GiB a GPU", *parts, "all"), memory)

@@ -1,7 +1,7 @@
-"""How a job fails, and how its submitter learns why: from `error.json` in the stage's work folder.
+"""How an attempt fails, and how its submitter learns why: from `errors/ATTEMPT/` in the stage's work folder.
 
-A failure belongs to one attempt, which is one job: the next attempt begins by deleting what the last one reported.
 Faults of the infrastructure are worth another attempt, faults of the stage are not, and the latter outweigh the former.
+Which is which follows from types and from who is alive, never from the words of a message.
 """
 
 from __future__ import annotations
@@ -9,18 +9,16 @@ from __future__ import annotations
 import sys
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
-
-from pydantic import Field
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 
 from genpipe.config import Config
+from genpipe.files import telling_full
 from genpipe.pipeline.spec import StageSpec
 from genpipe.storage import open_storage
 
-ATTEMPT = "attempt"
-FAILURE = "error.json"
 BEGUN = "begun/"
-"""Where the work folder counts how often each part was begun, by job."""
+"""Where the work folder counts how often each part was begun, by attempt."""
 
 
 class StageError(RuntimeError):
@@ -36,81 +34,82 @@ class JobLost(StageError):
 
 
 class Failure(Config):
-    """Why a job failed, as its work folder's `error.json` says."""
+    """Why an attempt failed; one of the infrastructure may well succeed when it is tried again."""
 
-    job: str = Field(description="the attempt that failed")
     message: str
-    infrastructure: bool = Field(description="a new attempt may well succeed")
     traceback: str
+    infrastructure: bool
 
 
-def last_attempt(work: str) -> int:
-    """The number of the last attempt that began under `work`, 0 before the first."""
-    try:
-        job = open_storage(work).read(ATTEMPT).decode()
-    except FileNotFoundError:
-        return 0
-    return int(job.rpartition("-")[2])
-
-
-def begin_attempt(work: str, job: str) -> None:
-    """Start a new attempt clean: forget how earlier ones failed, and how often they began each part."""
+def read_failure(work: str, attempt: str) -> Failure | None:
+    """The failure that `attempt` reported under `work`, if it did: the stage's own fault before any other."""
     storage = open_storage(work)
-    storage.delete(FAILURE)
-    storage.delete_all(BEGUN)
-    storage.write(ATTEMPT, job.encode())
+    for infrastructure in (False, True):
+        with suppress(FileNotFoundError):
+            return Failure.model_validate_json(storage.read(_key(attempt, infrastructure=infrastructure)))
+    return None
 
 
-def read_failure(work: str, job: str) -> Failure | None:
-    """The failure that `job` reported under `work`, if it did."""
+def report(work: str, attempt: str, failure: Failure) -> None:
+    """Keep a failure for the submitter of the attempt, unless there is one of its kind: the first is the cause."""
+    key = _key(attempt, infrastructure=failure.infrastructure)
     try:
-        failure = Failure.model_validate_json(open_storage(work).read(FAILURE))
-    except FileNotFoundError:
-        return None
-    return failure if failure.job == job else None
+        with suppress(FileExistsError):
+            open_storage(work).create(key, failure.model_dump_json().encode())
+    except OSError as trouble:  # the store may be what failed: the log has both
+        print(f"the failure could not be reported: {first_line(trouble)}", file=sys.stderr, flush=True)
 
 
 @contextmanager
-def report_failure(spec: StageSpec, job: str, *, infrastructure: tuple[type[Exception], ...] = ()) -> Iterator[None]:
-    """Report an exception of the block to the job's submitter, and raise it on.
+def report_failure(
+    spec: StageSpec, attempt: str, *, infrastructure: tuple[type[Exception], ...] = (), peers: int = 0
+) -> Iterator[None]:
+    """Report an exception of the block to the attempt's submitter, and raise it on.
 
-    Lost connections and timeouts, a lost job and the types of `infrastructure` are faults of the infrastructure. An
-    interruption (KeyboardInterrupt, SystemExit) is no failure and is not reported.
+    Lost connections and timeouts, a lost job and the types of `infrastructure` are faults of the infrastructure. So is
+    for now a plain RuntimeError of a process that has `peers`, as Gloo raises where one of them is gone: who sees them
+    all knows better. An interruption (KeyboardInterrupt, SystemExit) is no failure and is not reported.
     """
     try:
         yield
     except Exception as error:
-        if _SHUTDOWN not in str(error):
+        if not _shutting_down():
             faults = (ConnectionError, TimeoutError, JobLost, *infrastructure)
-            failure = Failure(
-                job=job,
-                message=str(error).strip() or type(error).__name__,
-                infrastructure=isinstance(error, faults) or _lost_a_peer(error),
-                traceback=traceback.format_exc(),
-            )
-            try:
-                _report(spec.work, failure)
-            except OSError as trouble:  # the store may be what failed: the log has both
-                print(f"the failure could not be reported: {first_line(trouble)}", file=sys.stderr, flush=True)
+            unclear = peers > 0 and type(error) is RuntimeError
+            report(spec.work, attempt, failure_of(error, infrastructure=unclear or isinstance(error, faults)))
         raise
 
 
-def _report(work: str, failure: Failure) -> None:
-    known = read_failure(work, failure.job)
-    if known is None or (known.infrastructure and not failure.infrastructure):
-        open_storage(work).write(FAILURE, failure.model_dump_json().encode())
+def failure_of(error: Exception, *, infrastructure: bool) -> Failure:
+    """What is reported of an exception."""
+    try:
+        with telling_full():
+            raise error
+    except Exception as told:
+        message = str(told).strip() or type(told).__name__
+    lines = traceback.format_exception(error)
+    return Failure(message=message, traceback="".join(lines), infrastructure=infrastructure)
 
 
-_SHUTDOWN = "cannot schedule new futures after"
-"""What a thread pool says (as a plain RuntimeError) in a process that is being shut down, which is no failure."""
-
-
-def _lost_a_peer(error: Exception) -> bool:
-    """Whether a collective failed because another rank is gone: Gloo raises plain RuntimeErrors, so by their words."""
-    text = str(error)
-    return isinstance(error, RuntimeError) and any(sign in text for sign in ("gloo", "Gloo", "by peer"))
+def forget_parts_begun(work: str) -> None:
+    """Forget how often earlier attempts began each part."""
+    open_storage(work).delete_all(BEGUN)
 
 
 def first_line(error: BaseException) -> str:
     """What an error says, in a line."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _key(attempt: str, *, infrastructure: bool) -> str:
+    return f"errors/{attempt}/{'infrastructure' if infrastructure else 'stage'}.json"
+
+
+def _shutting_down() -> bool:
+    """Whether this process is on its way out, when what fails is no failure: it takes no more work."""
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(int)
+    except RuntimeError:
+        return True
+    return False

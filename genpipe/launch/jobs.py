@@ -1,13 +1,12 @@
 """Stages as jobs of a Ray cluster, or of the local Ray that a run starts for itself.
 
-Whoever wants an artifact that a job is already making adopts that job, whose metadata names the artifact. An attempt's
-id follows from the fingerprint and the number of attempts so far, so that two who submit at once submit the same job.
-What a job (`launch/ray.py`) tells its submitter lies in the stage's work folder: progress, and the error.
+Whoever wants an artifact that a job is already making adopts that job, whose metadata names the artifact. Of two who
+submit at once, here or on different clusters, one makes it and the other waits for it (`launch/lease.py`). What a job
+(`launch/ray.py`) tells its submitter lies in the stage's work folder: progress, and the error.
 """
 
 from __future__ import annotations
 
-import itertools
 import os
 import shlex
 import sys
@@ -15,13 +14,15 @@ import threading
 import time
 import urllib.error
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 from genpipe import artifacts
 from genpipe.config import Resources
-from genpipe.launch.failure import JobLost, StageError, first_line, last_attempt, read_failure
-from genpipe.launch.local_ray import TUNING, authorization, get, local_head
+from genpipe.launch import stopping
+from genpipe.launch.failure import JobLost, StageError, first_line, read_failure
+from genpipe.launch.lease import new_attempt
+from genpipe.launch.local_ray import ALONE, TUNING, authorization, get, local_head
 from genpipe.launch.resource_queue import Turns
 from genpipe.pipeline.spec import Progress, StageSpec, read_progress
 from genpipe.storage import join, open_storage
@@ -42,11 +43,40 @@ class Stopped(Exception):
 Report = Callable[[Progress | None], None]
 
 
+class LocalRay:
+    """The Ray that a run has for itself, and the one that takes its place when it dies."""
+
+    def __init__(self) -> None:
+        self.stack = ExitStack()
+        self.lock = threading.Lock()
+        self._start()
+
+    def revive(self) -> JobSubmissionClient:
+        """A client of the Ray that runs now; another one is started if it has died."""
+        with self.lock:
+            if not self.head.is_alive:
+                self.stack.close()
+                self._start()
+            return self.client
+
+    def _start(self) -> None:
+        self.head = self.stack.enter_context(local_head({**TUNING, **ALONE, **os.environ}))
+        self.client = connect(self.head.address, token=self.head.token)
+
+
 class Cluster:
     """A Ray cluster that takes jobs."""
 
-    def __init__(self, client: JobSubmissionClient, *, runtime_env: dict[str, Any], capacity: dict[str, float]) -> None:
+    def __init__(
+        self,
+        client: JobSubmissionClient,
+        *,
+        runtime_env: dict[str, Any],
+        capacity: dict[str, float],
+        local: LocalRay | None = None,
+    ) -> None:
         self.client = client
+        self.local = local
         self.runtime_env = runtime_env
         self.capacity = capacity
         self.jobs: set[str] = set()
@@ -67,8 +97,8 @@ class Cluster:
         if not self.embedded:
             yield
             return
-        self._fits(stage, resources)
-        needs = {"CPU": resources.workers * resources.cpus, "GPU": resources.workers * resources.gpus}
+        workers = self._that_fit(stage, resources)
+        needs = {"CPU": workers * resources.cpus, "GPU": workers * resources.gpus}
         with self.turns.take(needs, order=order) as granted:
             if not granted:
                 raise Stopped(f"{stage} was stopped before it began")
@@ -77,47 +107,58 @@ class Cluster:
     def run(self, spec: StageSpec, *, report: Report) -> str:
         """Submit a stage, or adopt the job that already runs it, and wait for its artifact; the job's id.
 
-        `report` gets the progress, None before the first. Raises StageError, JobLost, or Stopped after `interrupt` or
-        where somebody else stopped the job.
+        A local Ray that has died is replaced first, and a job that is preempted is followed by another one. `report`
+        gets the progress, None before the first. Raises StageError, JobLost, or Stopped after `interrupt` or where
+        somebody else stopped the job.
         """
-        job = self._submit(spec)
-        self.jobs.add(job)
-        try:
-            self._wait(spec, job, report)
-        finally:
-            if not self.interrupted.is_set():
-                self.jobs.discard(job)
-        return job
+        if self.local is not None:
+            self.client = self.local.revive()
+        while True:
+            job = self._submit(spec)
+            self.jobs.add(job)
+            try:
+                if self._wait(spec, job, report):
+                    return job
+            finally:
+                if not self.interrupted.is_set():
+                    self.jobs.discard(job)
 
     def interrupt(self, *, stop_jobs: bool) -> None:
         """Make every `run` return; stop their jobs, or leave them to be adopted."""
         self.interrupted.set()
         if stop_jobs:
-            stop(self.client, self.jobs)
+            self.stop_jobs()
 
-    def _fits(self, stage: str, resources: Resources) -> None:
+    def stop_jobs(self) -> None:
+        """Stop the jobs that have not ended; those of a local Ray end with it at the latest."""
+        try:
+            stop(self.client, self.jobs)
+        except (OSError, RuntimeError):
+            if self.local is None:
+                raise
+
+    def _that_fit(self, stage: str, resources: Resources) -> int:
+        """Workers that the local Ray can run at once. Raises ValueError if they are too few."""
+        fit = resources.max_workers
         for kind, each in (("CPU", resources.cpus), ("GPU", resources.gpus)):
             there = self.capacity.get(kind, 0.0)
-            if resources.workers * each > there:
+            fit = min(fit, int(there / each)) if each else fit
+            if resources.min_workers * each > there:
                 raise ValueError(
-                    f"stages.{stage}.resources: {resources.workers} workers x {each:g} {kind}s do not fit this "
+                    f"stages.{stage}.resources: {resources.min_workers} workers x {each:g} {kind}s do not fit this "
                     f"machine, which has {there:g}; lower them, or set ray.address to a cluster"
                 )
+        return fit
 
     def _submit(self, spec: StageSpec) -> str:
         """The job that makes the artifact of `spec`: one that runs already, or a new attempt."""
-        begun = last_attempt(spec.work)  # read first: an attempt that begins after this is in the list of jobs
-        if running := jobs_of(self.client, artifact=spec.target.uri):
+        try:
+            running = jobs_of(self.client, artifact=spec.target.uri)
+        except (OSError, RuntimeError) as error:
+            raise JobLost(f"Ray does not say what it runs: {first_line(error)}") from error
+        if running:
             return running[0]
-        for attempt in itertools.count(begun + 1):
-            job = job_id(spec, attempt)
-            if _status(self.client, job) is None:
-                return self._submit_as(spec, job)
-            there = self.client.get_job_info(job)
-            ours = (there.metadata or {}).get("artifact") == spec.target.uri  # not of a like stage in another store
-            if ours and not there.status.is_terminal():
-                return job  # somebody submitted it in between
-        raise AssertionError("unreachable")
+        return self._submit_as(spec, new_attempt(spec))
 
     def _submit_as(self, spec: StageSpec, job: str) -> str:
         python = sys.executable if self.embedded else "python"
@@ -137,14 +178,19 @@ class Cluster:
                     return job
                 if "No available agent" not in str(error) or time.monotonic() > deadline:
                     raise JobLost(f"Ray refused the job: {first_line(error)}") from error
+            except OSError as error:
+                raise JobLost(f"Ray does not take the job: {first_line(error)}") from error
             time.sleep(POLL_SECONDS)  # the cluster has only just started
 
-    def _wait(self, spec: StageSpec, job: str, report: Report) -> None:
+    def _wait(self, spec: StageSpec, job: str, report: Report) -> bool:
+        """Wait until the job has made the artifact (True) or was preempted."""
         heard = time.monotonic()
         while not self.interrupted.wait(POLL_SECONDS):
             try:
                 status = _status(self.client, job)
-            except OSError as error:
+            except (OSError, RuntimeError) as error:
+                if self.local is not None and not self.local.head.is_alive:
+                    raise JobLost("the local Ray has died; the stage goes on in another one") from error
                 if time.monotonic() - heard > LOST_SECONDS:
                     raise JobLost(f"Ray has not answered for {LOST_SECONDS:.0f} s: {first_line(error)}") from error
                 continue
@@ -153,13 +199,27 @@ class Cluster:
                 report(read_progress(spec.work))
                 continue
             if artifacts.committed(spec.target) is not None:
-                return
+                return True
             if self.interrupted.is_set():
                 break
             if str(status) == "STOPPED":
                 raise Stopped(f"the job {job} was stopped; run it again to resume")
-            raise self._failure(spec, job)
+            stopped = stopping.outcome(spec)
+            if stopped is None or self._exit_status(job) != stopped.status:
+                raise self._failure(spec, job)
+            if stopped.reason == "cancelled":
+                raise Stopped(f"{stopped.describe()}; run it again to resume")
+            report(read_progress(spec.work))  # which says so
+            return False
         raise Stopped(f"{spec.name} was stopped")
+
+    def _exit_status(self, job: str) -> int | None:
+        """What the driver of a job that has ended said of it, None where it was killed or nobody knows."""
+        try:
+            status: int | None = self.client.get_job_info(job).driver_exit_code
+        except (OSError, RuntimeError):
+            return None
+        return status
 
     def _failure(self, spec: StageSpec, job: str) -> StageError:
         """The error that the job reported; the job's log is put beside it."""
@@ -185,19 +245,19 @@ class Cluster:
 def cluster(address: str = "", *, runtime_env: dict[str, Any] | None = None) -> Iterator[Cluster]:
     """A cluster for jobs: the one whose dashboard is at `address`, or a local one that ends with the block.
 
-    A local one must be opened on the main thread; its processes die with this one, even if it is killed. Raises
-    ValueError naming `ray.address` where no Ray answers.
+    The processes of a local one die with this one, even if it is killed. Raises ValueError naming `ray.address` where
+    no Ray answers.
     """
     if address:
         yield Cluster(connect(address), runtime_env=runtime_env or {}, capacity={})
         return
-    with local_head({**TUNING, **os.environ}) as head:
-        client = connect(head.address, token=head.token)
-        local = Cluster(client, runtime_env=runtime_env or {}, capacity=head.capacity)
+    local = LocalRay()
+    with local.stack:
+        there = Cluster(local.client, runtime_env=runtime_env or {}, capacity=local.head.capacity, local=local)
         try:
-            yield local
+            yield there
         finally:
-            stop(client, local.jobs)
+            there.stop_jobs()
 
 
 def connect(address: str, *, token: str = "") -> JobSubmissionClient:
@@ -224,11 +284,6 @@ def connect(address: str, *, token: str = "") -> JobSubmissionClient:
         raise ValueError(
             f"ray.address: {address} asks for a token: {first_line(error)}; set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN"
         ) from None
-
-
-def job_id(spec: StageSpec, attempt: int) -> str:
-    """The submission id of an attempt: the same whoever submits it, and another for each attempt on any Ray."""
-    return f"genpipe-{spec.target.kind}-{spec.target.fingerprint[:16]}-{attempt}"
 
 
 def stop(client: JobSubmissionClient, jobs: Sequence[str] | set[str]) -> None:

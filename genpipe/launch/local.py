@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -19,6 +19,7 @@ from genpipe import artifacts
 from genpipe.artifacts import Artifact
 from genpipe.config import ConfigError
 from genpipe.launch import stopping
+from genpipe.launch.lease import LeaseLost, leave
 from genpipe.launch.rank import train_rank
 from genpipe.launch.run_stage import PartWorker, execute
 from genpipe.launch.stopping import StageStopped
@@ -45,28 +46,30 @@ class LocalLauncher:
 
     def train(self, spec: StageSpec, run_id: str) -> None:
         """Train as this process's rank, with the ranks that torchrun started beside it."""
+        if self.rank == 0:
+            stopping.withdraw(spec)
         train_rank(spec, run_id, rank=self.rank, world_size=self.world_size, device=self.device)
 
     def map(self, spec: StageSpec, parts: Sequence[str]) -> None:
         """Call the stage's worker on one part after the other."""
+        stopping.withdraw(spec)
         worker = PartWorker(spec)
-        with stopping.listening(spec.work, rank=0) as should_stop:
+        with stopping.listening(spec, rank=0) as should_stop:
             for done, part in enumerate(parts):
                 write_progress(spec.work, Progress(done=done, total=len(parts), unit="parts"))
                 if should_stop():
-                    raise stopping.answer(spec.work, done=f"{done} of {len(parts)} parts")
+                    raise stopping.answer(spec, done=f"{done} of {len(parts)} parts")
                 worker(part)
 
 
-def run_local(spec: StageSpec) -> Artifact:
+def run_local(spec: StageSpec, *, lost: Callable[[LeaseLost], None] = print) -> Artifact:
     """Run a stage here and return its artifact; under torchrun rank 0 leads and the others only train with it.
 
-    Raises StageStopped once it has stopped on request.
+    `lost` is called on another thread if somebody else takes over. Raises StageStopped once it has stopped on request.
     """
     launcher = LocalLauncher()
     if launcher.rank == 0:
-        stopping.forget(spec.work)
-        return execute(spec, launcher)
+        return execute(spec, launcher, lost=lost)
     if is_training(load_stage(spec.stage)) and artifacts.committed(spec.target) is None:
         launcher.train(spec, run_id="")
     while (artifact := artifacts.committed(spec.target)) is None:  # for longer than a collective would wait
@@ -99,7 +102,7 @@ def main(arguments: Sequence[str]) -> int:
     config, stage, *overrides = arguments
     leads = int(os.environ.get("RANK", 0)) == 0
     try:
-        artifact = run_local(spec_of_stage(config, stage, overrides))
+        artifact = run_local(spec_of_stage(config, stage, overrides), lost=leave)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -11,11 +11,11 @@ import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-import psutil
+from genpipe.launch.supervise import supervised
 
 START_SECONDS = 120.0
 END_SECONDS = 15.0
@@ -27,43 +27,42 @@ TUNING = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(7 * 24 * 3600),
     "RAY_TRAIN_METRICS_ENABLED": "0",
-    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "RAY_JOB_STOP_WAIT_TIME_S": "10",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_worker_niceness": "0",  # Ray would have training give way to every other process
 }
-
-# On Linux the kernel ends the head when its parent is gone, even if that was killed.
-ENTRY = """
-import ctypes, runpy, sys
-if sys.platform == "linux":
-    PR_SET_PDEATHSIG, SIGTERM = 1, 15
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, SIGTERM)
-runpy.run_module("ray.scripts.scripts", run_name="__main__")
-"""
+ALONE = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
+"""Of a node that nobody but its own run can take away, which saves an actor for each stage."""
 
 
 class Head(NamedTuple):
-    """A running head node: its dashboard's URL, the token that it asks for, and its CPUs and GPUs."""
+    """A head node: its dashboard's URL, the token that it asks for, its CPUs and GPUs, and its process."""
 
     address: str
     token: str
     capacity: dict[str, float]
+    process: subprocess.Popen[bytes]
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether it runs; when a part of it dies, all of it ends within seconds."""
+        return self.process.poll() is None
 
 
 @contextmanager
 def local_head(environment: Mapping[str, str]) -> Iterator[Head]:
     """Start a head node on loopback, with ports, files and a token of its own, and kill it when the block ends.
 
-    To be opened on the main thread: the head dies with the thread that started it.
+    All its processes, jobs included, end with this one, whatever ends it.
     """
     token = secrets.token_hex(32)  # other users of this machine can reach loopback, too
     authenticated = {**environment, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token}
     with tempfile.TemporaryDirectory(prefix="genpipe-ray-", ignore_cleanup_errors=True) as folder:
         process, address = _start(Path(folder), authenticated)
         try:
-            yield Head(address, token, _await_capacity(process, address, Path(folder), token=token))
+            capacity = _await_capacity(process, address, Path(folder), token=token)
+            yield Head(address, token, capacity, process)
         finally:
             _end(process)
 
@@ -97,7 +96,7 @@ def _start(folder: Path, environment: Mapping[str, str]) -> tuple[subprocess.Pop
     arguments = [f"--{name}={value}" for name, value in options.items()]
     with (folder / "head.log").open("wb") as log:
         process = subprocess.Popen(
-            [sys.executable, "-c", ENTRY, "start", "--head", "--block", *arguments],
+            supervised([sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", *arguments]),
             env={**environment, "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0"},
             stdin=subprocess.DEVNULL,
             stdout=log,
@@ -124,10 +123,9 @@ def _await_capacity(process: subprocess.Popen[bytes], address: str, folder: Path
 
 def _end(process: subprocess.Popen[bytes]) -> None:
     """Kill the head and all that it started: the jobs have ended, so nothing there is worth an orderly end."""
-    family = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
-    process.kill()
-    process.wait()
-    for member in family:
-        with suppress(psutil.NoSuchProcess):
-            member.kill()
-    psutil.wait_procs(family, timeout=END_SECONDS)
+    process.terminate()
+    try:
+        process.wait(END_SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()

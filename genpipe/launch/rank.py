@@ -12,15 +12,18 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from genpipe.launch import stopping
+from genpipe.launch import lease, stopping
 from genpipe.launch.process import set_up_process
 from genpipe.launch.run_stage import commit
+from genpipe.launch.watchdog import Watched
 from genpipe.pipeline.spec import Progress, StageSpec, read_progress, write_progress
 from genpipe.stages import load_stage
 from genpipe.storage import join
 from genpipe.tracking.recording import attach
+from genpipe.training.background import Background
 from genpipe.training.checkpoint_store import CheckpointStore
 from genpipe.training.loop import Interrupted, train
+from genpipe.training.parallel import unsharded
 from genpipe.training.runtime import Phase
 
 
@@ -48,6 +51,7 @@ def train_rank(
         best=cfg.observe.keep_best,
         before_commit=lambda: rt.before_checkpoint(),
     )
+    watched = Watched(spec.work, rank=rank, world_size=world_size, seconds=cfg.resources.hang_seconds)
     with ExitStack() as stack:
         rt = RankRuntime(
             spec,
@@ -57,16 +61,20 @@ def train_rank(
             device=device,
             checkpoints=checkpoints,
             total=cfg.train.samples,
-            should_stop=stack.enter_context(stopping.listening(spec.work, rank=rank, notice=notice)),
+            should_stop=stack.enter_context(stopping.listening(spec, rank=rank, notice=notice)),
+            enter=stack.enter_context(watched).enter,
         )
         stack.enter_context(rt)
         objective = stage.objective(cfg, spec.inputs, device)
         try:
             result = train(objective, stage.data(cfg, spec.inputs), cfg.train, rt, cfg.resources, cfg.observe)
         except Interrupted as interrupted:
+            rt.telling.wait()  # so that the last word is why it stopped
             respond = stopping.answer if rank == 0 else stopping.follow
-            raise respond(spec.work, done=f"{interrupted.samples_seen:,} samples") from interrupted
+            raise respond(spec, done=f"{interrupted.samples_seen:,} samples") from interrupted
+        objective = unsharded(objective, lambda: stage.objective(cfg, spec.inputs, device), rank=rank)
         if rank == 0:
+            rt.enter("export")
             with tempfile.TemporaryDirectory() as folder, torch.no_grad():
                 meta = stage.export(objective, cfg, spec.inputs, Path(folder))
                 commit(
@@ -91,7 +99,9 @@ class RankRuntime:
     checkpoints: CheckpointStore
     total: int
     should_stop: Callable[[], bool]
+    enter: Callable[[Phase], None]
     environment: dict[str, str] = field(default_factory=dict)
+    telling: Background = field(default_factory=Background)
 
     def __enter__(self) -> RankRuntime:
         self.run = attach(self.spec, self.run_id) if self.rank == 0 else None
@@ -100,6 +110,7 @@ class RankRuntime:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.telling.wait()  # the work folder is about to be deleted
         if self.run:
             self.run.close()
 
@@ -109,8 +120,19 @@ class RankRuntime:
         self.run.log(metrics, samples_seen=samples_seen)
         rate = metrics.get("samples_per_second")
         if rate is not None:
-            progress = Progress(done=samples_seen, total=self.total, rate=rate, metrics=metrics, note=self.note)
-            write_progress(self.spec.work, progress)
+            self._tell(Progress(done=samples_seen, total=self.total, rate=rate, metrics=metrics, note=self.note))
+
+    def _tell(self, progress: Progress) -> None:
+        """Write progress beside the training, which a slow store, or one that is full or away, is not to hold up."""
+
+        def write() -> None:
+            try:
+                write_progress(self.spec.work, progress)
+            except OSError as error:
+                print(f"progress could not be written, training goes on: {error}", flush=True)
+
+        if not self.telling.busy:  # else the next one tells as much
+            self.telling.start(write, name="progress")
 
     def log_images(self, images: dict[str, np.ndarray], *, samples_seen: int) -> None:
         """Record pictures in the run."""
@@ -137,9 +159,10 @@ class RankRuntime:
         self.run.set_tags({f"event.{when}": f"at {samples_seen} samples: {message}"})
 
     def before_checkpoint(self) -> None:
-        """Have what was logged kept before a checkpoint is: what goes on from there does not log it again."""
+        """Have what was logged kept before a checkpoint is: what goes on from there does not log it again.
+
+        Raises LeaseLost if another attempt has taken over.
+        """
         assert self.run is not None, "only rank 0 commits"
         self.run.flush()
-
-    def enter(self, phase: Phase) -> None:
-        """Nothing: nobody watches yet."""
+        lease.check(self.spec)

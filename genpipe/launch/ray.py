@@ -10,20 +10,36 @@ import logging
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import partial
 from types import FrameType
 from typing import Any
 
+from genpipe import artifacts
 from genpipe.config import Resources
-from genpipe.launch.failure import BEGUN, JobLost, StageError, begin_attempt, first_line, read_failure, report_failure
+from genpipe.launch import lease, stopping
+from genpipe.launch.failure import BEGUN, JobLost, StageError, first_line, read_failure, report_failure
 from genpipe.launch.local_ray import TUNING
+from genpipe.launch.stopping import StageStopped, Stopped
+from genpipe.launch.watchdog import last_hang
 from genpipe.pipeline.spec import Progress, StageSpec, write_progress
 from genpipe.storage import join, open_storage
+from genpipe.training.agreement import PATIENCE
 
 INSIST_SECONDS = 3.0
+POLL_SECONDS = 1.0
+CANCEL_SECONDS = 30.0
+GROUP_START_SECONDS = 30
+"""For which a group that may have fewer ranks waits for its places before Ray Train counts them anew."""
+JOB_STOP_SECONDS = 3.0
+"""For which Ray lets a job end that it has sent a SIGTERM, unless RAY_JOB_STOP_WAIT_TIME_S says otherwise."""
+END_SECONDS = 4.0
+"""Of these, what the driver keeps for its own end."""
+COLLECTIVE_SECONDS = int(PATIENCE.total_seconds())
 
 
 class RayLauncher:
@@ -33,12 +49,29 @@ class RayLauncher:
         self.job = job
 
     def train(self, spec: StageSpec, run_id: str) -> None:
-        """Train on Ray Train; ranks that are lost start again from the newest checkpoint, `max_failures` times."""
+        """Train on Ray Train; ranks that are lost start again from the newest checkpoint, `max_failures` times.
+
+        Ranks that are preempted write a checkpoint and start again from it, any number of times. Raises StageStopped
+        where it is this driver that is to stop, or somebody cancels the stage.
+        """
+        stopping.withdraw(spec)
+        while artifacts.committed(spec.target) is None:
+            with _insisting(spec) as told, _obeying(spec, grace=CANCEL_SECONDS):
+                stopped = self._fit(spec, run_id)
+            assert stopped is not None or artifacts.committed(spec.target), "ranks end with an artifact or on request"
+            if stopped is not None and (told or stopped.reason == "cancelled"):
+                raise StageStopped(stopped)
+            stopping.withdraw(spec)  # each rank hears of a preemption, and may say so after the others stopped
+
+    def _fit(self, spec: StageSpec, run_id: str) -> Stopped | None:
+        """Train to the end, or until the ranks stop on request."""
         from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
-        from ray.train.torch import TorchConfig, TorchTrainer
+        from ray.train.torch import TorchTrainer
 
         resources = Resources.model_validate(spec.config["resources"])
         each = {"CPU": resources.cpus} | ({"GPU": resources.gpus} if resources.gpus else {})
+        if resources.min_workers < resources.max_workers:  # a node that is gone may be counted on for a moment
+            os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(GROUP_START_SECONDS)
         trainer = TorchTrainer(
             _train_rank,
             train_loop_config={"spec": spec.model_dump(mode="json"), "run_id": run_id, "job": self.job},
@@ -48,17 +81,18 @@ class RayLauncher:
             run_config=RunConfig(
                 name=f"{self.job}-{int(time.time())}",
                 storage_path=join(spec.work, "ray"),
-                failure_config=FailureConfig(max_failures=resources.max_failures),
+                failure_config=FailureConfig(max_failures=resources.max_failures),  # preemptions are not counted
             ),
-            torch_config=TorchConfig(backend="nccl" if resources.gpus else "gloo"),
+            torch_config=_torch_config(resources),
         )
+        began = time.time()
         try:
-            with _insisting():
-                trainer.fit()
+            result = trainer.fit()
         except TrainingFailedError as error:
             self._raise_failure(spec)
-            raise JobLost(f"Ray Train gave up: {first_line(error)}") from error
+            raise _judged(error, last_hang(spec.work, since=began)) from error
         self._raise_failure(spec)
+        return Stopped.model_validate(result.return_value) if result.return_value else None
 
     def map(self, spec: StageSpec, parts: Sequence[str]) -> None:
         """Map the parts on Ray Data, one actor a worker; a part is tried again `max_failures` times."""
@@ -72,15 +106,18 @@ class RayLauncher:
         done = ray.data.from_items(list(parts), override_num_blocks=len(parts)).map_batches(
             _MapPart,
             fn_constructor_args=(spec.model_dump(mode="json"), self.job),
-            compute=ray.data.ActorPoolStrategy(size=min(resources.workers, len(parts))),
+            compute=ray.data.ActorPoolStrategy(
+                min_size=min(resources.min_workers, len(parts)), max_size=min(resources.max_workers, len(parts))
+            ),
             batch_size=1,
             num_cpus=resources.cpus,
             num_gpus=resources.gpus or None,
         )
+        stopping.withdraw(spec)
         started = time.monotonic()
         write_progress(spec.work, Progress(done=0, total=len(parts), unit="parts"))
         try:
-            with _insisting():
+            with _insisting(), _obeying(spec, grace=0):
                 for count, _ in enumerate(done.iter_rows(), 1):
                     rate = count / (time.monotonic() - started)
                     write_progress(spec.work, Progress(done=count, total=len(parts), unit="parts", rate=rate))
@@ -103,8 +140,57 @@ def _infrastructure() -> tuple[type[Exception], ...]:
     return RayError, DistError
 
 
-def _train_rank(config: dict[str, Any]) -> None:
-    """One rank of a training stage, in a Ray Train worker."""
+def _judged(error: Exception, hang: str) -> StageError:
+    """What it means that Ray Train gave up, after it has started the group `max_failures` times again.
+
+    A rank cannot tell its own RuntimeError from that of a collective whose other side is gone. If at last no rank was
+    lost, the error is the stage's own.
+    """
+    from ray.train.v2._internal.exceptions import UserExceptionWithTraceback as RankError
+
+    failures: dict[int, Exception] = getattr(error, "worker_failures", {})
+    raised = [failure for failure in failures.values() if isinstance(failure, RankError)]
+    own = [failure for failure in raised if type(failure._base_exc) is RuntimeError]
+    if own and not hang and len(raised) == len(failures):
+        return StageError(first_line(own[0]._base_exc), details=str(own[0]))
+    return JobLost(f"Ray Train gave up: {hang or first_line(error)}")
+
+
+def _torch_config(resources: Resources) -> Any:
+    """How Ray Train sets the ranks' processes up: for torch's collectives, and to hear signals.
+
+    Signals arrive on the main thread of a process, and Ray Train trains on another one.
+    """
+    from ray.train.torch import TorchConfig
+
+    class Backend(TorchConfig().backend_cls):  # type: ignore[misc]
+        def on_training_start(self, worker_group: Any, backend_config: Any) -> None:
+            super().on_training_start(worker_group, backend_config)
+            worker_group.execute(_hear_signals)
+
+    class Config(TorchConfig):
+        backend_cls = Backend
+
+    return Config(backend="nccl" if resources.gpus else "gloo", timeout_s=COLLECTIVE_SECONDS)
+
+
+def _hear_signals() -> None:
+    stopping.hear_signals()
+
+
+def _preemption_notice() -> str:
+    """Who takes a node of this rank's group away, once Ray says so.
+
+    Read where Ray Train keeps it: `ray.train.get_preemption_info` is a barrier for all ranks.
+    """
+    from ray.train.v2._internal.execution.context import get_train_context
+
+    info = get_train_context().preemption_context.preemption_info
+    return f"Ray, which drains {', '.join(node[:12] for node in info.preempted_node_ids)}" if info else ""
+
+
+def _train_rank(config: dict[str, Any]) -> dict[str, Any] | None:
+    """One rank of a training stage, in a Ray Train worker; returns what it says if it stopped on request."""
     import ray.train.torch
 
     from genpipe.launch.rank import train_rank
@@ -112,21 +198,26 @@ def _train_rank(config: dict[str, Any]) -> None:
     spec, job = StageSpec.model_validate(config["spec"]), config["job"]
     failure = read_failure(spec.work, job)
     if failure is not None and not failure.infrastructure:
-        return  # the fault is the stage's own, so a restarted group has nothing to try
+        return None  # the fault is the stage's own, so a restarted group has nothing to try
     context = ray.train.get_context()
     try:
-        with report_failure(spec, job, infrastructure=_infrastructure()):
+        peers = context.get_world_size() - 1
+        with report_failure(spec, job, infrastructure=_infrastructure(), peers=peers):
             train_rank(
                 spec,
                 config["run_id"],
                 rank=context.get_world_rank(),
                 world_size=context.get_world_size(),
                 device=ray.train.torch.get_device(),
+                notice=_preemption_notice,
             )
+    except StageStopped as stop:
+        return stop.stopped.model_dump(mode="json")
     except Exception:
         failure = read_failure(spec.work, job)
         if failure is None or failure.infrastructure or context.get_world_size() > 1:
             raise  # other ranks may be waiting for this one; Ray Train ends them
+    return None
 
 
 class _MapPart:
@@ -165,11 +256,13 @@ class _MapPart:
 
 
 def drive(spec_uri: str, job: str) -> int:
-    """The driver of one job: run the stage; the exit status."""
+    """The driver of one job: run the stage; the exit status.
+
+    A driver that is told to end is preempted: its submitter knows if it wanted the job to stop.
+    """
     os.environ.update({key: value for key, value in TUNING.items() if key not in os.environ})
     spec = StageSpec.read(spec_uri)
     spec = spec.model_copy(update={"links": {**spec.links, "ray_job": job}})
-    begin_attempt(spec.work, job)
     try:
         with report_failure(spec, job, infrastructure=_infrastructure()):
             import ray
@@ -178,8 +271,13 @@ def drive(spec_uri: str, job: str) -> int:
 
             ray.init(address="auto", logging_level=logging.WARNING)
             signal.signal(signal.SIGTERM, _stop_driver)  # Ray's own handler would leave the MLflow run running
-            execute(spec, RayLauncher(job))
+            execute(spec, RayLauncher(job), attempt=job, lost=lease.leave)
             ray.shutdown()  # at exit it would sleep first, for logs that nobody waits for
+    except StageStopped as stop:
+        print(stop, flush=True)
+        return stop.stopped.status
+    except KeyboardInterrupt:
+        return stopping.answer(spec, done="what was finished").stopped.status
     except Exception:
         traceback.print_exc()
         return 1
@@ -187,23 +285,54 @@ def drive(spec_uri: str, job: str) -> int:
 
 
 @contextmanager
-def _insisting() -> Iterator[None]:
+def _insisting(spec: StageSpec | None = None) -> Iterator[list[str]]:
     """In the block a SIGTERM raises KeyboardInterrupt again and again until it is heard.
 
-    What is raised while Ray runs a destructor or a callback of the garbage collector is lost.
+    What is raised while Ray runs a destructor or a callback of the garbage collector is lost. The ranks of
+    a training stage are first asked to stop, and given the time that Ray gives this driver; yields what they were told.
     """
+    told: list[str] = []
 
     def insist(signum: int, frame: FrameType | None) -> None:
+        if spec and not told and signum == signal.SIGTERM:
+            told.append(stopping.this_process("SIGTERM"))
+            request = partial(stopping.request_stop, spec, "preempted", by=told[0])
+            threading.Thread(target=request, daemon=True).start()
+            seconds = float(os.environ.get("RAY_JOB_STOP_WAIT_TIME_S", JOB_STOP_SECONDS)) - END_SECONDS
+            signal.setitimer(signal.ITIMER_REAL, max(seconds, POLL_SECONDS))
+            return
         signal.setitimer(signal.ITIMER_REAL, INSIST_SECONDS)
         _stop_driver(signum, frame)
 
     usual = {number: signal.signal(number, insist) for number in (signal.SIGTERM, signal.SIGALRM)}
     try:
-        yield
+        yield told
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in usual.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def _obeying(spec: StageSpec, *, grace: float) -> Iterator[None]:
+    """In the block a cancellation ends this driver, if the ranks have not heard it within `grace` seconds.
+
+    They may be waiting for their place on the cluster, and data stages do not listen.
+    """
+    ended = threading.Event()
+
+    def obey() -> None:
+        while not ended.wait(POLL_SECONDS):
+            with suppress(OSError):  # of the store, which may be back at the next look
+                request = stopping.requested(spec)
+                if request and request.reason == "cancelled" and not ended.wait(grace):
+                    os.kill(os.getpid(), signal.SIGALRM)  # which `_insisting` hears
+
+    threading.Thread(target=obey, name="cancellation", daemon=True).start()
+    try:
+        yield
+    finally:
+        ended.set()
 
 
 def _stop_driver(signum: int, frame: FrameType | None) -> None:

@@ -1,13 +1,14 @@
 """The life of one stage, the same whoever launches it.
 
 A launcher brings two abilities: to train (start ranks and call `train_rank` in each) and to map (call a worker
-on every part). `execute` does the rest: skip what is committed, check the inputs, record, commit.
+on every part). `execute` does the rest: skip what is committed, check the inputs, hold the lease, record, commit.
 """
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
@@ -15,6 +16,8 @@ from typing import Any, Protocol
 from genpipe import artifacts
 from genpipe.artifacts import Artifact
 from genpipe.config import StageConfig
+from genpipe.launch import lease
+from genpipe.launch.lease import LeaseLost
 from genpipe.launch.process import set_up_process
 from genpipe.pipeline.spec import StageSpec
 from genpipe.stages import is_training, load_stage
@@ -37,16 +40,30 @@ class Launcher(Protocol):
         ...
 
 
-def execute(spec: StageSpec, launcher: Launcher) -> Artifact:
-    """Run a stage and commit its artifact, or return the one that is committed already.
+def execute(
+    spec: StageSpec, launcher: Launcher, *, attempt: str = "", lost: Callable[[LeaseLost], None] = print
+) -> Artifact:
+    """Run a stage and commit its artifact, or return the one that is or gets committed by somebody else.
 
     What an earlier attempt left (checkpoints, finished parts) is taken up. Raises whatever the stage raises;
-    its run is then marked failed, and nothing is committed.
+    its run is then marked failed, and nothing is committed. `attempt` is an id of `lease.new_attempt`, which is asked
+    if there is none yet; `lost` is called on another thread when somebody else has taken over, and may end this
+    process: it could only be refused (LeaseLost) at its next checkpoint, part or commit.
     """
-    done = artifacts.committed(spec.target)
-    if done is not None:
+    with lease.hold(spec, attempt or lease.new_attempt(spec), lost=lost) as held:
+        if held is not None:
+            _make(held, launcher)
+    if held is not None:
+        open_storage(spec.work).delete_all()
+    else:
         settle_stage(spec)
-        return done
+    artifact = artifacts.committed(spec.target)
+    assert artifact is not None, "the lease is held until there is a committed artifact"
+    return artifact
+
+
+def _make(spec: StageSpec, launcher: Launcher) -> None:
+    """Do the work of a stage, as the only one who does."""
     stage = load_stage(spec.stage)
     cfg: StageConfig = stage.Config.model_validate(spec.config)
     stage.check_inputs(cfg, spec.inputs)
@@ -58,8 +75,6 @@ def execute(spec: StageSpec, launcher: Launcher) -> Artifact:
         artifact = artifacts.committed(spec.target)
         assert artifact is not None, "the launcher returned without a committed artifact"
         run.finish(artifact)
-    open_storage(spec.work).delete_all()
-    return artifact
 
 
 def _map_parts(spec: StageSpec, stage: ModuleType, cfg: StageConfig, launcher: Launcher, run: StageRun) -> None:
@@ -107,11 +122,12 @@ def commit(
     environment: Mapping[str, str],
     run_id: str,
 ) -> Artifact:
-    """Commit what a stage made.
+    """Commit what a stage made. Raises LeaseLost if another attempt has taken over.
 
     `meta` is added to what the artifact promised; `environment` says what it was made with, beside the git revision.
     """
     target = spec.target.model_copy(update={"meta": {**spec.target.meta, **meta}})
+    made_by = {"attempt": spec.attempt.id} if spec.attempt else {}
     return artifacts.commit(
         target,
         folder=folder,
@@ -120,8 +136,9 @@ def commit(
         config=spec.config,
         inputs=spec.inputs,
         metrics=metrics,
-        environment={"git_revision": spec.git_revision, **environment},
+        environment={"git_revision": spec.git_revision, **made_by, **environment},
         run_id=run_id,
+        fence=partial(lease.check, spec),
     )
 
 
@@ -148,4 +165,5 @@ class PartWorker:
         """Make one part and put its files in place."""
         with tempfile.TemporaryDirectory() as folder:
             stats = {**self.work(part, Path(folder)), ENVIRONMENT: getattr(self.work, "environment", {})}
-            artifacts.add_part(self.spec.target.uri, part, Path(folder), stats)
+            fence = partial(lease.check, self.spec)
+            artifacts.add_part(self.spec.target.uri, part, Path(folder), stats, fence=fence)

@@ -20,6 +20,7 @@ from typing import Literal
 from pydantic import Field
 
 from genpipe.config import Config
+from genpipe.pipeline.spec import StageSpec, read_progress, write_progress
 from genpipe.storage import open_storage
 
 REQUEST, OUTCOME = "stop.json", "stopped.json"
@@ -41,6 +42,7 @@ class Stop(Config):
 
     reason: Reason
     by: str = Field(description="who asked")
+    attempt: str = Field("", description="the attempt that is meant; empty: whichever runs")
 
 
 class Stopped(Stop):
@@ -57,6 +59,11 @@ class Stopped(Stop):
         """For people, in a clause."""
         return f"{self.reason} at {self.done} ({self.by})"
 
+    @property
+    def note(self) -> str:
+        """For people who watch the attempt that follows."""
+        return f"was {self.reason} by {self.by}, goes on from {self.done}"
+
 
 class StageStopped(KeyboardInterrupt):
     """The stage has stopped because it was asked to, with what it had done kept: neither an error nor a result."""
@@ -66,53 +73,67 @@ class StageStopped(KeyboardInterrupt):
         self.stopped = stopped
 
 
-def request_stop(work: str, stop: Stop) -> None:
-    """Ask whoever runs the stage with this work folder to stop; a cancellation is not taken back by a preemption."""
-    there = requested(work)
+def request_stop(spec: StageSpec, reason: Reason, *, by: str) -> None:
+    """Ask whoever runs the stage to stop; a cancellation is not taken back by a preemption.
+
+    A preemption is that of the attempt of `spec`: ranks whose driver is gone are told to end, too, and the attempt that
+    follows has nothing to do with that.
+    """
+    there = _read(spec)
     if there is None or there.reason == "preempted":
-        open_storage(work).write(REQUEST, stop.model_dump_json().encode())
+        stop = Stop(reason=reason, by=by, attempt=_attempt(spec) if reason == "preempted" else "")
+        open_storage(spec.work).write(REQUEST, stop.model_dump_json().encode())
 
 
-def requested(work: str) -> Stop | None:
-    """The request that nobody has answered yet."""
-    try:
-        return Stop.model_validate_json(open_storage(work).read(REQUEST))
-    except FileNotFoundError:
-        return None
+def requested(spec: StageSpec) -> Stop | None:
+    """The request to the attempt of `spec` that is not answered yet."""
+    stop = _read(spec)
+    return stop if stop and stop.attempt in ("", _attempt(spec)) else None
 
 
-def answer(work: str, *, done: str) -> StageStopped:
+def withdraw(spec: StageSpec) -> None:
+    """Begin an attempt: what an earlier one was asked, and did not answer, does not count."""
+    open_storage(spec.work).delete(REQUEST)
+
+
+def answer(spec: StageSpec, *, done: str) -> StageStopped:
     """Write down that the stage has stopped, take the request away, and return what to raise: rank 0's part."""
-    stopped = _stopped(work, done)
-    storage = open_storage(work)
-    storage.write(OUTCOME, stopped.model_dump_json().encode())
-    storage.delete(REQUEST)
+    stopped = _stopped(spec, requested(spec), done)
+    open_storage(spec.work).write(OUTCOME, stopped.model_dump_json().encode())
+    if progress := read_progress(spec.work):
+        write_progress(spec.work, progress.model_copy(update={"note": stopped.note}))
+    withdraw(spec)
     return StageStopped(stopped)
 
 
-def follow(work: str, *, done: str) -> StageStopped:
+def follow(spec: StageSpec, *, done: str) -> StageStopped:
     """What to raise on the other ranks."""
-    return StageStopped(outcome(work) or _stopped(work, done))
+    return StageStopped(_stopped(spec, requested(spec) or outcome(spec), done))
 
 
-def _stopped(work: str, done: str) -> Stopped:
-    stop = requested(work) or Stop(reason="preempted", by="a signal")
-    return Stopped(reason=stop.reason, by=stop.by, done=done)
+def _stopped(spec: StageSpec, stop: Stop | None, done: str) -> Stopped:
+    stop = stop or Stop(reason="preempted", by="a signal")
+    return Stopped(reason=stop.reason, by=stop.by, done=done, attempt=_attempt(spec))
 
 
-def outcome(work: str) -> Stopped | None:
-    """What came of a request to the present attempt, or the last one."""
+def _attempt(spec: StageSpec) -> str:
+    """The id of the attempt that `spec` was given to, empty without Ray."""
+    return spec.links.get("ray_job", "")
+
+
+def _read(spec: StageSpec) -> Stop | None:
     try:
-        return Stopped.model_validate_json(open_storage(work).read(OUTCOME))
+        return Stop.model_validate_json(open_storage(spec.work).read(REQUEST))
     except FileNotFoundError:
         return None
 
 
-def forget(work: str) -> None:
-    """Begin an attempt anew: what earlier ones were asked does not count."""
-    storage = open_storage(work)
-    storage.delete(REQUEST)
-    storage.delete(OUTCOME)
+def outcome(spec: StageSpec) -> Stopped | None:
+    """How the last attempt that stopped on request did."""
+    try:
+        return Stopped.model_validate_json(open_storage(spec.work).read(OUTCOME))
+    except FileNotFoundError:
+        return None
 
 
 def this_process(what: str) -> str:
@@ -145,7 +166,7 @@ def hear_signals() -> dict[signal.Signals, object]:
 
 
 @contextmanager
-def listening(work: str, *, rank: int, notice: Callable[[], str] = str) -> Iterator[Callable[[], bool]]:
+def listening(spec: StageSpec, *, rank: int, notice: Callable[[], str] = str) -> Iterator[Callable[[], bool]]:
     """Listen for a request to stop during the block; yields what tells whether there was one, at no cost.
 
     Every rank hears its own signals, if it is on the main thread or called `hear_signals` there before, and `notice`,
@@ -160,8 +181,8 @@ def listening(work: str, *, rank: int, notice: Callable[[], str] = str) -> Itera
             try:
                 if told := (this_process(_signals.heard) if _signals.heard else notice()):
                     asked.set()  # first, as the store may be slow
-                    request_stop(work, Stop(reason="preempted", by=told))
-                elif rank == 0 and requested(work):
+                    request_stop(spec, "preempted", by=told)
+                elif rank == 0 and requested(spec):
                     asked.set()
             except OSError as error:  # of the store, which may well be back at the next look
                 print(f"cannot look for requests to stop: {error}", file=sys.stderr, flush=True)

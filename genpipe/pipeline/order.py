@@ -19,7 +19,7 @@ def work(planned: Planned) -> float:
     if planned.status == "cached" or not is_training(stage):
         return 0.0
     try:
-        return training_flops(stage, cfg, planned.inputs) / cfg.resources.workers
+        return training_flops(stage, cfg, planned.inputs) / cfg.resources.max_workers
     except Exception as error:  # of any stage, the user's own too; its turn is not worth the run
         print(f"{planned.name}: its work cannot be computed, so its turn is a late one: {error}", file=sys.stderr)
         return 0.0

@@ -6,15 +6,12 @@ A process on this machine is looked for; of one elsewhere only the heartbeat is 
 from __future__ import annotations
 
 import os
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
-
-import psutil
 
 from genpipe.config import Config
 
@@ -24,11 +21,11 @@ EXPIRY_SECONDS = 90.0
 
 
 class Presence(Config):
-    """A process: `machine` and `pid` with the time it was `started` name it, `beat` is when it last said so (Unix)."""
+    """A process: `machine`, `pid` and when it `started` name it, `beat` is when it last said so (Unix time)."""
 
     machine: str
     pid: int
-    started: float
+    started: str
     beat: float
     left: bool = False
     """Whether it has said that it is done here, and left the rest to others."""
@@ -36,22 +33,14 @@ class Presence(Config):
     @classmethod
     def here(cls, *, left: bool = False) -> Presence:
         """This process, now."""
-        started = psutil.Process().create_time()
-        return cls(machine=_machine(), pid=os.getpid(), started=started, beat=time.time(), left=left)
+        return cls(machine=this_machine(), pid=os.getpid(), started=started(os.getpid()), beat=time.time(), left=left)
 
     def is_alive(self) -> bool:
         """Whether the process is there; one that cannot be seen from here is so until its heartbeat expires."""
         if self.left:
             return False
-        if self.machine == _machine():
-            try:
-                process = psutil.Process(self.pid)
-                if process.status() == psutil.STATUS_ZOMBIE:
-                    return False
-                if abs(process.create_time() - self.started) < 1:
-                    return True  # otherwise another took its number, or the clock was set
-            except psutil.NoSuchProcess:
-                return False
+        if self.machine and self.machine == this_machine():
+            return started(self.pid) == self.started
         return time.time() - self.beat < EXPIRY_SECONDS
 
 
@@ -78,10 +67,21 @@ def heartbeat(beat: Callable[[], object], *, seconds: float = BEAT_SECONDS) -> I
 
 
 @cache
-def _machine() -> str:
-    """This machine, boot and (of containers) process namespace: where a process id means one process."""
-    names = [socket.gethostname()]
-    with suppress(OSError):  # not Linux
-        names.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
-        names.append(os.readlink("/proc/self/ns/pid"))
-    return " ".join(names)
+def this_machine() -> str:
+    """What tells one space of process ids from all others: this boot of this machine, or a container on it.
+
+    Empty where that is not known (not Linux).
+    """
+    try:
+        return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return ""
+
+
+def started(pid: int) -> str:
+    """When a process of this machine started, in ticks since the boot; empty if it is not there, or only a zombie."""
+    try:
+        state, *fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
+    except OSError:
+        return ""
+    return "" if state in "ZX" else fields[18]

@@ -24,6 +24,13 @@ def sqlite_uri(file: Path) -> str:
     return "sqlite:///" + str(file.absolute()).replace("%", "%25").replace("?", "%3F")
 
 
+class Attempt(Config):
+    """One try at a stage: an id that no other has, and the fencing number under which it writes."""
+
+    id: str
+    number: int
+
+
 class StageSpec(Config):
     """One stage to run: its resolved config, its inputs, and the artifact it is to commit."""
 
@@ -41,6 +48,7 @@ class StageSpec(Config):
     pipeline_run_id: str = Field("", description="the MLflow run of the pipeline run that launched this stage")
     run_id: str = Field("", description="this stage's MLflow run, if the submitter has claimed it")
     links: dict[str, str] = Field(default_factory=dict, description="Prefect run, Ray job: recorded as tags")
+    attempt: Attempt | None = Field(None, description="who works on it, once somebody does")
 
     @property
     def work(self) -> str:
@@ -69,13 +77,13 @@ class Progress(Config):
     note: str = Field("", description="what happened on the way, and was no failure")
 
     def describe(self) -> str:
-        """For people: done of total, rate, time left, the loss if there is one, and what happened on the way."""
+        """For people: done of total, rate, time left, and the loss if there is one."""
         parts = [f"{self.done:,}/{self.total:,} {self.unit}"]
         if self.rate:
             left = max(0, self.total - self.done) / self.rate
             parts += [f"{self.rate:,.1f}/s" if self.rate < 10 else f"{self.rate:,.0f}/s", f"{duration(left)} left"]
         losses = [f"loss {value:.4f}" for name, value in self.metrics.items() if name.endswith("/loss")]
-        return "  ".join(parts + losses[:1] + [f"({self.note})"] * bool(self.note))
+        return "  ".join(parts + losses[:1])
 
 
 def duration(seconds: float) -> str:

@@ -210,11 +210,15 @@ def settle_stage(spec: StageSpec, *, status: End = "KILLED", error: str = GONE, 
     """Complete the records of a stage that nobody is at any more; it costs a look where they are complete.
 
     The run ends as FINISHED if its artifact is committed, else with `status` and `error` if it is left RUNNING. `gone`
-    says that its process is known to have ended; otherwise its heartbeat decides. Raises nothing.
+    says that the job of this pipeline run is known to have ended; otherwise, and of one that another pipeline run
+    started since, the heartbeat decides. Raises nothing.
     """
     with _as_a_warning(f"the records of {spec.name} are not complete"):
         opened = open_runs.find_stage(spec)
-        if opened is not None and (gone or not open_runs.is_alive(opened, open_runs.all_open(spec.store))):
+        if opened is None or opened.stage is None:
+            return
+        ours = opened.stage.pipeline_run_id == spec.pipeline_run_id
+        if (gone and ours) or not open_runs.is_alive(opened, open_runs.all_open(spec.store)):
             _settle_stage(opened, status, error)
 
 

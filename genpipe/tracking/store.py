@@ -109,11 +109,12 @@ def client_of(uri: str) -> MlflowClient:
         os.environ["MLFLOW_TRACKING_USERNAME"] = unquote(parts.username)
         os.environ["MLFLOW_TRACKING_PASSWORD"] = unquote(parts.password or "")
         uri = _without_login(uri)
+    if parts.scheme != "sqlite":
+        return MlflowClient(uri)
     path = _sqlite_path(uri).absolute()
-    if parts.scheme == "sqlite":
-        with suppress(OSError):  # a store that can only be read
-            path.parent.mkdir(parents=True, exist_ok=True)  # MLflow would make one with %25 in its name
-    if parts.scheme != "sqlite" or not os.access(path.parent, os.W_OK):
+    with suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)  # MLflow takes %25 for a name, and makes that folder
+    if not os.access(path.parent, os.W_OK):
         return MlflowClient(uri)
     with _alone_with(path):
         client = MlflowClient(uri)

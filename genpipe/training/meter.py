@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import math
+import resource
+import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import islice
 
 import torch
@@ -16,15 +20,40 @@ from genpipe.training.state import TrainState
 
 
 class Meter:
-    """Sums metrics on the device and logs their means when asked, with the learning rates and the clock's rates."""
+    """Sums metrics on the device and logs their means when asked, with the learning rates and the clock's rates.
 
-    def __init__(self, rt: Runtime, *, global_batch_size: int, step: int) -> None:
+    `peak_flops` are those of one rank's device in a second.
+    """
+
+    def __init__(self, rt: Runtime, *, global_batch_size: int, peak_flops: float) -> None:
         self.rt = rt
-        self.global_batch_size = global_batch_size
+        self.global_batch_size, self.peak_flops = global_batch_size, peak_flops
         self.rates: dict[str, float] = {}
+        self.flops_of: dict[tuple[str, ...], int] = {}
+        """Of a micro-batch, by its module and those that are trained: known when it is first computed."""
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin anew, as training went back and reads another stream of data."""
         self._sums: dict[tuple[str, ...], Tensor] = {}
         """By the names of metrics that are added together: their sums, and the number of steps."""
-        self.last = (time.monotonic(), step, 0.0)
+        self._waited = 0.0
+        self._next()
+
+    def _next(self) -> None:
+        self._sums, self._steps, self._flops, self._aside, self._since = {}, 0, 0, 0.0, time.monotonic()
+
+    def count(self, *, flops: int) -> None:
+        """Take note of a step, with the operations of this rank."""
+        self._steps += 1
+        self._flops += flops
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Take the time inside for no part of a step."""
+        begun = time.monotonic()
+        yield
+        self._aside += time.monotonic() - begun
 
     def add(self, metrics: Metrics, *, skip: Tensor) -> None:
         """Take the detached scalars of one step, or nothing of it where `skip` is 1."""
@@ -33,28 +62,27 @@ class Meter:
         values = torch.where(skip.bool(), 0.0, values)
         self._sums[names] = self._sums[names] + values if names in self._sums else values
 
-    def restart(self, state: TrainState) -> None:
-        """Begin anew where training went back to, with another stream of data."""
-        self._sums, self.last = {}, (time.monotonic(), state.step, 0.0)
-
-    def report(self, state: TrainState, *, waited: float, bad_samples: int, log: bool) -> None:
-        """Log the means since the last report, but for those that are not finite, unless not to `log`.
+    def report(self, state: TrainState, *, waited: float, log: bool, **others: float) -> None:
+        """Log the means since the last report, but for those that are not finite, and `others`, unless not to `log`.
 
         `waited` is the seconds so far that steps have waited for data.
         """
         values = self._means()
-        now = (time.monotonic(), state.step, waited)
-        seconds, steps, waiting = (a - b for a, b in zip(now, self.last, strict=True))
+        seconds, waiting = time.monotonic() - self._since, waited - self._waited
         values |= {f"{name}/lr": rate for name, rate in self.rates.items()}
-        values["samples_per_second"] = steps * self.global_batch_size / seconds
-        values["step_seconds"] = seconds / steps
-        values["data_wait_share"] = waiting / seconds
-        values["bad_samples"] = float(bad_samples)
+        values["samples_per_second"] = self._steps * self.global_batch_size / seconds
+        values["step_seconds"] = seconds / self._steps
+        values["data_wait_share"], values["other_share"] = waiting / seconds, self._aside / seconds
+        values["compute_share"] = 1 - values["data_wait_share"] - values["other_share"]
+        values["mfu"] = self._flops / seconds / self.peak_flops
+        values["peak_memory_gib"] = peak_memory(self.rt.device) / 2**30
         values["skipped_steps"] = float(state.guard.skipped_steps)
         values["rollbacks"] = float(len(state.guard.windows))
+        self._waited = waited
+        self._next()
         if log and self.rt.rank == 0:
-            self.rt.log(values, samples_seen=state.samples_seen)
-        self._sums, self.last = {}, now
+            with self.aside():
+                self.rt.log(values | others, samples_seen=state.samples_seen)
 
     def _means(self) -> dict[str, float]:
         """Over the steps of all ranks; empty where no module was updated."""
@@ -72,3 +100,11 @@ class Meter:
                 found[name] = [total + value, count + steps]
         means = {name: total / steps for name, (total, steps) in found.items() if steps}
         return {name: mean for name, mean in means.items() if math.isfinite(mean)}
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most bytes that tensors held at once on a GPU, or that this process held, since it began."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

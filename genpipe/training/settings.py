@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 from genpipe.config import Config
 from genpipe.data.loader import check_batch_sizes
 from genpipe.models.precision import Precision
+from genpipe.training.ema import WIDEST
 from genpipe.training.optim import AdamW, OptimConfig
 
 Decay = Literal["constant", "linear", "cosine"]
@@ -62,6 +63,12 @@ class TrainConfig(Config):
         description="sharpness-aware minimization: distance at which gradients are taken, for twice the arithmetic",
     )  # fmt: skip
     ema_decay: float = Field(0.999, ge=0, lt=1)
+    ema_sigma_rel: float | None = Field(
+        None,
+        gt=0,
+        lt=WIDEST,
+        description="width of a power-function average, as a share of the training so far, instead of ema_decay",
+    )
     precision: Precision = Field("auto", description="of matrix products; auto: bf16 where the hardware is fast at it")
     seed: int = 0
     source_weights: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]] = Field(
@@ -101,9 +108,21 @@ class TrainConfig(Config):
         """Samples of one forward pass on one rank."""
         return self.micro_batch_size or max(1, self.global_batch_size // world_size)
 
-    def check_ranks(self, world_size: int) -> None:
-        """Raise ValueError, with values that work, unless a step divides evenly over this many ranks."""
-        check_batch_sizes(self.global_batch_size, micro_batch_size=self.micro_batch(world_size), world_size=world_size)
+    def check_ranks(self, world_sizes: Sequence[int]) -> None:
+        """Raise ValueError, with values that work, unless a step divides evenly over each of these numbers of ranks."""
+        for world_size in world_sizes:
+            try:
+                micro = self.micro_batch(world_size)
+                check_batch_sizes(self.global_batch_size, micro_batch_size=micro, world_size=world_size)
+            except ValueError as error:
+                if len(world_sizes) == 1:
+                    raise
+                unit = math.lcm(*world_sizes) * (self.micro_batch_size or 1)
+                raise ValueError(
+                    f"resources.workers allows {world_sizes[0]} to {world_sizes[-1]} ranks, and a step must divide "
+                    f"evenly over each number of them: {str(error).partition(';')[0]}; set global_batch_size to a "
+                    f"multiple of {unit}, or resources.workers to a smaller range"
+                ) from None
 
     @property
     def validation_batch(self) -> int:

@@ -76,7 +76,7 @@ def damage(case: Case, *, how: Callable[[Case, str], None], all_: bool = False, 
     """Kill the run (or a process of the role `with_`) and damage its newest checkpoint, or all of them."""
     victims = [case.random.choice(processes.of_role(with_))] if with_ else processes.family()
     for process in victims:
-        process.send_signal(STOP)  # so that it saves no other meanwhile
+        processes.stop(process)  # so that it saves no other meanwhile
     manifests = [key for key in case.keys("work/decoder/") if key.endswith("/manifest.json") and "/checkpoints/" in key]
     folders = sorted(key.rpartition("/")[0] for key in manifests)
     for folder in folders if all_ else folders[-1:]:

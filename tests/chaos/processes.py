@@ -12,10 +12,15 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 import psutil
 
 PR_SET_CHILD_SUBREAPER = 36
+STOP_SECONDS = 10.0
+
+SUPERVISOR = "launch/supervise.py"
+"""In the command line of a supervisor, in which that of what it watches over stands, too."""
 
 ROLES: dict[str, Callable[[psutil.Process, str], bool]] = {
     "flow": lambda process, line: "genpipe.cli.main run" in line,
@@ -33,6 +38,7 @@ ROLES: dict[str, Callable[[psutil.Process, str], bool]] = {
         "RayTrainWorker" in line or ("genpipe.launch.local" in line and "torchrun" not in line)
     ),
     "torchrun": lambda process, line: "torchrun" in line,
+    "supervisor": lambda process, line: SUPERVISOR in line,
     "data worker": lambda process, line: "ray::MapWorker" in line,
 }
 """What each kind of process is known by: the process and its command line."""
@@ -82,7 +88,8 @@ def of_role(role: str) -> list[psutil.Process]:
     found = []
     for process in family():
         with contextlib.suppress(psutil.NoSuchProcess):
-            if ROLES[role](process, command_line(process)):
+            line = command_line(process)
+            if ROLES[role](process, line) and (role == "supervisor" or SUPERVISOR not in line):
                 found.append(process)
     return found
 
@@ -92,6 +99,23 @@ def command_line(process: psutil.Process) -> str:
     with contextlib.suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
         return " ".join(process.cmdline())
     return ""
+
+
+def stop(process: psutil.Process) -> None:
+    """Stop a process (SIGSTOP) and wait until none of its threads does anything: system calls end first."""
+    process.send_signal(signal.SIGSTOP)
+    deadline = time.monotonic() + STOP_SECONDS
+    while any(state not in "TtZ" for state in _states(process.pid)) and time.monotonic() < deadline:
+        time.sleep(0.005)
+
+
+def _states(pid: int) -> list[str]:
+    """The states of a process's threads, a letter each (proc(5))."""
+    found = []
+    for stat in Path(f"/proc/{pid}/task").glob("*/stat"):
+        with contextlib.suppress(OSError):
+            found.append(stat.read_text().rpartition(")")[2].split()[0])
+    return found
 
 
 def survivors(*, seconds: float) -> list[str]:

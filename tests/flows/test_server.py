@@ -1,14 +1,19 @@
-"""A home that Prefect's own server cannot write."""
+"""The server that a run starts for itself: it ends with the run, and what a killed run left is told to the next one."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from toy_project import Project
+from toybox import survivors
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+ROOT = Path(__file__).parent.parent.parent
 
 
 def test_a_home_that_cannot_be_written_is_named_within_seconds(tmp_path: Path, prefect_home: Path) -> None:
@@ -21,3 +26,58 @@ def test_a_home_that_cannot_be_written_is_named_within_seconds(tmp_path: Path, p
     for named in ("PREFECT_HOME", "/nonexistent/.prefect", "HOME, which is /nonexistent"):
         assert named in output
     assert time.monotonic() - begun < 60
+
+
+FLOW = """
+import time
+from flows import server
+from prefect import flow, task
+from prefect.runtime import flow_run
+from prefect.client.orchestration import get_client
+
+@task
+def endless_task(id):
+    with get_client(sync_client=True) as client:
+        while not client.read_task_runs():  # its server hears of tasks with a delay
+            time.sleep(0.2)
+    print(id, flush=True)
+    time.sleep(600)
+
+@flow
+def endless():
+    endless_task(flow_run.id)
+
+server.start()
+endless()
+"""
+NEXT = """
+import sys
+from flows import server
+from prefect.client.orchestration import get_client
+
+server.start()
+for _ in range(2):
+    server.crash_flow_runs([sys.argv[1], "", "00000000-0000-0000-0000-000000000000"])
+with get_client(sync_client=True) as client:
+    states = client.read_flow_run_states(sys.argv[1])
+    tasks = client.read_task_runs()
+print([state.name for state in states][-2:], [task.state.name for task in tasks])
+"""
+
+
+def test_a_killed_run_leaves_no_server_and_the_next_one_tells_that_it_crashed(
+    tmp_path: Path, prefect_home: Path
+) -> None:
+    environment = Project(tmp_path, prefect_home).environment | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c"]
+    process = subprocess.Popen([*command, FLOW], env=environment, stdout=subprocess.PIPE, text=True, cwd=tmp_path)
+    assert process.stdout is not None
+    flow_run = process.stdout.readline().strip()
+    [server] = psutil.Process(process.pid).children(recursive=True)
+    assert "uvicorn" in " ".join(server.cmdline())
+    process.kill()
+    process.wait()
+    assert survivors([server]) == []
+
+    answer = subprocess.run([*command, NEXT, flow_run], env=environment, capture_output=True, text=True, cwd=tmp_path)
+    assert answer.stdout.strip() == "['Running', 'Crashed'] ['Crashed']", answer.stderr

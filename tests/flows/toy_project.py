@@ -57,7 +57,7 @@ class Project:
         )
 
     def run(self, *overrides: str, stage: str = "all") -> tuple[int, str]:
-        code = self.start(*overrides, stage=stage).wait(280)
+        code = self.start(*overrides, stage=stage).wait(550)
         return code, self.output.read_text()
 
     def mlflow(self) -> MlflowClient:

@@ -19,7 +19,7 @@ from genpipe.launch.local import main, spec_of_stage
 from genpipe.pipeline.spec import Progress, StageSpec, read_progress
 from genpipe.training.checkpoint_store import samples_of
 
-STEPS = 150
+STEPS = 100
 BATCH = 4
 
 
@@ -29,8 +29,8 @@ class Line:
     def __init__(self, folder: Path, **settings: Any) -> None:
         install()
         folder.mkdir(parents=True, exist_ok=True)
-        train = {"samples": STEPS * BATCH, "global_batch_size": BATCH, "micro_batch_size": 1, "precision": "fp32"}
-        line = {"kind": "toys.toy_line", "inputs": {"toy_data": "points"}, "train": train, "step_seconds": 0.01}
+        train = {"samples": STEPS * BATCH, "global_batch_size": BATCH, "micro_batch_size": 2, "precision": "fp32"}
+        line = {"kind": "toys.toy_line", "inputs": {"toy_data": "points"}, "train": train, "step_seconds": 0.03}
         stages = {"points": {"kind": "toys.toy_data", "parts": 2}, "line": line | settings}
         self.config = folder / "toy.yaml"
         tracking = {"uri": "jsonl"}
@@ -83,6 +83,6 @@ class Line:
                 process.communicate()
 
 
-def statuses(processes: Sequence[subprocess.Popen[str]], *, seconds: float = 60.0) -> list[int]:
+def statuses(processes: Sequence[subprocess.Popen[str]], *, seconds: float = 240.0) -> list[int]:
     """The exit statuses of processes that end by themselves."""
     return [process.wait(seconds) for process in processes]

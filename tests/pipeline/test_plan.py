@@ -70,6 +70,8 @@ RESOURCES = {
     "loader_threads": 3,
     "loader_processes": 2,
     "checkpoint_seconds": 1.0,
+    "keep_checkpoints": 5,
+    "hang_seconds": 9.0,
     "max_failures": 0,
 }
 
@@ -87,6 +89,8 @@ def test_nothing_in_resources_or_observe_changes_a_fingerprint(tiny: TinyPipelin
                 overrides.append(f"stages.{name}.observe.{setting}={value + 1}")
             elif setting == "sampler":
                 overrides.append(f"stages.{name}.observe.sampler.steps={value['steps'] + 1}")
+            elif setting == "keep_best":
+                overrides.append(f"stages.{name}.observe.keep_best={{metric: loss, goal: min}}")
             else:
                 assert setting == "gates", f"{name}.observe.{setting} is to be tried here"
                 metric = "pool" if name == "evaluate" else "some_metric"  # of what evaluate gives, which it checks
@@ -400,3 +404,17 @@ def test_a_spec_is_what_the_plan_says(tiny: TinyPipeline) -> None:
     assert spec.config == planned.instance.cfg.model_dump(mode="json")
     assert artifacts.fingerprint(spec.identity) == spec.target.fingerprint
     assert spec.tracking_uri == f"sqlite:///{tiny.store}/mlflow.db"
+
+
+def test_a_step_must_divide_over_every_number_of_ranks_that_is_allowed(tiny: TinyPipeline) -> None:
+    sizes = "stages.prior.train={global_batch_size: 24, micro_batch_size: 2}"
+    fits = tiny.plan(sizes, "stages.prior.resources.workers=[2, 4]")
+    assert fits["prior"].instance.cfg.resources.workers == (2, 4)
+    assert fits["prior"].artifact.fingerprint == tiny.plan(sizes)["prior"].artifact.fingerprint
+    refused = (
+        r"stages.prior: resources.workers allows 2 to 5 ranks.* 24 is not a multiple of micro_batch_size 2 x 5 ranks"
+    )
+    with pytest.raises(ConfigError, match=rf"{refused} = 10; set global_batch_size to a multiple of 120, or"):
+        tiny.plan(sizes, "stages.prior.resources.workers=[2, 5]")
+    with pytest.raises(ConfigError, match=r"resources.*workers: \(4, 2\); give a number from 1 on, or \[least, most\]"):
+        tiny.plan("stages.prior.resources.workers=[4, 2]")

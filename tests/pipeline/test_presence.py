@@ -46,10 +46,8 @@ def test_a_process_of_this_machine_is_looked_for_whatever_its_heartbeat_says() -
 
 def test_another_process_that_took_its_number_is_not_it() -> None:
     here = Presence.here()
-    other = here.model_copy(update={"started": here.started - 1000})
     assert here.is_alive()
-    assert other.is_alive(), "as far as can be seen: the clock may have been set"
-    assert not other.model_copy(update={"beat": time.time() - EXPIRY_SECONDS}).is_alive()
+    assert not here.model_copy(update={"started": "1"}).is_alive()
 
 
 def test_of_another_machine_the_heartbeat_is_believed() -> None:

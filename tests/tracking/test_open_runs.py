@@ -36,7 +36,7 @@ def test_what_is_written_is_found_until_it_is_removed(store_uri: str, tmp_path: 
 
 def test_a_stage_whose_pipeline_run_is_alive_waits_for_its_turn(tmp_path: Path) -> None:
     toys = Toys(tmp_path)
-    gone = Presence(machine="elsewhere", pid=1, started=0, beat=0)
+    gone = Presence(machine="elsewhere", pid=1, started="1", beat=0)
     stage = open_stage(toys.spec("toy_data").model_copy(update={"pipeline_run_id": "p1"}), "r1")
     dead = stage.model_copy(update={"presence": gone})
     parent = parent_of(toys.store, "p1")

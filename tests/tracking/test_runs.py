@@ -182,6 +182,7 @@ run_local(toys.line(data, train={"seed": SEED}))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("found_by", ["stage", "store"])
 def test_whoever_finds_the_artifact_committed_completes_its_record(
     client: MlflowClient, toys: Toys, trained: tuple[StageSpec, StageSpec], found_by: str
@@ -234,6 +235,7 @@ def test_an_artifact_that_is_made_again_has_a_run_of_its_own(client: MlflowClien
     assert client.get_run(first).info.status == client.get_run(manifest.run_id).info.status == "FINISHED"
 
 
+@pytest.mark.slow
 def test_runs_of_dead_processes_are_ended_and_those_of_live_ones_left(
     client: MlflowClient, toys: Toys, trained: tuple[StageSpec, StageSpec]
 ) -> None:
@@ -352,6 +354,9 @@ def test_a_job_that_died_silently_is_marked_failed(client: MlflowClient, toys: T
     claim(spec)
     settle_stage(spec, status="FAILED", error="the node is gone")
     assert run_of(client, spec).info.status == "RUNNING", "whoever claimed it is there"
+    later = spec.model_copy(update={"pipeline_run_id": "p2"})
+    settle_stage(later, status="FAILED", error="the node is gone", gone=True)
+    assert run_of(client, spec).info.status == "RUNNING", "it is not the job of that pipeline run"
     settle_stage(spec, status="FAILED", error="the node is gone", gone=True)
     assert run_of(client, spec).info.status == "FAILED"
     assert run_of(client, spec).data.tags["genpipe.error"] == "the node is gone"

@@ -68,7 +68,8 @@ def test_every_stage_that_trains_is_among_these() -> None:
 
 def steps_of(rt: FolderRuntime) -> dict[int, dict[str, float]]:
     """What training logged, without the clock's values."""
-    clock = {"samples_per_second", "step_seconds", "data_wait_share"}
+    clock = {"samples_per_second", "step_seconds", "data_wait_share", "other_share", "compute_share", "mfu"}
+    clock |= {"peak_memory_gib", "checkpoint_interval_seconds", "checkpoint_stall_seconds"}
     return {at: {n: v for n, v in values.items() if n not in clock} for at, values in rt.logged.items()}
 
 

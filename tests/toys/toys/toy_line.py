@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -30,6 +31,8 @@ class Config(StageConfig):
     step_seconds: float = 0.0
     fail: str = ""
     fail_while: str = ""
+    hang_while: str = ""
+    stall_while: str = ""
     train: TrainConfig
     observe: ObserveTraining = ObserveTraining()
 
@@ -49,6 +52,8 @@ def data(cfg: Config, inputs: Mapping[str, Artifact]) -> Data:
     points = np.concatenate([np.load(path) for path in sorted(fetch(inputs["toy_data"]).glob("*.npy"))])
 
     def collate(indices: np.ndarray, positions: np.ndarray) -> Batch:
+        while cfg.stall_while and os.path.exists(cfg.stall_while) and _last_rank():
+            time.sleep(0.1)
         return {"x": torch.from_numpy(points[indices, :1]), "y": torch.from_numpy(points[indices, 1:])}
 
     return Data(train=SampleSet(len(points), collate), heldout=SampleSet(16, collate))
@@ -60,6 +65,10 @@ def example_batch(cfg: Config, inputs: Mapping[str, Artifact], *, batch_size: in
 
 def objective(cfg: Config, inputs: Mapping[str, Artifact], device: torch.device) -> Objective:
     return Objective(cfg, device)
+
+
+def _last_rank() -> bool:
+    return not dist.is_initialized() or dist.get_rank() == dist.get_world_size() - 1
 
 
 class Objective:
@@ -78,6 +87,8 @@ class Objective:
             raise ValueError(self.cfg.fail)
         if self.cfg.fail_while and os.path.exists(self.cfg.fail_while):
             raise OSError(errno.ENOSPC, "No space left on device", self.cfg.fail_while)
+        while self.cfg.hang_while and os.path.exists(self.cfg.hang_while) and _last_rank():
+            time.sleep(0.1)
         time.sleep(self.cfg.step_seconds)
         return (self.model(batch["x"]) - batch["y"]).square().mean(), {"pid": torch.tensor(float(os.getpid()))}
 
