@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
-os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", RAY_USAGE_STATS_ENABLED="0")
+os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", RAY_USAGE_STATS_ENABLED="0", RAY_worker_niceness="0")
 os.environ["PYTHONPATH"] = os.pathsep.join([str(HERE.parent), str(HERE.parents[1])])
 sys.path[:0] = [str(HERE.parent), str(HERE.parents[1])]
 
@@ -175,6 +175,7 @@ def checkpoints(folder: Path) -> set[str]:
 
 def compare(launcher: str, *, pairs: int, block: int) -> None:
     """Measure, and print what came out."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that both sides are ended
     with tempfile.TemporaryDirectory(prefix="bench") as name, both(launcher, Path(name), block) as (stack, bare):
         print(f"start: stack {stack.start_seconds:.1f} s, bare loop {bare.start_seconds:.1f} s", flush=True)
         blocks: dict[str, list[dict[str, Any]]] = {"stack": [], "bare": []}
