@@ -375,7 +375,7 @@ class S3Storage(Storage):
 
         where = f"{self.uri}/{key}".rstrip("/")
         endpoint = self.client.meta.endpoint_url
-        answer: Any = getattr(error, "response", {})
+        answer: Any = getattr(error, "response", None) or {}  # None where the connection was cut
         status = answer.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
         code = answer.get("Error", {}).get("Code", "")
         if code == "NoSuchBucket":

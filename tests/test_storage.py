@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -472,6 +473,15 @@ def test_s3_that_stays_down_is_a_lost_connection(moody: S3Storage) -> None:
         moody.read("key")
     with pytest.raises(ConnectionError, match=r"prefix: http://127.0.0.1:9 cannot be reached"):
         list(moody.list())
+
+
+def test_s3_that_hangs_up_is_a_lost_connection(moody: S3Storage) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        endpoint = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        threading.Thread(target=lambda: listener.accept()[0].close()).start()
+        moody.client = boto3.client("s3", endpoint_url=endpoint, config=Config(retries={"max_attempts": 0}))
+        with pytest.raises(ConnectionError, match=f"prefix/key: {endpoint} cannot be reached or keeps failing"):
+            moody.read("key")
 
 
 def test_wrong_and_missing_credentials(s3_server: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -20,8 +20,10 @@ from genpipe.pipeline.spec import Progress, StageSpec, read_progress, write_prog
 from genpipe.stages import load_stage
 from genpipe.storage import join
 from genpipe.tracking.recording import attach
+from genpipe.training.background import Background
 from genpipe.training.checkpoint_store import CheckpointStore
 from genpipe.training.loop import Interrupted, train
+from genpipe.training.parallel import unsharded
 from genpipe.training.runtime import Phase
 
 
@@ -67,8 +69,10 @@ def train_rank(
         try:
             result = train(objective, stage.data(cfg, spec.inputs), cfg.train, rt, cfg.resources, cfg.observe)
         except Interrupted as interrupted:
+            rt.telling.wait()  # so that the last word is why it stopped
             respond = stopping.answer if rank == 0 else stopping.follow
             raise respond(spec, done=f"{interrupted.samples_seen:,} samples") from interrupted
+        objective = unsharded(objective, lambda: stage.objective(cfg, spec.inputs, device), rank=rank)
         if rank == 0:
             rt.enter("export")
             with tempfile.TemporaryDirectory() as folder, torch.no_grad():
@@ -97,6 +101,7 @@ class RankRuntime:
     should_stop: Callable[[], bool]
     enter: Callable[[Phase], None]
     environment: dict[str, str] = field(default_factory=dict)
+    telling: Background = field(default_factory=Background)
 
     def __enter__(self) -> RankRuntime:
         self.run = attach(self.spec, self.run_id) if self.rank == 0 else None
@@ -105,6 +110,7 @@ class RankRuntime:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.telling.wait()  # the work folder is about to be deleted
         if self.run:
             self.run.close()
 
@@ -114,8 +120,19 @@ class RankRuntime:
         self.run.log(metrics, samples_seen=samples_seen)
         rate = metrics.get("samples_per_second")
         if rate is not None:
-            progress = Progress(done=samples_seen, total=self.total, rate=rate, metrics=metrics, note=self.note)
-            write_progress(self.spec.work, progress)
+            self._tell(Progress(done=samples_seen, total=self.total, rate=rate, metrics=metrics, note=self.note))
+
+    def _tell(self, progress: Progress) -> None:
+        """Write progress beside the training, which a slow store, or one that is full or away, is not to hold up."""
+
+        def write() -> None:
+            try:
+                write_progress(self.spec.work, progress)
+            except OSError as error:
+                print(f"progress could not be written, training goes on: {error}", flush=True)
+
+        if not self.telling.busy:  # else the next one tells as much
+            self.telling.start(write, name="progress")
 
     def log_images(self, images: dict[str, np.ndarray], *, samples_seen: int) -> None:
         """Record pictures in the run."""

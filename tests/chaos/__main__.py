@@ -158,7 +158,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     processes.adopt_orphans()
     signal.signal(signal.SIGINT, signal.default_int_handler)  # also where a shell started this with `&`, for the runs
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that what was started is ended
-    folder = Path(f"/tmp/chaos{os.getpid()}")  # short: Ray's sockets lie below it, and a path of one has 107 bytes
+    folder = Path(f"/tmp/c{os.getpid()}")  # short: Ray's sockets lie below it, and a path of one has 107 bytes
     folder.mkdir()
     lab, results = Lab(folder), []
     try:

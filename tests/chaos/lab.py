@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from random import Random
@@ -166,7 +167,11 @@ class Case:
             "stages": json.loads(json.dumps(PRELIMINARIES | {"decoder": DECODER})),
         }
         self.settings["stages"]["shard"]["source"]["path"] = str(lab.folder / "pictures")
-        self.settings["stages"]["decoder"]["resources"] = {"checkpoint_seconds": 0.2, "workers": WORKERS[launcher]}
+        self.settings["stages"]["decoder"]["resources"] = {
+            "checkpoint_seconds": 0.2,
+            "hang_seconds": 30.0,
+            "workers": WORKERS[launcher],
+        }
         if launcher == "pipeline":
             self.command = [sys.executable, "-m", "genpipe.cli.main", "run", str(self.config)]
             shutil.copytree(lab.prefect_home, folder / "prefect")
@@ -269,9 +274,13 @@ class Case:
         return total.hexdigest()
 
     def jsonl(self) -> list[dict[str, Any]]:
-        """The lines of the records that are kept in the store. Raises ValueError for a broken one."""
+        """The lines of the records that are kept in the store; what a kill or a full disk cut short is none."""
         keys = [key for key in self.keys("runs/decoder/") if key.endswith("/metrics.jsonl")]
-        return [json.loads(line) for key in keys for line in self.storage().read(key).decode().splitlines()]
+        found = []
+        for line in (line for key in keys for line in self.storage().read(key).splitlines()):
+            with suppress(ValueError):
+                found.append(json.loads(line))
+        return found
 
     def wait(self, *, seconds: float) -> bool:
         """Whether every command ended within the time; what is left after it is killed."""
@@ -287,6 +296,8 @@ class Case:
 
     def close(self, *, keep: bool) -> None:
         """Undo what was mounted or started for this run alone, and delete its folder unless it is to be kept."""
+        if keep and self.disk is not None:
+            shutil.copytree(self.disk.folder, self.folder / "disk-copy")
         for close in reversed(self.closers):
             close()
         if self.store.startswith("s3://"):
