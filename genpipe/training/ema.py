@@ -8,12 +8,14 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from genpipe.training.sharding import local
+
 
 class Ema:
     """A running average of a module's parameters, updated once an optimizer step.
 
     The decay of step k is min(decay, (1 + k) / (10 + k)), so that the first weights do not linger. Buffers
-    are the module's own. Shadows are kept in the parameters' own dtype and device.
+    are the module's own. Shadows are kept in the parameters' own dtype and device, and sharded as they are.
     """
 
     def __init__(self, module: nn.Module, *, decay: float) -> None:
@@ -27,8 +29,8 @@ class Ema:
         """Take in the module's weights after an optimizer step."""
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         live = dict(self.module.named_parameters())
-        shadow = list(self.shadow.values())
-        torch._foreach_lerp_(shadow, [live[name] for name in self.shadow], 1 - decay)
+        shadow = [local(shadow) for shadow in self.shadow.values()]
+        torch._foreach_lerp_(shadow, [local(live[name].detach()) for name in self.shadow], 1 - decay)
         self.updates += 1
 
     @contextmanager
@@ -44,9 +46,10 @@ class Ema:
     def swap(self) -> None:
         """Exchange the module's weights and the averaged ones."""
         for name, p in self.module.named_parameters():
-            live = p.detach().clone()
-            p.copy_(self.shadow[name])
-            self.shadow[name].copy_(live)
+            weights, shadow = local(p.detach()), local(self.shadow[name])
+            live = weights.clone()
+            weights.copy_(shadow)
+            shadow.copy_(live)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The averaged weights by name, and the number of updates."""

@@ -1,7 +1,8 @@
 """The loop: one for every training stage, on one process or many.
 
 Randomness of a step derives from (seed, name of the trainable module, position in the stream), gradients are averaged
-by DDP, metrics leave the device every `log_every` steps. Nothing between forward and optimizer step waits for it.
+by `training.parallel`, metrics leave the device every `log_every` steps. Nothing between forward and optimizer step
+waits for it.
 """
 
 from __future__ import annotations
@@ -13,8 +14,7 @@ from functools import partial
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 
 from genpipe.config import Resources
 from genpipe.data.loader import Data
@@ -25,6 +25,8 @@ from genpipe.training.guard import HeldBuffers, spread_if_bad
 from genpipe.training.interval import checkpoint_interval
 from genpipe.training.meter import Meter
 from genpipe.training.objective import Batch, Metrics, Objective, ObserveTraining, Step, Validation
+from genpipe.training.optim import clip_gradients
+from genpipe.training.parallel import Parallel, spread
 from genpipe.training.rollback import facts, roll_back
 from genpipe.training.runtime import Runtime
 from genpipe.training.settings import TrainConfig, lr_scale
@@ -50,17 +52,22 @@ def train(
     after a checkpoint.
     """
     cfg.check_trainable(objective.trainable)
+    parallel = spread(objective, rt, resources)
+    if cfg.sam_rho and parallel.together:
+        raise ValueError(
+            "train.sam_rho moves a rank's weights by its own micro-batch, which sharded ones cannot; set "
+            "resources.shard_over to 1"
+        )
     state = TrainState.fresh(objective.trainable, cfg)
     resumed = state.resume(rt)
     if not resumed:
         state.products = _agreed_products(cfg, rt)
     if resources.compile:
-        compile_if_right(objective, data, cfg, rt, state)
+        compile_if_right(objective, parallel, data, cfg, rt, state)
     if cfg.steps and not resumed:
         state.save(rt)  # what to go back to
     if rt.rank == 0:
         rt.log_environment({"precision_used": state.products, **facts(state)})
-    forward = {name: _wrap(objective, name, module) for name, module in objective.trainable.items()}
     peak_flops = 1e9 * gflops(rt.device, DTYPES[state.products])
     meter = Meter(rt, global_batch_size=cfg.global_batch_size, peak_flops=peak_flops)
     held = HeldBuffers(objective.trainable.values())
@@ -70,7 +77,7 @@ def train(
         batches, damage = open_stream(stream, data, cfg, rt, resources, state)
         while state.step < cfg.steps:
             before = state.samples_seen
-            _step(objective, forward, state, batches, cfg, rt, meter, held)
+            _step(objective, parallel, state, batches, cfg, rt, meter, held)
             interval = checkpoint_interval(
                 resources, stall_seconds=state.stall_seconds, write_seconds=state.write_seconds
             )
@@ -87,7 +94,7 @@ def train(
                 continue
             if validation_due:
                 with meter.aside():
-                    state.heldout = validate(objective, data, cfg, rt, state, observe).metrics
+                    state.heldout = validate(objective, parallel, data, cfg, rt, state, observe).metrics
                 validated = True
             if not report_due:
                 continue
@@ -110,7 +117,7 @@ def train(
                 raise Interrupted(state.samples_seen)
         agreement.close()
     run_eagerly(objective)
-    result = validate(objective, data, cfg, rt, state, observe)
+    result = validate(objective, parallel, data, cfg, rt, state, observe)
     if rt.rank == 0:
         rt.log_environment(facts(state))
     for ema in state.emas.values():
@@ -126,30 +133,9 @@ class Interrupted(KeyboardInterrupt):
         self.samples_seen = samples_seen
 
 
-class _Loss(nn.Module):
-    """The loss of one trainable module as a module itself, which is what DDP wraps."""
-
-    def __init__(self, objective: Objective, name: str, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
-        self.objective = objective
-        self.name = name
-
-    def forward(self, batch: Batch, step: Step) -> tuple[Tensor, Metrics]:
-        return self.objective.loss(self.name, batch, step)
-
-
-def _wrap(objective: Objective, name: str, module: nn.Module) -> nn.Module:
-    loss = _Loss(objective, name, module)
-    trained = any(p.requires_grad for p in module.parameters())  # DDP takes no other
-    if trained and dist.is_initialized() and dist.get_world_size() > 1:
-        return DistributedDataParallel(loss, forward_sync_buffers=False)
-    return loss
-
-
 def _step(
     objective: Objective,
-    forward: dict[str, nn.Module],
+    parallel: Parallel,
     state: TrainState,
     stream: Iterator[tuple[int, Batch]],
     cfg: TrainConfig,
@@ -170,7 +156,7 @@ def _step(
             with meter.aside():
                 position, batch = micro[0]
                 step = Step(state.samples_seen, seeded(rt.device, cfg.seed, name, position))
-                meter.flops_of[key] = step_flops(objective, name, batch, step, products=state.products)
+                meter.flops_of[key] = step_flops(objective, parallel, name, batch, step, products=state.products)
         flops += meter.flops_of[key] * accumulate * (1 if cfg.sam_rho is None else 2)
         held.hold()
         measured: list[Metrics] = []
@@ -179,19 +165,18 @@ def _step(
         scale = state.scales[name].value.clone() if state.products == "fp16" else 1.0
         rho, loss_of = cfg.sam_rho, partial(_loss, name=name, state=state, cfg=cfg, rt=rt)
         for i, (position, batch) in enumerate(micro):
-            unsynced = rt.world_size > 1 and i < len(micro) - 1
             alone = partial(loss_of, partial(objective.loss, name), batch, position)
             rt.enter("forward")
             with (
-                forward[name].no_sync() if unsynced else nullcontext(),  # type: ignore[operator]
+                parallel.accumulating(name, last=i == len(micro) - 1),
                 sharpened(objective.trainable[name], alone, rho=rho, scale=scale) if rho else nullcontext(),
             ):
-                loss, metrics = loss_of(forward[name], batch, position)
+                loss, metrics = loss_of(partial(parallel.loss, name), batch, position)
                 rt.enter("backward")
                 loss.backward(spread_if_bad(loss, scale=scale / accumulate))
             measured.append({"loss": loss.detach(), **metrics})
         rt.enter("optimizer")
-        norm = _clip(objective.trainable[name], cfg.grad_clip, scale=scale)
+        norm = clip_gradients(objective.trainable[name], cfg.grad_clip, scale=scale)
         skip = bad = 1.0 - norm.isfinite().float()
         if state.products == "fp16":
             bad = state.scales[name].update(skip)
@@ -201,7 +186,7 @@ def _step(
                 group["lr"] = group["peak_lr"] * share
             optimizer.found_inf = skip  # type: ignore[attr-defined]  # as torch's fused optimizers take it
             optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        parallel.zero_grad(name)
         objective.after_step()
         held.put_back(skip=skip)
         state.emas[name].update()
@@ -228,18 +213,6 @@ def _loss(
     step = Step(state.samples_seen, seeded(rt.device, cfg.seed, name, position))
     with autocast(rt.device, state.products):
         return network(batch, step)
-
-
-def _clip(module: nn.Module, most: float | None, *, scale: Tensor | float) -> Tensor:
-    """The norm of a module's gradients over `scale`; they are divided by it, and scaled down to norm `most`."""
-    parameters = [p for p in module.parameters() if p.grad is not None]
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    if isinstance(scale, Tensor):
-        torch._foreach_mul_(gradients, 1 / scale)  # a power of two, so that nothing is rounded
-    norm = nn.utils.get_total_norm(gradients)
-    if most is not None:
-        nn.utils.clip_grads_with_norm_(parameters, most, norm)
-    return norm.detach()
 
 
 def _take(stream: Iterator[tuple[int, Batch]], n: int) -> Iterable[tuple[int, Batch]]:

@@ -12,6 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from genpipe.models.precision import Products, autocast
 from genpipe.training.guard import HeldBuffers
 from genpipe.training.objective import Batch, Objective, Step
+from genpipe.training.parallel import Parallel
+from genpipe.training.sharding import whole
 
 
 @contextmanager
@@ -33,26 +35,31 @@ def unobserved(objective: Objective) -> Iterator[None]:
         held.put_back(skip=torch.ones(()))
 
 
-def gradients(objective: Objective, name: str, batch: Batch, step: Step, *, products: Products) -> dict[str, Tensor]:
-    """The gradients of a micro-batch's loss by the parameters of the module `name`, which are left without any.
+def gradients(
+    objective: Objective, parallel: Parallel, name: str, batch: Batch, step: Step, *, products: Products
+) -> dict[str, Tensor]:
+    """The gradients of a micro-batch's loss by the parameters of the module `name`, whole ones on the CPU.
 
-    As a step computes them: the other modules' parameters get none.
+    As a step computes them: means over ranks, and the other modules' parameters get none. None are left behind.
     """
     module = objective.trainable[name]
     for other, trained in objective.trainable.items():
         trained.requires_grad_(other == name)
-    with autocast(step.generator.device, products):
-        loss, _ = objective.loss(name, batch, step)
-    loss.backward()
-    found = {key: p.grad for key, p in module.named_parameters() if p.grad is not None}
-    module.zero_grad(set_to_none=True)
+    with parallel.accumulating(name, last=True):
+        with autocast(step.generator.device, products):
+            loss, _ = parallel.loss(name, batch, step)
+        loss.backward()
+    found = {key: whole(p.grad).to("cpu", copy=True) for key, p in module.named_parameters() if p.grad is not None}
+    parallel.zero_grad(name)
     return found
 
 
-def step_flops(objective: Objective, name: str, batch: Batch, step: Step, *, products: Products) -> int:
+def step_flops(
+    objective: Objective, parallel: Parallel, name: str, batch: Batch, step: Step, *, products: Products
+) -> int:
     """Floating-point operations of a micro-batch, forward and backward, as `torch.utils.flop_counter` counts them."""
     with unobserved(objective), FlopCounterMode(display=False) as counter:
         for module in (module for trained in objective.trainable.values() for module in trained.modules()):
             module._compiled_call_impl = None  # what is compiled cannot be counted
-        gradients(objective, name, batch, step, products=products)
+        gradients(objective, parallel, name, batch, step, products=products)
     return counter.get_total_flops()
