@@ -63,9 +63,7 @@ def train(
     if not resumed:
         state.products = _agreed_products(cfg, rt)
     if resources.compile:
-        if parallel.together:
-            raise ValueError("resources.compile does not go with sharded blocks; set it to false, or shard_over to 1")
-        compile_if_right(objective, data, cfg, rt, state)
+        compile_if_right(objective, parallel, data, cfg, rt, state)
     if cfg.steps and not resumed:
         state.save(rt)  # what to go back to
     if rt.rank == 0:
@@ -160,7 +158,7 @@ def _step(
             with meter.aside():
                 position, batch = micro[0]
                 step = Step(state.samples_seen, seeded(rt.device, cfg.seed, name, position))
-                meter.flops_of[key] = step_flops(objective, name, batch, step, products=state.products)
+                meter.flops_of[key] = step_flops(objective, parallel, name, batch, step, products=state.products)
         flops += meter.flops_of[key] * accumulate * (1 if cfg.sam_rho is None else 2)
         held.hold()
         measured: list[Metrics] = []
