@@ -100,6 +100,7 @@ def test_stages_that_do_not(config: str, genpipe: Command, tmp_path: Path, stage
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_the_command(config: str, genpipe: Command) -> None:
     code, out, err = genpipe("prove", config, "line", "stages.line.train.samples=60")
     assert code == 0, err
