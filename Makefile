@@ -13,7 +13,7 @@ export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export DO_NOT_TRACK := true
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: demo test checks lint types imports tests chaos bench-data bench-gpu format clean
+.PHONY: demo test checks lint types imports tests chaos bench-data bench-train bench-gpu format clean
 
 demo: $(READY)
 	@echo "== running the pipeline $(CONFIG)"
@@ -51,6 +51,10 @@ bench-data: $(READY)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
 	@for name in sharding stream features evaluation; do \
 		echo "== $$name"; $(BIN)/python tests/benchmarks/bench_$$name.py || exit 1; done
+
+# What Ray Train, records and checkpoints cost beside a bare PyTorch loop; minutes, and a quiet machine.
+bench-train: $(READY)
+	$(BIN)/python tests/benchmarks/bench_train.py
 
 # What the loop does of a GPU's peak, and of its memory.
 bench-gpu: $(READY)

@@ -39,6 +39,10 @@ MODELS: dict[str, tuple[Callable[..., nn.Module], Any]] = {
 WEIGHTS_FILE, RECORD_FILE = "weights.safetensors", "model.json"
 
 
+RETIRED = frozenset({"checkpoint_blocks"})
+"""Settings of models in the records of earlier weights, on which nothing depends any more."""
+
+
 class Weights(NamedTuple):
     """A module in eval mode, and the `extra` that was saved with it."""
 
@@ -66,12 +70,19 @@ def load_weights(folder: Path, *, kind: str, device: torch.device) -> Weights:
         raise ValueError(f"{folder}: holds the weights of a {record['kind']}, not of a {kind}")
     build, config = MODELS[kind]
     with torch.device(device):
-        module = build(TypeAdapter(config).validate_python(record["config"]), **record["sizes"])
+        module = build(TypeAdapter(config).validate_python(_current(record["config"])), **record["sizes"])
     try:
         module.load_state_dict(load_file(folder / WEIGHTS_FILE, device=str(device)))
     except RuntimeError as error:
         raise ValueError(f"{folder / WEIGHTS_FILE}: does not fit {RECORD_FILE} beside it: {error}") from error
     return Weights(module.eval().requires_grad_(False), record["extra"])
+
+
+def _current(recorded: Any) -> Any:
+    """The config of a record without settings that are no more."""
+    if not isinstance(recorded, dict):
+        return recorded
+    return {key: _current(value) for key, value in recorded.items() if key not in RETIRED}
 
 
 class InitialWeights(PinnedFile):

@@ -100,6 +100,18 @@ def test_latent_diffusion_is_that_of_the_paper() -> None:
     assert found["decoder"] == pytest.approx(872.30e6 + 503.73e6 + 0.66e6, abs=0.02e6)
 
 
+@pytest.mark.slow
+def test_unclips_largest_stages_fit_its_gpus() -> None:
+    """80 GB, less what CUDA and NCCL take; the decoder would not without sharding."""
+    plans = {planned.name: planned for planned in training("unclip") if planned.name in ("clip", "decoder")}
+    for planned in plans.values():
+        assert cost_of(planned.instance.stage, planned.instance.cfg, planned.inputs).peak < 72 * GIB
+    decoder = plans["decoder"].instance
+    alone = decoder.cfg.resources.model_copy(update={"shard_over": 1, "recompute_blocks": False})
+    cfg = decoder.cfg.model_copy(update={"resources": alone})
+    assert cost_of(decoder.stage, cfg, plans["decoder"].inputs).peak > 80 * GIB
+
+
 def test_unclip_is_that_of_the_paper() -> None:
     found = parameters("unclip")
     published = {"decoder": 3.5e9, "upsampler": 0.7e9, "upsampler2": 0.3e9}

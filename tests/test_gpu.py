@@ -7,8 +7,11 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import memory_ranks
+import parallel_ranks
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import TinyPipeline
 from folder_runtime import FolderRuntime, train_stage, weights
 from torch import Tensor, nn
@@ -20,6 +23,7 @@ from genpipe.models.clip import CLIP, CLIPConfig
 from genpipe.models.decoder import Decoder, DecoderConfig
 from genpipe.models.ldm_autoencoder import LdmConfig
 from genpipe.models.precision import products_of
+from genpipe.pipeline.costs import cost_of
 from genpipe.training.loop import Interrupted
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")]
@@ -116,3 +120,28 @@ def test_an_interrupted_run_resumed_is_the_run_bitwise(
     resumed, _ = train_stage(spec, FolderRuntime(tmp_path / "cut", device=GPU))
     first, second = weights(whole), weights(resumed)
     assert [name for name in first if not torch.equal(first[name], second[name])] == []
+
+
+def test_memory_is_what_the_gpu_allocates(tmp_path: Path) -> None:
+    """The plan's parts, as torch's allocator rounds them, by one rank with and without recomputing."""
+    for again in (False, True):
+        cfg = memory_ranks.config(workers=1, recompute_blocks=again)
+        planned = cost_of(memory_ranks.stage(), cfg, {}).peak
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_allocated(GPU)
+        torch.cuda.reset_peak_memory_stats(GPU)
+        memory_ranks.steps_as_the_loop_takes_them(cfg, FolderRuntime(tmp_path, device=GPU))
+        workspace = 32 * 2**20  # at the most, of cuBLAS
+        assert 0.95 * planned < torch.cuda.max_memory_allocated(GPU) - before < 1.05 * planned + workspace
+
+
+def test_sharded_training_on_one_gpu_is_training(gpu_pipeline: TinyPipeline, tmp_path: Path) -> None:
+    """NCCL with one rank: the weights of FSDP's own way are those of a plain run, to rounding."""
+    dist.init_process_group("nccl", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
+    try:
+        plain = parallel_ranks.train_on(FolderRuntime(tmp_path / "plain", device=GPU), sharded=False)
+        sharded = parallel_ranks.train_on(FolderRuntime(tmp_path / "sharded", device=GPU), sharded=True)
+    finally:
+        dist.destroy_process_group()
+    for name, tensor in plain.items():
+        torch.testing.assert_close(sharded[name], tensor, atol=1e-5, rtol=1e-4)

@@ -15,6 +15,7 @@ import typer
 
 from genpipe.cli import console
 from genpipe.cli import data as data_commands
+from genpipe.cli.prove import prove as prove_command
 from genpipe.cli.sample import sample as sample_command
 from genpipe.config import ConfigError
 
@@ -177,6 +178,7 @@ def check(configs: Annotated[list[str], typer.Argument(metavar="CONFIG...", help
 
 
 app.command()(sample_command)
+app.command()(prove_command)
 
 
 @app.command()
@@ -270,7 +272,7 @@ def _costs(plans: Sequence[Planned], *, mfu: float, peak_tflops: float, price: f
     total = sum(hours.values())
     rows.append(("all", "", "", "", "", f"{total:,.3g}", f"{total * price:,.2f}"))
     console.table(("stage", "parameters", "GFLOP a sample", "samples", "workers", "GPU-hours", "cost"), rows)
-    parts = ("weights", "gradients", "optimizer", "averages", "activations")
+    parts = ("weights", "gradients", "optimizer", "averages", "gathered", "activations")
     sizes = [(name, *(cost.memory[part] / 2**30 for part in parts), cost.peak / 2**30) for name, cost in costs.items()]
     memory = [(name, *(f"{size:,.3f}" for size in row)) for name, *row in sizes]
     console.table(("GiB a GPU", *parts, "all"), memory)

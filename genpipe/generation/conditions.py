@@ -33,23 +33,23 @@ class Conditions:
 
 
 class Text(NamedTuple):
-    """What a text encoder says of captions: embed fp32 [B, D], encodings fp32 [B, L, W], mask bool [B, L].
+    """What a text encoder says of captions: embed fp32 [B, D], encodings fp32 [B, L, W], text_mask bool [B, L].
 
     D is 0 where the encoder has no pooled embedding. The mask is True at tokens that are not padding.
     """
 
     embed: Tensor
     encodings: Tensor
-    mask: Tensor
+    text_mask: Tensor
 
     @classmethod
     def from_cache(cls, batch: Mapping[str, Tensor]) -> Text:
         """From a batch of cached features: `FeatureDataset.text`. Encodings are padded here, on the batch's device."""
         places = batch["text_places"]
-        mask = places >= 0
+        text_mask = places >= 0
         encodings = batch["text_encodings"].float()[places.clamp(min=0)]
         embed = batch["text_embeds"].float() if "text_embeds" in batch else encodings.new_empty(len(places), 0)
-        return cls(embed, encodings * mask[..., None], mask)
+        return cls(embed, encodings * text_mask[..., None], text_mask)
 
     def repeated(self, times: int) -> Text:
         """The captions `times` times over, [times * B, ...]."""

@@ -22,7 +22,7 @@ def prior_model(prior: DiffusionPrior, text: Text, *, drop_text: Tensor) -> Mode
     """The diffusion prior with its caption bound; `text.embed` is brought to unit variance, as the image embedding."""
     embed = in_unit_variance(text.embed)
     return lambda x, t: prior(
-        x, t=t, text_embed=embed, text_encodings=text.encodings, text_mask=text.mask, drop_text=drop_text
+        x, t=t, text_embed=embed, text_encodings=text.encodings, text_mask=text.text_mask, drop_text=drop_text
     )
 
 
@@ -37,7 +37,7 @@ def code_losses(prior: AutoregressivePrior, image_embeds: Tensor, text: Text, *,
         dot=prior.codes.encode_dot((image_embeds * text.embed).sum(-1)),
         text_embed=in_unit_variance(text.embed),
         text_encodings=text.encodings,
-        text_mask=text.mask,
+        text_mask=text.text_mask,
         drop_text=drop_text,
     )
     return F.cross_entropy(logits.transpose(1, 2), codes, reduction="none").mean(1)
@@ -118,7 +118,7 @@ def draw_codes(prior: AutoregressivePrior, text: Text, *, guidance_scale: float,
         dot_B.repeat(times),
         text_embed=in_unit_variance(many.embed),
         text_encodings=many.encodings,
-        text_mask=many.mask,
+        text_mask=many.text_mask,
         drop_text=torch.arange(times * count, device=device) >= count,
     )
     codes = [_choose(logits, guidance_scale, generator=generator)]

@@ -46,7 +46,7 @@ def decoder_model(
         t,
         image_embed=image_embed,
         text_encodings=None if given.text is None else given.text.encodings,
-        text_mask=None if given.text is None else given.text.mask,
+        text_mask=None if given.text is None else given.text.text_mask,
         labels=given.labels,
         drop_image=drop_image,
         drop_text=dropped.text,

@@ -20,8 +20,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from functools import cache
-from pathlib import Path
 from typing import NamedTuple
 
 from pydantic import ValidationError
@@ -29,6 +27,7 @@ from pydantic import ValidationError
 from genpipe import artifacts
 from genpipe.config import Config
 from genpipe.launch.failure import JobLost, first_line, forget_parts_begun
+from genpipe.pipeline.presence import started, this_machine
 from genpipe.pipeline.spec import Attempt, StageSpec
 from genpipe.storage import Storage, open_storage
 
@@ -131,6 +130,15 @@ def find_holder(storage: Storage) -> Holder | None:
     return None
 
 
+def may_be_held(work: str) -> bool:
+    """Whether somebody may be at work: one who has neither given the lease back nor is known to be gone."""
+    try:
+        holder = find_holder(open_storage(work))
+    except OSError:  # it cannot be known now
+        return True
+    return holder is not None and not Watch().is_over(holder)
+
+
 class Watch:
     """Tells whether a holder is gone, by what its watcher sees and the watcher's own clock."""
 
@@ -152,7 +160,7 @@ class Watch:
 
 def take(storage: Storage, number: int, attempt: str) -> bool:
     """Claim the lease under `number`, and end all lower claims; False if somebody else was faster."""
-    claim = Claim(attempt=attempt, machine=_machine(), process=os.getpid(), started=_started(os.getpid()))
+    claim = Claim(attempt=attempt, machine=this_machine(), process=os.getpid(), started=started(os.getpid()))
     try:
         storage.create(_claim_key(number), claim.model_dump_json().encode())
     except FileExistsError:
@@ -230,22 +238,4 @@ def _beat_key(number: int) -> str:
 
 def _has_died(claim: Claim) -> bool:
     """Whether the claimant is known to be gone: it ran on this machine, and there is no such process any more."""
-    return bool(claim.machine) and claim.machine == _machine() and _started(claim.process) != claim.started
-
-
-@cache
-def _machine() -> str:
-    """What tells one space of process ids from all others: this boot of this machine, or a container on it."""
-    try:
-        return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
-    except OSError:  # not Linux: others can only wait until the lease expires
-        return ""
-
-
-def _started(process: int) -> str:
-    """When a process of this machine started, in ticks since the boot; empty if it is not there, or only a zombie."""
-    try:
-        state, *fields = Path(f"/proc/{process}/stat").read_text(errors="replace").rpartition(")")[2].split()
-    except OSError:
-        return ""
-    return "" if state in "ZX" else fields[18]
+    return bool(claim.machine) and claim.machine == this_machine() and started(claim.process) != claim.started

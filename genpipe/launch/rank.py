@@ -23,6 +23,7 @@ from genpipe.tracking.recording import attach
 from genpipe.training.background import Background
 from genpipe.training.checkpoint_store import CheckpointStore
 from genpipe.training.loop import Interrupted, train
+from genpipe.training.parallel import unsharded
 from genpipe.training.runtime import Phase
 
 
@@ -71,6 +72,7 @@ def train_rank(
             rt.telling.wait()  # so that the last word is why it stopped
             respond = stopping.answer if rank == 0 else stopping.follow
             raise respond(spec, done=f"{interrupted.samples_seen:,} samples") from interrupted
+        objective = unsharded(objective, lambda: stage.objective(cfg, spec.inputs, device), rank=rank)
         if rank == 0:
             rt.enter("export")
             with tempfile.TemporaryDirectory() as folder, torch.no_grad():

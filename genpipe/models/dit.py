@@ -26,7 +26,6 @@ from genpipe.models.layers import (
     joint_mask,
     label_table,
     patchify,
-    recomputed,
     sinusoid,
     unpatchify,
     zeroed,
@@ -55,7 +54,6 @@ class DiTConfig(TransformerConfig):
     qk_norm: bool = Field(True, description="layer norm on queries and keys, which keeps bf16 training stable")
     activation: Activation = "gelu"
     norm_eps: PositiveFloat = 1e-5
-    checkpoint_blocks: bool = Field(False, description="recompute activations in the backward pass: less memory")
 
     @model_validator(mode="after")
     def _positions_fit(self) -> Self:
@@ -197,7 +195,7 @@ class DiT(nn.Module):
             rotary = Rotary(coordinates, head_dim=self.cfg.width // self.cfg.heads)
         conditions = DiTConditions(F.silu(embedded), context, self._mask(context_mask, tokens=tokens), rotary)
         for block in self.blocks:
-            x_BLD = recomputed(block, x_BLD, conditions) if self.cfg.checkpoint_blocks else block(x_BLD, conditions)
+            x_BLD = block(x_BLD, conditions)
         shift, scale = self.modulation_out(conditions.vector)[:, None].chunk(2, dim=-1)
         out = self.patches_out(modulate(x_BLD[:, :tokens], shift=shift, scale=scale, eps=self.cfg.norm_eps))
         return unpatchify(out, self.cfg.patch_size, height=height, width=width).float()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Literal, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -167,9 +167,12 @@ def zeroed(layer: Layer) -> Layer:
     return layer
 
 
-def recomputed(block: Callable[..., Tensor], *inputs: object) -> Tensor:
-    """block(*inputs), whose activations are not kept but computed again in the backward pass (Chen et al. 2016)."""
-    output: Tensor = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
+def recomputed(block: Callable[..., Tensor], *inputs: object, **options: Any) -> Tensor:
+    """block(*inputs, **options), whose activations are computed again in backward instead of kept (Chen et al. 2016).
+
+    Random numbers of torch's default generators are the same again; a block must draw none from another one.
+    """
+    output: Tensor = checkpoint(block, *inputs, use_reentrant=False, **options)
     return output
 
 

@@ -13,7 +13,7 @@ from pydantic import Field, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from genpipe.config import Config
-from genpipe.models.layers import LevelEmbedding, label_table, recomputed, zeroed
+from genpipe.models.layers import LevelEmbedding, label_table, zeroed
 from genpipe.models.unet_blocks import (
     GridAttention,
     ModulationKind,
@@ -50,7 +50,6 @@ class UNetConfig(Config):
     resample: Literal["block", "conv"] = Field("block", description="halve and double the grid by residual blocks")
     groups: PositiveInt = Field(32, description="groups of every GroupNorm")
     dropout: float = Field(0.0, ge=0, lt=1, description="share dropped in each residual block in training, as in ADM")
-    checkpoint_blocks: bool = Field(False, description="recompute activations in the backward pass: less memory")
 
     @model_validator(mode="after")
     def _widths_divide(self) -> Self:
@@ -213,13 +212,10 @@ class UNet(nn.Module):
         x = self.grid_in(x_BCHW)
         skips = [x]
         for cell in self.down:
-            x = self._run(cell, x, conditions)
+            x = cell(x, conditions)
             skips.append(x)
         for cell in self.middle:
-            x = self._run(cell, x, conditions)
+            x = cell(x, conditions)
         for cell in self.up:
-            x = self._run(cell, torch.cat([x, skips.pop()], dim=1), conditions)
+            x = cell(torch.cat([x, skips.pop()], dim=1), conditions)
         return self.grid_out(F.silu(self.norm_out(x))).float()
-
-    def _run(self, cell: nn.Module, x_BCHW: Tensor, conditions: UNetConditions) -> Tensor:
-        return recomputed(cell, x_BCHW, conditions) if self.cfg.checkpoint_blocks else cell(x_BCHW, conditions)

@@ -22,6 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from genpipe.artifacts import Artifact
+from genpipe.models.blocks import blocks_of, recompute_blocks
 from genpipe.training.objective import Batch, Objective, Step
 from genpipe.training.optim import optimizer_bytes
 from genpipe.training.settings import TrainConfig
@@ -62,30 +63,37 @@ def cost_of(stage: ModuleType, cfg: Any, inputs: Mapping[str, Artifact]) -> Cost
 
     `flops` are those of a sample, forward and backward of every part (a product and its sum are two), as
     `torch.utils.flop_counter` counts them: matrix products, convolutions, attention. `memory` holds weights,
-    gradients, the optimizer's state, the averages, and what else is alive at the peak of a micro-batch, with attention
-    in blocks as on a GPU; what libraries reserve comes on top.
+    gradients, the optimizer's state and the averages, of which a rank has its shards where `resources.shard_over` says
+    so; `gathered`, what sharding adds while blocks are computed; and what else is alive at the peak of a micro-batch,
+    with attention in blocks as on a GPU. What libraries reserve comes on top.
+
+    Raises ValueError where the ranks do not fit `resources.shard_over`.
     """
     train: TrainConfig = cfg.train
     batch_size = train.micro_batch(cfg.resources.min_workers)
-    objective = on_meta(stage, cfg, inputs)
+    objective = _prepared(stage, cfg, inputs)
     train.check_trainable(objective.trainable)
     with META:
         batch: Batch = stage.example_batch(cfg, inputs, batch_size=batch_size)
         names = objective.active(train.samples) if train.samples else ()  # weights that stay as they begin
         steps = {name: _step(objective, name, batch, train) for name in names}
     parameters = {part: _count(module) for part, module in objective.trainable.items()}
-    trained, frozen = sum(parameters.values()), _frozen(objective)
+    frozen = _frozen(objective)
+    share = _Share(objective, ranks=cfg.resources.shards(cfg.resources.min_workers))
+    held = sum(share.held(p) for module in objective.trainable.values() for p in module.parameters())
     return Cost(
         parameters=parameters,
         frozen=frozen,
         flops=sum(flops / train.every(name) for name, (flops, _) in steps.items()) / batch_size,
         memory={
-            "weights": BYTES * (trained * (2 if train.sam_rho else 1) + frozen),  # moved ones, and where they were
-            "gradients": BYTES * trained,
+            "weights": BYTES * (held * (2 if train.sam_rho else 1) + frozen),  # moved ones, and where they were
+            "gradients": BYTES * held,
             "optimizer": sum(
-                optimizer_bytes(module, train.of(name).optim) for name, module in objective.trainable.items()
+                optimizer_bytes(module, train.of(name).optim, held=share.held)
+                for name, module in objective.trainable.items()
             ),
-            "averages": BYTES * trained,
+            "averages": BYTES * held,
+            "gathered": BYTES * share.gathered(),
             "activations": max((peak for _, peak in steps.values()), default=0),
         },
         samples=train.samples,
@@ -93,11 +101,35 @@ def cost_of(stage: ModuleType, cfg: Any, inputs: Mapping[str, Artifact]) -> Cost
     )
 
 
+class _Share:
+    """What one of several ranks holds of the parameters that they share, as `training.parallel` shards them."""
+
+    def __init__(self, objective: Objective, *, ranks: int) -> None:
+        self.ranks = ranks
+        self.blocks = [block for module in objective.trainable.values() for block in blocks_of(module)]
+        self.sharded = {p for block in self.blocks for p in block.parameters() if p.ndim}
+
+    def held(self, p: Tensor) -> int:
+        """Elements of a parameter that a rank has: all, or as many rows as the rank with the most."""
+        return p.numel() // len(p) * -(-len(p) // self.ranks) if p in self.sharded else p.numel()
+
+    def gathered(self) -> int:
+        """Elements beside the shards, at the most, while blocks are computed.
+
+        In the backward pass of a block they are its weights and gradients, the weights of the block to come, and the
+        gradients of the block before, on their way to the other ranks.
+        """
+        if self.ranks == 1:
+            return 0
+        sizes = [0, *(sum(p.numel() for p in block.parameters() if p.ndim) for block in self.blocks), 0]
+        return max(before + 2 * size + after for before, size, after in zip(sizes, sizes[1:], sizes[2:], strict=False))
+
+
 def training_flops(stage: ModuleType, cfg: Any, inputs: Mapping[str, Artifact]) -> float:
     """FLOPs of a whole training, as `cost_of` counts them, in a fraction of its time: no memory is looked at."""
     train: TrainConfig = cfg.train
     batch_size = train.micro_batch(cfg.resources.min_workers)
-    objective = on_meta(stage, cfg, inputs)
+    objective = _prepared(stage, cfg, inputs)
     total = 0.0
     with META:
         batch: Batch = stage.example_batch(cfg, inputs, batch_size=batch_size)
@@ -110,6 +142,15 @@ def on_meta(stage: ModuleType, cfg: Any, inputs: Mapping[str, Artifact]) -> Obje
     """The objective of a training stage on the meta device, where nothing is read and nothing takes memory."""
     with META:
         objective: Objective = stage.objective(cfg, {name: _promised(a) for name, a in inputs.items()}, META)
+    return objective
+
+
+def _prepared(stage: ModuleType, cfg: Any, inputs: Mapping[str, Artifact]) -> Objective:
+    """The objective on the meta device, with blocks recomputed if they are in training."""
+    objective = on_meta(stage, cfg, inputs)
+    if cfg.resources.recompute_blocks:
+        for module in objective.trainable.values():
+            recompute_blocks(module)
     return objective
 
 

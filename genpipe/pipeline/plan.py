@@ -97,6 +97,8 @@ def plan_instance(
         if is_training(stage):
             ranks = range(cfg.resources.min_workers, cfg.resources.max_workers + 1)
             cfg.train.check_ranks(ranks)  # type: ignore[attr-defined]
+            for count in ranks:
+                cfg.resources.shards(count)
         promised = stage.check_inputs(cfg, inputs)
         source = _source_digest(instance, sources=sources)
     except ValueError as error:

@@ -147,7 +147,7 @@ def objective(cfg: Config, inputs: Mapping[str, Artifact], device: torch.device)
     null_encodings = None
     if cfg.text and cfg.model.null_text == "encoder":
         empty = Text.from_cache(FeatureDataset(fetch(inputs["features"]), split="train").null_text())
-        null_encodings = empty.encodings[empty.mask]
+        null_encodings = empty.encodings[empty.text_mask]
         network["null_tokens"] = len(null_encodings)
     model = Decoder(cfg.model, **network)
     if null_encodings is not None:

@@ -134,7 +134,7 @@ def objective(cfg: Config, inputs: Mapping[str, Artifact], device: torch.device)
     empty = None
     if cfg.model.null_text == "encoder":
         empty = Text.from_cache(_training_features(inputs).null_text())
-        sizes["null_tokens"] = int(empty.mask.sum())
+        sizes["null_tokens"] = int(empty.text_mask.sum())
     prior: Prior
     if isinstance(cfg.model, AutoregressivePriorConfig):
         sources = {source: range(*span) for source, span in meta["sources"]["train"].items()}
@@ -179,7 +179,7 @@ def fitted_prior(
 @torch.no_grad()
 def fill_null_text(prior: Prior, empty: Text) -> None:
     """Give a prior with `null_text: encoder` what the encoder says of the empty caption, B = 1."""
-    prior.null_encoding_W.copy_(empty.encodings[empty.mask])
+    prior.null_encoding_W.copy_(empty.encodings[empty.text_mask])
     prior.null_text_D.copy_(in_unit_variance(empty.embed)[0])
 
 

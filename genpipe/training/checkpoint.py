@@ -12,7 +12,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,8 +36,24 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 BLOCK = 8 * 2**20
 """Bytes that are hashed and written at a time."""
 
+MEMORY = 2**30
+"""Bytes of a piece of host memory: torch rounds pinned memory up to a power of two, which no more is then lost to."""
+
 READ_BYTES, READ_GAP, READ_THREADS = 32 * 2**20, 2**18, 8
 """Reads are joined up to so many bytes, over gaps of so many, and so many are under way at once."""
+
+
+class _Entry(NamedTuple):
+    """A tensor of a file: the part `box` of a whole of that shape."""
+
+    name: str
+    dtype: torch.dtype
+    box: Box
+    whole: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return self.box.numel * self.dtype.itemsize
 
 
 class Snapshot:
@@ -47,11 +63,11 @@ class Snapshot:
     """
 
     def __init__(self) -> None:
-        self._layout: list[tuple[str, torch.dtype, Box, tuple[int, ...]]] = []
-        self._memory = torch.empty(0, dtype=torch.uint8)
+        self._layout: list[_Entry] = []
+        self._memory: list[Tensor] = []
         self._views: list[Tensor] = []
         self._stream: torch.cuda.Stream | None = None
-        self._header = b""
+        self._record = "{}"
 
     @torch.no_grad()
     def copy(self, pieces: Mapping[str, Piece], record: Mapping[str, Any], *, device: torch.device) -> None:
@@ -60,11 +76,11 @@ class Snapshot:
         From a GPU on a stream of its own: the host goes on at once, and what is put on the device's current stream
         after this waits for the copies.
         """
-        ordered = sorted(pieces.items(), key=lambda item: -item[1].local.element_size())  # so that all are aligned
-        layout = [(name, piece.local.dtype, piece.box, piece.whole) for name, piece in ordered]
+        ordered = sorted(pieces.items(), key=lambda item: -_alignment(item[1].local.nbytes))
+        layout = [_Entry(name, piece.local.dtype, piece.box, piece.whole) for name, piece in ordered]
         if layout != self._layout:
             self._allocate(layout, pinned=device.type == "cuda")
-        self._header = self._made_header(record)
+        self._record = json.dumps(record)
         sources = [piece.local for _, piece in ordered]
         if device.type != "cuda":
             for view, source in zip(self._views, sources, strict=True):
@@ -82,37 +98,63 @@ class Snapshot:
         """Write the file to `path`; its size and sha256. Waits for copies that are under way."""
         if self._stream is not None:
             self._stream.synchronize()
-        digest = hashlib.sha256()
+        digest, header = hashlib.sha256(), self._header()
         with path.open("wb") as file:
             # Both let other threads run: training goes on beside them.
-            for block in [self._header, *self._memory.split(BLOCK)]:
-                content = block if isinstance(block, bytes) else memoryview(block.numpy())
-                digest.update(content)
-                file.write(content)
+            digest.update(header)
+            file.write(header)
+            for block in self._blocks():
+                digest.update(block)
+                file.write(block)
             file.flush()
             os.fsync(file.fileno())
-        return len(self._header) + self._memory.numel(), digest.hexdigest()
+        return len(header) + sum(memory.numel() for memory in self._memory), digest.hexdigest()
 
-    def _allocate(self, layout: list[tuple[str, torch.dtype, Box, tuple[int, ...]]], *, pinned: bool) -> None:
-        sizes = [box.numel * dtype.itemsize for _, dtype, box, _ in layout]
-        self._views, self._memory = [], torch.empty(0, dtype=torch.uint8)  # the old memory goes first
-        self._memory = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=pinned)
-        for part, (_, dtype, box, _) in zip(self._memory.split(sizes), layout, strict=True):
-            self._views.append(part.view(dtype).view(box.shape))
+    def _blocks(self) -> Iterator[memoryview]:
+        for memory in self._memory:
+            for block in memory.split(BLOCK):
+                yield memoryview(block.numpy())
+
+    def _allocate(self, layout: list[_Entry], *, pinned: bool) -> None:
+        self._views, self._memory = [], []  # the old memory goes first
+        for entries in _in_pieces(layout):
+            sizes = [entry.nbytes for entry in entries]
+            memory = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=pinned)
+            self._memory.append(memory)
+            for part, entry in zip(memory.split(sizes), entries, strict=True):
+                self._views.append(part.view(entry.dtype).view(entry.box.shape))
         self._layout = layout
 
-    def _made_header(self, record: Mapping[str, Any]) -> bytes:
+    def _header(self) -> bytes:
         entries: dict[str, Any] = {}
         offset = 0
-        for name, dtype, box, _ in self._layout:
-            end = offset + box.numel * dtype.itemsize
-            entries[name] = {"dtype": NAMES[dtype], "shape": box.shape, "data_offsets": (offset, end)}
+        for entry in self._layout:
+            end = offset + entry.nbytes
+            entries[entry.name] = {"dtype": NAMES[entry.dtype], "shape": entry.box.shape, "data_offsets": (offset, end)}
             offset = end
-        places = {name: {"start": box.start, "whole": whole} for name, _, box, whole in self._layout}
-        told = {"format": FORMAT, "places": json.dumps(places), "record": json.dumps(record)}
+        places = {entry.name: {"start": entry.box.start, "whole": entry.whole} for entry in self._layout}
+        told = {"format": FORMAT, "places": json.dumps(places), "record": self._record}
         raw = json.dumps({"__metadata__": told, **entries}).encode()
         raw += b" " * (-len(raw) % 8)
         return len(raw).to_bytes(8, "little") + raw
+
+
+def _alignment(nbytes: int) -> int:
+    """The largest power of two that divides a size: in descending order each begins at a multiple of its own."""
+    return nbytes & -nbytes
+
+
+def _in_pieces(layout: list[_Entry]) -> list[list[_Entry]]:
+    """The entries in runs of at most `MEMORY` bytes, or of one that is larger."""
+    runs: list[list[_Entry]] = []
+    size = 0
+    for entry in layout:
+        if not runs or size + entry.nbytes > MEMORY:
+            runs.append([])
+            size = 0
+        runs[-1].append(entry)
+        size += entry.nbytes
+    return runs
 
 
 class _Part(NamedTuple):

@@ -5,20 +5,40 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+
+from genpipe.training.sharding import local
+
+WIDEST = 12**-0.5
+"""The width of the average of all steps alike, which that of a power function approaches."""
+
+
+def gamma_of(sigma_rel: float) -> float:
+    """The exponent of the power-function average of width `sigma_rel` (Karras et al. 2024, EDM2, section 3.1).
+
+    Its profile over the steps s of a training so far is proportional to s^gamma; its width is the profile's standard
+    deviation, sqrt(gamma + 1) / ((gamma + 2) sqrt(gamma + 3)), as a share of the steps. So the average grows with the
+    training, as one of fixed decay does not.
+    """
+    assert 0 < sigma_rel < WIDEST, "checked in TrainConfig"
+    t = sigma_rel**-2
+    return float(np.roots([1, 7, 16 - t, 12 - t]).real.max())
 
 
 class Ema:
     """A running average of a module's parameters, updated once an optimizer step.
 
-    The decay of step k is min(decay, (1 + k) / (10 + k)), so that the first weights do not linger. Buffers
-    are the module's own. Shadows are kept in the parameters' own dtype and device.
+    The decay of step k is min(decay, (1 + k) / (10 + k)), so that the first weights do not linger; with `sigma_rel` it
+    is that of a power-function average of this width. Buffers are the module's own. Shadows are kept in the parameters'
+    own dtype and device, and sharded as they are.
     """
 
-    def __init__(self, module: nn.Module, *, decay: float) -> None:
+    def __init__(self, module: nn.Module, *, decay: float, sigma_rel: float | None = None) -> None:
         self.module = module
         self.decay = decay
+        self.gamma = None if sigma_rel is None else gamma_of(sigma_rel)
         self.updates = 0
         self.shadow = {name: p.detach().clone() for name, p in module.named_parameters()}
 
@@ -26,9 +46,11 @@ class Ema:
     def update(self) -> None:
         """Take in the module's weights after an optimizer step."""
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        if self.gamma is not None:
+            decay = (1 - 1 / (self.updates + 1)) ** (self.gamma + 1)
         live = dict(self.module.named_parameters())
-        shadow = list(self.shadow.values())
-        torch._foreach_lerp_(shadow, [live[name] for name in self.shadow], 1 - decay)
+        shadow = [local(shadow) for shadow in self.shadow.values()]
+        torch._foreach_lerp_(shadow, [local(live[name].detach()) for name in self.shadow], 1 - decay)
         self.updates += 1
 
     @contextmanager
@@ -44,9 +66,10 @@ class Ema:
     def swap(self) -> None:
         """Exchange the module's weights and the averaged ones."""
         for name, p in self.module.named_parameters():
-            live = p.detach().clone()
-            p.copy_(self.shadow[name])
-            self.shadow[name].copy_(live)
+            weights, shadow = local(p.detach()), local(self.shadow[name])
+            live = weights.clone()
+            weights.copy_(shadow)
+            shadow.copy_(live)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The averaged weights by name, and the number of updates."""

@@ -1,7 +1,8 @@
 """The loop: one for every training stage, on one process or many.
 
 Randomness of a step derives from (seed, name of the trainable module, position in the stream), gradients are averaged
-by DDP, metrics leave the device every `log_every` steps. Nothing between forward and optimizer step waits for it.
+by `training.parallel`, metrics leave the device every `log_every` steps. Nothing between forward and optimizer step
+waits for it.
 """
 
 from __future__ import annotations
@@ -13,17 +14,19 @@ from functools import partial
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 
 from genpipe.config import Resources
 from genpipe.data.loader import Data
 from genpipe.models.precision import DTYPES, Products, autocast, gflops, products_of
 from genpipe.training.agreement import Agreement
+from genpipe.training.compile import compile_if_right, run_eagerly
 from genpipe.training.guard import HeldBuffers, spread_if_bad
 from genpipe.training.interval import checkpoint_interval
 from genpipe.training.meter import Meter
 from genpipe.training.objective import Batch, Metrics, Objective, ObserveTraining, Step, Validation
+from genpipe.training.optim import clip_gradients
+from genpipe.training.parallel import Parallel, spread
 from genpipe.training.rollback import facts, roll_back
 from genpipe.training.runtime import Runtime
 from genpipe.training.settings import TrainConfig, lr_scale
@@ -49,29 +52,41 @@ def train(
     after a checkpoint.
     """
     cfg.check_trainable(objective.trainable)
+    parallel = spread(objective, rt, resources)
+    if cfg.sam_rho and parallel.together:
+        raise ValueError(
+            "train.sam_rho moves a rank's weights by its own micro-batch, which sharded ones cannot; set "
+            "resources.shard_over to 1"
+        )
     state = TrainState.fresh(objective.trainable, cfg)
-    if not state.resume(rt):
+    resumed = state.resume(rt)
+    if not resumed:
         state.products = _agreed_products(cfg, rt)
-        if cfg.steps:
-            state.save(rt)  # what to go back to
+    if resources.compile:
+        if parallel.together:
+            raise ValueError("resources.compile does not go with sharded blocks; set it to false, or shard_over to 1")
+        compile_if_right(objective, data, cfg, rt, state)
+    if cfg.steps and not resumed:
+        state.save(rt)  # what to go back to
     if rt.rank == 0:
         rt.log_environment({"precision_used": state.products, **facts(state)})
-    forward = {name: _wrap(objective, name, module) for name, module in objective.trainable.items()}
     peak_flops = 1e9 * gflops(rt.device, DTYPES[state.products])
     meter = Meter(rt, global_batch_size=cfg.global_batch_size, peak_flops=peak_flops)
     held = HeldBuffers(objective.trainable.values())
     agreement = Agreement(rt, flags=2)
-    saved_at, validated = time.monotonic(), False  # since the last checkpoint
+    saved_at, validated, due = time.monotonic(), False, False  # since the last checkpoint
     with state.checkpoints_finished(), ExitStack() as stream:
         batches, damage = open_stream(stream, data, cfg, rt, resources, state)
         while state.step < cfg.steps:
             before = state.samples_seen
-            _step(objective, forward, state, batches, cfg, rt, meter, held)
+            _step(objective, parallel, state, batches, cfg, rt, meter, held)
             interval = checkpoint_interval(
                 resources, stall_seconds=state.stall_seconds, write_seconds=state.write_seconds
             )
             late = time.monotonic() - saved_at > interval or bool(validated and observe.keep_best)
-            stop, due = agreement.ask(rt.should_stop(), rt.rank == 0 and late and not state.saving)  # clocks differ
+            asks = rt.rank == 0 and late and not (due or state.saving)  # clocks differ: rank 0's counts
+            stop, agreed = agreement.ask(rt.should_stop(), asks)
+            due = due or agreed
             last, again = state.step == cfg.steps, state.samples_seen <= state.guard.judged
             quiet = last or stop or again
             validation_due = not quiet and _due(observe.validate_every, before, state.samples_seen)
@@ -83,7 +98,7 @@ def train(
                 continue
             if validation_due:
                 with meter.aside():
-                    state.heldout = validate(objective, data, cfg, rt, state, observe).metrics
+                    state.heldout = validate(objective, parallel, data, cfg, rt, state, observe).metrics
                 validated = True
             if not report_due:
                 continue
@@ -100,12 +115,13 @@ def train(
                 rt.enter("checkpoint")
                 with meter.aside():
                     state.save(rt)
-                saved_at, validated = time.monotonic(), False
+                saved_at, validated, due = time.monotonic(), False, False
             if not last and stop:
                 state.wait()
                 raise Interrupted(state.samples_seen)
         agreement.close()
-    result = validate(objective, data, cfg, rt, state, observe)
+    run_eagerly(objective)
+    result = validate(objective, parallel, data, cfg, rt, state, observe)
     if rt.rank == 0:
         rt.log_environment(facts(state))
     for ema in state.emas.values():
@@ -121,30 +137,9 @@ class Interrupted(KeyboardInterrupt):
         self.samples_seen = samples_seen
 
 
-class _Loss(nn.Module):
-    """The loss of one trainable module as a module itself, which is what DDP wraps."""
-
-    def __init__(self, objective: Objective, name: str, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
-        self.objective = objective
-        self.name = name
-
-    def forward(self, batch: Batch, step: Step) -> tuple[Tensor, Metrics]:
-        return self.objective.loss(self.name, batch, step)
-
-
-def _wrap(objective: Objective, name: str, module: nn.Module) -> nn.Module:
-    loss = _Loss(objective, name, module)
-    trained = any(p.requires_grad for p in module.parameters())  # DDP takes no other
-    if trained and dist.is_initialized() and dist.get_world_size() > 1:
-        return DistributedDataParallel(loss, forward_sync_buffers=False)
-    return loss
-
-
 def _step(
     objective: Objective,
-    forward: dict[str, nn.Module],
+    parallel: Parallel,
     state: TrainState,
     stream: Iterator[tuple[int, Batch]],
     cfg: TrainConfig,
@@ -174,19 +169,18 @@ def _step(
         scale = state.scales[name].value.clone() if state.products == "fp16" else 1.0
         rho, loss_of = cfg.sam_rho, partial(_loss, name=name, state=state, cfg=cfg, rt=rt)
         for i, (position, batch) in enumerate(micro):
-            unsynced = rt.world_size > 1 and i < len(micro) - 1
             alone = partial(loss_of, partial(objective.loss, name), batch, position)
             rt.enter("forward")
             with (
-                forward[name].no_sync() if unsynced else nullcontext(),  # type: ignore[operator]
+                parallel.accumulating(name, last=i == len(micro) - 1),
                 sharpened(objective.trainable[name], alone, rho=rho, scale=scale) if rho else nullcontext(),
             ):
-                loss, metrics = loss_of(forward[name], batch, position)
+                loss, metrics = loss_of(partial(parallel.loss, name), batch, position)
                 rt.enter("backward")
                 loss.backward(spread_if_bad(loss, scale=scale / accumulate))
             measured.append({"loss": loss.detach(), **metrics})
         rt.enter("optimizer")
-        norm = _clip(objective.trainable[name], cfg.grad_clip, scale=scale)
+        norm = clip_gradients(objective.trainable[name], cfg.grad_clip, scale=scale)
         skip = bad = 1.0 - norm.isfinite().float()
         if state.products == "fp16":
             bad = state.scales[name].update(skip)
@@ -196,7 +190,7 @@ def _step(
                 group["lr"] = group["peak_lr"] * share
             optimizer.found_inf = skip  # type: ignore[attr-defined]  # as torch's fused optimizers take it
             optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        parallel.zero_grad(name)
         objective.after_step()
         held.put_back(skip=skip)
         state.emas[name].update()
@@ -223,18 +217,6 @@ def _loss(
     step = Step(state.samples_seen, seeded(rt.device, cfg.seed, name, position))
     with autocast(rt.device, state.products):
         return network(batch, step)
-
-
-def _clip(module: nn.Module, most: float | None, *, scale: Tensor | float) -> Tensor:
-    """The norm of a module's gradients over `scale`; they are divided by it, and scaled down to norm `most`."""
-    parameters = [p for p in module.parameters() if p.grad is not None]
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    if isinstance(scale, Tensor):
-        torch._foreach_mul_(gradients, 1 / scale)  # a power of two, so that nothing is rounded
-    norm = nn.utils.get_total_norm(gradients)
-    if most is not None:
-        nn.utils.clip_grads_with_norm_(parameters, most, norm)
-    return norm.detach()
 
 
 def _take(stream: Iterator[tuple[int, Batch]], n: int) -> Iterable[tuple[int, Batch]]:

@@ -7,7 +7,11 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from genpipe.training.sharding import local
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Of the quintic Newton-Schulz iteration; they push singular values into about [0.7, 1.2] in five steps."""
@@ -20,16 +24,15 @@ class Muon(torch.optim.Optimizer):
 
     A convolution's weight is the matrix [channels out, everything else]. Updates are scaled by 0.2 sqrt(larger side),
     which gives them the root mean square of AdamW's (Liu et al. 2025, eq. 4), so that one learning rate serves both.
-    Matrices of one shape are orthogonalized together; the result equals torch.optim.Muon's on each.
+    Matrices of one shape are orthogonalized together; the result equals torch.optim.Muon's on each. Of those that are
+    sharded every rank orthogonalizes its share. A group holds parameters of one sharding.
 
     A step for which `found_inf` is 1 changes nothing, as with torch's fused optimizers.
     """
 
     found_inf: Tensor | None = None
 
-    def __init__(
-        self, params: Iterable[Tensor], *, lr: float, momentum: float = 0.95, weight_decay: float = 0.0
-    ) -> None:
+    def __init__(self, params: Iterable[Any], *, lr: float, momentum: float = 0.95, weight_decay: float = 0.0) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     @torch.no_grad()
@@ -40,22 +43,24 @@ class Muon(torch.optim.Optimizer):
             alike: defaultdict[torch.Size, list[Tensor]] = defaultdict(list)
             for p in group["params"]:
                 if p.grad is not None:
-                    alike[p.flatten(1).shape].append(p)
+                    alike[torch.Size((len(p), p.numel() // len(p)))].append(p)
             for shape, params in alike.items():
-                updates = orthogonalize(torch.stack([self._momentum(p, group["momentum"]) for p in params]))
+                momenta = torch.stack([self._momentum(p, group["momentum"]) for p in params])
+                updates = _orthogonalize_like(params[0], momenta)
                 scale = 0.2 * max(shape) ** 0.5
                 for p, update in zip(params, updates, strict=True):
-                    new = p.mul(1 - group["lr"] * group["weight_decay"])
-                    self._replace(p, new.add_(update.view_as(p), alpha=-group["lr"] * scale))
+                    mine = local(p)
+                    new = mine.mul(1 - group["lr"] * group["weight_decay"])
+                    self._replace(mine, new.add_(update.view_as(mine), alpha=-group["lr"] * scale))
 
     def _momentum(self, p: Tensor, momentum: float) -> Tensor:
         state = self.state[p]
         if not state:
             state["momentum_buffer"] = torch.zeros_like(p)
         assert p.grad is not None, "only parameters with gradients have updates"
-        buffer = state["momentum_buffer"]
-        self._replace(buffer, buffer.lerp(p.grad, 1 - momentum))
-        return p.grad.lerp(buffer, momentum).flatten(1)
+        gradient, buffer = local(p.grad), local(state["momentum_buffer"])
+        self._replace(buffer, buffer.lerp(gradient, 1 - momentum))
+        return gradient.lerp(buffer, momentum).flatten(1)
 
     def _replace(self, old: Tensor, new: Tensor) -> None:
         old.copy_(new if self.found_inf is None else torch.where(self.found_inf.bool(), old, new))
@@ -73,3 +78,27 @@ def orthogonalize(matrices: Tensor) -> Tensor:
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return (x.mT if tall else x).to(matrices.dtype)
+
+
+def _orthogonalize_like(like: Tensor, shards: Tensor) -> Tensor:
+    """This rank's rows of N orthogonalized matrices, from its rows of them [N, rows, B], sharded as the weight `like`.
+
+    Each of the R ranks that share sharded matrices gets N / R of them whole, orthogonalizes those, and gives the others
+    their rows back: twice what a rank holds goes over the network, and no product is computed twice.
+    """
+    if not isinstance(like, DTensor):
+        return orthogonalize(shards)
+    (axis,) = (axis for axis, placement in enumerate(like.placements) if placement.is_shard())
+    group, ranks = like.device_mesh.get_group(axis), like.device_mesh.size(axis)
+    n, rows, columns = shards.shape
+    height = -(-len(like) // ranks)  # rows of every shard but the last ones
+    each = -(-n // ranks)
+    padded = shards.new_zeros(ranks * each, height, columns)
+    padded[:n, :rows] = shards
+    mine = torch.empty_like(padded)
+    dist.all_to_all_single(mine, padded, group=group)
+    whole = mine.view(ranks, each, height, columns).transpose(0, 1).reshape(each, ranks * height, columns)
+    whole[:, : len(like)] = orthogonalize(whole[:, : len(like)])
+    back = whole.view(each, ranks, height, columns).transpose(0, 1).reshape_as(padded).contiguous()
+    dist.all_to_all_single(padded, back, group=group)
+    return padded[:n, :rows]

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated, Literal
 
 import torch
 from pydantic import Field, Tag
-from torch import nn
+from torch import Tensor, nn
 
 from genpipe.config import Config, by_kind
 from genpipe.models.layers import Modulation, ResidualBlock
 from genpipe.training import muon
+from genpipe.training.sharding import by_sharding, local, whole
 
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 """Layers whose weights are matrices that multiply activations."""
@@ -52,7 +54,8 @@ OptimConfig = Annotated[Annotated[AdamW, Tag("adamw")] | Annotated[Muon, Tag("mu
 def build_optimizers(module: nn.Module, cfg: AdamW | Muon) -> list[torch.optim.Optimizer]:
     """The optimizers of a module, with every parameter in one group of one of them.
 
-    Each group remembers its peak learning rate in `peak_lr`. A module without residual blocks has AdamW alone.
+    Each group remembers its peak learning rate in `peak_lr`. A module without residual blocks has AdamW alone. No group
+    mixes parameters that are sharded with others, as torch's fused kernels take one kind at a time.
     """
     by_muon, matrices = _by_muon(module, cfg), _matrices(module)
     hidden: list[nn.Parameter] = []
@@ -60,25 +63,49 @@ def build_optimizers(module: nn.Module, cfg: AdamW | Muon) -> list[torch.optim.O
     undecayed: list[nn.Parameter] = []
     for p in module.parameters():
         (hidden if id(p) in by_muon else decayed if id(p) in matrices else undecayed).append(p)
-    groups = [{"params": decayed, "weight_decay": cfg.weight_decay}, {"params": undecayed, "weight_decay": 0.0}]
-    groups = [group for group in groups if group["params"]]
+    groups = [
+        {"params": alike, "weight_decay": decay}
+        for params, decay in ((decayed, cfg.weight_decay), (undecayed, 0.0))
+        for alike in by_sharding(params)
+    ]
     optimizers: list[torch.optim.Optimizer] = []
     lr = cfg.adamw_lr if cfg.kind == "muon" else cfg.lr
     if groups:
         eps = AdamW().eps if cfg.kind == "muon" else cfg.eps
         optimizers.append(torch.optim.AdamW(groups, lr=lr, betas=cfg.betas, eps=eps, fused=True))
     if cfg.kind == "muon" and hidden:
-        optimizers.append(muon.Muon(hidden, lr=cfg.lr, momentum=cfg.momentum, weight_decay=cfg.weight_decay))
+        alike = [{"params": params} for params in by_sharding(hidden)]
+        optimizers.append(muon.Muon(alike, lr=cfg.lr, momentum=cfg.momentum, weight_decay=cfg.weight_decay))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]
     return optimizers
 
 
-def optimizer_bytes(module: nn.Module, cfg: AdamW | Muon) -> int:
-    """Bytes that the optimizers of a module keep: two averages of AdamW's parameters, one momentum of Muon's."""
+def clip_gradients(module: nn.Module, most: float | None, *, scale: Tensor | float = 1.0) -> Tensor:
+    """The norm of a module's gradients over all ranks, a scalar; they are scaled down where it is more than `most`.
+
+    Gradients of a loss that was multiplied by the tensor `scale` are divided by it first.
+    """
+    parameters = [p for p in module.parameters() if p.grad is not None]
+    alike = by_sharding(parameters)
+    if isinstance(scale, Tensor):  # a power of two, so that nothing is rounded
+        torch._foreach_mul_([local(p.grad) for p in parameters if p.grad is not None], 1 / scale)
+    norms = [whole(nn.utils.get_total_norm([p.grad for p in some if p.grad is not None])) for some in alike]
+    norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
+    if most is not None:
+        for some in alike:
+            nn.utils.clip_grads_with_norm_(some, most, norm)
+    return norm.detach()
+
+
+def optimizer_bytes(module: nn.Module, cfg: AdamW | Muon, *, held: Callable[[Tensor], int] = Tensor.numel) -> int:
+    """Bytes that the optimizers of a module keep: two averages of AdamW's parameters, one momentum of Muon's.
+
+    `held` says how many elements of a parameter a rank has.
+    """
     by_muon = _by_muon(module, cfg)
-    return sum(p.numel() * p.element_size() * (1 if id(p) in by_muon else 2) for p in module.parameters())
+    return sum(held(p) * p.element_size() * (1 if id(p) in by_muon else 2) for p in module.parameters())
 
 
 def _by_muon(module: nn.Module, cfg: AdamW | Muon) -> set[int]:

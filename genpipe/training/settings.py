@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 from genpipe.config import Config
 from genpipe.data.loader import check_batch_sizes
 from genpipe.models.precision import Precision
+from genpipe.training.ema import WIDEST
 from genpipe.training.optim import AdamW, OptimConfig
 
 Decay = Literal["constant", "linear", "cosine"]
@@ -62,6 +63,12 @@ class TrainConfig(Config):
         description="sharpness-aware minimization: distance at which gradients are taken, for twice the arithmetic",
     )  # fmt: skip
     ema_decay: float = Field(0.999, ge=0, lt=1)
+    ema_sigma_rel: float | None = Field(
+        None,
+        gt=0,
+        lt=WIDEST,
+        description="width of a power-function average, as a share of the training so far, instead of ema_decay",
+    )
     precision: Precision = Field("auto", description="of matrix products; auto: bf16 where the hardware is fast at it")
     seed: int = 0
     source_weights: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]] = Field(

@@ -108,7 +108,7 @@ def _row(offset: int, *, row_size: int, rows: int) -> int:
 
 
 def _rows(piece: Piece, first: int, last: int) -> Piece:
-    if not piece.box.shape:
+    if not piece.box.shape or (first, last) == (0, piece.box.shape[0]):
         return piece
     start, shape = piece.box
     box = Box((start[0] + first, *start[1:]), (last - first, *shape[1:]))

@@ -28,7 +28,7 @@ from genpipe.training.slices import local_piece, share_of
 GRACE_SECONDS = 10.0
 """For a checkpoint under way, when training fails."""
 
-RECORD = ("samples_seen", "step", "products")
+RECORD = ("samples_seen", "step", "products", "compiled")
 """The fields of the state that a checkpoint holds as JSON, beside the guard's; `tensors` finds its tensors."""
 
 
@@ -47,6 +47,9 @@ class TrainState:
     step: int = 0
     products: Products = "fp32"
     """The precision of matrix products, which a run keeps to its end."""
+
+    compiled: bool = True
+    """Whether blocks may be compiled: not in a run that found them wrong."""
 
     heldout: dict[str, float] = field(default_factory=dict)
     """Metrics of the last validation, on rank 0: they tell the best checkpoint."""
@@ -68,7 +71,10 @@ class TrainState:
         return cls(
             trainable=trainable,
             optimizers={name: build_optimizers(module, cfg.of(name).optim) for name, module in trainable.items()},
-            emas={name: Ema(module, decay=cfg.ema_decay) for name, module in trainable.items()},
+            emas={
+                name: Ema(module, decay=cfg.ema_decay, sigma_rel=cfg.ema_sigma_rel)
+                for name, module in trainable.items()
+            },
             scales={name: LossScale(_device(module)) for name, module in trainable.items()},
             guard=Guard(cfg.guard, global_batch_size=cfg.global_batch_size),
         )

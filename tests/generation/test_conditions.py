@@ -26,7 +26,7 @@ def cached() -> dict[str, torch.Tensor]:
 def test_cached_text_is_padded_with_zeros() -> None:
     text = Text.from_cache({**cached(), "text_embeds": torch.ones(2, 5).half()})
     assert text.embed.dtype == text.encodings.dtype == torch.float32
-    assert text.mask.tolist() == [[True, False, False], [True, True, True]]
+    assert text.text_mask.tolist() == [[True, False, False], [True, True, True]]
     assert text.encodings.tolist() == [[[0, 1], [0, 0], [0, 0]], [[2, 3], [4, 5], [6, 7]]]
 
 
@@ -39,10 +39,10 @@ def test_conditions_are_repeated_and_cut_together() -> None:
     twice = given.repeated(2)
     assert twice.image_embed is not None and twice.text is not None and twice.labels is not None
     assert twice.image_embed.flatten().tolist() == [1, 2, 1, 2] and twice.labels.tolist() == [7, 8, 7, 8]
-    assert torch.equal(twice.text.mask[2:], twice.text.mask[:2])
+    assert torch.equal(twice.text.text_mask[2:], twice.text.text_mask[:2])
     first = given.first(1)
     assert first.labels is not None and first.text is not None
-    assert first.labels.tolist() == [7] and len(first.text.mask) == 1
+    assert first.labels.tolist() == [7] and len(first.text.text_mask) == 1
     assert Given().repeated(2) == Given() == Given().first(1)
 
 

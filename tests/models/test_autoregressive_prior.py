@@ -142,7 +142,7 @@ def test_sampling_draws_from_the_distribution_that_the_whole_model_gives(scale: 
             "dot": torch.full((9,), dot),
             "text_embed": in_unit_variance(many.embed),
             "text_encodings": many.encodings,
-            "text_mask": many.mask,
+            "text_mask": many.text_mask,
         }
         cond = model(sequences, **inputs, drop_text=torch.zeros(9, dtype=torch.bool))
         uncond = model(sequences, **inputs, drop_text=torch.ones(9, dtype=torch.bool))

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import memory_ranks
 import pytest
 import torch
+import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -159,3 +163,50 @@ def test_the_bytes_of_an_optimizer_are_what_it_keeps(kind: str) -> None:
         optimizer.step()
     tensors = [x for o in optimizers for state in o.state.values() for x in state.values() if isinstance(x, Tensor)]
     assert optimizer_bytes(module, optim) == sum(x.numel() * 4 for x in tensors if x.ndim)
+
+
+SPREADS: dict[str, dict[str, Any]] = {
+    "ddp": {},
+    "ddp, recomputed": {"recompute_blocks": True},
+    "fsdp": {"shard_over": "all"},
+    "fsdp, recomputed": {"shard_over": "all", "recompute_blocks": True},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_memory_is_what_torch_allocates(tmp_path: Path) -> None:
+    """Two gloo processes under torch's profiler. gloo copies what it sends, once, which a GPU would not."""
+    mp.spawn(memory_ranks.measure_peaks, args=(2, str(tmp_path), SPREADS), nprocs=2)
+    for rank in range(2):
+        peaks = json.loads((tmp_path / f"peaks-{rank}.json").read_text())
+        for name, resources in SPREADS.items():
+            planned = cost_of(memory_ranks.stage(), memory_ranks.config(workers=2, **resources), {}).peak
+            close = 0.01 if name.startswith("ddp") else 0.1
+            assert peaks[name] == pytest.approx(planned, rel=close), name
+
+
+def test_shards_by_hand() -> None:
+    """Weights of blocks by the rows of the rank with the most; what is around them, and each scalar, whole."""
+    whole, half, all_four = (
+        cost_of(memory_ranks.stage(), memory_ranks.config(workers=4, shard_over=over), {}) for over in (1, 2, "all")
+    )
+    width, hidden, depth = memory_ranks.WIDTH, memory_ranks.HIDDEN, memory_ranks.DEPTH
+    block, around = 2 * width * hidden + width + hidden, 32 * width + width + width + 1
+    for cost, ranks in ((whole, 1), (half, 2), (all_four, 4)):
+        held = depth * block // ranks + around
+        parts = {"weights": held, "gradients": held, "optimizer": 2 * held, "averages": held}
+        parts["gathered"] = 4 * block if ranks > 1 else 0
+        assert {name: cost.memory[name] for name in parts} == {name: 4 * size for name, size in parts.items()}
+        assert cost.memory["activations"] == whole.memory["activations"]
+    with pytest.raises(ValueError, match=r"resources\.shard_over 3 does not divide the 4 training ranks"):
+        cost_of(memory_ranks.stage(), memory_ranks.config(workers=4, shard_over=3), {})
+
+
+def test_recomputed_blocks_cost_arithmetic_and_save_memory() -> None:
+    plain, again = (
+        cost_of(memory_ranks.stage(), memory_ranks.config(workers=1, recompute_blocks=on), {}) for on in (False, True)
+    )
+    product = 2 * memory_ranks.WIDTH * memory_ranks.HIDDEN
+    assert again.flops - plain.flops == memory_ranks.DEPTH * product, "but for the last of a block: nobody reads it"
+    assert again.memory["activations"] < 0.7 * plain.memory["activations"]

@@ -188,7 +188,7 @@ def test_features_are_what_the_encoders_say_of_the_same_rows(
         torch.testing.assert_close(text["text_embeds"].float(), text_embeds, **close)
         real = torch.from_numpy(tokens != 0)[:, : int((tokens != 0).sum(1).max())]
         padded = Text.from_cache(text)
-        assert torch.equal(padded.mask, real)
+        assert torch.equal(padded.text_mask, real)
         expected = torch.where(real[..., None], encodings[:, : real.shape[1]], 0)
         torch.testing.assert_close(padded.encodings, expected, **close)
 

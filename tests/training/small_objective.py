@@ -91,12 +91,13 @@ def train_small(
     log_every: int = 4,
     checkpoint_seconds: float | None = 1e9,
     build: Callable[[], Small] = Small,
+    compile: bool = False,
     **settings: Any,
 ) -> dict[str, Tensor]:
     """Train at a constant rate, without an average, and return the tensors left in the model."""
     objective = build()
     fixed = {"decay": "constant", "ema_decay": 0.0, "precision": "fp32", "optim": {"kind": "adamw", "lr": 0.01}}
     cfg = TrainConfig.model_validate({"samples": steps * G, "global_batch_size": G, **fixed, **settings})
-    resources = Resources(checkpoint_seconds=checkpoint_seconds)
+    resources = Resources(checkpoint_seconds=checkpoint_seconds, compile=compile)
     train(objective, data, cfg, rt, resources, ObserveTraining(log_every=log_every, heldout_samples=8))
     return {name: tensor.clone() for name, tensor in objective.model.state_dict().items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from test_slices import SIDES, boxes
 from torch import Tensor
 
 from genpipe.storage import LocalStorage
+from genpipe.training import checkpoint
 from genpipe.training.checkpoint import DTYPES, Checkpoint, Snapshot
 from genpipe.training.slices import Box, Piece, share_of, within
 
@@ -59,6 +61,7 @@ def cuts(draw: st.DrawFn, box: Box) -> list[Box]:
 @given(st.data())
 def test_any_cut_written_is_read_as_any_box_to_the_last_bit(data: st.DataObject) -> None:
     dtype = data.draw(st.sampled_from(sorted(DTYPES.values(), key=str)))
+    memory = data.draw(st.sampled_from([1, 64, checkpoint.MEMORY]))
     shapes = data.draw(st.dictionaries(st.sampled_from("abcd"), SIDES, min_size=1))
     tensors = {name: random_bits(shape, dtype, seed=len(name)) for name, shape in shapes.items()}
     files: list[dict[str, Piece]] = [{}]
@@ -69,16 +72,17 @@ def test_any_cut_written_is_read_as_any_box_to_the_last_bit(data: st.DataObject)
     with tempfile.TemporaryDirectory() as folder:
         for i, pieces in enumerate(files):
             snapshot = Snapshot()
-            snapshot.copy(pieces, {}, device=CPU)
+            with mock.patch.object(checkpoint, "MEMORY", memory):
+                snapshot.copy(pieces, {}, device=CPU)
             snapshot.write(Path(folder, str(i)))
-        checkpoint = Checkpoint(LocalStorage(folder), [str(i) for i in range(len(files))])
-        assert checkpoint.shapes == {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-        assert set(checkpoint.dtypes.values()) == {dtype}
+        found = Checkpoint(LocalStorage(folder), [str(i) for i in range(len(files))])
+        assert found.shapes == {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        assert set(found.dtypes.values()) == {dtype}
         for name, tensor in tensors.items():
-            assert bits(checkpoint.tensor(name)) == bits(tensor)
+            assert bits(found.tensor(name)) == bits(tensor)
             wanted = piece(tensor, data.draw(boxes(of=tuple(tensor.shape))))
             target = wanted._replace(local=torch.zeros_like(wanted.local))
-            checkpoint.load({name: target})
+            found.load({name: target})
             assert bits(target.local) == bits(wanted.local)
 
 
@@ -116,7 +120,7 @@ def test_what_is_written_is_what_was_copied(tmp_path: Path) -> None:
     for turn in range(2):
         snapshot.copy(share_of(tensors, rank=0, world_size=1), {}, device=CPU)
         expected = {name: tensor.clone() for name, tensor in tensors.items()}
-        places.add(snapshot._memory.data_ptr())
+        places.add(snapshot._memory[0].data_ptr())
         tensors["weight"].zero_()
         tensors["count"].add_(1)
         snapshot.write(tmp_path / str(turn))
@@ -129,11 +133,11 @@ def test_a_tensor_that_is_not_the_models_is_named(tmp_path: Path) -> None:
     tensors, snapshot = {"weight": torch.zeros(4, 2)}, Snapshot()
     snapshot.copy(share_of(tensors, rank=1, world_size=2), {}, device=CPU)
     snapshot.write(tmp_path / "rank-1")
-    checkpoint = Checkpoint(LocalStorage(str(tmp_path)), ["rank-1"])
+    found = Checkpoint(LocalStorage(str(tmp_path)), ["rank-1"])
     for name, tensor, told in (
         ("weight", torch.zeros(4, 2), "does not hold all of weight"),
         ("weight", torch.zeros(2, 4), r"weight has shape \[4, 2\], where the model's has \[2, 4\]"),
         ("bias", torch.zeros(2), r"bias is not in it, where the model's has \[2\]"),
     ):
         with pytest.raises(ValueError, match=told):
-            checkpoint.load(share_of({name: tensor}, rank=0, world_size=1))
+            found.load(share_of({name: tensor}, rank=0, world_size=1))

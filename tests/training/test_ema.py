@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from genpipe.training.ema import Ema
+from genpipe.training.ema import Ema, gamma_of
 
 
 def linear(value: float) -> nn.Linear:
@@ -38,6 +38,28 @@ def test_closed_form(decay: float) -> None:
         expected += value * (1 - decays[k]) * torch.tensor(decays[k + 1 :], dtype=torch.float64).prod()
     for shadow in ema.shadow.values():
         torch.testing.assert_close(shadow, torch.full_like(shadow, expected.item()))
+
+
+@pytest.mark.parametrize("sigma_rel", [0.05, 0.1, 0.25])
+def test_the_width_of_a_power_function_average(sigma_rel: float) -> None:
+    """Averaging the number of the step gives the profile's mean, and of its square the second moment."""
+    steps, moments = 4000, []
+    for power in (1, 2):
+        module = linear(-1.0)  # where it began counts for nothing
+        ema = Ema(module, decay=0.5, sigma_rel=sigma_rel)
+        for step in range(1, steps + 1):
+            set_to(module, (step / steps) ** power)
+            ema.update()
+        moments.append(ema.shadow["weight"].mean().item())
+    mean, square = moments
+    assert (square - mean**2) ** 0.5 == pytest.approx(sigma_rel, rel=2e-3)
+    gamma = gamma_of(sigma_rel)
+    assert mean == pytest.approx((gamma + 1) / (gamma + 2), rel=1e-3), "of s^gamma over [0, 1]"
+
+
+def test_published_widths() -> None:
+    """Karras et al. 2024, section 3.1: 0.05 is gamma 16.97, 0.10 is 6.94."""
+    assert [gamma_of(0.05), gamma_of(0.10)] == pytest.approx([16.97, 6.94], abs=0.005)
 
 
 def test_swapping_gives_the_average_and_gives_the_weights_back() -> None:

@@ -131,7 +131,7 @@ class UnclipSystem:
         latents = sample_latents(
             self.decoder,
             Given(image_embed=embed, text=text),
-            shape=(len(text.mask), *self.latent_shape),
+            shape=(len(text.text_mask), *self.latent_shape),
             diffusion=self.decoder_diffusion,
             sampler=self.cfg.decoder,
             generator=generator,

@@ -141,7 +141,7 @@ def test_a_published_encoder_reads_the_captions(tiny: TinyPipeline, tmp_path: Pa
     shards = open_shards(latent.run("shard", settings), split="train")
     cached = Text.from_cache(features.text(np.arange(3), np.zeros(3)))
     fresh = system.encode_text([f"  {shards.captions(i)[0]} " for i in range(3)])
-    assert torch.equal(cached.mask, fresh.mask)
+    assert torch.equal(cached.text_mask, fresh.text_mask)
     torch.testing.assert_close(cached.encodings, fresh.encodings, atol=2e-2, rtol=2e-2)
     scores = read_manifest(latent.run("evaluate", settings).uri)
     assert scores is not None and {"autoencoder/psnr", "decoder/loss"} <= scores.metrics.keys()

@@ -73,10 +73,10 @@ def test_prompts_are_encoded_as_the_features_were(system: UnclipSystem, tiny: Ti
     rows = np.arange(5)
     cached = Text.from_cache(features.text(rows, np.zeros_like(rows)))
     fresh = system.encode_text([f" {shards.captions(int(i))[0]}\t" for i in rows])
-    assert torch.equal(cached.mask, fresh.mask)
+    assert torch.equal(cached.text_mask, fresh.text_mask)
     close: dict[str, Any] = {"atol": 1e-2, "rtol": 1e-2}  # the cache is float16, of bf16 products where they are fast
     torch.testing.assert_close(cached.embed, fresh.embed, **close)
-    torch.testing.assert_close(cached.encodings[cached.mask], fresh.encodings[fresh.mask], **close)
+    torch.testing.assert_close(cached.encodings[cached.text_mask], fresh.encodings[fresh.text_mask], **close)
 
 
 def test_cached_latents_decode_to_the_autoencoders_reconstruction(system: UnclipSystem, tiny: TinyPipeline) -> None:
