@@ -156,9 +156,9 @@ def _step(
         key = (name, *active)
         if key not in meter.flops_of:
             with meter.aside():
-                position, batch = micro[0]
-                step = Step(state.samples_seen, seeded(rt.device, cfg.seed, name, position))
-                meter.flops_of[key] = step_flops(objective, parallel, name, batch, step, products=state.products)
+                step = Step(state.samples_seen, torch.Generator(rt.device).manual_seed(0))
+                flops_of = step_flops(objective, parallel, name, micro[0][1], step, products=state.products)
+                meter.flops_of[key] = flops_of
         flops += meter.flops_of[key] * accumulate * (1 if cfg.sam_rho is None else 2)
         held.hold()
         measured: list[Metrics] = []
