@@ -13,10 +13,9 @@ from pathlib import Path
 
 import psutil
 import pytest
-from toy_project import Project, results
+from toy_project import Project
 from toybox import TOYS, survivors, wait_for
 
-from genpipe import artifacts
 from genpipe.launch.jobs import connect
 from genpipe.launch.local_ray import TUNING, Head, local_head
 
@@ -122,23 +121,3 @@ def test_a_new_run_adopts_what_a_dead_one_left_on_the_cluster(tmp_path: Path, pr
     assert process.returncode == 130
     status = {job.submission_id: str(job.status) for job in client.list_jobs()}
     assert "RUNNING" not in status.values(), "a person's Ctrl-C stops the jobs on a cluster, too"
-
-
-def test_two_runs_at_once_on_one_store_make_one_artifact_and_say_so(tmp_path: Path, prefect_home: Path) -> None:
-    """Case 23: each with a Ray and a Prefect of its own, as two people have."""
-    projects = []
-    for name in ("one", "two"):
-        (tmp_path / name).mkdir()
-        projects.append(Project(tmp_path / name, prefect_home))
-    store = tmp_path / "store"
-    overrides = [f"store={store}", "stages.toy_data.seconds=15"]
-    processes = [project.start(*overrides, stage="toy_data") for project in projects]
-    assert [process.wait(280) for process in processes] == [0, 0], [p.output.read_text() for p in projects]
-    outputs = [project.output.read_text() for project in projects]
-    assert sorted(results(output)["toy_data"] for output in outputs) == ["cached", "ran"], outputs
-    assert sum("another run has made it meanwhile, as genpipe-toy_data-" in output for output in outputs) == 1
-    [artifact] = (store / "artifacts" / "toy_data").iterdir()
-    artifacts.verify(str(artifact))
-    projects[0].store = store
-    assert [run.info.status for run in projects[0].runs("toy_data")] == ["FINISHED"]
-    assert not list((store / "work").rglob("*.json"))

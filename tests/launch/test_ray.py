@@ -408,7 +408,7 @@ with cluster() as local:
 def test_a_local_ray_and_its_jobs_end_with_a_killed_submitter(toys: Toys) -> None:
     spec = toys.spec("toy_data", parts=2, seconds=60.0)
     submitter = subprocess.Popen([sys.executable, "-c", SUBMITTER, spec.write()])
-    wait_for(lambda: read_progress(spec.work) or submitter.poll() is not None)
+    wait_for(lambda: read_progress(spec.work) or submitter.poll() is not None, seconds=180)
     started = psutil.Process(submitter.pid).children(recursive=True)
     assert any("genpipe.launch.ray" in p.cmdline() for p in started)
     submitter.kill()
