@@ -34,6 +34,7 @@ from genpipe import artifacts
 from genpipe.config import ConfigError
 from genpipe.launch import jobs
 from genpipe.launch.failure import JobLost
+from genpipe.launch.lease import may_be_held
 from genpipe.pipeline.graph import Pipeline, load_pipeline
 from genpipe.pipeline.order import longest_path_first
 from genpipe.pipeline.plan import Planned, plan, spec_of
@@ -177,15 +178,17 @@ def stage_task(stage: str) -> StageResult:
         spec = place.running[stage] = _spec(place, planned)
         run.reporter.update(stage, "running", message=planned.why)
         try:
-            place.cluster.run(spec, report=lambda progress: run.reporter.update(stage, "running", progress=progress))
+            job = place.cluster.run(
+                spec, report=lambda progress: run.reporter.update(stage, "running", progress=progress)
+            )
         except JobLost as error:
             run.reporter.update(stage, "lost", message=str(error))
-            settle_stage(spec, status="FAILED", error=str(error), gone=True)
+            settle_stage(spec, status="FAILED", error=str(error), gone=not may_be_held(spec.work))
             raise
         settle_stage(spec, gone=True)
-        result = _result(planned, "ran", seconds=time.monotonic() - started)
+        result = _result(planned, "ran", seconds=time.monotonic() - started, job=job)
     _check_ahead(run, planned)
-    run.reporter.update(stage, "ran")
+    run.reporter.update(stage, result.status, message="" if result.status == "ran" else result.message)
     return result
 
 
@@ -227,9 +230,13 @@ def _spec(place: _Place, planned: Planned) -> StageSpec:
     return spec.model_copy(update={"run_id": claim(spec)})
 
 
-def _result(planned: Planned, status: Outcome, *, seconds: float) -> StageResult:
+def _result(planned: Planned, status: Outcome, *, seconds: float, job: str = "") -> StageResult:
+    """What to tell of a committed stage; `job` is that of this run, which another one may have been faster than."""
     manifest = artifacts.read_manifest(planned.artifact.uri)
     assert manifest is not None, f"{planned.name} is not committed at {planned.artifact.uri}"
+    why = planned.why
+    if job and (made_by := manifest.environment.get("attempt")) != job:
+        status, why = "cached", f"another run has made it meanwhile, as {made_by}"
     return StageResult(
         planned.name,
         status,
@@ -239,7 +246,7 @@ def _result(planned: Planned, status: Outcome, *, seconds: float) -> StageResult
         tuple(planned.instance.stage.HEADLINES),
         planned.instance.cfg.observe.gates,
         manifest.run_id,
-        planned.why,
+        why,
     )
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from genpipe import artifacts
 from genpipe.launch import stopping
 from genpipe.launch.jobs import connect, jobs_of, stop
+from genpipe.launch.lease import Watch, find_holder
 from genpipe.pipeline.graph import Pipeline
 from genpipe.pipeline.plan import Planned, spec_of
 from genpipe.pipeline.spec import StageSpec
@@ -25,8 +26,9 @@ def cancel(
     does not run, or ends with what it does now. `tell` gets a line for each that stops. Raises ValueError where
     `ray.address` is not reached.
     """
-    begun = {p.name: spec_of(p, pipeline) for p in plans if p.status == "run"}
-    waiting = {name: spec for name, spec in begun.items() if any(open_storage(spec.work).list())}
+    missing = {p.name: spec_of(p, pipeline) for p in plans if p.status == "run"}
+    address = pipeline.cfg.ray.address
+    waiting = {name: spec for name, spec in missing.items() if _may_run(spec, queued=bool(address))}
     deadline = time.monotonic() + seconds
     while waiting and time.monotonic() < deadline:
         for name, spec in list(waiting.items()):
@@ -40,10 +42,17 @@ def cancel(
         time.sleep(POLL_SECONDS)
     for name, spec in list(waiting.items()):
         stopping.withdraw(spec)
-        if pipeline.cfg.ray.address and _end_jobs(spec, pipeline.cfg.ray.address):
+        if address and _end_jobs(spec, address):
             tell(f"{name}: ended; it goes on from its last checkpoint, or from the parts that are finished")
             del waiting[name]
     return list(waiting)
+
+
+def _may_run(spec: StageSpec, *, queued: bool) -> bool:
+    """Whether somebody has begun the stage and is not known to be gone; on a cluster the next job may be in line."""
+    work = open_storage(spec.work)
+    holder = find_holder(work)
+    return any(work.list()) and (queued or holder is None or not Watch().is_over(holder))
 
 
 def _answered(spec: StageSpec, by: str) -> str:

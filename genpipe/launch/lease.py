@@ -130,6 +130,15 @@ def find_holder(storage: Storage) -> Holder | None:
     return None
 
 
+def may_be_held(work: str) -> bool:
+    """Whether somebody may be at work: one who has neither given the lease back nor is known to be gone."""
+    try:
+        holder = find_holder(open_storage(work))
+    except OSError:  # it cannot be known now
+        return True
+    return holder is not None and not Watch().is_over(holder)
+
+
 class Watch:
     """Tells whether a holder is gone, by what its watcher sees and the watcher's own clock."""
 

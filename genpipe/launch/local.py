@@ -37,6 +37,7 @@ class LocalLauncher:
 
     def __init__(self) -> None:
         self.rank, self.world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.decided = False
         self.device = torch.device("cpu")
         if torch.cuda.is_available():
             self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -47,8 +48,18 @@ class LocalLauncher:
     def train(self, spec: StageSpec, run_id: str) -> None:
         """Train as this process's rank, with the ranks that torchrun started beside it."""
         if self.rank == 0:
+            self.lead(trains=True)
             stopping.withdraw(spec)
         train_rank(spec, run_id, rank=self.rank, world_size=self.world_size, device=self.device)
+
+    def lead(self, *, trains: bool) -> bool:
+        """Tell the other ranks whether there is something to train, or on them hear it from rank 0."""
+        if self.world_size == 1 or self.decided:
+            return trains
+        self.decided = True
+        word = torch.tensor([trains], dtype=torch.uint8, device=self.device)
+        dist.broadcast(word, src=0)
+        return bool(word.item())
 
     def map(self, spec: StageSpec, parts: Sequence[str]) -> None:
         """Call the stage's worker on one part after the other."""
@@ -68,9 +79,13 @@ def run_local(spec: StageSpec, *, lost: Callable[[LeaseLost], None] = print) -> 
     `lost` is called on another thread if somebody else takes over. Raises StageStopped once it has stopped on request.
     """
     launcher = LocalLauncher()
+    training = is_training(load_stage(spec.stage))
     if launcher.rank == 0:
-        return execute(spec, launcher, lost=lost)
-    if is_training(load_stage(spec.stage)) and artifacts.committed(spec.target) is None:
+        made = execute(spec, launcher, lost=lost)
+        if training:
+            launcher.lead(trains=False)  # unless it has trained: somebody else made the artifact
+        return made
+    if training and launcher.lead(trains=False):
         launcher.train(spec, run_id="")
     while (artifact := artifacts.committed(spec.target)) is None:  # for longer than a collective would wait
         time.sleep(POLL_SECONDS)

@@ -21,6 +21,8 @@ START_SECONDS = 120.0
 END_SECONDS = 15.0
 POLL_SECONDS = 0.3
 OBJECT_STORE_BYTES = 256 * 2**20
+LONGEST_PARENT = 17
+"""A socket's path has 107 bytes at most, and what Ray puts below this folder takes up to 89."""
 
 # Ray Train's own pauses, which would otherwise stand in every stage; a group waits in line for CPUs for a week.
 TUNING = {
@@ -58,13 +60,19 @@ def local_head(environment: Mapping[str, str]) -> Iterator[Head]:
     """
     token = secrets.token_hex(32)  # other users of this machine can reach loopback, too
     authenticated = {**environment, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token}
-    with tempfile.TemporaryDirectory(prefix="genpipe-ray-", ignore_cleanup_errors=True) as folder:
+    with tempfile.TemporaryDirectory(prefix="genpipe-ray-", dir=_parent(), ignore_cleanup_errors=True) as folder:
         process, address = _start(Path(folder), authenticated)
         try:
             capacity = _await_capacity(process, address, Path(folder), token=token)
             yield Head(address, token, capacity, process)
         finally:
             _end(process)
+
+
+def _parent() -> str:
+    """The folder of temporary files, unless paths below it would be too long for Ray's sockets."""
+    usual = tempfile.gettempdir()
+    return usual if len(usual) <= LONGEST_PARENT else "/tmp"
 
 
 def get(url: str, *, token: str, timeout: float) -> bytes:

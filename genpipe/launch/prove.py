@@ -40,7 +40,8 @@ LEAST_AFTER = 4
 NEVER, ALWAYS = 1e9, 1e-9
 """Seconds between checkpoints."""
 
-ORDER = ("trainable", "optimizers", "emas")
+ORDER = ("trainable/", "optimizers/")
+"""Of names: weights first, as what everything else follows from."""
 
 
 class Difference(NamedTuple):
@@ -86,15 +87,11 @@ def prove(spec: StageSpec, *, workers: int, steps: int, stop: int, scratch: Path
     not train as long, or not on so many workers, and RuntimeError with the log of a run that failed.
     """
     cfg = load_stage(spec.stage).Config.model_validate(spec.config)
-    cfg.train.check_ranks(workers)
+    cfg.train.check_ranks([workers])
     if not 1 <= stop <= steps - LEAST_AFTER:
-        raise ValueError(
-            f"--at {stop}: must be at least 1 and at most {steps - LEAST_AFTER}, which is --steps less {LEAST_AFTER}"
-        )
-    if steps + 1 >= cfg.train.steps:
-        raise ValueError(
-            f"--steps {steps}: the stage has only {cfg.train.steps} in all; take fewer, or raise train.samples"
-        )
+        raise ValueError(f"--at {stop}: must be from 1 to {steps - LEAST_AFTER}, {LEAST_AFTER} less than --steps")
+    if steps + 1 >= (most := cfg.train.steps):
+        raise ValueError(f"--steps {steps}: the stage has only {most} in all; take fewer, or raise train.samples")
     whole, parts, again = (str(scratch / name) for name in ("whole", "parts", "again"))
 
     def run(work: str, *, until: int) -> Checkpoint:
@@ -133,7 +130,7 @@ def first_difference(one: Checkpoint, other: Checkpoint) -> Difference | None:
     """The first tensor that is not the same in two checkpoints, by its bits; weights come first, the record last."""
     assert one.record["step"] == other.record["step"], "both ended at the same step"
     names = one.shapes.keys() | other.shapes.keys()
-    for name in sorted(names, key=lambda name: (ORDER.index(name.split("/")[0]), name)):
+    for name in sorted(names, key=lambda name: ([not name.startswith(prefix) for prefix in ORDER], name)):
         if one.shapes.get(name) != other.shapes.get(name):
             elements = max(int(np.prod(each.shapes[name])) for each in (one, other) if name in each.shapes)
             return Difference(name, elements, elements, float("inf"))
@@ -191,14 +188,9 @@ def _ranks(job: Job, workers: int, scratch: Path) -> Iterator[_Ranks]:
         ranks = _Ranks([], log)
         try:
             for rank in range(workers):
-                mine = {
-                    "RANK": str(rank),
-                    "LOCAL_RANK": str(rank),
-                    "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
-                }
-                ranks.processes.append(
-                    subprocess.Popen(command, env=os.environ | world | mine, stdout=out, stderr=subprocess.STDOUT)
-                )
+                environment = os.environ | world | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+                process = subprocess.Popen(command, env=environment, stdout=out, stderr=subprocess.STDOUT)
+                ranks.processes.append(process)
             yield ranks
         finally:
             ranks.kill()

@@ -33,8 +33,10 @@ from genpipe.training.agreement import PATIENCE
 INSIST_SECONDS = 3.0
 POLL_SECONDS = 1.0
 CANCEL_SECONDS = 30.0
-GROUP_START_SECONDS = 30
+GROUP_START_SECONDS = 15
 """For which a group that may have fewer ranks waits for its places before Ray Train counts them anew."""
+GROW_SECONDS = 300.0
+"""How often a group looks for room for more ranks: growing costs a start, and what was done since a checkpoint."""
 JOB_STOP_SECONDS = 3.0
 """For which Ray lets a job end that it has sent a SIGTERM, unless RAY_JOB_STOP_WAIT_TIME_S says otherwise."""
 END_SECONDS = 4.0
@@ -76,7 +78,10 @@ class RayLauncher:
             _train_rank,
             train_loop_config={"spec": spec.model_dump(mode="json"), "run_id": run_id, "job": self.job},
             scaling_config=ScalingConfig(
-                num_workers=resources.workers, use_gpu=resources.gpus > 0, resources_per_worker=each
+                num_workers=resources.workers,
+                elastic_resize_monitor_interval_s=GROW_SECONDS,
+                use_gpu=resources.gpus > 0,
+                resources_per_worker=each,
             ),
             run_config=RunConfig(
                 name=f"{self.job}-{int(time.time())}",

@@ -48,7 +48,7 @@ def gflops(device: torch.device, dtype: torch.dtype) -> float:
     size = PROBE_SIZE.get(device.type, 512)
     matrix = torch.rand(size, size, generator=torch.Generator(device).manual_seed(0), device=device).to(dtype)
     best, ends = float("inf"), 0.0
-    while time.perf_counter() < ends or not ends:
+    while best == float("inf") or time.perf_counter() < ends:  # once at the least, however busy the machine is
         begun = time.perf_counter()
         matrix @ matrix
         if device.type == "cuda":

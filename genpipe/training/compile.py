@@ -14,6 +14,7 @@ from genpipe.data.loader import Data, sample_batches
 from genpipe.models.blocks import blocks_of
 from genpipe.models.precision import Products
 from genpipe.training.objective import Batch, Objective, Step
+from genpipe.training.parallel import Parallel
 from genpipe.training.runtime import Runtime
 from genpipe.training.settings import TrainConfig
 from genpipe.training.state import TrainState
@@ -64,7 +65,9 @@ def eagerly(objective: Objective) -> Iterator[None]:
             block._compiled_call_impl = call
 
 
-def compile_if_right(objective: Objective, data: Data, cfg: TrainConfig, rt: Runtime, state: TrainState) -> None:
+def compile_if_right(
+    objective: Objective, parallel: Parallel, data: Data, cfg: TrainConfig, rt: Runtime, state: TrainState
+) -> None:
     """Compile the blocks of the trained networks if they then compute what they do in eager execution, on all ranks.
 
     Every parameter's gradient is compared, on a micro-batch of the size that training has. Otherwise, or without a
@@ -75,7 +78,7 @@ def compile_if_right(objective: Objective, data: Data, cfg: TrainConfig, rt: Run
         size = cfg.micro_batch(rt.world_size)
         weights = cfg.source_weights
         batch = next(sample_batches(data.train, count=size, batch_size=size, weights=weights, repeat=True))
-        fault = _on_any_rank(_fault(objective, to_device(batch, rt.device), cfg, rt, state), rt)
+        fault = _on_any_rank(_fault(objective, parallel, to_device(batch, rt.device), cfg, rt, state), rt)
         state.compiled = fault is None
         told = f"no: {fault}" if fault else "yes"
     else:
@@ -88,7 +91,9 @@ def compile_if_right(objective: Objective, data: Data, cfg: TrainConfig, rt: Run
             rt.log_event(f"training without compiled blocks: {fault}", samples_seen=state.samples_seen)
 
 
-def _fault(objective: Objective, batch: Batch, cfg: TrainConfig, rt: Runtime, state: TrainState) -> str | None:
+def _fault(
+    objective: Objective, parallel: Parallel, batch: Batch, cfg: TrainConfig, rt: Runtime, state: TrainState
+) -> str | None:
     """What is wrong with the gradients of compiled blocks; None if nothing is."""
     if not any(blocks_of(module) for module in objective.trainable.values()):
         return "the networks of this stage have no blocks"
@@ -99,7 +104,7 @@ def _fault(objective: Objective, batch: Batch, cfg: TrainConfig, rt: Runtime, st
     def found(name: str) -> dict[str, Tensor]:
         step = Step(cfg.samples, seeded(rt.device, cfg.seed, name, "compile"))
         with unobserved(objective):
-            return gradients(objective, name, batch, step, products=state.products)
+            return gradients(objective, parallel, name, batch, step, products=state.products)
 
     for name in names:
         eager = found(name)

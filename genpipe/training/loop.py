@@ -63,9 +63,7 @@ def train(
     if not resumed:
         state.products = _agreed_products(cfg, rt)
     if resources.compile:
-        if parallel.together:
-            raise ValueError("resources.compile does not go with sharded blocks; set it to false, or shard_over to 1")
-        compile_if_right(objective, data, cfg, rt, state)
+        compile_if_right(objective, parallel, data, cfg, rt, state)
     if cfg.steps and not resumed:
         state.save(rt)  # what to go back to
     if rt.rank == 0:
@@ -74,7 +72,7 @@ def train(
     meter = Meter(rt, global_batch_size=cfg.global_batch_size, peak_flops=peak_flops)
     held = HeldBuffers(objective.trainable.values())
     agreement = Agreement(rt, flags=2)
-    saved_at, validated = time.monotonic(), False  # since the last checkpoint
+    saved_at, validated, due = time.monotonic(), False, False  # since the last checkpoint
     with state.checkpoints_finished(), ExitStack() as stream:
         batches, damage = open_stream(stream, data, cfg, rt, resources, state)
         while state.step < cfg.steps:
@@ -84,7 +82,9 @@ def train(
                 resources, stall_seconds=state.stall_seconds, write_seconds=state.write_seconds
             )
             late = time.monotonic() - saved_at > interval or bool(validated and observe.keep_best)
-            stop, due = agreement.ask(rt.should_stop(), rt.rank == 0 and late and not state.saving)  # clocks differ
+            asks = rt.rank == 0 and late and not (due or state.saving)  # clocks differ: rank 0's counts
+            stop, agreed = agreement.ask(rt.should_stop(), asks)
+            due = due or agreed
             last, again = state.step == cfg.steps, state.samples_seen <= state.guard.judged
             quiet = last or stop or again
             validation_due = not quiet and _due(observe.validate_every, before, state.samples_seen)
@@ -113,7 +113,7 @@ def train(
                 rt.enter("checkpoint")
                 with meter.aside():
                     state.save(rt)
-                saved_at, validated = time.monotonic(), False
+                saved_at, validated, due = time.monotonic(), False, False
             if not last and stop:
                 state.wait()
                 raise Interrupted(state.samples_seen)
@@ -156,9 +156,9 @@ def _step(
         key = (name, *active)
         if key not in meter.flops_of:
             with meter.aside():
-                position, batch = micro[0]
-                step = Step(state.samples_seen, seeded(rt.device, cfg.seed, name, position))
-                meter.flops_of[key] = step_flops(objective, name, batch, step, products=state.products)
+                step = Step(state.samples_seen, torch.Generator(rt.device).manual_seed(0))
+                flops_of = step_flops(objective, parallel, name, micro[0][1], step, products=state.products)
+                meter.flops_of[key] = flops_of
         flops += meter.flops_of[key] * accumulate * (1 if cfg.sam_rho is None else 2)
         held.hold()
         measured: list[Metrics] = []

@@ -88,9 +88,9 @@ def clip_gradients(module: nn.Module, most: float | None, *, scale: Tensor | flo
     Gradients of a loss that was multiplied by the tensor `scale` are divided by it first.
     """
     parameters = [p for p in module.parameters() if p.grad is not None]
-    alike = by_sharding(parameters)
     if isinstance(scale, Tensor):  # a power of two, so that nothing is rounded
         torch._foreach_mul_([local(p.grad) for p in parameters if p.grad is not None], 1 / scale)
+    alike = by_sharding(parameters)
     norms = [whole(nn.utils.get_total_norm([p.grad for p in some if p.grad is not None])) for some in alike]
     norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
     if most is not None:

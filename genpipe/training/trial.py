@@ -6,12 +6,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from genpipe.models.precision import Products, autocast
 from genpipe.training.guard import HeldBuffers
 from genpipe.training.objective import Batch, Objective, Step
+from genpipe.training.parallel import Parallel
+from genpipe.training.sharding import whole
 
 
 @contextmanager
@@ -33,39 +35,31 @@ def unobserved(objective: Objective) -> Iterator[None]:
         held.put_back(skip=torch.ones(()))
 
 
-def gradients(objective: Objective, name: str, batch: Batch, step: Step, *, products: Products) -> dict[str, Tensor]:
-    """The gradients of a micro-batch's loss by the parameters of the module `name`, on the host.
+def gradients(
+    objective: Objective, parallel: Parallel, name: str, batch: Batch, step: Step, *, products: Products
+) -> dict[str, Tensor]:
+    """The gradients of a micro-batch's loss by the parameters of the module `name`, whole ones on the CPU.
 
-    As a step computes them: the other modules' parameters get none, and the module's own are left without.
+    As a step computes them: means over ranks, and the other modules' parameters get none. None are left behind.
     """
-    with _no_gradients_left(objective.trainable[name]) as parameters:
-        _backward(objective, name, batch, step, products=products)
-        return {key: p.grad.detach().cpu().clone() for key, p in parameters.items() if p.grad is not None}
+    module = objective.trainable[name]
+    for other, trained in objective.trainable.items():
+        trained.requires_grad_(other == name)
+    with parallel.accumulating(name, last=True):
+        with autocast(step.generator.device, products):
+            loss, _ = parallel.loss(name, batch, step)
+        loss.backward()
+    found = {key: whole(p.grad).to("cpu", copy=True) for key, p in module.named_parameters() if p.grad is not None}
+    parallel.zero_grad(name)
+    return found
 
 
-def step_flops(objective: Objective, name: str, batch: Batch, step: Step, *, products: Products) -> int:
+def step_flops(
+    objective: Objective, parallel: Parallel, name: str, batch: Batch, step: Step, *, products: Products
+) -> int:
     """Floating-point operations of a micro-batch, forward and backward, as `torch.utils.flop_counter` counts them."""
     with unobserved(objective), FlopCounterMode(display=False) as counter:
         for module in (module for trained in objective.trainable.values() for module in trained.modules()):
             module._compiled_call_impl = None  # what is compiled cannot be counted
-        with _no_gradients_left(objective.trainable[name]):
-            _backward(objective, name, batch, step, products=products)
+        gradients(objective, parallel, name, batch, step, products=products)
     return counter.get_total_flops()
-
-
-@contextmanager
-def _no_gradients_left(module: nn.Module) -> Iterator[dict[str, nn.Parameter]]:
-    """The parameters by name. They end without gradients, or with zeros, in DDP's buckets, where those must stay."""
-    parameters = dict(module.named_parameters())
-    given = [p.grad is not None for p in parameters.values()]
-    yield parameters
-    for p, kept in zip(parameters.values(), given, strict=True):
-        p.grad = p.grad.zero_() if kept and p.grad is not None else None
-
-
-def _backward(objective: Objective, name: str, batch: Batch, step: Step, *, products: Products) -> None:
-    for other, trained in objective.trainable.items():
-        trained.requires_grad_(other == name)
-    with autocast(step.generator.device, products):
-        loss, _ = objective.loss(name, batch, step)
-    loss.backward()

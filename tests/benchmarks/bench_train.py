@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
-os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", RAY_USAGE_STATS_ENABLED="0")
+os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", RAY_USAGE_STATS_ENABLED="0", RAY_worker_niceness="0")
 os.environ["PYTHONPATH"] = os.pathsep.join([str(HERE.parent), str(HERE.parents[1])])
 sys.path[:0] = [str(HERE.parent), str(HERE.parents[1])]
 
@@ -175,15 +175,19 @@ def checkpoints(folder: Path) -> set[str]:
 
 def compare(launcher: str, *, pairs: int, block: int) -> None:
     """Measure, and print what came out."""
+    enough: list[int] = []
+    for number in (signal.SIGINT, signal.SIGTERM):  # what there is by then is told, and both sides are ended
+        signal.signal(number, lambda received, _: enough.append(received))
     with tempfile.TemporaryDirectory(prefix="bench") as name, both(launcher, Path(name), block) as (stack, bare):
         print(f"start: stack {stack.start_seconds:.1f} s, bare loop {bare.start_seconds:.1f} s", flush=True)
         blocks: dict[str, list[dict[str, Any]]] = {"stack": [], "bare": []}
-        for _ in range(WARM + pairs):
+        while len(blocks["bare"]) < WARM + pairs and not enough:
             before = checkpoints(Path(name))
             blocks["stack"].append(stack.turn())
             blocks["stack"][-1]["saving"] = checkpoints(Path(name)) != before
             blocks["bare"].append(bare.turn())
     counted = {side: found[WARM:] for side, found in blocks.items()}
+    pairs = len(counted["bare"])
     wall = {side: np.array([sum(each["steps"]) for each in found]) for side, found in counted.items()}
     cpu = {side: np.array([each["cpu"] for each in found]) for side, found in counted.items()}
     steps = {side: np.concatenate([each["steps"] for each in found]) for side, found in counted.items()}

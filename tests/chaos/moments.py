@@ -10,7 +10,7 @@ from chaos import processes
 from chaos.lab import SAMPLES, Case
 
 Moment = Literal["starting", "mapping", "training", "saving", "committing", "committed"]
-PATIENCE_SECONDS = 180.0
+PATIENCE_SECONDS = 600.0
 T = TypeVar("T")
 
 

@@ -36,6 +36,12 @@ def test_a_misspelt_key_is_one_message_without_a_trace(genpipe: Command, shapes:
     )
 
 
+def test_a_stage_that_is_not_there_is_named(genpipe: Command, shapes: Path, tmp_path: Path) -> None:
+    code, _, err = genpipe("stage", "upsampler2", TINY, *settings(shapes, tmp_path))
+    assert code == 2
+    assert err == f"error: {TINY}: stages: no instance 'upsampler2'; did you mean 'upsampler'?\n"
+
+
 @pytest.mark.parametrize("wrong", [("--mfu", "0"), ("--mfu", "nan"), ("--price", "-1"), ("--maximal", "1")])
 def test_a_wrong_option_is_named(genpipe: Command, wrong: tuple[str, str]) -> None:
     code, _, err = genpipe("plan", TINY, *wrong)

@@ -20,7 +20,18 @@ from typing_extensions import override
 
 from genpipe import artifacts
 from genpipe.launch import lease
-from genpipe.launch.lease import LEASE_SECONDS, LeaseLost, Watch, check, find_holder, hold, new_attempt, renew, take
+from genpipe.launch.lease import (
+    LEASE_SECONDS,
+    LeaseLost,
+    Watch,
+    check,
+    find_holder,
+    hold,
+    may_be_held,
+    new_attempt,
+    renew,
+    take,
+)
 from genpipe.launch.local import run_local
 from genpipe.launch.run_stage import PartWorker, commit
 from genpipe.pipeline.spec import Attempt, StageSpec
@@ -101,8 +112,10 @@ def holder(tmp_path: Path) -> Iterator[tuple[StageSpec, subprocess.Popen[str]]]:
 
 def test_a_killed_holder_is_not_waited_for(holder: tuple[StageSpec, subprocess.Popen[str]], impatient: None) -> None:
     spec, process = holder
+    assert may_be_held(spec.work)
     process.kill()  # and not waited for: a zombie counts as dead
     started = time.monotonic()
+    wait_for(lambda: not may_be_held(spec.work), seconds=20)
     with hold(spec, "next", lost=print) as held:
         assert number_of(held) == 2
     assert time.monotonic() - started < LEASE_SECONDS / 2

@@ -92,6 +92,8 @@ def test_two_ranks_of_torchrun_train_one_stage(config: Path, tmp_path: Path) -> 
     done = subprocess.run(command, capture_output=True, text=True, env=environment())
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("line: ") == 1, "rank 0 speaks for both"
+    again = subprocess.run(command, capture_output=True, text=True, env=environment())
+    assert (again.returncode, again.stdout) == (0, done.stdout), again.stderr
     assert [line["status"] for line in records(tmp_path / "store", "toy_line") if "status" in line][-1] == "FINISHED"
 
 

@@ -131,6 +131,21 @@ def test_two_ranks_on_s3_train_as_one_here(ray: Cluster, toys: Toys, s3_server: 
     assert weights(alone)["weight"].item() > 0.5, "it did learn something on its way to the slope of 2"
 
 
+def test_as_many_ranks_train_as_there_is_room_for(ray: Cluster, toys: Toys, data: Artifact, tmp_path: Path) -> None:
+    """Two where a third does not fit, and they train as one does."""
+    resources = {"workers": [1, 3], "cpus": ray.capacity["CPU"] / 2}
+    spec = toys.line(data, samples=80, train={"micro_batch_size": 1}, resources=resources)
+    with ray.turn("toy_line", Resources.model_validate(resources), order=0):
+        assert ray.turns.free["CPU"] == 0, "all that they can use is theirs"
+        job = run(ray, spec)
+    assert "Started training worker group of size 2" in ray.client.get_job_logs(job)
+    (tmp_path / "alone").mkdir()
+    alone = Toys(tmp_path / "alone").line(data, samples=80, train={"micro_batch_size": 1})
+    run_local(alone)
+    for name, tensor in weights(alone).items():
+        torch.testing.assert_close(weights(spec)[name], tensor, rtol=0, atol=1e-5)
+
+
 def test_a_killed_rank_goes_on_from_its_checkpoint(ray: Cluster, toys: Toys, data: Artifact) -> None:
     resources = {"checkpoint_seconds": 0.1}
     spec = toys.line(data, samples=400, step_seconds=0.05, resources=resources)
@@ -393,7 +408,7 @@ with cluster() as local:
 def test_a_local_ray_and_its_jobs_end_with_a_killed_submitter(toys: Toys) -> None:
     spec = toys.spec("toy_data", parts=2, seconds=60.0)
     submitter = subprocess.Popen([sys.executable, "-c", SUBMITTER, spec.write()])
-    wait_for(lambda: read_progress(spec.work) or submitter.poll() is not None)
+    wait_for(lambda: read_progress(spec.work) or submitter.poll() is not None, seconds=180)
     started = psutil.Process(submitter.pid).children(recursive=True)
     assert any("genpipe.launch.ray" in p.cmdline() for p in started)
     submitter.kill()

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from genpipe.artifacts import Artifact
 from genpipe.data.image_batches import to_uint8
+from genpipe.data.loader import SampleSet
 from genpipe.diffusion.process import SamplerConfig
 from genpipe.generation import upsampling
 from genpipe.generation.conditions import Statistics
@@ -270,3 +271,20 @@ def test_what_is_promised() -> None:
         "diffusion": diffusion,
         "autoencoder": "a" * 64,
     }
+
+
+def test_the_residuals_scale_sees_both_sources_of_a_mix() -> None:
+    """Of flat pictures enlarging loses nothing, of noise nearly all: the mean square is that of the mix as weighted."""
+    noise = torch.randint(0, 256, (600, 3, 16, 16), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    images = torch.cat([torch.full_like(noise, 128), noise])
+    sources = {"flat": range(600), "noise": range(600, 1200)}
+    split = SampleSet(1200, lambda indices, _: {"images": images[indices]}, sources)
+
+    def measured(**weights: float) -> float:
+        cfg = {"low_size": 8, "image_size": 16, "crop": 16, "train": {"samples": 64, "global_batch_size": 4}}
+        cfg["train"] |= {"source_weights": weights}
+        return upsampler.residual_std(split, upsampler.Config.model_validate(cfg))
+
+    alone = measured(flat=0, noise=1)
+    assert measured() == pytest.approx(alone * 0.5**0.5, rel=0.02)
+    assert measured(flat=3, noise=1) == pytest.approx(alone * 0.25**0.5, rel=0.02)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -96,13 +97,22 @@ def count_damage(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
-def agree(rank: int, folder: str) -> None:
-    """One of two processes: rank 1 raises a flag at its fourth step, and each leaves what it saw in `folder`."""
+def agree(rank: int, folder: str, round_seconds: float) -> None:
+    """One of two processes: rank 1 raises a flag from its fourth step until it is seen; each tells when it saw it."""
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=RANKS)
-    agreement = Agreement(FolderRuntime(Path(folder), rank=rank, world_size=RANKS), flags=2)
-    seen = [agreement.ask(rank == 1 and step == 3, False) for step in range(6)]
+    rt = FolderRuntime(Path(folder), rank=rank, world_size=RANKS)
+    agreement = Agreement(rt, flags=2, round_seconds=round_seconds)
+    seen: list[int] = []
+    rounds = 0
+    for step in range(400):
+        before = agreement._work
+        stop, other = agreement.ask(rank == 1 and step >= 3 and not seen, False)
+        rounds += agreement._work is not before
+        assert not other
+        seen += [step] if stop else []
+        time.sleep(0.002)
     agreement.close()
-    Path(folder, f"seen-{rank}").write_text(json.dumps(seen))
+    Path(folder, f"seen-{rank}").write_text(json.dumps([seen, rounds]))
     dist.destroy_process_group()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 import torch.multiprocessing as mp
 from folder_runtime import FolderRuntime
 from rank_processes import RANKS, agree
@@ -12,10 +13,15 @@ from rank_processes import RANKS, agree
 from genpipe.training.agreement import Agreement
 
 
-def test_all_see_at_the_next_step_what_one_raised(tmp_path: Path) -> None:
-    mp.spawn(agree, args=(str(tmp_path),), nprocs=RANKS)
-    first, second = (json.loads((tmp_path / f"seen-{rank}").read_text()) for rank in range(RANKS))
-    assert first == second == [[False, False]] * 4 + [[True, False], [False, False]]
+@pytest.mark.parametrize("round_seconds", [0.0, 0.05])
+def test_all_see_at_the_same_step_what_one_raised(tmp_path: Path, round_seconds: float) -> None:
+    mp.spawn(agree, args=(str(tmp_path), round_seconds), nprocs=RANKS)
+    (first, rounds), (second, _) = (json.loads((tmp_path / f"seen-{rank}").read_text()) for rank in range(RANKS))
+    assert first == second
+    if round_seconds:
+        assert 3 < first[0] < 400 and rounds < 200, "fast steps share a round"
+    else:
+        assert first == [4, 5], "at the next step, and what was raised until then"
 
 
 def test_one_rank_sees_its_flags_at_once(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from small_objective import G, Small, stream, train_small
 from genpipe.stages import load_stage
 from genpipe.training.meter import Meter, peak_memory
 from genpipe.training.objective import Step
+from genpipe.training.parallel import Replicated
 from genpipe.training.settings import TrainConfig
 from genpipe.training.state import TrainState
 from genpipe.training.trial import step_flops, unobserved
@@ -27,13 +28,20 @@ SIZES = ((2, 6), (6, 6), (6, 1))
 
 def test_flops_by_hand(tmp_path: Path) -> None:
     """A product and its sum are two: forward, by the weights, and by the inputs of all layers but the first."""
-    objective = Small()
+    objective, rt = Small(), FolderRuntime(tmp_path)
+    parallel = Replicated(objective, rt)
     batch = stream().train.collate(np.arange(G), np.arange(G))
-    found = step_flops(objective, "small", batch, Step(0, torch.Generator()), products="fp32")
+    found = step_flops(
+        objective,
+        parallel,
+        "small",
+        batch,
+        Step(0, torch.Generator()),
+        products="fp32",
+    )
     assert found == sum(2 * G * a * b for a, b in SIZES * 2 + SIZES[1:])
     assert all(p.grad is None for p in objective.model.parameters())
 
-    rt = FolderRuntime(tmp_path)
     state = TrainState.fresh(objective.trainable, TrainConfig(samples=8, global_batch_size=G))
     meter = Meter(rt, global_batch_size=G, peak_flops=1e9)
     for _ in range(5):
@@ -61,7 +69,7 @@ def test_the_peak_of_memory_is_that_of_the_process() -> None:
     assert after - before > 0.5 * filled.nbytes
 
 
-def test_a_trial_leaves_no_trace(tiny: TinyPipeline) -> None:
+def test_a_trial_leaves_no_trace(tiny: TinyPipeline, tmp_path: Path) -> None:
     """Neither in a codebook nor in what is noted for it, nor in the wait for a plateau."""
     settings = ("adversarial={start: settled, model: {width: 8, layers: 2, norm: batch}}", "model.bottleneck.kind=vq")
     spec = tiny.spec("autoencoder", *(f"stages.autoencoder.{setting}" for setting in settings))
@@ -70,9 +78,20 @@ def test_a_trial_leaves_no_trace(tiny: TinyPipeline) -> None:
         np.arange(4), np.arange(4)
     )
     objective = build(spec)
+    parallel = Replicated(objective, FolderRuntime(tmp_path))
     before = weights(objective)
     for name in objective.trainable:
-        assert step_flops(objective, name, batch, Step(0, torch.Generator()), products="fp32") > 0
+        assert (
+            step_flops(
+                objective,
+                parallel,
+                name,
+                batch,
+                Step(0, torch.Generator()),
+                products="fp32",
+            )
+            > 0
+        )
     with unobserved(objective):
         objective.loss("autoencoder", batch, Step(0, torch.Generator()))
         objective.after_step()

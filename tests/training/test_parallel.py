@@ -15,6 +15,7 @@ from torch import nn
 
 from genpipe.config import Resources
 from genpipe.pipeline.spec import StageSpec
+from genpipe.training import parallel
 from genpipe.training.parallel import spread
 
 if TYPE_CHECKING:
@@ -105,7 +106,7 @@ def test_every_stage_learns_the_same_sharded(tiny: TinyPipeline, tmp_path: Path)
         train, resources = spec.config["train"], {**spec.config["resources"], "shard_over": "all"}
         resources["recompute_blocks"] = stage in ("autoencoder", "decoder")
         optim = {"kind": "adamw", "lr": 1e-3, "eps": 1e-2}
-        config = {**spec.config, "train": {**train, "optim": optim}, "resources": resources}
+        config = {**spec.config, "train": {**train, "optim": optim, "sam_rho": None}, "resources": resources}
         specs[stage] = spec.model_copy(update={"config": config})
     texts = {stage: spec.model_dump_json() for stage, spec in specs.items()}
     (tmp_path / "two").mkdir()
@@ -136,6 +137,13 @@ def test_groups_of_ranks_must_come_out_even() -> None:
         Resources(shard_over=3).shards(4)
     assert [Resources(shard_over=over).shards(4) for over in (1, 2, 4, "all")] == [1, 2, 4, 4]
     assert Resources(shard_over=8).shards(1) == 1
+
+
+def test_sharpness_needs_whole_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parallel.Sharded, "__init__", lambda self, objective, rt, shards: None)
+    rt = FolderRuntime(tmp_path, world_size=2)
+    with pytest.raises(ValueError, match=r"train\.sam_rho .*; set resources\.shard_over to 1"):
+        train_toy(rt, noise=False, shard_over="all", sam_rho=0.1)
 
 
 def test_networks_without_blocks_are_not_sharded(tmp_path: Path) -> None:

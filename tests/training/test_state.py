@@ -225,7 +225,7 @@ def test_tensors_go_by_the_names_of_weights() -> None:
     step(state)
     names = set(state.tensors())
     assert {"trainable/net/seen", "emas/net/gain", "optimizers/net/0/inner.2.weight/exp_avg_sq"} <= names
-    assert all(name.startswith(("trainable/net/", "emas/net/", "optimizers/net/0/")) for name in names)
+    assert all(name.startswith(("trainable/net/", "emas/net/", "optimizers/net/0/", "scales/net/")) for name in names)
 
 
 KILLED = """
