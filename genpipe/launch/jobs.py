@@ -19,13 +19,13 @@ from typing import TYPE_CHECKING, Any
 
 from genpipe import artifacts
 from genpipe.artifacts import Artifact, work_uri
-from genpipe.config import Resources
 from genpipe.launch import stopping
 from genpipe.launch.failure import JobLost, StageError, first_line, read_failure
 from genpipe.launch.lease import new_attempt
 from genpipe.launch.local_ray import ALONE, TUNING, authorization, get, local_head
 from genpipe.launch.resource_queue import Turns
 from genpipe.pipeline.spec import Progress, StageSpec, read_progress
+from genpipe.stage_config import Resources
 from genpipe.storage import join, open_storage
 
 if TYPE_CHECKING:

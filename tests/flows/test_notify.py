@@ -10,7 +10,7 @@ import pytest
 
 from flows.notify import tell
 from flows.reporting import StageResult
-from genpipe.config import Gate
+from genpipe.stage_config import Gate
 
 
 class Hook(BaseHTTPRequestHandler):

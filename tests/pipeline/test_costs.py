@@ -15,10 +15,10 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from genpipe.config import Resources
 from genpipe.models.convolutions import ResBlock
 from genpipe.models.layers import recomputed
 from genpipe.pipeline.costs import Cost, cost_of, training_flops
+from genpipe.stage_config import Resources
 from genpipe.training.objective import Batch, Metrics, Step, Validation
 from genpipe.training.optim import build_optimizers, optimizer_bytes
 from genpipe.training.settings import TrainConfig
