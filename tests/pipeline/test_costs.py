@@ -178,8 +178,7 @@ SPREADS: dict[str, dict[str, Any]] = {
 def test_memory_is_what_torch_allocates(tmp_path: Path) -> None:
     """Two gloo processes under torch's profiler.
 
-    gloo copies what it sends, which a GPU would not: how many of a sharded run's copies are there at once is a matter of
-    luck.
+    gloo copies what it sends, which a GPU would not; how many copies of a sharded run are there at once is luck.
     """
     mp.spawn(memory_ranks.measure_peaks, args=(2, str(tmp_path), SPREADS), nprocs=2)
     for rank in range(2):
