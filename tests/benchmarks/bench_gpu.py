@@ -1,6 +1,6 @@
 """What one GPU does of its peak in the real loop, and how much memory it takes beside what `genpipe plan` says.
 
-    python tests/benchmarks/bench_gpu.py [--only NAME] [--channels-last]
+    python tests/benchmarks/bench_gpu.py [--only NAME] [--channels-last] [--compile]
 
 The loop is `genpipe.training.loop.train` with its loader, optimizer and average; batches are random and in memory. The
 peak is that of a product of bf16 matrices in the same run. FLOPs are those of `genpipe plan`.
@@ -28,7 +28,6 @@ sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1] / 
 from folder_runtime import FolderRuntime  # noqa: E402
 
 from genpipe import config  # noqa: E402
-from genpipe.config import Resources  # noqa: E402
 from genpipe.data.loader import Batch, Data, SampleSet  # noqa: E402
 from genpipe.diffusion.process import DiffusionConfig, training_loss  # noqa: E402
 from genpipe.models.autoencoder import build_autoencoder  # noqa: E402
@@ -37,6 +36,7 @@ from genpipe.models.decoder import Decoder, DecoderConfig  # noqa: E402
 from genpipe.models.ldm_autoencoder import LdmConfig  # noqa: E402
 from genpipe.models.precision import gflops  # noqa: E402
 from genpipe.pipeline.costs import cost_of  # noqa: E402
+from genpipe.stage_config import Resources  # noqa: E402
 from genpipe.training.loop import train  # noqa: E402
 from genpipe.training.objective import Metrics, ObserveTraining, Step, Validation  # noqa: E402
 from genpipe.training.settings import TrainConfig  # noqa: E402
@@ -140,7 +140,16 @@ def cases() -> dict[str, tuple[Any, Any, Any, int]]:
 
 
 def measure(
-    name: str, build: Any, loss: Any, batch: Any, size: int, *, peak: float, device: torch.device, channels_last: bool
+    name: str,
+    build: Any,
+    loss: Any,
+    batch: Any,
+    size: int,
+    *,
+    peak: float,
+    device: torch.device,
+    channels_last: bool,
+    compiled: bool,
 ) -> None:
     train_cfg = TrainConfig.model_validate(
         {"samples": STEPS * size, "global_batch_size": size, "optim": {"kind": "adamw", "lr": 1e-4}}
@@ -159,12 +168,15 @@ def measure(
     torch.cuda.reset_peak_memory_stats()
     with tempfile.TemporaryDirectory() as folder:
         rt = FolderRuntime(Path(folder), device=device)
-        train(objective, Data(samples, samples), train_cfg, rt, Resources(), ObserveTraining(log_every=LOG_EVERY))
+        resources = Resources(compile=compiled, checkpoint_seconds=3600)
+        train(objective, Data(samples, samples), train_cfg, rt, resources, ObserveTraining(log_every=LOG_EVERY))
     rates = [logged["samples_per_second"] for logged in rt.logged.values() if "samples_per_second" in logged][1:]
     waits = [logged["data_wait_share"] for logged in rt.logged.values() if "data_wait_share" in logged][1:]
     achieved = float(np.median(rates)) * cost.flops / 1e12
     taken = torch.cuda.max_memory_allocated() / 2**30
     parameters = sum(cost.parameters.values()) / 1e6
+    if compiled:
+        print(f"{name}: compiled: {rt.environment['compiled']}")
     print(
         f"{name:28} {parameters:7.0f} M  batch {size:4}  {np.median(rates):8.0f} samples/s  {achieved:6.0f} TFLOP/s  "
         f"{achieved / peak:5.0%} of {peak:.0f}  data wait {np.median(waits):4.0%}  "
@@ -177,6 +189,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="what one GPU does of its peak in the loop")
     parser.add_argument("--only", default="", help="the networks whose name holds this")
     parser.add_argument("--channels-last", action="store_true", help="lay images out as NHWC")
+    parser.add_argument("--compile", action="store_true", help="with compiled blocks, where they are found right")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("this benchmark needs a GPU")
@@ -189,7 +202,8 @@ def main() -> None:
     )
     for name, case in cases().items():
         if options.only in name:
-            measure(name, *case, peak=rates["bf16"], device=device, channels_last=options.channels_last)
+            layout, compiled = options.channels_last, options.compile
+            measure(name, *case, peak=rates["bf16"], device=device, channels_last=layout, compiled=compiled)
             torch.cuda.empty_cache()
 
 
