@@ -28,7 +28,7 @@ from prefect.runtime import flow_run
 from prefect.task_runners import ThreadPoolTaskRunner
 from prefect.tasks import Task
 
-from flows import server
+from flows import notify, server
 from flows.reporting import Outcome, PlainReporter, Reporter, StageResult, StagesFailed
 from genpipe import artifacts
 from genpipe.config import ConfigError
@@ -353,6 +353,7 @@ def _run_stages(run: _Run) -> list[StageResult]:
                 for spec in place.running.values() if stops else ():
                     settle_stage(spec, error=f"{type(error).__name__}: {error}", gone=True)
             raise
+        notify.tell(pipeline.cfg.notify, pipeline=pipeline.cfg.name, run=str(flow_run.name), results=results)
         rows = [_row(result) for result in results]
         parent.summarize(rows, images=_images(results))
         create_table_artifact(rows, key="genpipe-stages", description=f"MLflow run {parent.run_id}")

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 from genpipe.artifacts import Artifact
-from genpipe.config import Gate
 from genpipe.pipeline.spec import Progress
+from genpipe.stage_config import Gate
 
 Outcome = Literal["cached", "ran", "failed", "skipped"]
 

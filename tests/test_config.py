@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from pydantic import Field, model_validator
 
 from genpipe import config
-from genpipe.config import Config, ConfigError, Location, StageConfig
+from genpipe.config import Config, ConfigError, Location
+from genpipe.stage_config import UNFINGERPRINTED, StageConfig
 
 
 class Folder(Config):
@@ -309,7 +310,7 @@ def test_changed_settings_leave_defaults_out_and_name_kinds() -> None:
     table = Model.model_validate({"samples": 2, "source": {"kind": "table", "url": "x"}, "layers": {"width": 64}})
     assert config.changed(table) == {"samples": 2, "source": {"kind": "table", "url": "x"}}
     watched = Model.model_validate({"samples": 2, "observe": {"gates": {"psnr": {"min": 20}}}})
-    assert config.changed(watched, without=config.UNFINGERPRINTED) == {"samples": 2}
+    assert config.changed(watched, without=UNFINGERPRINTED) == {"samples": 2}
 
 
 def test_a_setting_that_is_added_later_changes_nothing() -> None:

@@ -17,13 +17,13 @@ from folder_runtime import FolderRuntime, train_stage, weights
 from torch import Tensor, nn
 
 from genpipe.artifacts import read_manifest
-from genpipe.config import Resources
 from genpipe.models.autoencoder import build_autoencoder
 from genpipe.models.clip import CLIP, CLIPConfig
 from genpipe.models.decoder import Decoder, DecoderConfig
 from genpipe.models.ldm_autoencoder import LdmConfig
 from genpipe.models.precision import products_of
 from genpipe.pipeline.costs import cost_of
+from genpipe.stage_config import Resources
 from genpipe.training.loop import Interrupted
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")]

@@ -15,6 +15,7 @@ import psutil
 from genpipe import artifacts, config
 from genpipe.artifacts import Artifact
 from genpipe.pipeline.spec import StageSpec
+from genpipe.stage_config import UNFINGERPRINTED
 from genpipe.stages import load_stage
 
 TOYS = Path(__file__).parent / "toys"
@@ -41,7 +42,7 @@ class Toys:
         kind = f"toys.{stage}"
         module, inputs = load_stage(kind), inputs or {}
         cfg = module.Config.model_validate(settings)
-        settings = config.changed(cfg, without=config.UNFINGERPRINTED)
+        settings = config.changed(cfg, without=UNFINGERPRINTED)
         identity = artifacts.identity(kind, version=module.VERSION, settings=settings, inputs=inputs)
         fingerprint = artifacts.fingerprint(identity)
         uri = artifacts.artifact_uri(self.store, module.MAKES, fingerprint)

@@ -15,6 +15,7 @@ import typer
 
 from genpipe.cli import console
 from genpipe.cli import data as data_commands
+from genpipe.cli import deploy as deploy_commands
 from genpipe.cli.prove import prove as prove_command
 from genpipe.cli.sample import sample as sample_command
 from genpipe.config import ConfigError
@@ -40,6 +41,7 @@ Any setting can be overridden: `genpipe run configs/pipeline/demo.yaml stages.de
 )
 
 app.add_typer(data_commands.app)
+app.add_typer(deploy_commands.app)
 
 ConfigFile = Annotated[str, typer.Argument(metavar="CONFIG", help="a pipeline's YAML file")]
 Overrides = Annotated[

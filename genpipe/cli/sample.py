@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from genpipe.cli import console
-from genpipe.config import UNFINGERPRINTED, ConfigError, changed
+from genpipe.config import ConfigError, changed
+from genpipe.stage_config import UNFINGERPRINTED
 
 if TYPE_CHECKING:
     from genpipe.artifacts import Artifact, Manifest

@@ -18,13 +18,14 @@ from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 from genpipe import artifacts
-from genpipe.config import Resources
+from genpipe.artifacts import Artifact, work_uri
 from genpipe.launch import stopping
 from genpipe.launch.failure import JobLost, StageError, first_line, read_failure
 from genpipe.launch.lease import new_attempt
 from genpipe.launch.local_ray import ALONE, TUNING, authorization, get, local_head
 from genpipe.launch.resource_queue import Turns
 from genpipe.pipeline.spec import Progress, StageSpec, read_progress
+from genpipe.stage_config import Resources
 from genpipe.storage import join, open_storage
 
 if TYPE_CHECKING:
@@ -303,6 +304,28 @@ def jobs_of(client: JobSubmissionClient, **metadata: str) -> list[str]:
         for job in client.list_jobs()
         if job.submission_id and not job.status.is_terminal() and metadata.items() <= (job.metadata or {}).items()
     ]
+
+
+def log_of(artifact: Artifact, *, store: str, address: str) -> tuple[str, bool]:
+    """What the last job for an artifact printed, and whether it still runs.
+
+    Raises ValueError where no cluster is named, or no job for it is known there and none left its log in the store.
+    """
+    if not address:
+        raise ValueError(
+            "ray.address: a local Ray keeps no logs after its run; what a failed stage printed is in the work folder "
+            "that its error names"
+        )
+    client = connect(address)
+    jobs = [job for job in client.list_jobs() if job.submission_id]
+    known = [job for job in jobs if (job.metadata or {}).get("artifact") == artifact.uri]
+    if known:
+        last = max(known, key=lambda job: job.start_time or 0)
+        return client.get_job_logs(last.submission_id), not last.status.is_terminal()
+    try:
+        return open_storage(work_uri(store, artifact.kind, artifact.fingerprint)).read("job.log").decode(), False
+    except FileNotFoundError:
+        raise ValueError(f"the cluster at {address} knows no job for {artifact.uri}") from None
 
 
 def _status(client: JobSubmissionClient, job: str) -> Any:

@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 
-from genpipe.config import StageConfig
+from genpipe.stage_config import StageConfig
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Of glibc's malloc.h."""

@@ -20,13 +20,13 @@ from types import FrameType
 from typing import Any
 
 from genpipe import artifacts
-from genpipe.config import Resources
 from genpipe.launch import lease, stopping
 from genpipe.launch.failure import BEGUN, JobLost, StageError, first_line, read_failure, report_failure
 from genpipe.launch.local_ray import TUNING
 from genpipe.launch.stopping import StageStopped, Stopped
 from genpipe.launch.watchdog import last_hang
 from genpipe.pipeline.spec import Progress, StageSpec, write_progress
+from genpipe.stage_config import Resources
 from genpipe.storage import join, open_storage
 from genpipe.training.agreement import PATIENCE
 

@@ -15,11 +15,11 @@ from typing import Any, Protocol
 
 from genpipe import artifacts
 from genpipe.artifacts import Artifact
-from genpipe.config import StageConfig
 from genpipe.launch import lease
 from genpipe.launch.lease import LeaseLost
 from genpipe.launch.process import set_up_process
 from genpipe.pipeline.spec import StageSpec
+from genpipe.stage_config import StageConfig
 from genpipe.stages import is_training, load_stage
 from genpipe.storage import open_storage
 from genpipe.tracking.recording import StageRun, open_stage_run, settle_stage

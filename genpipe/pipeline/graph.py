@@ -21,9 +21,11 @@ from pydantic import Field
 
 from genpipe import config
 from genpipe.artifacts import Role
-from genpipe.config import Config, ConfigError, Location, StageConfig, Tree
+from genpipe.config import Config, ConfigError, Location, Tree
 from genpipe.pipeline.spec import TrackingConfig, sqlite_uri
+from genpipe.stage_config import StageConfig
 from genpipe.stages import load_stage
+from genpipe.storage import read_file
 
 
 class RayConfig(Config):
@@ -41,6 +43,7 @@ class PipelineConfig(Config):
     store: Location = Field(description="a folder or s3://bucket/prefix for artifacts and unfinished work")
     tracking: TrackingConfig = TrackingConfig()
     ray: RayConfig = RayConfig()
+    notify: str = Field("", description="a webhook's URL that is told what came of a run; default: GENPIPE_NOTIFY")
     stages: dict[str, dict[str, Any]]
 
 
@@ -117,9 +120,10 @@ def is_uri(reference: str) -> bool:
 def load_pipeline(path: str, overrides: Sequence[str] = ()) -> Pipeline:
     """Read and check a pipeline: every instance against its stage's Config, and the graph that they make.
 
-    Raises ConfigError that lists every fault, each with its file, setting and remedy.
+    `path` is a file's, or the URI of one without bases in a store, where `genpipe deploy` puts it. Raises ConfigError
+    that lists every fault, each with its file, setting and remedy.
     """
-    tree = config.load(path, overrides)
+    tree = _read_stored(path, overrides) if "://" in path else config.load(path, overrides)
     cfg = config.parse(PipelineConfig, tree)
     if cfg.store.startswith("s3://") and not cfg.tracking.uri:
         raise ConfigError(f"{path}: tracking.uri: required when the store is on S3; name an MLflow server")
@@ -132,6 +136,14 @@ def load_pipeline(path: str, overrides: Sequence[str] = ()) -> Pipeline:
     if faults:
         raise ConfigError("\n".join(faults))
     return Pipeline(cfg, _in_order(instances, path), str(path))
+
+
+def _read_stored(uri: str, overrides: Sequence[str]) -> Tree:
+    try:
+        text = read_file(uri)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{uri}: the configuration cannot be read: {error}") from None
+    return config.load_text(text, overrides, source=uri)
 
 
 @dataclass(frozen=True)

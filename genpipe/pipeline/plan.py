@@ -11,9 +11,10 @@ from typing import Any, Literal
 
 from genpipe import artifacts, config
 from genpipe.artifacts import Artifact, Manifest, ManifestError
-from genpipe.config import UNFINGERPRINTED, ConfigError
+from genpipe.config import ConfigError
 from genpipe.pipeline.graph import Instance, Pipeline, is_uri, misfit
 from genpipe.pipeline.spec import StageSpec
+from genpipe.stage_config import UNFINGERPRINTED
 from genpipe.stages import is_training
 from genpipe.storage import join, open_storage
 

@@ -14,7 +14,6 @@ from torch.nn import functional as F
 
 from genpipe.artifacts import Artifact, Role
 from genpipe.config import Config as Block
-from genpipe.config import StageConfig
 from genpipe.data.image_batches import Crop, to_float, to_uint8
 from genpipe.data.loader import Data, SampleSet, sample_batches
 from genpipe.data.train_sets import check_buckets, check_image_size, image_data
@@ -40,6 +39,7 @@ from genpipe.models.discriminator import (
 from genpipe.models.lpips import SMALLEST as SMALLEST_FOR_LPIPS
 from genpipe.models.quantizer import codebook_use
 from genpipe.pinned_files import PinnedFile
+from genpipe.stage_config import StageConfig
 from genpipe.training.objective import Batch, Metrics, ObserveTraining, Step, Validation
 from genpipe.training.plateau import Plateau, PlateauConfig
 from genpipe.training.settings import TrainConfig

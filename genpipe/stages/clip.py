@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from genpipe.artifacts import Artifact, Role
 from genpipe.config import Config as Block
-from genpipe.config import StageConfig
 from genpipe.data.image_batches import Crop, crop_draws, read_images, to_float
 from genpipe.data.loader import Data, SampleSet, sample_batches
 from genpipe.data.order import caption_draws, spread
@@ -36,6 +35,7 @@ from genpipe.evaluation.zeroshot import ZeroShotConfig, class_embeds, named_clas
 from genpipe.generation.conditions import TOKENIZER_FILE
 from genpipe.models.clip import CLIP, CLIPConfig, keep_patches
 from genpipe.models.contrastive import encode_in_chunks
+from genpipe.stage_config import StageConfig
 from genpipe.training.objective import Batch, Metrics, ObserveTraining, Step, Validation
 from genpipe.training.settings import TrainConfig
 from genpipe.training.statistics import Moments

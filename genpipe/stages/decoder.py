@@ -16,7 +16,6 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from genpipe.artifacts import Artifact, Role, fetch
-from genpipe.config import StageConfig
 from genpipe.data.features import FeatureDataset
 from genpipe.data.image_batches import to_uint8
 from genpipe.data.loader import Data
@@ -34,6 +33,7 @@ from genpipe.generation.conditions import Given, Text, embed_statistics, latent_
 from genpipe.generation.latents import Dropped, decoder_model, sample_latents
 from genpipe.models.autoencoder import Autoencoder
 from genpipe.models.decoder import Decoder, DecoderConfig, check_conditions
+from genpipe.stage_config import StageConfig
 from genpipe.training.objective import Batch, Metrics, ObserveTraining, Step, Validation
 from genpipe.training.settings import TrainConfig
 from genpipe.weights import InitialWeights, load_initial_weights, load_weights, save_weights

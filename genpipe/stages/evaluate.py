@@ -15,11 +15,11 @@ import torch
 from pydantic import Field, StringConstraints, field_validator
 
 from genpipe.artifacts import Artifact, Role, fetch, read_manifest
-from genpipe.config import StageConfig
 from genpipe.data.loader import sample_batches
 from genpipe.evaluation.metrics import MetricConfig
 from genpipe.evaluation.metrics.metric import Evaluation, Measure, Metric
 from genpipe.models.precision import autocast, products_of
+from genpipe.stage_config import StageConfig
 from genpipe.stages import is_training, load_stage
 from genpipe.storage import Storage, join, open_storage
 from genpipe.training.stream import seeded, to_device

@@ -20,7 +20,6 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from genpipe.artifacts import Artifact, Role, fetch
-from genpipe.config import StageConfig
 from genpipe.data.features import NULL_TEXT, write_features, write_null_text
 from genpipe.data.image_batches import read_images, to_float
 from genpipe.data.prefetch import prefetched
@@ -34,6 +33,7 @@ from genpipe.models.autoencoder import Autoencoder
 from genpipe.models.clip import CLIP
 from genpipe.models.precision import Precision, autocast, products_of
 from genpipe.models.text_encoders import TextEncoder, load_text_encoder
+from genpipe.stage_config import StageConfig
 from genpipe.weights import load_weights
 
 VERSION = 5

@@ -15,7 +15,6 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from genpipe.artifacts import Artifact, Role
-from genpipe.config import StageConfig
 from genpipe.data.image_batches import to_float, to_uint8
 from genpipe.data.loader import Data
 from genpipe.data.train_sets import check_image_size, image_data
@@ -25,6 +24,7 @@ from genpipe.evaluation.validation import mean_losses
 from genpipe.generation.conditions import Given
 from genpipe.generation.latents import Dropped, decoder_model, sample_latents
 from genpipe.models.decoder import Decoder, DecoderConfig, check_conditions
+from genpipe.stage_config import StageConfig
 from genpipe.training.objective import Batch, Metrics, ObserveTraining, Step, Validation
 from genpipe.training.settings import TrainConfig
 from genpipe.weights import InitialWeights, load_initial_weights, save_weights

@@ -12,7 +12,6 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from genpipe.artifacts import Artifact, Role, fetch
-from genpipe.config import StageConfig
 from genpipe.data.features import FeatureDataset
 from genpipe.data.loader import Data
 from genpipe.data.order import spread
@@ -30,6 +29,7 @@ from genpipe.generation.embeds import (
 from genpipe.models.autoregressive_prior import AutoregressivePrior, AutoregressivePriorConfig
 from genpipe.models.pca_quantizer import principal_components
 from genpipe.models.prior import DiffusionPriorConfig, Prior, PriorConfig, build_prior
+from genpipe.stage_config import StageConfig
 from genpipe.training.objective import Batch, Metrics, ObserveTraining, Step, Validation
 from genpipe.training.settings import TrainConfig
 from genpipe.weights import InitialWeights, load_initial_weights, save_weights

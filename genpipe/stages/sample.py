@@ -16,7 +16,6 @@ import torch
 from pydantic import Field
 
 from genpipe.artifacts import Artifact, Role, find
-from genpipe.config import StageConfig
 from genpipe.data.image_batches import to_uint8
 from genpipe.data.images import ImageFormat, encode
 from genpipe.data.shards import SPLITS, ShardWriter, Split, write_rejects, write_statistics
@@ -34,6 +33,7 @@ from genpipe.generation.prompts import (
 )
 from genpipe.generation.systems import load_system
 from genpipe.models.precision import Precision, autocast, products_of
+from genpipe.stage_config import StageConfig
 from genpipe.training.stream import seeded
 
 VERSION = 1

@@ -23,7 +23,6 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from genpipe.artifacts import Artifact, Role
-from genpipe.config import StageConfig
 from genpipe.data.classes import numbered_classes
 from genpipe.data.duplicates import Duplicate, find_duplicates, read_hashes, write_hashes, write_index_without
 from genpipe.data.filters import (
@@ -68,6 +67,7 @@ from genpipe.data.shards import (
 )
 from genpipe.data.sheets import contact_sheet
 from genpipe.data.sources import SourceConfig, declared_classes, has_conditions, open_source
+from genpipe.stage_config import StageConfig
 from genpipe.storage import Storage
 
 VERSION = 4

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from genpipe.artifacts import Artifact, Role
-from genpipe.config import StageConfig
 from genpipe.generation.systems import SystemConfig, check_system
 from genpipe.generation.systems.unclip import UnclipConfig
 from genpipe.lineage import check_made_from, content_digest
+from genpipe.stage_config import StageConfig
 
 VERSION = 1
 MAKES = "system"

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from genpipe.artifacts import Artifact, Role
-from genpipe.config import StageConfig
 from genpipe.models.text_encoders import CONFIG, TextEncoderConfig, check_network, write_record
 from genpipe.pinned_files import copy_pinned
+from genpipe.stage_config import StageConfig
 from genpipe.storage import join
 
 VERSION = 1

@@ -12,7 +12,6 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from genpipe.artifacts import Artifact, Role, fetch
-from genpipe.config import StageConfig
 from genpipe.data.degradations import Clean, DegradationConfig, degrade, shrink
 from genpipe.data.image_batches import to_float, to_uint8
 from genpipe.data.loader import Data, SampleSet, sample_batches
@@ -42,6 +41,7 @@ from genpipe.lineage import content_digest
 from genpipe.models.autoencoder import Autoencoder
 from genpipe.models.precision import fp32
 from genpipe.models.upsampler import ConvolutionalConfig, UpsamplerConfig, build_upsampler
+from genpipe.stage_config import StageConfig
 from genpipe.training.objective import Batch, Metrics, ObserveTraining, Step, Validation
 from genpipe.training.settings import TrainConfig
 from genpipe.weights import InitialWeights, load_initial_weights, load_weights, save_weights

@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 from genpipe import artifacts
 from genpipe.artifacts import Artifact
-from genpipe.config import UNFINGERPRINTED, flatten
+from genpipe.config import flatten
 from genpipe.pipeline.spec import StageSpec
+from genpipe.stage_config import UNFINGERPRINTED
 from genpipe.stages import is_training, load_stage
 from genpipe.tracking import jsonl
 from genpipe.tracking.open_runs import OpenRun

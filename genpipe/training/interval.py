@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from genpipe.config import Resources
+from genpipe.stage_config import Resources
 
 UNMEASURED_SECONDS = 60.0
 """The interval until a checkpoint has shown what it costs: a resumed run begins without one."""

@@ -16,9 +16,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from genpipe.config import Resources
 from genpipe.data.loader import Data
 from genpipe.models.precision import DTYPES, Products, autocast, gflops, products_of
+from genpipe.stage_config import Resources
 from genpipe.training.agreement import Agreement
 from genpipe.training.compile import compile_if_right, run_eagerly
 from genpipe.training.guard import HeldBuffers, spread_if_bad

@@ -11,8 +11,8 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from genpipe.config import Observe
 from genpipe.data.loader import Batch
+from genpipe.stage_config import Observe
 from genpipe.training.checkpoint_store import KeepBest
 
 Metrics = dict[str, Tensor]

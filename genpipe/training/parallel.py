@@ -20,8 +20,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from genpipe.config import Resources
 from genpipe.models.blocks import blocks_of, recompute_blocks
+from genpipe.stage_config import Resources
 from genpipe.training.objective import Batch, Metrics, Objective, Step, Validation
 from genpipe.training.runtime import Runtime
 from genpipe.training.sharding import whole

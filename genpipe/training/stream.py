@@ -7,8 +7,8 @@ from contextlib import ExitStack
 
 import torch
 
-from genpipe.config import Resources
 from genpipe.data.loader import Batch, Batches, Data, training_order
+from genpipe.stage_config import Resources
 from genpipe.training.bad_samples import Damage
 from genpipe.training.runtime import Runtime
 from genpipe.training.settings import TrainConfig

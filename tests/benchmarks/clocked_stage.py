@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from genpipe.artifacts import Artifact, Role
-from genpipe.config import StageConfig
 from genpipe.data.loader import Data, SampleSet
 from genpipe.models.dit import DiT, DiTConfig
+from genpipe.stage_config import StageConfig
 from genpipe.training.objective import Batch, Metrics, ObserveTraining, Step, Validation
 from genpipe.training.settings import TrainConfig
 

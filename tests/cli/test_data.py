@@ -20,10 +20,11 @@ from PIL import Image
 
 from genpipe import artifacts
 from genpipe.artifacts import Artifact
-from genpipe.config import UNFINGERPRINTED, changed
+from genpipe.config import changed
 from genpipe.data.shard_dataset import open_shards
 from genpipe.data.shards import INDEX_SCHEMA, INDEX_SUFFIX
 from genpipe.data.takedown import affected, plan_removal, remove
+from genpipe.stage_config import UNFINGERPRINTED
 from genpipe.stages import shard
 from genpipe.storage import join, open_storage
 

@@ -24,7 +24,6 @@ from toybox import Toys, artifact_of, install, survivors, wait_for
 
 from genpipe import artifacts
 from genpipe.artifacts import Artifact
-from genpipe.config import Resources
 from genpipe.launch import jobs as on_ray
 from genpipe.launch import ray as driver
 from genpipe.launch import stopping
@@ -32,6 +31,7 @@ from genpipe.launch.failure import JobLost, StageError
 from genpipe.launch.jobs import Cluster, cluster, connect
 from genpipe.launch.local import run_local
 from genpipe.pipeline.spec import Progress, StageSpec, read_progress
+from genpipe.stage_config import Resources
 
 pytestmark = pytest.mark.slow
 

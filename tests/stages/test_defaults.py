@@ -14,7 +14,8 @@ from typing import Annotated, Any, Union, get_args, get_origin
 import pytest
 from pydantic import BaseModel, TypeAdapter
 
-from genpipe.config import UNFINGERPRINTED, WHERE
+from genpipe.config import WHERE
+from genpipe.stage_config import UNFINGERPRINTED
 from genpipe.stages import load_stage, stage_kinds
 
 RECORD = Path(__file__).parent / "defaults.json"

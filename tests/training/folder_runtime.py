@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from genpipe.config import Resources
 from genpipe.pipeline.spec import StageSpec
+from genpipe.stage_config import Resources
 from genpipe.stages import load_stage
 from genpipe.training.checkpoint_store import CheckpointStore, samples_of
 from genpipe.training.loop import train

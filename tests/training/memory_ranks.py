@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from genpipe.config import Resources
 from genpipe.models.layers import ResidualBlock
+from genpipe.stage_config import Resources
 from genpipe.training.ema import Ema
 from genpipe.training.objective import Batch, Metrics, Step, Validation
 from genpipe.training.optim import build_optimizers

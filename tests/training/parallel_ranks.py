@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
-from genpipe.config import Resources
 from genpipe.data.loader import Data, SampleSet
 from genpipe.models.layers import TransformerBlock
 from genpipe.pipeline.spec import StageSpec
+from genpipe.stage_config import Resources
 from genpipe.stages import load_stage
 from genpipe.training.loop import train
 from genpipe.training.muon import Muon

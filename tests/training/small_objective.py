@@ -10,9 +10,9 @@ import torch
 from folder_runtime import FolderRuntime
 from torch import Tensor, nn
 
-from genpipe.config import Resources
 from genpipe.data.loader import Batch, Data, SampleSet
 from genpipe.models.layers import ResidualBlock
+from genpipe.stage_config import Resources
 from genpipe.training.loop import train
 from genpipe.training.objective import Metrics, ObserveTraining, Step, Validation
 from genpipe.training.settings import TrainConfig

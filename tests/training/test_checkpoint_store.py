@@ -121,7 +121,7 @@ def test_a_rank_that_fails_says_so_to_rank_0(tmp_path: Path) -> None:
     with ThreadPoolExecutor(1) as other:
         waiting = other.submit(put, store, 10, rank=0, world_size=2)
         name = name_of(10, attempt=1, count=10)
-        with pytest.raises(OSError, match="(?i)no space left"):
+        with pytest.raises(OSError, match=r"(?i)no space left"):
             store.put(name, FullDisk(), rank=1, world_size=2, metrics={}, canceled=threading.Event())
         with pytest.raises(OSError, match=r"(?i)rank 1: .*no space left"):
             waiting.result()

@@ -15,8 +15,8 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._inductor import config
 from torch.nn import functional as F
 
-from genpipe.config import Resources
 from genpipe.models.layers import ResidualBlock
+from genpipe.stage_config import Resources
 from genpipe.training import compile as compiling
 from genpipe.training.compile import compile_if_right, disagreement
 from genpipe.training.loop import Interrupted

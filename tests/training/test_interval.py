@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from small_objective import G, stream, train_small
 
-from genpipe.config import Resources
+from genpipe.stage_config import Resources
 from genpipe.training.interval import LEAST_SECONDS, UNMEASURED_SECONDS, checkpoint_interval
 
 

@@ -16,9 +16,9 @@ import torch
 from folder_runtime import CPU, SGD_RATE, FolderRuntime, build, sgd, train_stage, weights
 from safetensors.torch import load_file
 
-from genpipe.config import Resources
 from genpipe.data.order import order
 from genpipe.pipeline.spec import StageSpec
+from genpipe.stage_config import Resources
 from genpipe.stages import is_training, load_stage, stage_kinds
 from genpipe.training import loop, state
 from genpipe.training.loop import Interrupted

@@ -13,8 +13,8 @@ from parallel_ranks import BATCH, Toy, muon_steps, train_together, train_toy
 from test_ranks import STAGES, largest_difference, spec_of
 from torch import nn
 
-from genpipe.config import Resources
 from genpipe.pipeline.spec import StageSpec
+from genpipe.stage_config import Resources
 from genpipe.training import parallel
 from genpipe.training.parallel import spread
 

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from genpipe.artifacts import Artifact, Role
-from genpipe.config import StageConfig
+from genpipe.stage_config import StageConfig
 
 VERSION = 1
 MAKES = "toy_data"

@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from genpipe.artifacts import Artifact, Role, fetch
-from genpipe.config import StageConfig
 from genpipe.data.loader import Data, SampleSet
+from genpipe.stage_config import StageConfig
 from genpipe.training.objective import Batch, Metrics, ObserveTraining, Step, Validation
 from genpipe.training.settings import TrainConfig
 

@@ -1,0 +1,97 @@
+"""What the configuration of every stage has in common: how it is run and how it is watched, which changes no result."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from genpipe.config import Config
+
+
+class Resources(Config):
+    """How a stage is run, never what comes out of it: left out of the fingerprint."""
+
+    workers: int | tuple[int, int] = Field(
+        1, description="training ranks, or actors of a data stage; [least, most] where they may come and go"
+    )
+    cpus: float = Field(1.0, gt=0, description="CPU cores of each worker; also its number of torch threads")
+    gpus: float = Field(0.0, ge=0, description="GPUs of each worker")
+    shard_over: Annotated[int, Field(ge=1)] | Literal["all"] = Field(
+        1,
+        description="training ranks that share one copy of weights, gradients, optimizer and averages: 1: each has its "
+        "own (DDP); all: one among them (FSDP); a number: one in each group of neighbors, such as a node's (hybrid)",
+    )
+    recompute_blocks: bool = Field(
+        False,
+        description="compute the activations of blocks again in the backward pass instead of keeping them: less "
+        "memory, a fifth to a third more time",
+    )
+    loader_threads: int = Field(1, ge=1, description="threads that read and decode batches in each worker")
+    loader_processes: int = Field(0, ge=0, description="processes that do so instead of the threads; 0: threads")
+    checkpoint_seconds: float | None = Field(
+        None, gt=0, description="wall time between checkpoints; none: what loses least, by their cost and failure_hours"
+    )
+    compile: bool = Field(
+        False, description="compile the blocks of trained networks, if their gradients are then what they are without"
+    )
+    failure_hours: float = Field(24.0, gt=0, description="mean time between losses of a worker, of all together")
+    keep_checkpoints: int = Field(2, ge=1, description="of the newest intact ones")
+    hang_seconds: float | None = Field(
+        300.0, gt=0, description="for which a rank may be stuck in a pass before its group starts anew; null: for ever"
+    )
+    max_failures: int = Field(3, ge=0, description="worker losses that training, or one part, survives")
+
+    def shards(self, ranks: int) -> int:
+        """How many of `ranks` training ranks share one copy. Raises ValueError if groups of them do not come out even.
+
+        One rank by itself shares with nobody, whatever is set.
+        """
+        if ranks == 1 or self.shard_over == "all":
+            return ranks
+        if ranks % self.shard_over:
+            raise ValueError(
+                f"resources.shard_over {self.shard_over} does not divide the {ranks} training ranks; set it to a "
+                "number that does, or to all"
+            )
+        return self.shard_over
+
+    @model_validator(mode="after")
+    def _workers_are_some(self) -> Resources:
+        if not 1 <= self.min_workers <= self.max_workers:
+            raise ValueError(f"workers: {self.workers}; give a number from 1 on, or [least, most]")
+        return self
+
+    @property
+    def min_workers(self) -> int:
+        """Workers that it takes at the least."""
+        return self.workers if isinstance(self.workers, int) else self.workers[0]
+
+    @property
+    def max_workers(self) -> int:
+        """Workers that are used if they are to be had."""
+        return self.workers if isinstance(self.workers, int) else self.workers[1]
+
+
+class Gate(Config):
+    """The range that a metric must end in; a run whose metrics miss a gate fails."""
+
+    min: float | None = None
+    max: float | None = None
+
+
+class Observe(Config):
+    """How a stage is watched, never what comes out of it: left out of the fingerprint."""
+
+    gates: dict[str, Gate] = Field(default_factory=dict, description="by metric of the stage")
+
+
+class StageConfig(Config):
+    """What the Config of every stage has in common."""
+
+    resources: Resources = Resources()
+    observe: Observe = Observe()
+
+
+UNFINGERPRINTED = frozenset({"resources", "observe"})
+"""The settings of a stage that decide nothing about what it makes."""

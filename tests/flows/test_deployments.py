@@ -1,0 +1,168 @@
+"""Deployments on a real Prefect server that outlives the command, with a worker, and a Ray head of their own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import yaml
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.objects import FlowRun
+from prefect.settings import PREFECT_API_URL, PREFECT_SERVER_ALLOW_EPHEMERAL_MODE, temporary_settings
+from prefect.states import Cancelling
+from seaweed import free_ports
+from toy_project import Project
+from toybox import TOYS, wait_for
+
+from flows import deployments
+from genpipe.config import ConfigError
+from genpipe.launch.jobs import connect
+from genpipe.launch.local_ray import TUNING, local_head
+
+GENPIPE = Path(sys.executable).with_name("genpipe")
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory, prefect_home: Path) -> Iterator[str]:
+    """The API of a Prefect server."""
+    [port] = free_ports(1)
+    log = tmp_path_factory.mktemp("server") / "log"
+    command = [sys.executable, "-m", "prefect", "server", "start", "--port", str(port)]
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            command, env=os.environ | {"PREFECT_HOME": str(prefect_home)}, stdout=output, stderr=output
+        )
+    url = f"http://127.0.0.1:{port}/api"
+    try:
+        wait_for(lambda: _answers(f"{url}/health"), seconds=120)
+        with temporary_settings({PREFECT_API_URL: url, PREFECT_SERVER_ALLOW_EPHEMERAL_MODE: False}):
+            yield url
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+def _answers(url: str) -> bool:
+    try:
+        return httpx.get(url).is_success
+    except httpx.HTTPError:
+        return False
+
+
+def pipeline(folder: Path, **settings: Any) -> Path:
+    path = folder / "emoji.yaml"
+    stages = {"shard": {"source": {"kind": "folder", "path": str(folder / "pictures")}}}
+    path.write_text(yaml.safe_dump({"name": "emoji", "store": str(folder / "store"), "stages": stages} | settings))
+    return path
+
+
+@pytest.mark.slow
+def test_a_deployment_is_made_listed_changed_and_removed(server: str, tmp_path: Path) -> None:
+    path = pipeline(tmp_path)
+    made = deployments.deploy(str(path), ["stages.shard.split_seed=3"], cron="0 3 * * *", timezone="Europe/Berlin")
+    assert (made.name, made.pool, made.paused) == ("emoji", "genpipe", False)
+    assert made.schedule == "0 3 * * * Europe/Berlin"
+    published = yaml.safe_load(Path(made.config).read_text())
+    assert published["stages"]["shard"]["split_seed"] == 3 and published["store"] == str(tmp_path / "store")
+    path.unlink()  # what was deployed no longer needs it
+    with get_client(sync_client=True) as client:
+        found = client.read_deployment_by_name("genpipe/emoji")
+    assert found.global_concurrency_limit is not None and found.global_concurrency_limit.limit == 1
+
+    assert deployments.pause("emoji").paused
+    assert [each.paused for each in deployments.deployments()] == [True]
+    changed = deployments.deploy(str(pipeline(tmp_path)), cron="30 4 * * *", overlap="skip")
+    assert (changed.schedule, changed.paused) == ("30 4 * * * UTC", False)
+    assert changed.config != made.config
+
+    deployments.remove("emoji")
+    assert deployments.deployments() == []
+    with pytest.raises(ValueError, match="no deployment is named 'emoji'"):
+        deployments.pause("emoji")
+
+
+@pytest.mark.slow
+def test_a_path_that_means_another_place_on_a_worker_is_refused(server: str, tmp_path: Path) -> None:
+    path = pipeline(tmp_path, store="store")
+    with pytest.raises(ConfigError, match=r"emoji\.yaml: store: .* s3://"):
+        deployments.deploy(str(path))
+
+
+def test_without_a_server_there_is_a_sentence(tmp_path: Path) -> None:
+    path = pipeline(tmp_path)
+    with temporary_settings(restore_defaults={PREFECT_API_URL}), pytest.raises(ValueError, match="PREFECT_API_URL"):
+        deployments.deploy(str(path))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_worker_runs_a_deployment_and_a_cancel_stops_its_job(server: str, tmp_path: Path, prefect_home: Path) -> None:
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    with local_head(os.environ | TUNING | {"PATH": path, "PYTHONPATH": str(TOYS)}) as head:
+        project = Project(tmp_path, prefect_home, ray={"address": head.address})
+        environment = project.environment | {
+            "PREFECT_API_URL": server,
+            "PYTHONPATH": f"{TOYS}:{os.environ.get('PYTHONPATH', '')}",
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN": head.token,
+        }
+        worker = subprocess.Popen(
+            [sys.executable, "-m", "prefect", "worker", "start", "--pool", "genpipe", "--type", "process"],
+            env=environment,
+            stdout=(tmp_path / "worker").open("w"),
+            stderr=subprocess.STDOUT,
+        )
+        try:
+            genpipe(environment, "deploy", str(project.config))
+            first = run_to_end(environment)
+            assert first.state_name == "Completed", (tmp_path / "worker").read_text()
+            made = sorted(project.store.glob("artifacts/*/*/manifest.json"))
+            assert len(made) == 4
+            before = {manifest: manifest.stat().st_mtime_ns for manifest in made}
+            assert run_to_end(environment).state_name == "Completed"
+            assert {manifest: manifest.stat().st_mtime_ns for manifest in made} == before, "nothing is made again"
+
+            slow = ["stages.toy_line.step_seconds=0.1", "stages.toy_line.train.samples=4000"]
+            genpipe(environment, "deploy", str(project.config), *slow)
+            with get_client(sync_client=True) as client:
+                run = client.read_flow_run(deployments.start("toy"))
+                ray = connect(head.address, token=head.token)
+                wait_for(lambda: "toy_line" in running(ray), seconds=120)
+                client.set_flow_run_state(run.id, Cancelling(), force=True)  # what the page's button does
+                begun = datetime.now()
+                wait_for(lambda: not running(ray), seconds=60)
+                wait_for(lambda: client.read_flow_run(run.id).state_name == "Cancelled", seconds=60)
+            print("cancelled after", datetime.now() - begun)
+        finally:
+            worker.terminate()
+            worker.wait(60)
+
+
+def genpipe(environment: dict[str, str], *arguments: str) -> str:
+    command = [sys.executable, "-m", "genpipe.cli.main", *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def run_to_end(environment: dict[str, str]) -> FlowRun:
+    identity = genpipe(environment, "deploy", "--now", "toy").split()[-1]
+    with get_client(sync_client=True) as client:
+        wait_for(lambda: _ended(client, identity), seconds=240)
+        return client.read_flow_run(identity)  # type: ignore[arg-type]
+
+
+def _ended(client: SyncPrefectClient, identity: str) -> bool:
+    state = client.read_flow_run(identity).state  # type: ignore[arg-type]
+    return state is not None and state.is_final()
+
+
+def running(ray: Any) -> str:
+    return " ".join(job.submission_id for job in ray.list_jobs() if not job.status.is_terminal() and job.submission_id)
