@@ -145,9 +145,10 @@ class CheckpointStore:
         artifacts.commit(target, parts=parts, identity=identity, config={}, inputs={}, metrics=metrics)
 
     def _thin_out(self) -> None:
-        """Delete all but the newest intact ones and the best."""
+        """Delete all but the newest intact ones and the best; other ranks may have begun the next already."""
         intact = [name for name in self.names() if name not in self.damaged]
-        kept = set(intact[: self.keep])
+        begun = {name for name in open_storage(self.uri).folders() if name > max(intact, default="")} - self.damaged
+        kept = begun | set(intact[: self.keep])
         if self.best is not None and (best := self._best(intact, self.best)):
             kept.add(best)
         self._delete_all_but(kept)

@@ -74,8 +74,11 @@ def _troubles_of_history(points: Sequence[Point], reference: Reference) -> Itera
     counts = Counter((point.name, point.samples) for point in compared)
     if twice := sorted({samples for (_, samples), count in counts.items() if count > 1}):
         yield f"{len(twice)} steps stand twice in the history, the first at {twice[0]} samples"
-    odd = {p.samples for p in compared if reference.history.get((p.name, p.samples)) != p.value}
-    if odd:
+    usual = {samples for _, samples in reference.history}
+    extra = {point.samples for point in compared} - usual  # where it was asked to stop, in the midst of a mean
+    cut = {min(later) for stop in extra if (later := [samples for samples in usual if samples > stop])}
+    expected = [point for point in compared if point.samples not in extra | cut]
+    if odd := {p.samples for p in expected if reference.history.get((p.name, p.samples)) != p.value}:
         yield f"{len(odd)} steps of the history are not the undisturbed run's, the first at {min(odd)} samples"
 
 

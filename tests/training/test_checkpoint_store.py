@@ -77,6 +77,16 @@ def test_what_is_not_committed_is_no_checkpoint(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == store.names()
 
 
+def test_a_rank_that_is_ahead_does_not_lose_its_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint_store, "PATIENCE_SECONDS", 1.0)
+    store = CheckpointStore(str(tmp_path), keep=1)
+    for seen in (10, 20):
+        put(store, seen, rank=1, world_size=2)
+    for seen in (10, 20):
+        put(store, seen, rank=0, world_size=2)
+    assert kept(store) == [20]
+
+
 def test_each_rank_looks_at_its_share_of_the_files(tmp_path: Path) -> None:
     store = CheckpointStore(str(tmp_path))
     with ThreadPoolExecutor(2) as ranks:
