@@ -15,6 +15,7 @@ from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,16 @@ from prefect import flow, task
 from prefect.artifacts import create_table_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import FlowRun, State, TaskRun
+from prefect.exceptions import CancelledRun
 from prefect.flows import Flow
 from prefect.futures import PrefectFuture
 from prefect.runtime import flow_run
+from prefect.states import Cancelled
 from prefect.task_runners import ThreadPoolTaskRunner
 from prefect.tasks import Task
 
 from flows import notify, server
+from flows.cancellation import RunCancelled, watched
 from flows.reporting import Outcome, PlainReporter, Reporter, StageResult, StagesFailed
 from genpipe import artifacts
 from genpipe.config import ConfigError
@@ -134,7 +138,7 @@ def pipeline_flow(
 ) -> list[StageResult]:
     """Run the stages of a pipeline that are not done. Raises StagesFailed."""
     run = _prepared.get(None) or _prepare(config, overrides or (), only=only or ())
-    return _run_stages(run)
+    return _until_cancelled(run)
 
 
 @flow(
@@ -146,7 +150,7 @@ def pipeline_flow(
 def stage_flow(stage: str, config: str, overrides: list[str] | None = None) -> list[StageResult]:
     """Run one stage of a pipeline on committed inputs. Raises StagesFailed."""
     run = _prepared.get(None) or _prepare_one(stage, config, overrides or ())
-    return _run_stages(run)
+    return _until_cancelled(run)
 
 
 def _worth_retrying(task: Task[Any, Any], task_run: TaskRun, state: State) -> bool:
@@ -293,6 +297,8 @@ def _start(entry: Flow[Any, list[StageResult]], prepared: _Run, parameters: dict
             return entry(**parameters)
         except StagesFailed as failed:
             return failed.results
+        except CancelledRun as cancelled:
+            raise KeyboardInterrupt("the run was cancelled in Prefect; run it again to go on") from cancelled
 
 
 @contextmanager
@@ -310,6 +316,14 @@ def _terminable() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def _until_cancelled(run: _Run) -> list[StageResult]:
+    """Run the stages; the flow run ends as cancelled, not as crashed, if somebody cancels it."""
+    try:
+        return _run_stages(run)
+    except RunCancelled as cancelled:
+        return Cancelled(message=str(cancelled))  # the state that Prefect is to take
 
 
 def _run_stages(run: _Run) -> list[StageResult]:
@@ -345,7 +359,13 @@ def _run_stages(run: _Run) -> list[StageResult]:
         stack.callback(_place.reset, _place.set(place))
         futures = _submit(run)
         try:
-            results = [_outcome(run, name, future) for name, future in futures.items()]
+            stop = partial(cluster.interrupt, stop_jobs=True) if cluster else (lambda: None)
+            with watched(str(flow_run.id), stop=stop) as cancellation:
+                results = []
+                for name, future in futures.items():
+                    future.wait()
+                    cancellation.check()
+                    results.append(_outcome(run, name, future))
         except BaseException as error:
             if cluster is not None:
                 stops = cluster.embedded or isinstance(error, KeyboardInterrupt)
@@ -373,8 +393,7 @@ def _submit(run: _Run) -> dict[str, PrefectFuture[StageResult]]:
 
 
 def _outcome(run: _Run, stage: str, future: PrefectFuture[StageResult]) -> StageResult:
-    """Wait for a stage and say what became of it."""
-    future.wait()
+    """Say what became of a stage that has ended."""
     state = future.state
     if state.is_completed():
         return future.result()
