@@ -38,7 +38,7 @@ from genpipe import artifacts
 from genpipe.config import ConfigError
 from genpipe.launch import jobs
 from genpipe.launch.failure import JobLost
-from genpipe.launch.lease import may_be_held
+from genpipe.launch.lease import clear_work, may_be_held
 from genpipe.pipeline.graph import Pipeline, load_pipeline
 from genpipe.pipeline.order import longest_path_first
 from genpipe.pipeline.plan import Planned, plan, spec_of
@@ -170,7 +170,9 @@ def stage_task(stage: str) -> StageResult:
     place = _place.get()
     run, planned = place.run, place.run.plans[stage]
     if planned.status == "cached" or artifacts.committed(planned.artifact) is not None:
-        settle_stage(_plain_spec(place, planned))
+        spec = _plain_spec(place, planned)
+        settle_stage(spec)
+        clear_work(spec)
         result = _result(planned, "cached", seconds=0.0)
         run.reporter.update(stage, "cached", message=planned.why)
         return result

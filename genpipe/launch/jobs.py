@@ -21,7 +21,7 @@ from genpipe import artifacts
 from genpipe.artifacts import Artifact, work_uri
 from genpipe.launch import stopping
 from genpipe.launch.failure import JobLost, StageError, first_line, read_failure
-from genpipe.launch.lease import new_attempt
+from genpipe.launch.lease import clear_work, new_attempt
 from genpipe.launch.local_ray import ALONE, TUNING, authorization, get, local_head
 from genpipe.launch.resource_queue import Turns
 from genpipe.pipeline.spec import Progress, StageSpec, read_progress
@@ -200,6 +200,7 @@ class Cluster:
                 report(read_progress(spec.work))
                 continue
             if artifacts.committed(spec.target) is not None:
+                clear_work(spec)  # a driver that was killed after its commit has not
                 return True
             if self.interrupted.is_set():
                 break

@@ -139,6 +139,12 @@ def may_be_held(work: str) -> bool:
     return holder is not None and not Watch().is_over(holder)
 
 
+def clear_work(spec: StageSpec) -> None:
+    """Delete what was kept to resume a stage that is committed now, unless somebody is still at work there."""
+    if not may_be_held(spec.work):
+        open_storage(spec.work).delete_all()
+
+
 class Watch:
     """Tells whether a holder is gone, by what its watcher sees and the watcher's own clock."""
 

@@ -57,6 +57,7 @@ def execute(
         open_storage(spec.work).delete_all()
     else:
         settle_stage(spec)
+        lease.clear_work(spec)  # its maker may have been killed before it could
     artifact = artifacts.committed(spec.target)
     assert artifact is not None, "the lease is held until there is a committed artifact"
     return artifact

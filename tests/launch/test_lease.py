@@ -25,6 +25,7 @@ from genpipe.launch.lease import (
     LeaseLost,
     Watch,
     check,
+    clear_work,
     find_holder,
     hold,
     may_be_held,
@@ -223,6 +224,25 @@ def test_two_runs_of_one_stage_make_one_artifact(tmp_path: Path) -> None:
     assert manifest.environment["attempt"].startswith("genpipe-toy_data-")
     assert not list(open_storage(spec.work).list())
     assert len({int(p.stat().st_mtime_ns) for p in Path(spec.target.uri).glob("part-*.npy")}) == 8
+
+
+def test_whoever_finds_a_stage_committed_deletes_what_a_killed_maker_left(
+    holder: tuple[StageSpec, subprocess.Popen[str]], tmp_path: Path
+) -> None:
+    spec, process = holder
+    clear_work(spec)
+    assert list(open_storage(spec.work).list()), "somebody is at work there"
+    process.kill()
+    wait_for(lambda: not may_be_held(spec.work), seconds=20)
+    clear_work(spec)
+    assert not list(open_storage(spec.work).list())
+
+    made = Toys(tmp_path / "other").spec("toy_data", parts=2)
+    made = made.model_copy(update={"tracking_uri": "jsonl"})
+    run_local(made)
+    open_storage(made.work).write("checkpoints/left/manifest.json", b"{}")
+    run_local(made)
+    assert not list(open_storage(made.work).list())
 
 
 def test_a_run_that_takes_over_goes_on_from_what_is_there(tmp_path: Path) -> None:
