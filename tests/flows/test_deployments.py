@@ -134,11 +134,11 @@ def test_a_worker_runs_a_deployment_and_a_cancel_stops_its_job(server: str, tmp_
             with get_client(sync_client=True) as client:
                 run = client.read_flow_run(deployments.start("toy"))
                 ray = connect(head.address, token=head.token)
-                wait_for(lambda: "toy_line" in running(ray), seconds=120)
+                wait_for(lambda: "toy_line" in running(ray), seconds=180)
                 client.set_flow_run_state(run.id, Cancelling(), force=True)  # what the page's button does
                 begun = datetime.now()
-                wait_for(lambda: not running(ray), seconds=60)
-                wait_for(lambda: client.read_flow_run(run.id).state_name == "Cancelled", seconds=60)
+                wait_for(lambda: not running(ray), seconds=180)
+                wait_for(lambda: client.read_flow_run(run.id).state_name == "Cancelled", seconds=180)
             print("cancelled after", datetime.now() - begun)
         finally:
             worker.terminate()
