@@ -206,6 +206,7 @@ class _ProofRuntime:
     world_size: int
     device: torch.device
     checkpoints: CheckpointStore
+    round_seconds: float = 0.0
     logged: int = 0
     """The last step that was logged, which rank 0 does after each."""
 

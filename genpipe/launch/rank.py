@@ -101,6 +101,7 @@ class RankRuntime:
     should_stop: Callable[[], bool]
     enter: Callable[[Phase], None]
     environment: dict[str, str] = field(default_factory=dict)
+    round_seconds: float = 0.1
     telling: Background = field(default_factory=Background)
 
     def __enter__(self) -> RankRuntime:

@@ -13,7 +13,6 @@ from genpipe.training.runtime import Runtime
 PATIENCE = timedelta(days=1)
 """For which a collective waits for a slow rank: whether one hangs is for a watchdog to say, not for a timeout."""
 
-ROUND_SECONDS = 0.1
 MOST_STEPS = 1000
 
 
@@ -25,10 +24,10 @@ class Agreement:
     when it has long been there. With it rank 0 says in how many steps they exchange the next ones.
     """
 
-    def __init__(self, rt: Runtime, *, flags: int, round_seconds: float = ROUND_SECONDS) -> None:
+    def __init__(self, rt: Runtime, *, flags: int) -> None:
         self._group = dist.new_group(backend="gloo", timeout=PATIENCE) if rt.world_size > 1 else None
         self._leads = rt.rank == 0
-        self._round_seconds = round_seconds
+        self._round_seconds = rt.round_seconds
         self._values = torch.zeros(flags + 1, dtype=torch.int32)
         self._work: dist.Work | None = None
         self._steps = self._until = 1

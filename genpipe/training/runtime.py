@@ -26,6 +26,9 @@ class Runtime(Protocol):
     checkpoints: CheckpointStore
     """The checkpoints of this training, and this rank's way to put one there."""
 
+    round_seconds: float
+    """How long ranks go on before they tell one another of stops and checkpoints that are due; 0: every step."""
+
     def log(self, metrics: dict[str, float], *, samples_seen: int) -> None:
         """Record host values by name."""
         ...

@@ -39,6 +39,7 @@ class FolderRuntime:
     events: list[str] = field(default_factory=list)
     reported: list[int] = field(default_factory=list)
     phases: dict[str, int] = field(default_factory=dict)
+    round_seconds: float = 0.1
     checkpoints: CheckpointStore = field(init=False)
 
     def __post_init__(self) -> None:

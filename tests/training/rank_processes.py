@@ -100,8 +100,8 @@ def count_damage(rank: int, folder: str) -> None:
 def agree(rank: int, folder: str, round_seconds: float) -> None:
     """One of two processes: rank 1 raises a flag from its fourth step until it is seen; each tells when it saw it."""
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=RANKS)
-    rt = FolderRuntime(Path(folder), rank=rank, world_size=RANKS)
-    agreement = Agreement(rt, flags=2, round_seconds=round_seconds)
+    rt = FolderRuntime(Path(folder), rank=rank, world_size=RANKS, round_seconds=round_seconds)
+    agreement = Agreement(rt, flags=2)
     seen: list[int] = []
     rounds = 0
     for step in range(400):
