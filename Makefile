@@ -13,7 +13,7 @@ export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export DO_NOT_TRACK := true
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: demo test checks lint types imports tests chaos bench-data bench-train bench-gpu format clean
+.PHONY: demo test checks lint types imports tests cluster chaos bench-data bench-train bench-gpu format clean
 
 demo: $(READY)
 	@echo "== running the pipeline $(CONFIG)"
@@ -38,9 +38,18 @@ imports: $(READY)
 	@echo "== import rules"
 	$(BIN)/lint-imports
 
+# What starts a Ray or a Prefect of its own wants the machine for itself.
+WHOLE := tests/flows tests/launch tests/chaos
+
 tests: $(READY)
 	@echo "== tests"
-	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(WHOLE:%=--ignore=%)
+	@echo "== tests of whole runs"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not cluster" $(WHOLE)
+
+# A deployment on a Prefect server, run by a worker on a Ray head; minutes.
+cluster: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m cluster
 
 # Faults injected into real runs, a line each; about an hour, with root's rights for some of them. CHAOS="--only NAME --seed 1"
 chaos: $(READY)

@@ -101,7 +101,7 @@ def pause(name: str, *, paused: bool = True) -> Deployed:
     """Stop or go on scheduling runs of a deployment. Raises ValueError if there is none of this name."""
     with _client() as client:
         found = _found(client, name)
-        client.set_deployment_paused_state(found, paused)
+        (client.pause_deployment if paused else client.resume_deployment)(found)
         return _described(client, found)
 
 

@@ -101,8 +101,9 @@ def test_without_a_server_there_is_a_sentence(tmp_path: Path) -> None:
         deployments.deploy(str(path))
 
 
+@pytest.mark.cluster
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)
 def test_a_worker_runs_a_deployment_and_a_cancel_stops_its_job(server: str, tmp_path: Path, prefect_home: Path) -> None:
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     with local_head(os.environ | TUNING | {"PATH": path, "PYTHONPATH": str(TOYS)}) as head:
