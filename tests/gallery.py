@@ -59,6 +59,7 @@ class Gallery:
         fingerprint = artifacts.fingerprint(identity)
         uri = artifacts.artifact_uri(str(self.store), kind, fingerprint)
         target = Artifact(kind=kind, uri=uri, fingerprint=fingerprint, meta=meta)
+        open_storage(target.uri).delete_all()  # a manifest is never replaced
         return artifacts.commit(target, folder=folder, identity=identity, config={}, inputs={}, metrics={})
 
     def shards(
