@@ -11,6 +11,7 @@ import torch
 from local_ranks import BATCH, STEPS, Line, statuses
 from toybox import Toys, wait_for
 
+from genpipe import artifacts
 from genpipe.launch import stopping
 from genpipe.launch.local import run_local
 from genpipe.launch.stopping import StageStopped
@@ -92,8 +93,12 @@ def test_a_request_in_the_work_folder_is_heard_and_answered(tmp_path: Path) -> N
 
 def test_a_data_stage_stops_between_its_parts(tmp_path: Path) -> None:
     spec = Toys(tmp_path).spec("toy_data", parts=4, seconds=0.7)
-    request = threading.Timer(1.0, stopping.request_stop, (spec, "cancelled"), {"by": "somebody"})
-    request.start()
+
+    def request() -> None:
+        wait_for(lambda: artifacts.finished_parts(spec.target.uri))
+        stopping.request_stop(spec, "cancelled", by="somebody")
+
+    threading.Thread(target=request).start()
     with pytest.raises(StageStopped, match=r"cancelled at [123] of 4 parts \(somebody\); the same command goes on"):
         run_local(spec)
     assert run_local(spec).meta["samples"] == 400, "the same command finishes it"
