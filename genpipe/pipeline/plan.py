@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -139,7 +140,12 @@ def spec_of(
 
 
 def git_revision() -> str:
-    """The commit of the working tree, with `-dirty` where it was changed; empty outside a checkout."""
+    """The commit of the working tree, with `-dirty` where it was changed; empty outside a checkout.
+
+    GENPIPE_REVISION says it where no `.git` is, as in an image.
+    """
+    if told := os.environ.get("GENPIPE_REVISION"):
+        return told
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
     try:
         here = Path(__file__).parent

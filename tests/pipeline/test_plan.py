@@ -63,6 +63,11 @@ def test_everything_is_cached_after_a_run(tiny: TinyPipeline) -> None:
     assert seeded["decoder"].why == "its input autoencoder changed; its input features changed"
 
 
+def test_an_image_says_which_commit_it_was_built_from(tiny: TinyPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GENPIPE_REVISION", "0123abcd")
+    assert tiny.spec("shard").git_revision == "0123abcd"
+
+
 RESOURCES = {
     "workers": 4,
     "cpus": 2.0,
