@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 from uuid import UUID
 
+import httpx
 import yaml
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.actions import WorkPoolCreate
@@ -31,7 +32,7 @@ from prefect.client.schemas.filters import (
 from prefect.client.schemas.objects import ConcurrencyLimitConfig, ConcurrencyLimitStrategy, FlowRun, StateType
 from prefect.client.schemas.sorting import FlowRunSort
 from prefect.deployments.runner import EntrypointType
-from prefect.exceptions import ObjectNotFound
+from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
 from prefect.schedules import Cron
 from prefect.settings import get_current_settings
 from prefect.workers.process import ProcessWorker
@@ -43,6 +44,7 @@ from genpipe.pipeline.graph import Pipeline, load_pipeline
 from genpipe.storage import join, open_storage
 
 POOL = "genpipe"
+REACH_SECONDS = 15.0
 Overlap = Literal["queue", "skip"]
 """What happens to a run that is due while the one before still runs."""
 
@@ -79,9 +81,9 @@ def deploy(
     no Prefect server is configured or the schedule cannot be read.
     """
     pipeline = load_pipeline(path, overrides)
-    uri = _publish(pipeline, path, overrides)
     schedule = {"schedule": Cron(cron, timezone=timezone)} if cron else {}
     with _client() as client:
+        uri = _publish(pipeline, path, overrides)
         _make_pool(client, pool)
         made: Any = pipeline_flow.to_deployment(
             name=pipeline.cfg.name,
@@ -137,12 +139,25 @@ def recent_runs(pipeline: str = "", *, limit: int = 20) -> list[FlowRun]:
 
 
 def _client() -> SyncPrefectClient:
-    if get_current_settings().api.url is None:
+    """A client of the server that is configured. Raises ValueError if there is none, or it does not let us in."""
+    url = get_current_settings().api.url
+    if url is None:
         raise ValueError(
             "PREFECT_API_URL: names no Prefect server, and a deployment needs one that stays; start one with "
             "`prefect server start`, or see infra/README.md"
         )
-    return get_client(sync_client=True)
+    client = get_client(sync_client=True, httpx_settings={"timeout": REACH_SECONDS})
+    try:
+        client.read_work_pools(limit=1)
+    except PrefectHTTPStatusError as error:
+        if error.response.status_code not in (401, 403):
+            raise
+        raise ValueError(f"PREFECT_API_URL: {url} asks for a login; set PREFECT_API_AUTH_STRING") from None
+    except httpx.HTTPError as error:
+        raise ValueError(
+            f"PREFECT_API_URL: no Prefect server at {url} ({error}); start it, or correct the variable"
+        ) from None
+    return client
 
 
 def _publish(pipeline: Pipeline, path: str, overrides: Sequence[str]) -> str:

@@ -95,6 +95,19 @@ def test_a_path_that_means_another_place_on_a_worker_is_refused(server: str, tmp
         deployments.deploy(str(path))
 
 
+def test_what_keeps_a_deployment_from_being_made_is_a_sentence(tmp_path: Path) -> None:
+    path = pipeline(tmp_path)
+    with pytest.raises(ValueError, match="Invalid cron string"):
+        deployments.deploy(str(path), cron="at three")
+    absent = "http://127.0.0.1:9/api"
+    with (
+        temporary_settings({PREFECT_API_URL: absent}),
+        pytest.raises(ValueError, match=f"no Prefect server at {absent}"),
+    ):
+        deployments.deploy(str(path))
+    assert not (tmp_path / "store").exists()
+
+
 def test_without_a_server_there_is_a_sentence(tmp_path: Path) -> None:
     path = pipeline(tmp_path)
     with temporary_settings(restore_defaults={PREFECT_API_URL}), pytest.raises(ValueError, match="PREFECT_API_URL"):

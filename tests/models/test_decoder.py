@@ -162,17 +162,20 @@ def parameters(cfg: DecoderConfig, **sizes: int) -> int:
         return sum(p.numel() for p in Decoder(cfg, **sizes).parameters())
 
 
+LATENT_DIFFUSION = UNetConfig(
+    width=320,
+    multipliers=(1, 2, 4, 4),
+    attention_at=(1, 2, 4),
+    attention="transformer",
+    heads=8,
+    modulation="add",
+    resample="conv",
+)
+"""The U-Net of Rombach et al. 2022 for text, and of Stable Diffusion 1."""
+
+
 def test_latent_diffusion_is_stable_diffusions_unet_and_nothing_more() -> None:
-    unet = UNetConfig(
-        width=320,
-        multipliers=(1, 2, 4, 4),
-        attention_at=(1, 2, 4),
-        attention="transformer",
-        heads=8,
-        modulation="add",
-        resample="conv",
-    )
-    cfg = DecoderConfig(denoiser=unet, image_embed=False, null_text="encoder")
+    cfg = DecoderConfig(denoiser=LATENT_DIFFUSION, image_embed=False, null_text="encoder")
     assert parameters(cfg, latent_channels=4, embed_dim=768, text_width=768) == 859_520_964
 
 
@@ -182,20 +185,11 @@ def test_latent_diffusions_text_to_image_model_has_its_published_size() -> None:
     Its text transformer has, beside what ours has, a table of 30,522 tokens, 77 positions, and an output layer of as
     many tokens that nothing reads; ours has a projection of the encodings that it is given instead.
     """
-    unet = UNetConfig(
-        width=320,
-        multipliers=(1, 2, 4, 4),
-        attention_at=(1, 2, 4),
-        attention="transformer",
-        heads=8,
-        modulation="add",
-        resample="conv",
-    )
     text = TextTransformerConfig(
         width=1280, depth=32, heads=8, head_width=64, qk_norm=False, qkv_bias=False, pooled=False
     )
     with torch.device("meta"):
-        cfg = DecoderConfig(denoiser=unet, text_transformer=text, image_embed=False)
+        cfg = DecoderConfig(denoiser=LATENT_DIFFUSION, text_transformer=text, image_embed=False)
         model = Decoder(cfg, latent_channels=4, text_width=512)
     assert model.text_transformer is not None
     count = {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()}
