@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -138,7 +139,8 @@ def recent_runs(pipeline: str = "", *, limit: int = 20) -> list[FlowRun]:
     return list(found)
 
 
-def _client() -> SyncPrefectClient:
+@contextmanager
+def _client() -> Iterator[SyncPrefectClient]:
     """A client of the server that is configured. Raises ValueError if there is none, or it does not let us in."""
     url = get_current_settings().api.url
     if url is None:
@@ -146,7 +148,12 @@ def _client() -> SyncPrefectClient:
             "PREFECT_API_URL: names no Prefect server, and a deployment needs one that stays; start one with "
             "`prefect server start`, or see infra/README.md"
         )
-    client = get_client(sync_client=True, httpx_settings={"timeout": REACH_SECONDS})
+    with get_client(sync_client=True, httpx_settings={"timeout": REACH_SECONDS}) as client:
+        _check_reachable(client, url)
+        yield client
+
+
+def _check_reachable(client: SyncPrefectClient, url: str) -> None:
     try:
         client.read_work_pools(limit=1)
     except PrefectHTTPStatusError as error:
@@ -157,7 +164,6 @@ def _client() -> SyncPrefectClient:
         raise ValueError(
             f"PREFECT_API_URL: no Prefect server at {url} ({error}); start it, or correct the variable"
         ) from None
-    return client
 
 
 def _publish(pipeline: Pipeline, path: str, overrides: Sequence[str]) -> str:
