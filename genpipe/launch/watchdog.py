@@ -158,7 +158,8 @@ class _Others:
 def behind(reports: Mapping[int, Report], world_size: int, *, give_up: bool) -> list[int]:
     """The ranks that hold up a group, by the reports of all; none while one may only be slow.
 
-    A rank that nothing is heard of is waited for, too, until it is time to `give_up`: then its machine is gone.
+    A rank that nothing is heard of is waited for, too, until it is time to `give_up`: then its machine is gone. Of
+    ranks that got equally far, those that a signal has stopped are to blame.
     """
     if not all(report.hung for report in reports.values()):
         return []
@@ -166,7 +167,8 @@ def behind(reports: Mapping[int, Report], world_size: int, *, give_up: bool) -> 
     if silent:
         return silent if give_up else []
     least = min(report.entered for report in reports.values())
-    return [rank for rank, report in reports.items() if report.entered == least]
+    last = [rank for rank, report in reports.items() if report.entered == least]
+    return [rank for rank in last if reports[rank].state] or last
 
 
 def last_hang(work: str, *, since: float) -> str:

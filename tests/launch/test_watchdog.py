@@ -69,8 +69,8 @@ def test_a_rank_that_waits_for_its_data_does_not_hang_nor_do_those_that_wait_for
         assert statuses(ranks) == [0, 0]
 
 
-def report(rank: int, *, entered: int, hung: bool = True) -> Report:
-    return Report(rank, 100 + rank, "host", entered, "backward", 9.0, True, "", hung, 1)
+def report(rank: int, *, entered: int, hung: bool = True, state: str = "") -> Report:
+    return Report(rank, 100 + rank, "host", entered, "backward", 9.0, True, state, hung, 1)
 
 
 @pytest.mark.parametrize(
@@ -78,11 +78,12 @@ def report(rank: int, *, entered: int, hung: bool = True) -> Report:
     [
         ([report(0, entered=8), report(1, entered=7), report(2, entered=8)], False, [1]),
         ([report(0, entered=8), report(1, entered=8), report(2, entered=8)], False, [0, 1, 2]),
+        ([report(0, entered=8), report(1, entered=8, state="stopped"), report(2, entered=9)], False, [1]),
         ([report(0, entered=8), report(1, entered=7, hung=False), report(2, entered=8)], True, []),
         ([report(0, entered=8), report(1, entered=8)], False, []),
         ([report(0, entered=8), report(1, entered=8)], True, [2]),
     ],
-    ids=["the one behind", "all alike", "one is busy", "one not heard of", "one not heard of for long"],
+    ids=["the one behind", "all alike", "one is stopped", "one is busy", "one not heard of", "one not heard of for long"],
 )
 def test_those_that_are_behind_hold_up_the_rest(reports: list[Report], give_up: bool, blamed: list[int]) -> None:
     assert behind({each.rank: each for each in reports}, 3, give_up=give_up) == blamed
