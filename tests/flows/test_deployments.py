@@ -89,6 +89,14 @@ def test_a_deployment_is_made_listed_changed_and_removed(server: str, tmp_path: 
 
 
 @pytest.mark.slow
+def test_runs_of_a_schedule_are_made_by_the_server(server: str, tmp_path: Path) -> None:
+    deployments.deploy(str(pipeline(tmp_path)), cron="0 3 * * *", timezone="UTC")
+    [found] = wait_for(lambda: [each for each in deployments.deployments() if each.next_run], seconds=120)
+    assert (found.next_run.hour, found.next_run.minute) == (3, 0)
+    deployments.remove("emoji")
+
+
+@pytest.mark.slow
 def test_a_path_that_means_another_place_on_a_worker_is_refused(server: str, tmp_path: Path) -> None:
     path = pipeline(tmp_path, store="store")
     with pytest.raises(ConfigError, match=r"emoji\.yaml: store: .* s3://"):
