@@ -45,11 +45,12 @@ tests: $(READY)
 	@echo "== tests"
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(WHOLE:%=--ignore=%)
 	@echo "== tests of whole runs"
-	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not cluster" $(WHOLE)
+	OMP_NUM_THREADS=1 $(BIN)/pytest $(WHOLE)
 
-# A deployment on a Prefect server, run by a worker on a Ray head; minutes.
+# One machine plays a cluster, in network namespaces; a line a claim. About half an hour, with root's rights and PostgreSQL.
 cluster: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/pytest -m cluster
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[cluster]'
+	$(BIN)/python tests/cluster $(CLUSTER)
 
 # Faults injected into real runs, a line each; about an hour, with root's rights for some of them. CHAOS="--only NAME --seed 1"
 chaos: $(READY)

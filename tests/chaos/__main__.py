@@ -27,7 +27,7 @@ from chaos import processes, verdict  # noqa: E402
 from chaos.faults import FAULTS, Fault, strike  # noqa: E402
 from chaos.lab import WORKERS, Case, Lab  # noqa: E402
 from chaos.moments import Missed  # noqa: E402
-from chaos.services import Missing  # noqa: E402
+from hosts import Missing  # noqa: E402
 
 SECONDS = {"alone": 240.0, "torchrun": 300.0, "pipeline": 600.0}
 """What a command may take after the strike, on a machine that has other work, too."""

@@ -17,14 +17,11 @@ from contextlib import suppress
 from pathlib import Path
 
 from chaos import processes
+from hosts import Missing
 from seaweed import Seaweed, free_ports
 
 REFUSAL = b"""<?xml version="1.0" encoding="UTF-8"?><Error><Code>SlowDown</Code><Message>Please reduce your \
 request rate.</Message></Error>"""
-
-
-class Missing(Exception):
-    """This machine cannot have what a fault needs; the text says why."""
 
 
 class Proxy:

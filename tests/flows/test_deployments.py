@@ -122,7 +122,6 @@ def test_without_a_server_there_is_a_sentence(tmp_path: Path) -> None:
         deployments.deploy(str(path))
 
 
-@pytest.mark.cluster
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_a_worker_runs_a_deployment_and_a_cancel_stops_its_job(server: str, tmp_path: Path, prefect_home: Path) -> None:
