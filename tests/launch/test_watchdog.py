@@ -83,7 +83,7 @@ def report(rank: int, *, entered: int, hung: bool = True, state: str = "") -> Re
         ([report(0, entered=8), report(1, entered=8)], False, []),
         ([report(0, entered=8), report(1, entered=8)], True, [2]),
     ],
-    ids=["the one behind", "all alike", "one is stopped", "one is busy", "one not heard of", "one not heard of for long"],
+    ids=["the one behind", "all alike", "one is stopped", "one is busy", "one is silent", "one is silent for long"],
 )
 def test_those_that_are_behind_hold_up_the_rest(reports: list[Report], give_up: bool, blamed: list[int]) -> None:
     assert behind({each.rank: each for each in reports}, 3, give_up=give_up) == blamed
