@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 from genpipe import artifacts, config
@@ -15,6 +12,7 @@ from genpipe.artifacts import Artifact, Manifest, ManifestError
 from genpipe.config import ConfigError
 from genpipe.pipeline.graph import Instance, Pipeline, is_uri, misfit
 from genpipe.pipeline.spec import StageSpec
+from genpipe.revision import git_revision
 from genpipe.stage_config import UNFINGERPRINTED
 from genpipe.stages import is_training
 from genpipe.storage import join, open_storage
@@ -137,21 +135,6 @@ def spec_of(
         pipeline_run_id=pipeline_run_id,
         links=dict(links or {}),
     )
-
-
-def git_revision() -> str:
-    """The commit of the working tree, with `-dirty` where it was changed; empty outside a checkout.
-
-    GENPIPE_REVISION says it where no `.git` is, as in an image.
-    """
-    if told := os.environ.get("GENPIPE_REVISION"):
-        return told
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
-    try:
-        here = Path(__file__).parent
-        return subprocess.run(command, cwd=here, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return ""
 
 
 def _source_digest(instance: Instance, *, sources: bool) -> str:
