@@ -9,155 +9,106 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from genpipe.cli import console
-from genpipe.config import ConfigError, changed
-from genpipe.stage_config import UNFINGERPRINTED
+from genpipe.config import ConfigError
 
 if TYPE_CHECKING:
-    from genpipe.artifacts import Artifact, Manifest
-    from genpipe.generation.systems import Conditions, System
-    from genpipe.pipeline.graph import Pipeline
+    from PIL import Image
+
+GRID = "grid.png"
+GRID_ROWS = 64
 
 
 def sample(
-    source: Annotated[str, typer.Argument(metavar="SOURCE", help="pipeline YAML, or the URI of a system")],
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="SOURCE",
+            help="a pipeline's YAML file, a store with one system, a system's URI, or models:/NAME@ALIAS",
+        ),
+    ],
     prompts: Annotated[list[str] | None, typer.Argument(metavar="[PROMPT]...", help="what to draw")] = None,
+    prompt_file: Annotated[
+        str, typer.Option("--prompts", metavar="FILE", help="draw these as well, one a line; may be under s3://")
+    ] = "",
     system: Annotated[str, typer.Option("--system", help="which of the pipeline's systems, if it has several")] = "",
     labels: Annotated[
         list[str] | None, typer.Option("--label", help="a class to draw, by name or number; may be repeated")
     ] = None,
-    out: Annotated[Path, typer.Option("--out", help="the PNG to write")] = Path("grid.png"),
-    seed: Annotated[int, typer.Option(help="the same seed and prompts give the same pictures")] = 0,
+    out: Annotated[
+        Path, typer.Option("--out", help="a PNG for the grid; or a folder for each picture by itself, and the grid")
+    ] = Path(GRID),
+    seed: Annotated[int, typer.Option(help="the same prompts, seed and batch size give the same pictures")] = 0,
     each: Annotated[int, typer.Option("--each", min=1, help="pictures of each prompt or class")] = 4,
+    steps: Annotated[int | None, typer.Option(min=1, help="of the decoder's sampler; default: as trained")] = None,
+    guidance: Annotated[
+        float | None, typer.Option(min=0, help="the decoder's guidance scale, 1 for none; default: as trained")
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option("--batch-size", min=1, help="pictures drawn at a time")] = None,
 ) -> None:
-    """Draw pictures of prompts with a trained system and write them as one PNG.
+    """Draw pictures of prompts with a trained system. The training data are not needed.
 
-    Example: `genpipe sample configs/pipeline/demo.yaml "an emoji of a red apple, twemoji style" --out apple.png`
+    Writes one PNG, a grid with a row for each prompt. With a folder as `--out` each picture is a file of its own, too,
+    `00000.png` and so on, whose text fields have its prompt, seed and the system's fingerprint; the grid is then in the
+    folder and shows the first 64 prompts.
+
+    Examples: `genpipe sample configs/pipeline/demo.yaml "a red apple, drawn in twemoji style" --out apple.png`,
+    `genpipe sample runs/demo --prompts prompts.txt --each 1 --out pictures`
     """
-    import torch
+    folder = _folder(out)
+    texts = list(prompts or [])
+    if prompt_file:
+        from genpipe.generation.prompts import read_prompts
+
+        texts += read_prompts(prompt_file, setting="--prompts")
+
+    from genpipe import api
+
+    drawn = api.load(source, system=system).sample(
+        texts,
+        labels=labels or [],
+        each=each,
+        seed=seed,
+        steps=steps,
+        guidance_scale=guidance,
+        batch_size=batch_size or api.BATCH_SIZE,
+        on_picture=None if folder is None else lambda picture: _write(picture, folder),
+    )
+    grid = out if folder is None else folder / GRID
+    _write_grid(drawn[: GRID_ROWS * each], grid, each=each)
+    many = f" and {len(drawn)} pictures beside it" if folder else ""
+    console.out.print(f"wrote {grid}{many}", highlight=False, soft_wrap=True)
+
+
+def _folder(out: Path) -> Path | None:
+    """The folder for single pictures, None for a grid alone; made, as is that of the grid. Raises ConfigError."""
+    single = out.suffix.lower() == ".png" and not out.is_dir()
+    if not single and out.suffix.lower() in (".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"):
+        raise ConfigError(f"--out {out}: pictures are written as PNG; name a .png file, or a folder")
+    try:
+        (out.parent if single else out).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--out {out}: the folder cannot be made ({error}); name another") from None
+    return None if single else out
+
+
+def _write(picture: Image.Image, folder: Path) -> None:
+    """One picture, with what is known of it in the PNG's text fields."""
+    from PIL.PngImagePlugin import PngInfo
+
+    fields = PngInfo()
+    for name, text in picture.info.items():
+        fields.add_text(str(name), text)
+    picture.save(folder / f"{int(picture.info['number']):05d}.png", pnginfo=fields)
+
+
+def _write_grid(pictures: Sequence[Image.Image], path: Path, *, each: int) -> None:
+    import numpy as np
     from PIL import Image
 
-    from genpipe.data.image_batches import to_uint8
-    from genpipe.evaluation.grids import hwc, labeled_grid
-    from genpipe.generation.systems import load_system
-    from genpipe.training.stream import seeded
+    from genpipe.evaluation.grids import labeled_grid
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    loaded = load_system(_system(source, system), device=device)
-    captions, conditions = _conditions(loaded, prompts or [], labels or [], each=each)
-    with torch.no_grad():
-        pictures = hwc(to_uint8(loaded.sample(conditions, generator=seeded(device, seed, *captions))))
-    rows = [pictures[i : i + each] for i in range(0, len(pictures), each)]
-    picture = labeled_grid(rows, captions=captions, columns=[""] * each, cell=loaded.size)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(picture).save(out)
-    console.out.print(f"wrote {out}", highlight=False)
-
-
-def _conditions(
-    system: System, prompts: Sequence[str], labels: Sequence[str], *, each: int
-) -> tuple[list[str], Conditions]:
-    """The captions of the rows, and what the system is told of all pictures.
-
-    Raises ConfigError for what the system is not conditioned on, and for what it must be told and is not.
-    """
-    from genpipe.generation.conditions import Conditions
-
-    given = {"text": ("PROMPT", len(prompts)), "label": ("--label", len(labels))}
-    for condition, (option, count) in given.items():
-        if count and condition not in system.conditioned_on:
-            known = " and ".join(sorted(system.conditioned_on)) or "nothing"
-            raise ConfigError(f"{option}: the system is conditioned on {known}; leave it out")
-        if not count and condition in system.conditioned_on:
-            raise ConfigError(f"{option}: required, as the system is conditioned on {condition}; say what to draw")
-    if system.conditioned_on == {"text", "label"} and len(prompts) != len(labels):
-        raise ConfigError(f"--label: the system takes one for each prompt, not {len(labels)} for {len(prompts)}")
-    numbers = [_class(system, label) for label in labels]
-    rows = list(prompts) or [system.classes[number] for number in numbers] or [""]
-    texts = [prompt for prompt in prompts for _ in range(each)]
-    repeated = [number for number in numbers for _ in range(each)]
-    return rows, Conditions(len(rows) * each, texts=texts or None, labels=repeated or None)
-
-
-def _class(system: System, label: str) -> int:
-    """The place of a class, given by name or place. Raises ConfigError."""
-    if label in system.classes:
-        return system.classes.index(label)
-    if label.isdecimal() and int(label) < len(system.classes):
-        return int(label)
-    few = ", ".join(system.classes[:10]) + (", ..." if len(system.classes) > 10 else "")
-    raise ConfigError(f"--label {label!r}: the system has no such class; it has {few}, numbered from 0")
-
-
-def _system(source: str, name: str) -> Artifact:
-    """The committed system that a pipeline's file or a URI stands for. Raises ConfigError."""
-    from genpipe.artifacts import read_manifest
-    from genpipe.pipeline.graph import load_pipeline
-    from genpipe.pipeline.plan import plan as plan_pipeline
-
-    if not source.endswith((".yaml", ".yml")):
-        manifest = read_manifest(source)
-        if manifest is None or manifest.artifact.kind != "system":
-            raise ConfigError(f"{source}: neither a pipeline's YAML file nor the folder of a system")
-        return manifest.artifact
-    pipeline = load_pipeline(source)
-    systems = [instance.name for instance in pipeline.instances.values() if instance.makes == "system"]
-    if name and name not in systems:
-        raise ConfigError(f"--system {name}: {source} has no such system; it has {', '.join(systems) or 'none'}")
-    if not name and len(systems) != 1:
-        raise ConfigError(f"{source}: has {len(systems)} systems ({', '.join(systems)}); name one with --system")
-    name = name or systems[0]
-    try:
-        planned = plan_pipeline(pipeline, only=[name])[-1]
-    except ConfigError as error:  # the data may be elsewhere by now, and the system does not need them
-        found = _made_without_data(pipeline, name)
-        if found is None:
-            raise ConfigError(f"{error}; nor is there a system of these settings in {pipeline.cfg.store}") from error
-        return found
-    if planned.status != "cached":
-        raise ConfigError(f"{source}: {name} is not made yet ({planned.why}); `genpipe run {source}` makes it")
-    return planned.artifact
-
-
-def _made_without_data(pipeline: Pipeline, name: str) -> Artifact | None:
-    """The newest committed system of these settings, whatever data it was trained on."""
-    from genpipe.artifacts import ManifestError, read_manifest
-    from genpipe.storage import join, open_storage
-
-    folder = join(pipeline.cfg.store, "artifacts", "system")
-    found: list[Manifest] = []
-    for artifact in open_storage(folder).folders():
-        try:
-            manifest = read_manifest(join(folder, artifact))
-        except ManifestError:
-            continue
-        if manifest is not None and _is_of(manifest, pipeline, name):
-            found.append(manifest)
-    return max(found, key=lambda manifest: manifest.created).artifact if found else None
-
-
-def _is_of(manifest: Manifest, pipeline: Pipeline, name: str) -> bool:
-    """Whether an artifact is one of this instance but for the content of the data: by settings, and so its inputs."""
-    from genpipe.artifacts import read_manifest
-    from genpipe.pipeline.graph import is_uri
-
-    instance = pipeline.instances[name]
-    identity = manifest.identity
-    settings = changed(instance.cfg, without=UNFINGERPRINTED)
-    if (identity["stage"], identity["version"], identity["settings"]) != (
-        instance.kind, instance.stage.VERSION, settings,
-    ):  # fmt: skip
-        return False
-    references = {
-        f"{role}.{i}" if instance.roles[role].several else role: reference
-        for role, several in instance.inputs.items()
-        for i, reference in enumerate(several)
-    }
-    if references.keys() != manifest.inputs.keys():
-        return False
-    for role, reference in references.items():
-        if is_uri(reference):
-            continue
-        made_from = read_manifest(manifest.inputs[role].uri, check_files=False)
-        if made_from is not None and not _is_of(made_from, pipeline, reference):  # shards may be gone as well
-            return False
-    return True
+    arrays = [np.asarray(picture) for picture in pictures]
+    captions = [picture.info.get("prompt", picture.info.get("label", "")) for picture in pictures[::each]]
+    rows = [arrays[i : i + each] for i in range(0, len(arrays), each)]
+    grid = labeled_grid(rows, captions=captions, columns=[""] * each, cell=len(arrays[0]))
+    Image.fromarray(grid).save(path)

@@ -110,7 +110,7 @@ def check_prompts(cfg: AnyConfig, *, system: Artifact, shard: Artifact | None) -
 
 def prompts_digest(cfg: AnyConfig) -> str:
     """sha256 (hex) of a prompt file, empty for other prompts. Raises ValueError where there is none."""
-    return hashlib.sha256(_read(cfg)).hexdigest() if isinstance(cfg, FilePrompts) else ""
+    return hashlib.sha256(_read(cfg.path, setting="prompts.path")).hexdigest() if isinstance(cfg, FilePrompts) else ""
 
 
 def open_prompts(
@@ -134,7 +134,7 @@ def open_prompts(
     elif isinstance(cfg, ListPrompts):
         found["heldout"] = [Prompt(clean_text(text)) for text in cfg.texts]
     elif isinstance(cfg, FilePrompts):
-        found["heldout"] = [Prompt(text) for text in _lines(cfg)]
+        found["heldout"] = [Prompt(text) for text in read_prompts(cfg.path)]
     elif isinstance(cfg, ClassPrompts):
         found["train"] = [Prompt(name, label) for label, name in enumerate(classes) for _ in range(cfg.count)]
     else:
@@ -182,20 +182,20 @@ def _captions(dataset: ShardDataset) -> Iterator[str]:
     return (dataset.captions(i)[0] for i in range(len(dataset)))
 
 
-def _read(cfg: FilePrompts) -> bytes:
+def read_prompts(path: str, *, setting: str = "prompts.path") -> list[str]:
+    """The prompts of a text file, one a line, without empty lines. Raises ValueError, naming `setting`, for none."""
     try:
-        return read_file(cfg.path)
-    except OSError as error:
-        raise ValueError(f"prompts.path: {cfg.path} cannot be read ({error}); correct the path") from None
-
-
-def _lines(cfg: FilePrompts) -> list[str]:
-    """The prompts of a file, without empty lines. Raises ValueError if there are none."""
-    try:
-        lines = _read(cfg).decode().splitlines()
+        lines = _read(path, setting=setting).decode().splitlines()
     except UnicodeDecodeError:
-        raise ValueError(f"prompts.path: {cfg.path} is not UTF-8; save it as UTF-8") from None
+        raise ValueError(f"{setting}: {path} is not UTF-8; save it as UTF-8") from None
     texts = [text for text in map(clean_text, lines) if is_visible(text)]
     if not texts:
-        raise ValueError(f"prompts.path: {cfg.path} holds no prompts; write one a line")
+        raise ValueError(f"{setting}: {path} holds no prompts; write one a line")
     return texts
+
+
+def _read(path: str, *, setting: str) -> bytes:
+    try:
+        return read_file(path)
+    except OSError as error:
+        raise ValueError(f"{setting}: {path} cannot be read ({error}); correct the path") from None

@@ -150,14 +150,16 @@ class StageKeeper:
             client.set_terminated(run_id, record.status, end_time=record.milliseconds)
 
     def _complete(self, record: Status) -> None:
-        """Record the committed artifact, its weights as a logged model if the stage trains, and end the run."""
+        """Record the committed artifact, as a logged model if it is trained weights or a system, and end the run."""
         client, run_id = self.client, self.run_id
         manifest = artifacts.read_manifest(self.spec.target.uri)
         if manifest is not None:
             client.log_dict(run_id, manifest.model_dump(mode="json"), "manifest.json")
             client.set_tag(run_id, "genpipe.meta", _json(manifest.artifact.meta)[:MAX_TAG])
-            if is_training(load_stage(self.spec.stage)):
-                _log_model(client, run_id, self.spec, manifest.artifact)
+            training = is_training(load_stage(self.spec.stage))
+            if training or manifest.artifact.kind == "system":
+                samples = int(self.spec.config["train"]["samples"]) if training else 0
+                _log_model(client, run_id, self.spec, manifest.artifact, samples=samples)
         _forget_error(client, client.get_run(run_id))
         client.set_terminated(run_id, "FINISHED", end_time=record.milliseconds)
 
@@ -338,8 +340,8 @@ def _models_of(client: MlflowClient, artifact: Artifact) -> list[str]:
     return [model.model_id for model in outputs.model_outputs] if outputs else []
 
 
-def _log_model(client: MlflowClient, run_id: str, spec: StageSpec, artifact: Artifact) -> None:
-    """Make the committed weights a logged model of the run, once."""
+def _log_model(client: MlflowClient, run_id: str, spec: StageSpec, artifact: Artifact, *, samples: int) -> None:
+    """Make the committed weights or system a logged model of the run, once, as of so many training samples."""
     from mlflow.entities import LoggedModelOutput
 
     run = client.get_run(run_id)
@@ -362,7 +364,7 @@ def _log_model(client: MlflowClient, run_id: str, spec: StageSpec, artifact: Art
         model_type="genpipe",
     )
     client.finalize_logged_model(model.model_id, "READY")
-    client.log_outputs(run_id, [LoggedModelOutput(model.model_id, int(spec.config["train"]["samples"]))])
+    client.log_outputs(run_id, [LoggedModelOutput(model.model_id, samples)])
 
 
 def _tags(tags: Mapping[str, str]) -> dict[str, str]:

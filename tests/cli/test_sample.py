@@ -95,9 +95,9 @@ def test_classes_are_drawn_by_name_or_number(genpipe: Command, pixel_tiny: TinyP
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        (("--label", "star"), ("--label", "star", "bar, circle, cross")),
-        (("a cross",), ("PROMPT", "label")),
-        ((), ("--label", "required")),
+        (("--label", "star"), ("labels", "star", "bar, circle, cross")),
+        (("a cross",), ("prompts", "label")),
+        ((), ("labels", "required")),
     ],
 )
 def test_what_a_class_conditional_system_is_not_told(
@@ -105,6 +105,60 @@ def test_what_a_class_conditional_system_is_not_told(
 ) -> None:
     code, _, error = genpipe("sample", pixel_tiny.run("system").uri, *arguments)
     assert code == 2 and all(part in error for part in named), error
+
+
+def test_a_folder_gets_each_picture_with_what_is_known_of_it(
+    genpipe: Command, tiny: TinyPipeline, tmp_path: Path
+) -> None:
+    """Prompts of arguments and of a file, in this order; the grid shows the same pictures."""
+    uri, out, lines = tiny.run("system").uri, tmp_path / "pictures", tmp_path / "prompts.txt"
+    lines.write_text("a blue bar\n\na green cross \u2014 \u732b\n")
+    arguments = ("a red circle", "--prompts", str(lines), "--each", "2", "--seed", "3", "--out", str(out))
+    code, said, error = genpipe("sample", uri, *arguments)
+    assert code == 0 and "6 pictures" in said, error
+    assert sorted(path.name for path in out.iterdir()) == [*(f"0000{i}.png" for i in range(6)), "grid.png"]
+    pictures = [Image.open(out / f"0000{i}.png") for i in range(6)]
+    prompts = ["a red circle", "a blue bar", "a green cross \u2014 \u732b"]
+    assert [picture.info["prompt"] for picture in pictures] == [prompt for prompt in prompts for _ in range(2)]
+    assert {picture.info["seed"] for picture in pictures} == {"3"}
+    grid = np.asarray(Image.open(out / "grid.png"))
+    for i, picture in enumerate(pictures):
+        assert picture.size == (32, 32) and contains(grid, np.asarray(picture)), i
+
+
+def contains(grid: np.ndarray, picture: np.ndarray) -> bool:
+    """Whether a picture lies somewhere in a grid, pixel for pixel."""
+    windows = np.lib.stride_tricks.sliding_window_view(grid, picture.shape)
+    corners = np.argwhere((windows[..., 0, 0, :] == picture[0, 0]).all(-1).squeeze(-1))
+    return any(np.array_equal(windows[y, x, 0], picture) for y, x in corners)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (("a bar", "--out", "apple.jpg"), ("--out apple.jpg", ".png")),
+        (("a bar", "--out", "setup.txt/pictures"), ("--out", "cannot be made")),
+        (("--prompts", "absent.txt"), ("--prompts", "absent.txt")),
+        (("--prompts", "setup.txt"), ("--prompts", "holds no prompts")),
+        (("a bar", " "), ("prompts[1]", "empty")),
+        (("a bar", "--steps", "0"), ("--steps",)),
+        (("a bar", "--label", "cross"), ("labels", "conditioned on text")),
+        ((), ("prompts", "required")),
+    ],
+)
+def test_each_mistake_is_named_and_nothing_drawn(
+    genpipe: Command,
+    tiny: TinyPipeline,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: tuple[str, ...],
+    named: tuple[str, ...],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("setup.txt").write_text("\n \n")
+    code, _, error = genpipe("sample", tiny.run("system").uri, *arguments)
+    assert code == 2 and all(part in error for part in named), error
+    assert [path.name for path in tmp_path.iterdir()] == ["setup.txt"]
 
 
 def test_what_is_no_system_is_refused(genpipe: Command, config: Path, tiny: TinyPipeline) -> None:

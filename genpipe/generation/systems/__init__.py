@@ -16,6 +16,7 @@ from torch import Tensor
 
 from genpipe.artifacts import Artifact, ManifestError, read_manifest
 from genpipe.config import by_kind
+from genpipe.diffusion.process import DiffusionConfig, SamplerConfig
 from genpipe.generation.conditions import Conditions
 from genpipe.generation.systems.latent import LatentConfig
 from genpipe.generation.systems.pixel import PixelConfig
@@ -44,6 +45,12 @@ class System(Protocol):
 
     size: int
     """Side of its pictures, in pixels."""
+
+    decoder_sampler: SamplerConfig
+    """How its decoder draws: as it was configured, unless it is replaced."""
+
+    decoder_diffusion: DiffusionConfig
+    """What its decoder was trained for, which says which samplers fit."""
 
     def sample(self, conditions: Conditions, *, generator: torch.Generator) -> Tensor:
         """Pictures fp32 [B, 3, size, size] in [-1, 1]; the same conditions and seed give the same pictures."""

@@ -62,7 +62,7 @@ class LatentSystem:
     """An autoencoder and a decoder of its latents, loaded, with what the decoder is told of the text."""
 
     def __init__(self, cfg: LatentConfig, parts: Mapping[str, Artifact], *, device: torch.device) -> None:
-        self.cfg, self.device = cfg, device
+        self.cfg, self.device, self.decoder_sampler = cfg, device, cfg.decoder
         promised = cfg.check(parts)
         self.size: int = promised["size"]
         self.conditioned_on = frozenset(promised["conditioned_on"])
@@ -86,7 +86,7 @@ class LatentSystem:
             given_of(conditions, self.conditioned_on, encode_text=self.encode_text, device=self.device),
             shape=(conditions.count, *self.latent_shape),
             diffusion=self.decoder_diffusion,
-            sampler=self.cfg.decoder,
+            sampler=self.decoder_sampler,
             generator=generator,
         )
         images = self.autoencoder.decode(self.latent_statistics.restore(latents), fp32=True).clamp(-1, 1)

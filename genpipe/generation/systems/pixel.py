@@ -42,7 +42,7 @@ class PixelSystem:
     """A decoder of pixels, loaded, and its upsamplers."""
 
     def __init__(self, cfg: PixelConfig, parts: Mapping[str, Artifact], *, device: torch.device) -> None:
-        self.cfg, self.device = cfg, device
+        self.cfg, self.device, self.decoder_sampler = cfg, device, cfg.decoder
         promised = cfg.check(parts)
         self.size: int = promised["size"]
         self.conditioned_on = frozenset(promised["conditioned_on"])
@@ -63,7 +63,7 @@ class PixelSystem:
             given_of(conditions, self.conditioned_on, device=self.device),
             shape=(conditions.count, 3, self.base_size, self.base_size),
             diffusion=self.decoder_diffusion,
-            sampler=self.cfg.decoder,
+            sampler=self.decoder_sampler,
             generator=generator,
         )
         images = pixels.clamp(-1, 1)

@@ -81,7 +81,7 @@ class UnclipSystem:
     classes: tuple[str, ...] = ()
 
     def __init__(self, cfg: UnclipConfig, parts: Mapping[str, Artifact], *, device: torch.device) -> None:
-        self.cfg, self.device = cfg, device
+        self.cfg, self.device, self.decoder_sampler = cfg, device, cfg.decoder
         self.size: int = cfg.check(parts)["size"]
         self.latent_shape = latent_shape(parts["autoencoder"])
         self.latent_statistics = latent_statistics(parts["decoder"].meta, device)
@@ -133,7 +133,7 @@ class UnclipSystem:
             Given(image_embed=embed, text=text),
             shape=(len(text.text_mask), *self.latent_shape),
             diffusion=self.decoder_diffusion,
-            sampler=self.cfg.decoder,
+            sampler=self.decoder_sampler,
             generator=generator,
         )
         return self.autoencoder.decode(self.latent_statistics.restore(latents), fp32=True).clamp(-1, 1)
