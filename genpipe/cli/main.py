@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from genpipe import __version__
 from genpipe.cli import console
 from genpipe.cli import data as data_commands
 from genpipe.cli import deploy as deploy_commands
+from genpipe.cli.init import init as init_command
 from genpipe.cli.prove import prove as prove_command
 from genpipe.cli.sample import sample as sample_command
 from genpipe.config import ConfigError
@@ -35,7 +37,7 @@ app = typer.Typer(
 A pipeline is one YAML file: a graph of stages, each with its settings and inputs. What a stage made is kept under a
 fingerprint of both, so a run does only what is not done yet.
 
-Begin with `genpipe doctor`, then `genpipe plan CONFIG`, then `genpipe run CONFIG`.
+Begin with `genpipe doctor`, then `genpipe init FOLDER --images YOUR_IMAGES`, then `genpipe run FOLDER/pipeline.yaml`.
 Any setting can be overridden: `genpipe run configs/pipeline/demo.yaml stages.decoder.train.samples=200000`.
 """,
 )
@@ -49,8 +51,22 @@ Overrides = Annotated[
 ]
 
 
+def _tell_version(asked: bool) -> None:
+    if asked:
+        from genpipe.revision import git_revision
+
+        revision = git_revision()
+        typer.echo(f"genpipe {__version__}{f' ({revision})' if revision else ''}")
+        raise typer.Exit
+
+
 @app.callback()
-def _options(debug: Annotated[bool, typer.Option("--debug", help="show stack traces")] = False) -> None:
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", help="show stack traces")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_tell_version, is_eager=True, help="say which version this is")
+    ] = False,
+) -> None:
     if debug:
         os.environ["GENPIPE_DEBUG"] = "1"
 
@@ -62,10 +78,10 @@ def run(config: ConfigFile, overrides: Overrides = None) -> None:
     Interrupted with Ctrl-C, or after a failure, the same command goes on from what is committed and from the last
     checkpoints. Exits 1 if a stage failed or the evaluation's gate was missed.
     """
-    from flows.pipeline import run_pipeline
+    from genpipe import api
 
     with _watched() as reporter:
-        results = run_pipeline(config, overrides or [], reporter=reporter)
+        results = api.run(config, overrides or [], reporter=reporter)
     _summary(results)
 
 
@@ -140,20 +156,19 @@ def plan(
     The hours are those of `--mfu` and `--peak` (of an H100 by default), and arithmetic alone: what reading and
     starting cost is not in them.
     """
-    from genpipe.pipeline.graph import load_pipeline
-    from genpipe.pipeline.plan import plan as plan_pipeline
+    from genpipe import api
 
-    pipeline = load_pipeline(config, overrides or [])
     try:
-        plans = plan_pipeline(pipeline)
+        plans = api.plan(config, overrides or [])
     except ConfigError as error:  # the costs are worth knowing before there are data; any other fault comes again
-        plans = plan_pipeline(pipeline, sources=False)
+        plans = api.plan(config, overrides or [], sources=False)
         console.problem(f"{error}; planned as if nothing were made yet")
     console.table(("stage", "", "why", "artifact"), [(p.name, p.status, p.why, p.artifact.uri) for p in plans])
     if graph is not None:
         from genpipe.pipeline.drawing import draw
+        from genpipe.pipeline.graph import load_pipeline
 
-        draw(plans, graph, title=pipeline.cfg.name)
+        draw(plans, graph, title=load_pipeline(config, overrides or []).cfg.name)
         console.out.print(f"wrote {graph}", highlight=False)
     _costs(plans, mfu=mfu, peak_tflops=peak, price=price)
 
@@ -179,6 +194,7 @@ def check(configs: Annotated[list[str], typer.Argument(metavar="CONFIG...", help
         raise ConfigError("\n".join(faults))
 
 
+app.command("init")(init_command)
 app.command()(sample_command)
 app.command()(prove_command)
 
