@@ -28,7 +28,7 @@ lint: $(READY)
 	@echo "== lint"
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/codespell genpipe flows docs configs infra README.md Makefile
+	$(BIN)/codespell genpipe flows docs configs infra README.md CONTRIBUTING.md Makefile
 
 types: $(READY)
 	@echo "== types"

@@ -195,9 +195,10 @@ class LoadedSystem:
 
     def _info(self, prompt: Prompt, *, seed: int, number: int) -> dict[str | tuple[int, int], str]:
         """What is known of a picture."""
-        facts = {"prompt": prompt.text, "label": self.classes[prompt.label] if prompt.label >= 0 else ""}
-        known = {name: text for name, text in facts.items() if text}
-        return {**known, "seed": str(seed), "number": str(number), "system": self.artifact.fingerprint}
+        label = self.classes[prompt.label] if prompt.label != NO_LABEL else ""
+        known = {"prompt": prompt.text, "label": label, "seed": str(seed), "number": str(number)}
+        known["system"] = self.artifact.fingerprint
+        return {name: text for name, text in known.items() if text}
 
 
 def _artifact(source: str, system: str, tracking_uri: str) -> Artifact:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import subprocess
@@ -91,8 +92,6 @@ def test_the_version_is_written_down_once_and_cited_as_it_is() -> None:
 
 def test_the_license_is_the_whole_of_apaches() -> None:
     """https://www.apache.org/licenses/LICENSE-2.0.txt, of which the owner's line alone is filled in."""
-    import hashlib
-
     ours = "Copyright 2026 The genpipe developers"
     text = (ROOT / "LICENSE").read_text()
     published = text.replace(ours, "Copyright [yyyy] [name of copyright owner]")

@@ -13,12 +13,13 @@ def main(stage: str, path: str, *overrides: str) -> int:
     import toybox
 
     toybox.install()
-    from flows.pipeline import run_one, run_pipeline
+    import genpipe
+    from flows.pipeline import run_one
     from flows.reporting import StageResult
 
     results: list[StageResult]
     try:
-        results = run_pipeline(path, overrides) if stage == "all" else [run_one(stage, path, overrides)]
+        results = genpipe.run(path, overrides) if stage == "all" else [run_one(stage, path, overrides)]
     except KeyboardInterrupt:
         print("interrupted", flush=True)
         return 130
