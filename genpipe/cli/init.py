@@ -52,7 +52,7 @@ def init(
 ) -> None:
     """Write a pipeline for your own images, FOLDER/pipeline.yaml, with a comment on each part, and check it.
 
-    What is not given is asked for on a terminal, and found out elsewhere.
+    On a terminal it asks for what is not given; elsewhere it takes what it finds.
 
     Example: `genpipe init mine --images ~/pictures --machine cpu`
     """

@@ -71,6 +71,9 @@ def _options(
         os.environ["GENPIPE_DEBUG"] = "1"
 
 
+app.command("init")(init_command)
+
+
 @app.command()
 def run(config: ConfigFile, overrides: Overrides = None) -> None:
     """Run a pipeline: every stage that is not done yet, side by side where resources allow.
@@ -194,7 +197,6 @@ def check(configs: Annotated[list[str], typer.Argument(metavar="CONFIG...", help
         raise ConfigError("\n".join(faults))
 
 
-app.command("init")(init_command)
 app.command()(sample_command)
 app.command()(prove_command)
 

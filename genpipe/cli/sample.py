@@ -74,7 +74,7 @@ def sample(
         on_picture=None if folder is None else lambda picture: _write(picture, folder),
     )
     grid = out if folder is None else folder / GRID
-    _write_grid(drawn[: GRID_ROWS * each], grid, each=each)
+    _write_grid(drawn if folder is None else drawn[: GRID_ROWS * each], grid, each=each)
     many = f" and {len(drawn)} pictures beside it" if folder else ""
     console.out.print(f"wrote {grid}{many}", highlight=False, soft_wrap=True)
 
