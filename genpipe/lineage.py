@@ -60,3 +60,31 @@ def check_lineage(inputs: Mapping[str, Artifact]) -> None:
                     f"{name} was made with {source} {trained[:12]}, but {source} here is {here[:12]}; "
                     f"use the {source} it was made with, or make {name} again"
                 )
+
+
+def clips_behind(*artifacts: Artifact) -> frozenset[str]:
+    """The fingerprints of the CLIPs that artifacts are, or that they were made with.
+
+    From `meta`, so that it is known of what is only planned: `clip` of a part, `clips` of a system and its samples.
+    What was committed before these had `clips` says it by its manifest.
+    """
+    found: set[str] = set()
+    for artifact in artifacts:
+        if artifact.kind == "clip":
+            found.add(artifact.fingerprint)
+        elif "clips" in artifact.meta:
+            found.update(artifact.meta["clips"])
+        elif "clip" in artifact.meta:
+            found.add(artifact.meta["clip"])
+        elif artifact.kind in ("system", "samples") and (manifest := read_manifest(artifact.uri)) is not None:
+            found |= clips_behind(*manifest.inputs.values())
+    return frozenset(found)
+
+
+def clips_content_behind(artifact: Artifact) -> frozenset[str]:
+    """The content digests of the CLIPs that a committed system, or its samples, was made with."""
+    if (manifest := read_manifest(artifact.uri)) is None:  # samples may outlive their system
+        return frozenset()
+    made_from = (of.meta["made_from"] for of in manifest.inputs.values() if "made_from" in of.meta)
+    behind = (clips_content_behind(of) for of in manifest.inputs.values() if of.kind == "system")
+    return frozenset(digests["clip"] for digests in made_from if "clip" in digests).union(*behind)

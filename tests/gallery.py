@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from genpipe.artifacts import Artifact
 from genpipe.config import Config
 from genpipe.data.features import write_features
 from genpipe.data.shards import ShardWriter, Split
+from genpipe.evaluation.metrics.features import FeatureMetric, Features, FeatureWorker, parts_of_sets
 from genpipe.evaluation.metrics.metric import Evaluation, Metric
 from genpipe.lineage import content_digest
 from genpipe.models.autoencoder import AutoencoderConfig, build_autoencoder
@@ -53,17 +55,26 @@ class Gallery:
 
     store: Path
 
-    def commit(self, kind: str, folder: Path, *, name: str = "", **meta: Any) -> Artifact:
-        """What lies in a folder as an artifact of this kind."""
-        identity = artifacts.identity(kind, version=1, settings={"name": name}, inputs={})
+    def commit(
+        self, kind: str, folder: Path, *, name: str = "", inputs: Mapping[str, Artifact] | None = None, **meta: Any
+    ) -> Artifact:
+        """What lies in a folder as an artifact of this kind, made from `inputs`."""
+        inputs = inputs or {}
+        identity = artifacts.identity(kind, version=1, settings={"name": name}, inputs=inputs)
         fingerprint = artifacts.fingerprint(identity)
         uri = artifacts.artifact_uri(str(self.store), kind, fingerprint)
         target = Artifact(kind=kind, uri=uri, fingerprint=fingerprint, meta=meta)
         open_storage(target.uri).delete_all()  # a manifest is never replaced
-        return artifacts.commit(target, folder=folder, identity=identity, config={}, inputs={}, metrics={})
+        return artifacts.commit(target, folder=folder, identity=identity, config={}, inputs=inputs, metrics={})
 
     def shards(
-        self, splits: Mapping[Split, Pictures], *, kind: str = "shards", name: str = "", each: int = 4
+        self,
+        splits: Mapping[Split, Pictures],
+        *,
+        kind: str = "shards",
+        name: str = "",
+        each: int = 4,
+        inputs: Mapping[str, Artifact] | None = None,
     ) -> Artifact:
         """Pictures as shards of `each` samples."""
         with tempfile.TemporaryDirectory() as out:
@@ -83,16 +94,23 @@ class Gallery:
                             captions=captions.split("|"),
                             meta={},
                         )
-            return self.commit(kind, Path(out), name=name)
+            return self.commit(kind, Path(out), name=name, inputs=inputs)
 
-    def clip(self, *, dims: int = DIMS) -> Artifact:
+    def samples(self, splits: Mapping[Split, Pictures], clip: Artifact) -> Artifact:
+        """Pictures that a system drew which a CLIP conditions."""
+        with tempfile.TemporaryDirectory() as out:
+            digests = {"made_from": {"clip": content_digest(clip)}}
+            system = self.commit("system", Path(out), inputs={"clip": clip}, **digests)
+        return self.shards(splits, kind="samples", inputs={"system": system})
+
+    def clip(self, *, dims: int = DIMS, name: str = "") -> Artifact:
         """A CLIP that nobody trained."""
         tower = {"width": 16, "depth": 1, "heads": 2}
         sizes = {"embed_dim": dims, "image_size": SIDE, "patch_size": 4, "image": tower, "text": tower}
         torch.manual_seed(0)
         cfg = CLIPConfig.model_validate(sizes)
         vocabulary = {"vocab_size": 8, "context_length": 4, "eot_id": 2}
-        return self.weights("clip", CLIP(cfg, **vocabulary), cfg, sizes=vocabulary, clip_image_size=SIDE)
+        return self.weights("clip", CLIP(cfg, **vocabulary), cfg, sizes=vocabulary, name=name, clip_image_size=SIDE)
 
     def autoencoder(self, **settings: Any) -> Artifact:
         """An autoencoder that nobody trained."""
@@ -135,16 +153,32 @@ def unit(rows: int, *, seed: int) -> np.ndarray:
     return F.normalize(torch.randn(rows, DIMS, generator=torch.Generator().manual_seed(seed)), dim=-1).numpy()
 
 
+def features_of(metric: FeatureMetric, of: Evaluation, out: Path) -> Features:
+    """The features that a metric reads, each part computed by a worker of its own."""
+    networks = [network for network, _ in metric.sets()]
+    counts = []
+    for number, part in enumerate(parts_of_sets(metric.sets(), of)):
+        (folder := out / "parts" / str(number)).mkdir(parents=True)
+        counts.append(FeatureWorker(networks, of)(part, folder))
+        shutil.copytree(folder, out, dirs_exist_ok=True)
+    return Features(open_storage(str(out)), counts)
+
+
 def evaluation(inputs: Mapping[str, Artifact], *, part_size: int = 5, batch_size: int = 2) -> Evaluation:
     """On the CPU, in small parts."""
     return Evaluation(inputs=inputs, part_size=part_size, batch_size=batch_size, device=CPU, validate=evaluate.validate)
 
 
-def measured(metric: Metric, inputs: Mapping[str, Artifact], out: Path, **sizes: int) -> dict[str, float]:
+def measured(
+    metric: Metric | FeatureMetric, inputs: Mapping[str, Artifact], out: Path, **sizes: int
+) -> dict[str, float]:
     """The numbers of a metric, its files in `out`."""
     out.mkdir(exist_ok=True)
     of = evaluation(inputs, **sizes)
     metric.check_inputs(inputs)
+    if isinstance(metric, FeatureMetric):
+        metric.check(of)
+        return metric.score(features_of(metric, of, out), of, out)
     measure = metric.measure(of)
     partials = [measure(part, out) for part in metric.parts(of)]
     return metric.merge(partials, open_storage(str(out)))

@@ -90,7 +90,7 @@ def _map_parts(spec: StageSpec, stage: ModuleType, cfg: StageConfig, launcher: L
     run.set_tags(environment)
     with tempfile.TemporaryDirectory() as folder:
         if hasattr(stage, "merge_parts"):
-            results = stage.merge_parts(cfg, open_storage(spec.target.uri), results, Path(folder))
+            results = stage.merge_parts(cfg, spec.inputs, open_storage(spec.target.uri), results, Path(folder))
         meta, metrics = stage.finalize(cfg, spec.inputs, results, Path(folder))
         _check_source(spec, stage, cfg)
         commit(

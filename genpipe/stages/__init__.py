@@ -25,8 +25,8 @@ A *data* stage adds
     finalize(cfg, inputs, results, out) -> (meta, metrics)                 after all parts, given their stats in order
 
 and may add `source_digest(cfg) -> str`, a digest of what it reads from outside the pipeline, and
-`merge_parts(cfg, made, results, out) -> results`, called before `finalize` with the storage that holds the files of all
-parts: what it puts into `out` takes the place of files of the same name. It may be called again.
+`merge_parts(cfg, inputs, made, results, out) -> results`, called before `finalize`, with the storage that has the files
+of all parts: what it puts into `out` takes the place of files of the same name. It may be called again.
 
 `inputs` maps roles to artifacts; a role that takes several has the keys `role.0`, `role.1`, ... (`artifacts.several`).
 `check_inputs` sees inputs that exist and inputs that are only planned, so it uses nothing but their `meta` and

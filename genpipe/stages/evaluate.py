@@ -17,7 +17,9 @@ from pydantic import Field, StringConstraints, field_validator
 from genpipe.artifacts import Artifact, Role, fetch, read_manifest
 from genpipe.data.loader import sample_batches
 from genpipe.evaluation.metrics import MetricConfig
+from genpipe.evaluation.metrics.features import FeatureMetric, Features, FeatureSet, FeatureWorker, parts_of_sets
 from genpipe.evaluation.metrics.metric import Evaluation, Measure, Metric
+from genpipe.lineage import content_digest
 from genpipe.models.precision import autocast, products_of
 from genpipe.stage_config import StageConfig
 from genpipe.stages import is_training, load_stage
@@ -25,9 +27,18 @@ from genpipe.storage import Storage, join, open_storage
 from genpipe.training.stream import seeded, to_device
 from genpipe.weights import load_weights
 
-VERSION = 2
+VERSION = 3
 MAKES = "scores"
-HEADLINES = ("train/recall_at_10", "heldout/recall_at_10", "reconstruction/psnr")
+HEADLINES = (
+    "train/recall_at_10",
+    "heldout/recall_at_10",
+    "train/self_recall_at_10",
+    "heldout/self_recall_at_10",
+    "reconstruction/psnr",
+)
+
+SHARED = "features:"
+"""Stands before the parts that belong to no single metric; no name of one has a colon."""
 
 Name = Annotated[str, StringConstraints(pattern="^[A-Za-z0-9_-]+$")]
 
@@ -76,10 +87,15 @@ def check_inputs(cfg: Config, inputs: Mapping[str, Artifact]) -> dict[str, Any]:
 
 
 def parts(cfg: Config, inputs: Mapping[str, Artifact]) -> list[str]:
-    """The parts of every metric, each after the metric's name."""
-    return [
-        f"{name} {part}" for name, metric in _metrics(cfg) for part in metric.parts(_evaluation(cfg, metric, inputs))
-    ]
+    """Those of the features that metrics share, then those of every other metric, each after the metric's name."""
+    found: list[str] = []
+    for name, metric in _metrics(cfg):
+        of = _evaluation(cfg, _taken(metric, inputs))
+        if isinstance(metric, FeatureMetric):
+            metric.check(of)
+        else:
+            found += [f"{name} {part}" for part in metric.parts(of)]
+    return [*(f"{SHARED} {part}" for part in parts_of_sets(_sets(cfg), _evaluation(cfg, inputs))), *found]
 
 
 class Worker:
@@ -88,35 +104,46 @@ class Worker:
     def __init__(self, cfg: Config, inputs: Mapping[str, Artifact]) -> None:
         self.cfg, self.inputs = cfg, inputs
         self.measures: dict[str, Measure] = {}
+        self.features = FeatureWorker((network for network, _ in _sets(cfg)), _evaluation(cfg, inputs))
 
     def __call__(self, part: str, out: Path) -> dict[str, Any]:
         """Measure a part: which metric's it is, and what was found."""
         name, _, rest = part.partition(" ")
-        metric: Metric = self.cfg.metrics[name]
+        if name == SHARED:
+            return {"metric": name, "found": self.features(rest, out)}
+        metric = self.cfg.metrics[name]
+        assert not isinstance(metric, FeatureMetric), "it has no parts of its own"
         if name not in self.measures:
-            self.measures[name] = metric.measure(_evaluation(self.cfg, metric, self.inputs))
+            self.measures[name] = metric.measure(_evaluation(self.cfg, _taken(metric, self.inputs)))
         folder = out / _prefix(name, metric)
         folder.mkdir(exist_ok=True)
         return {"metric": name, "found": self.measures[name](rest, folder)}
 
 
-def merge_parts(cfg: Config, made: Storage, results: list[dict[str, Any]], out: Path) -> list[dict[str, Any]]:
-    """The numbers of all metrics, as a single result."""
+def merge_parts(
+    cfg: Config, inputs: Mapping[str, Artifact], made: Storage, results: list[dict[str, Any]], out: Path
+) -> list[dict[str, Any]]:
+    """The numbers of all metrics, and the protocol of the features, as a single result."""
     numbers: dict[str, float] = {}
+    by_name = {name: [r["found"] for r in results if r["metric"] == name] for name in (SHARED, *cfg.metrics)}
+    features = Features(made, by_name[SHARED])
     for name, metric in _metrics(cfg):
         prefix = _prefix(name, metric)
-        partials = [result["found"] for result in results if result["metric"] == name]
-        found = metric.merge(partials, open_storage(join(made.uri, prefix)) if prefix else made)
+        if isinstance(metric, FeatureMetric):
+            (out / prefix).mkdir(exist_ok=True)
+            found = metric.score(features, _evaluation(cfg, _taken(metric, inputs)), out / prefix)
+        else:
+            found = metric.merge(by_name[name], open_storage(join(made.uri, prefix)) if prefix else made)
         numbers |= {prefix + number: value for number, value in found.items()}
-    return [numbers]
+    return [{"numbers": numbers, "protocol": _protocol(cfg, inputs, features)}]
 
 
 def finalize(
     cfg: Config, inputs: Mapping[str, Artifact], results: list[dict[str, Any]], out: Path
 ) -> tuple[dict[str, Any], dict[str, float]]:
-    """The numbers are its metrics."""
-    [numbers] = results
-    return {}, numbers
+    """The numbers are its metrics; where networks' features were compared, `protocol` says how."""
+    [merged] = results
+    return {"protocol": merged["protocol"]} if merged["protocol"] else {}, merged["numbers"]
 
 
 def validate(artifact: Artifact, device: torch.device) -> dict[str, float]:
@@ -148,23 +175,37 @@ def validate(artifact: Artifact, device: torch.device) -> dict[str, float]:
     return found
 
 
-def _metrics(cfg: Config) -> Iterator[tuple[str, Metric]]:
+def _metrics(cfg: Config) -> Iterator[tuple[str, Metric | FeatureMetric]]:
     yield from cfg.metrics.items()
 
 
-def _prefix(name: str, metric: Metric) -> str:
+def _sets(cfg: Config) -> list[FeatureSet]:
+    """The features that metrics read."""
+    return [of for _, metric in _metrics(cfg) if isinstance(metric, FeatureMetric) for of in metric.sets()]
+
+
+def _protocol(cfg: Config, inputs: Mapping[str, Artifact], features: Features) -> dict[str, Any]:
+    """What was held against what, by which networks; empty without any."""
+    networks = {of.network for of in _sets(cfg)}
+    if not networks:
+        return {}
+    content = {role: content_digest(inputs[role]) for role in ("sample", "shard") if role in inputs}
+    return {"content": content, "networks": features.protocol(networks, inputs)}
+
+
+def _prefix(name: str, metric: Metric | FeatureMetric) -> str:
     """What stands before the numbers and the files of a metric."""
     return "" if name == metric.kind else f"{name}/"
 
 
-def _taken(metric: Metric, inputs: Mapping[str, Artifact]) -> dict[str, Artifact]:
+def _taken(metric: Metric | FeatureMetric, inputs: Mapping[str, Artifact]) -> dict[str, Artifact]:
     """Those of the inputs that a metric asks for."""
     return {role: artifact for role, artifact in inputs.items() if role.partition(".")[0] in metric.roles()}
 
 
-def _evaluation(cfg: Config, metric: Metric, inputs: Mapping[str, Artifact]) -> Evaluation:
+def _evaluation(cfg: Config, inputs: Mapping[str, Artifact]) -> Evaluation:
     return Evaluation(
-        inputs=_taken(metric, inputs),
+        inputs=inputs,
         part_size=cfg.part_size,
         batch_size=cfg.batch_size,
         device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),

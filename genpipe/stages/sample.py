@@ -32,6 +32,7 @@ from genpipe.generation.prompts import (
     prompts_digest,
 )
 from genpipe.generation.systems import load_system
+from genpipe.lineage import clips_behind
 from genpipe.models.precision import Precision, autocast, products_of
 from genpipe.stage_config import StageConfig
 from genpipe.training.stream import seeded
@@ -68,7 +69,7 @@ def source_digest(cfg: Config) -> str:
 
 
 def check_inputs(cfg: Config, inputs: Mapping[str, Artifact]) -> dict[str, Any]:
-    """What shards promise: `image_size`, and `classes` where they are known.
+    """What shards promise: `image_size`, and `classes` where they are known; `clips`, those behind the system.
 
     Raises ValueError for prompts that do not say what the system is conditioned on and, once the shards are there, for
     captions that no sample has.
@@ -77,7 +78,7 @@ def check_inputs(cfg: Config, inputs: Mapping[str, Artifact]) -> dict[str, Any]:
     check_prompts(cfg.prompts, system=system, shard=shard)
     if isinstance(cfg.prompts, ListPrompts) and shard is not None and find(shard.uri) is not None:
         open_prompts(cfg.prompts, shard=shard, classes=(), seed=cfg.seed)
-    promised = {"image_size": system.meta["size"], "condition": False}
+    promised = {"image_size": system.meta["size"], "condition": False, "clips": sorted(clips_behind(system))}
     labels_of = shard if shard is not None else system
     return {**promised, "classes": labels_of.meta["classes"]} if "classes" in labels_of.meta else promised
 

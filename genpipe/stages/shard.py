@@ -301,7 +301,9 @@ class Worker:
         return {"sha256": exact, "phash": phash}
 
 
-def merge_parts(cfg: Config, made: Storage, results: list[dict[str, Any]], out: Path) -> list[dict[str, Any]]:
+def merge_parts(
+    cfg: Config, inputs: Mapping[str, Artifact], made: Storage, results: list[dict[str, Any]], out: Path
+) -> list[dict[str, Any]]:
     """Remove duplicates from the indexes of all parts, which lie in `made`; the results after that.
 
     New indexes and the ledger of duplicates go to `out`. Repeating it after an

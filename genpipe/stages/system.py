@@ -13,7 +13,7 @@ from typing import Any
 from genpipe.artifacts import Artifact, Role
 from genpipe.generation.systems import SystemConfig, check_system
 from genpipe.generation.systems.unclip import UnclipConfig
-from genpipe.lineage import check_made_from, content_digest
+from genpipe.lineage import check_made_from, clips_behind, content_digest
 from genpipe.stage_config import StageConfig
 
 VERSION = 1
@@ -35,12 +35,12 @@ def roles(cfg: Config) -> dict[str, Role]:
 
 
 def check_inputs(cfg: Config, inputs: Mapping[str, Artifact]) -> dict[str, Any]:
-    """The system's kind, size, conditions and classes, and the fingerprints of its parts.
+    """The system's kind, size, conditions and classes, the fingerprints of its parts and of the CLIPs behind them.
 
     Raises ValueError for parts that were not made for one another.
     """
     fingerprints = {role: artifact.fingerprint for role, artifact in inputs.items()}
-    return {**check_system(cfg.model, inputs), "parts": fingerprints}
+    return {**check_system(cfg.model, inputs), "parts": fingerprints, "clips": sorted(clips_behind(*inputs.values()))}
 
 
 def parts(cfg: Config, inputs: Mapping[str, Artifact]) -> list[str]:

@@ -81,8 +81,8 @@ def made(gallery: Gallery, *, pool: int, count: int) -> dict[str, Artifact]:
     chosen = generator.choice(pool, count, replace=False).tolist()
     return {
         "shard": shard,
-        "clip": clip,
-        "features": gallery.commit("features", features, made_from=digests, **lineage),
+        "judge": clip,
+        "judge_features": gallery.commit("features", features, made_from=digests, **lineage),
         "sample": gallery.shards({"train": pictures(range(count), [caption(i) for i in chosen])}, kind="samples"),
     }
 

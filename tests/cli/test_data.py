@@ -82,7 +82,7 @@ def sharded(pictures: Path, store: str, **options: Any) -> Artifact:
             artifacts.add_part(uri, part, Path(out), worker(part, Path(out)))
     done = artifacts.finished_parts(uri)
     with tempfile.TemporaryDirectory() as out:
-        results = shard.merge_parts(cfg, open_storage(uri), [done[part]["stats"] for part in parts], Path(out))
+        results = shard.merge_parts(cfg, {}, open_storage(uri), [done[part]["stats"] for part in parts], Path(out))
         meta, metrics = shard.finalize(cfg, {}, results, Path(out))
         target = Artifact(kind="shards", uri=uri, fingerprint=fingerprint, meta=meta)
         needs: dict[str, Any] = {"identity": identity, "config": config, "inputs": {}, "metrics": metrics}

@@ -51,7 +51,7 @@ def commit(cfg: shard.Config, uri: str) -> Manifest:
     parts = shard.parts(cfg, {})
     done = artifacts.finished_parts(uri)
     with tempfile.TemporaryDirectory() as out:
-        results = shard.merge_parts(cfg, open_storage(uri), [done[part]["stats"] for part in parts], Path(out))
+        results = shard.merge_parts(cfg, {}, open_storage(uri), [done[part]["stats"] for part in parts], Path(out))
         meta, metrics = shard.finalize(cfg, {}, results, Path(out))
         identity = artifacts.identity("shard", version=shard.VERSION, settings={}, inputs={}, source=uri)
         target = Artifact(kind="shards", uri=uri, fingerprint=artifacts.fingerprint(identity), meta=meta)

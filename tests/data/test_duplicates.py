@@ -69,7 +69,7 @@ def test_merging_again_after_a_cut_gives_the_same(copies: Path, tmp_path: Path, 
             artifacts.add_part(uri, part, Path(out), shard.Worker(cfg, {})(part, Path(out)))
     done = artifacts.finished_parts(uri)
     with tempfile.TemporaryDirectory() as out:
-        shard.merge_parts(cfg, open_storage(uri), [done[part]["stats"] for part in parts], Path(out))
+        shard.merge_parts(cfg, {}, open_storage(uri), [done[part]["stats"] for part in parts], Path(out))
         for path in sorted(Path(out).iterdir())[:3]:
             open_storage(uri).upload(path.name, path)
     second = commit(cfg, uri)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import re
 from collections.abc import Mapping
@@ -10,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
-from gallery import Gallery, pictures, unit
+from gallery import SIDE, Gallery, pictures, unit
 from PIL import Image
 from pydantic import ValidationError
 
 from genpipe import artifacts
 from genpipe.artifacts import Artifact
 from genpipe.config import ConfigError
+from genpipe.lineage import content_digest
 from genpipe.stages import evaluate
 from genpipe.stages.evaluate import Config
 from genpipe.storage import open_storage
@@ -33,8 +35,8 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Artifact]:
     clip, shard = gallery.clip(), gallery.shards({"train": pictures(range(12), CAPTIONS)})
     return {
         "shard": shard,
-        "clip": clip,
-        "features": gallery.features(shard, clip, {"train": (unit(12, seed=0), unit(12, seed=1))}),
+        "judge": clip,
+        "judge_features": gallery.features(shard, clip, {"train": (unit(12, seed=0), unit(12, seed=1))}),
         "sample": gallery.shards({"train": pictures(range(50, 60), CAPTIONS[:10])}, kind="samples"),
         "autoencoder": gallery.autoencoder(kind="identity"),
     }
@@ -51,6 +53,7 @@ def given(cfg: Config, inputs: Mapping[str, Artifact]) -> dict[str, Artifact]:
 
 def run(cfg: Config, inputs: Mapping[str, Artifact], out: Path) -> dict[str, float]:
     """Every part by a worker of its own, in any order, then merged: what a launcher does."""
+    out.mkdir(exist_ok=True)
     uri, taken = str(out / "made"), given(cfg, inputs)
     evaluate.check_inputs(cfg, taken)
     parts = evaluate.parts(cfg, taken)
@@ -60,9 +63,9 @@ def run(cfg: Config, inputs: Mapping[str, Artifact], out: Path) -> dict[str, flo
         artifacts.add_part(uri, part, folder, evaluate.Worker(cfg, taken)(part, folder))
     done = artifacts.finished_parts(uri)
     for _ in range(2):  # it may be called again
-        results = evaluate.merge_parts(cfg, open_storage(uri), [done[part]["stats"] for part in parts], out)
+        results = evaluate.merge_parts(cfg, taken, open_storage(uri), [done[part]["stats"] for part in parts], out)
     meta, metrics = evaluate.finalize(cfg, taken, results, out)
-    assert meta == {}
+    (out / "meta.json").write_text(json.dumps(meta))
     return metrics
 
 
@@ -79,14 +82,30 @@ def test_numbers_of_all_metrics_and_their_files(inputs: dict[str, Artifact], tmp
     assert (found["pool"], found["train/pictures"]) == (12, 10)
     assert found["all/train/frechet_clip_10"] != found["own/train/frechet_clip_10"]
     files = {path.relative_to(tmp_path / "made").as_posix() for path in (tmp_path / "made").rglob("*.*")}
-    assert {"grid.png", "own/sample-train-000000000.npy", "all/reference-train-000000008.npy"} <= files
+    assert "grid.png" in files
+
+
+def test_features_are_computed_once_for_all_that_want_them(inputs: dict[str, Artifact], tmp_path: Path) -> None:
+    """And the artifact says by which network, of how many pictures, which were shrunk how."""
+    frechet = {"kind": "frechet", "network": {"kind": "clip"}}
+    alone = config({"a": {**frechet, "against": "train"}}, part_size=4)
+    both = config({"a": {**frechet, "against": "train"}, "b": frechet}, part_size=4)
+    assert len(evaluate.parts(alone, inputs)) == 6, "10 generated and 12 real pictures"
+    assert len(evaluate.parts(both, inputs)) == 9, "and the 10 originals"
+    first, second = run(alone, inputs, tmp_path / "alone"), run(both, inputs, tmp_path / "both")
+    assert first.items() <= second.items()
+    meta = json.loads((tmp_path / "both/meta.json").read_text())["protocol"]
+    assert meta["content"] == {role: content_digest(inputs[role]) for role in ("sample", "shard")}
+    [network] = meta["networks"].values()
+    assert network["network"] == content_digest(inputs["judge"]) and network["read_at"] == SIDE
+    assert network["pictures"] == {"sample/train": 10, "originals/train": 10, "train/train": 12}
 
 
 def test_only_what_the_metrics_ask_for_is_taken(inputs: dict[str, Artifact], tmp_path: Path) -> None:
     cfg = config({"reconstruction": {"split": "train"}})
     assert evaluate.roles(cfg).keys() == {"shard", "autoencoder"}
     assert run(cfg, inputs, tmp_path) == {"reconstruction/psnr": 100, "reconstruction/ssim": pytest.approx(1)}
-    everything = config({"retrieval": {}, "heldout": {}, "grid": {}})
+    everything = config({"retrieval": {"judge": "self"}, "heldout": {}, "grid": {}})
     assert evaluate.roles(everything).keys() == {"sample", "grid_sample", "shard", "clip", "features", "trained"}
     assert evaluate.roles(everything)["trained"].several
 
@@ -124,7 +143,7 @@ def test_the_tiny_pipeline_is_scored(tiny: TinyPipeline) -> None:
     assert found["pool"] == counts["train"] + counts["heldout"]
     assert (found["train/pictures"], found["heldout/pictures"]) == (16, 4)
     for split in ("train", "heldout"):
-        recalls = [found[f"{split}/recall_at_{k}"] for k in (1, 5, 10)]
+        recalls = [found[f"{split}/self_recall_at_{k}"] for k in (1, 5, 10)]
         assert 0 <= recalls[0] <= recalls[1] <= recalls[2] <= 1
     assert {"autoencoder/psnr", "clip/loss", "prior/loss", "decoder/loss", "upsampler/psnr"} <= found.keys()
     for name, rows in (("grid.png", 12), ("heldout.png", 4)):
@@ -140,8 +159,8 @@ def test_three_seeds_are_scored_side_by_side(tiny: TinyPipeline) -> None:
     assert len({manifest.artifact.fingerprint for manifest in scores}) == 3
     assert scores[0].inputs["sample"].fingerprint == tiny.plan()["sample"].artifact.fingerprint
     for manifest in scores:
-        assert {"train/recall_at_10", "decoder.0/loss", "decoder.2/loss"} <= manifest.metrics.keys()
-    assert len({manifest.metrics["train/cosine"] for manifest in scores}) == 3
+        assert {"train/self_recall_at_10", "decoder.0/loss", "decoder.2/loss"} <= manifest.metrics.keys()
+    assert len({manifest.metrics["train/self_cosine"] for manifest in scores}) == 3
 
 
 def test_a_class_conditional_system_is_scored(pixel_tiny: TinyPipeline) -> None:
@@ -152,7 +171,9 @@ def test_a_class_conditional_system_is_scored(pixel_tiny: TinyPipeline) -> None:
 
 
 def test_a_gate_that_no_metric_has_is_found_by_the_plan(tiny: TinyPipeline) -> None:
-    with pytest.raises(ConfigError, match=r"stages\.evaluate: observe\.gates: .*'train/recall_at_11'.*recall_at_1"):
-        tiny.plan("stages.evaluate.observe.gates={train/recall_at_11: {min: 0.5}}")
-    gated = "stages.evaluate.observe.gates={train/recall_at_10: {min: 0.5}}"
+    with pytest.raises(
+        ConfigError, match=r"stages\.evaluate: observe\.gates: .*'train/self_recall_at_11'.*self_recall_at_1"
+    ):
+        tiny.plan("stages.evaluate.observe.gates={train/self_recall_at_11: {min: 0.5}}")
+    gated = "stages.evaluate.observe.gates={train/self_recall_at_10: {min: 0.5}}"
     assert tiny.plan(gated)["evaluate"].artifact.fingerprint == tiny.plan()["evaluate"].artifact.fingerprint

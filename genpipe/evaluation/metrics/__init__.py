@@ -15,4 +15,4 @@ from genpipe.evaluation.metrics.retrieval import RetrievalConfig
 MetricConfig = Annotated[
     RetrievalConfig | FrechetConfig | ReconstructionConfig | HeldoutConfig | GridConfig, Field(discriminator="kind")
 ]
-"""How to measure; every one of them is a `metric.Metric`."""
+"""How to measure; every one of them is a `metric.Metric` or, on features, a `features.FeatureMetric`."""

@@ -1,8 +1,8 @@
 """Do pictures show what their prompts say? How often CLIP finds a picture's caption among all captions.
 
 A picture counts as right if its prompt is among the k captions most similar to it, of the first captions of the whole
-reference. `ceiling` is the same measure on the real pictures. Where this CLIP conditions the system, it says how
-faithful the pictures are to the embedding, not how good they are: a CLIP that conditions a system cannot judge it.
+reference. `ceiling` is the same measure on the real pictures. A CLIP that conditions the system says how faithful the
+pictures are to its embedding, not how good they are; it is refused as a judge, unless the settings ask for it by name.
 
 B pictures of a part, n samples of a chunk of the pool, D embedding width.
 """
@@ -23,6 +23,15 @@ from genpipe.config import Config
 from genpipe.data.features import FeatureDataset
 from genpipe.data.shards import SPLITS
 from genpipe.evaluation.captions import first_captions
+from genpipe.evaluation.metrics.judge import (
+    CLIP_ROLE,
+    FEATURES_ROLE,
+    PREFIX,
+    Judge,
+    check_judge,
+    check_judge_content,
+    judge_roles,
+)
 from genpipe.evaluation.metrics.metric import REFERENCE, SAMPLE, Evaluation, Measure, Partial, part_of
 from genpipe.evaluation.reference import Matches, check_matched
 from genpipe.evaluation.retrieval import BLOCK, Chunk, chunked_ranks
@@ -32,8 +41,6 @@ from genpipe.models.clip import CLIP
 from genpipe.storage import Storage
 from genpipe.weights import load_weights
 
-MADE_TOGETHER = ("shard", "clip", "features")
-
 
 class RetrievalConfig(Config):
     """Recall of the pictures' captions by a CLIP, its ceiling, and the similarity of embeddings.
@@ -41,24 +48,35 @@ class RetrievalConfig(Config):
     For each split with samples it gives `SPLIT/recall_at_K` and `SPLIT/ceiling_at_K` (shares); `SPLIT/cosine`, the
     mean cosine of the embeddings of a picture and of the real one with its caption, and `SPLIT/cosine_unrelated`, that
     with the real ones of all other pictures; `SPLIT/pictures`, how many were measured; and `pool`, the number of
-    captions to choose from. `features` must be those that `clip` gave of `shard`.
+    captions to choose from. The CLIP is the role `judge`, and `judge_features` must be those that it gave of `shard`.
+
+    With `judge: self` it is the role `clip`, which may condition the system, with `features`; all numbers but the
+    counts are then `SPLIT/self_...`.
     """
 
     kind: Literal["retrieval"] = "retrieval"
+    judge: Judge = Field("independent", description="whether the CLIP may be one that conditions the system")
     recall_at: tuple[int, ...] = Field((1, 5, 10), min_length=1, description="how many of the nearest captions count")
 
     def roles(self) -> dict[str, Role]:
         """Pictures, the reference, and what a CLIP says of it."""
-        return {**SAMPLE, **REFERENCE, "clip": Role("clip"), "features": Role("features")}
+        return {**SAMPLE, **REFERENCE, **judge_roles(self.judge), FEATURES_ROLE[self.judge]: Role("features")}
 
     def names(self, inputs: Mapping[str, Artifact]) -> list[str]:
         """All of them."""
         measured = [f"{name}_at_{k}" for name in ("recall", "ceiling") for k in self.recall_at]
-        return ["pool", *(f"{s}/{n}" for s in SPLITS for n in (*measured, "cosine", "cosine_unrelated", "pictures"))]
+        named = [PREFIX[self.judge] + name for name in (*measured, "cosine", "cosine_unrelated")]
+        return ["pool", *(f"{split}/{name}" for split in SPLITS for name in (*named, "pictures"))]
 
     def check_inputs(self, inputs: Mapping[str, Artifact]) -> None:
-        """Raise ValueError unless the features were made from this reference with this CLIP."""
-        check_lineage({role: inputs[role] for role in MADE_TOGETHER})
+        """Raise ValueError unless the features are of this reference by this CLIP, and the CLIP may judge."""
+        check_judge(inputs, judge=self.judge, setting="metrics.retrieval")
+        check_lineage(self.made_together(inputs))
+
+    def made_together(self, inputs: Mapping[str, Artifact]) -> dict[str, Artifact]:
+        """The reference, the CLIP and its features, by the names that they have as each other's inputs."""
+        names = {"shard": "shard", "clip": CLIP_ROLE[self.judge], "features": FEATURES_ROLE[self.judge]}
+        return {name: inputs[role] for name, role in names.items()}
 
     def parts(self, evaluation: Evaluation) -> list[str]:
         """Parts of the pictures."""
@@ -75,12 +93,13 @@ class RetrievalConfig(Config):
             if found := [partial for partial in partials if partial["split"] == split]:
                 count = sum(partial["pictures"] for partial in found)
                 sums = {name: sum(partial["sums"][name] for partial in found) for name in found[0]["sums"]}
-                metrics |= {f"{split}/{name}": value / count for name, value in sums.items()}
+                prefix = f"{split}/{PREFIX[self.judge]}"
+                metrics |= {f"{prefix}{name}": value / count for name, value in sums.items()}
                 metrics[f"{split}/pictures"] = float(count)
                 if count > 1:
                     drawn, real = (np.sum([partial[name] for partial in found], axis=0) for name in ("drawn", "real"))
                     unrelated = (float(drawn @ real) - sums["cosine"]) / (count * (count - 1))
-                    metrics[f"{split}/cosine_unrelated"] = unrelated
+                    metrics[f"{prefix}cosine_unrelated"] = unrelated
         return metrics | {"pool": float(partials[0]["pool"])}
 
 
@@ -89,8 +108,9 @@ class _Measure:
 
     def __init__(self, cfg: RetrievalConfig, evaluation: Evaluation) -> None:
         self.cfg, self.evaluation = cfg, evaluation
-        inputs = evaluation.inputs
-        check_made_from({role: inputs[role] for role in MADE_TOGETHER})
+        check_judge_content(evaluation.inputs, judge=cfg.judge, setting="metrics.retrieval")
+        inputs = cfg.made_together(evaluation.inputs)
+        check_made_from(inputs)
         weights = load_weights(fetch(inputs["clip"]), kind="clip", device=evaluation.device)
         self.clip = cast(CLIP, weights.module)
         folder = fetch(inputs["features"])

@@ -40,7 +40,7 @@ def inputs(gallery: Gallery) -> dict[str, Artifact]:
     return {
         "shard": gallery.shards(named),  # type: ignore[arg-type]
         "sample": gallery.shards(drawn, kind="samples", each=6),  # type: ignore[arg-type]
-        "clip": gallery.clip(),
+        "judge": gallery.clip(),
     }
 
 
@@ -49,7 +49,7 @@ def stack(seeds: range) -> torch.Tensor:
 
 
 def by_clip(inputs: dict[str, Artifact], seeds: range) -> np.ndarray:
-    module = load_weights(fetch(inputs["clip"]), kind="clip", device=CPU).module
+    module = load_weights(fetch(inputs["judge"]), kind="clip", device=CPU).module
     with torch.no_grad():
         return module.encode_image(stack(seeds)).double().numpy()  # type: ignore[operator]
 
@@ -77,7 +77,7 @@ def test_the_distance_to_stored_statistics(inputs: dict[str, Artifact], tmp_path
     pinned = {"weights": str(path), "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
     cfg = FrechetConfig.model_validate({"network": {"kind": "clip"}, "against": pinned})
     assert "shard" not in cfg.roles()
-    given = {role: inputs[role] for role in ("sample", "clip")}
+    given = {role: inputs[role] for role in ("sample", "judge")}
     assert measured(cfg, given, tmp_path / "out") == {"train/frechet_clip_20": pytest.approx(0, abs=1e-6)}
 
 

@@ -43,7 +43,7 @@ def reference(gallery: Gallery, clip: Artifact, captions: list[str], texts: np.n
     shard = gallery.shards({"train": of[:TRAIN], "heldout": of[TRAIN:]}, name="|".join(captions))
     images = embed(clip, seeds)
     halves = {"train": (images[:TRAIN], texts[:TRAIN]), "heldout": (images[TRAIN:], texts[TRAIN:])}
-    return {"shard": shard, "clip": clip, "features": gallery.features(shard, clip, halves)}
+    return {"shard": shard, "judge": clip, "judge_features": gallery.features(shard, clip, halves)}
 
 
 def ranks(queries: np.ndarray, texts: np.ndarray, own: list[set[int]]) -> np.ndarray:
@@ -122,8 +122,42 @@ def test_a_prompt_that_is_no_caption_is_refused(gallery: Gallery, clip: Artifact
         measured(RetrievalConfig(), inputs, tmp_path)
 
 
+def by_itself(inputs: dict[str, Artifact]) -> dict[str, Artifact]:
+    """The judge in the role of the CLIP that conditions the system."""
+    named = {"judge": "clip", "judge_features": "features"}
+    return {named.get(role, role): artifact for role, artifact in inputs.items()}
+
+
+def test_a_clip_that_conditions_the_system_is_no_judge(gallery: Gallery, clip: Artifact, tmp_path: Path) -> None:
+    """Neither by its fingerprint nor, under another name, by its content; it says of itself that it is none."""
+    inputs = reference(gallery, clip, CAPTIONS, unit(TRAIN + HELDOUT, seed=1))
+    of = {"train": pictures(range(50, 60), CAPTIONS[:10])}
+    drawn = {"own": gallery.samples(of, clip), "other": gallery.samples(of, gallery.clip(dims=4, name="four"))}
+    measured(RetrievalConfig(), inputs | {"sample": drawn["other"]}, tmp_path)
+    circular = inputs | {"sample": drawn["own"]}
+    planned = drawn["own"].model_copy(
+        update={"uri": str(tmp_path / "nothing yet"), "meta": {"clips": [clip.fingerprint]}}
+    )
+    for given in (circular, circular | {"sample": planned}):
+        with pytest.raises(ValueError, match=r"metrics\.retrieval: the judge .* was made with.* judge: self"):
+            RetrievalConfig().check_inputs(given)
+    renamed = gallery.clip(name="another")
+    same = reference(gallery, renamed, CAPTIONS, unit(TRAIN + HELDOUT, seed=1)) | {"sample": drawn["own"]}
+    RetrievalConfig().check_inputs(same)
+    with pytest.raises(ValueError, match=r"metrics\.retrieval: the judge"):
+        measured(RetrievalConfig(), same, tmp_path)
+    cfg = RetrievalConfig(judge="self")
+    found, judged = (
+        measured(*of, tmp_path)
+        for of in ((cfg, by_itself(circular)), (RetrievalConfig(), inputs | {"sample": drawn["other"]}))
+    )
+    counts = {"pool", "train/pictures"}
+    assert found == {name if name in counts else name.replace("/", "/self_"): value for name, value in judged.items()}
+    assert set(cfg.names(circular)) >= set(found)
+
+
 def test_features_of_other_shards_are_refused(gallery: Gallery, clip: Artifact) -> None:
     inputs = reference(gallery, clip, CAPTIONS, unit(TRAIN + HELDOUT, seed=1))
     other = reference(gallery, clip, [*reversed(CAPTIONS)], unit(TRAIN + HELDOUT, seed=1))
     with pytest.raises(ValueError, match="features was made with shard"):
-        RetrievalConfig().check_inputs({**inputs, "shard": other["shard"]})
+        RetrievalConfig().check_inputs({**inputs, "shard": other["shard"], "sample": other["shard"]})
