@@ -6,13 +6,26 @@ from typing import Annotated
 
 from pydantic import Field
 
+from genpipe.evaluation.metrics.cmmd import CmmdConfig
 from genpipe.evaluation.metrics.frechet import FrechetConfig
 from genpipe.evaluation.metrics.grid import GridConfig
 from genpipe.evaluation.metrics.heldout import HeldoutConfig
+from genpipe.evaluation.metrics.inception_score import InceptionScoreConfig
+from genpipe.evaluation.metrics.kid import KidConfig
+from genpipe.evaluation.metrics.prdc import PrdcConfig
 from genpipe.evaluation.metrics.reconstruction import ReconstructionConfig
 from genpipe.evaluation.metrics.retrieval import RetrievalConfig
 
 MetricConfig = Annotated[
-    RetrievalConfig | FrechetConfig | ReconstructionConfig | HeldoutConfig | GridConfig, Field(discriminator="kind")
+    RetrievalConfig
+    | FrechetConfig
+    | KidConfig
+    | CmmdConfig
+    | PrdcConfig
+    | InceptionScoreConfig
+    | ReconstructionConfig
+    | HeldoutConfig
+    | GridConfig,
+    Field(discriminator="kind"),
 ]
 """How to measure; every one of them is a `metric.Metric` or, on features, a `features.FeatureMetric`."""
