@@ -21,7 +21,7 @@ from genpipe import artifacts
 from genpipe.artifacts import Artifact
 from genpipe.config import Config
 from genpipe.data.features import write_features
-from genpipe.data.shards import ShardWriter, Split
+from genpipe.data.shards import NO_LABEL, ShardWriter, Split
 from genpipe.evaluation.metrics.features import FeatureMetric, Features, FeatureWorker, parts_of_sets
 from genpipe.evaluation.metrics.metric import Evaluation, Metric
 from genpipe.lineage import content_digest
@@ -75,8 +75,10 @@ class Gallery:
         name: str = "",
         each: int = 4,
         inputs: Mapping[str, Artifact] | None = None,
+        labels: Mapping[Split, Sequence[int]] | None = None,
+        **meta: Any,
     ) -> Artifact:
-        """Pictures as shards of `each` samples."""
+        """Pictures as shards of `each` samples, with class labels if they are given."""
         with tempfile.TemporaryDirectory() as out:
             for split, samples in splits.items():
                 with ShardWriter(Path(out), split=split, part=0, max_samples=each, max_bytes=2**30) as writer:
@@ -92,9 +94,10 @@ class Gallery:
                             height=height,
                             width=width,
                             captions=captions.split("|"),
+                            label=labels[split][number] if labels else NO_LABEL,
                             meta={},
                         )
-            return self.commit(kind, Path(out), name=name, inputs=inputs)
+            return self.commit(kind, Path(out), name=name, inputs=inputs, **meta)
 
     def samples(self, splits: Mapping[Split, Pictures], clip: Artifact) -> Artifact:
         """Pictures that a system drew which a CLIP conditions."""

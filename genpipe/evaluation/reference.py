@@ -17,7 +17,7 @@ from genpipe.artifacts import Artifact
 from genpipe.data.image_batches import image_batch
 from genpipe.data.order import uniform
 from genpipe.data.shard_dataset import ShardDataset, open_shards
-from genpipe.data.shards import INDEX_SUFFIX, SPLITS, Split
+from genpipe.data.shards import INDEX_SUFFIX, NO_LABEL, SPLITS, Split
 from genpipe.evaluation.captions import rows_with_captions
 from genpipe.storage import open_storage
 
@@ -97,6 +97,24 @@ class Reference:
     def images(self, rows: np.ndarray, *, size: int) -> Tensor:
         """uint8 [B, 3, size, size]: the centers of these images."""
         return self.gather(rows, lambda split, own: image_batch(self.datasets[split], own, size=size))
+
+    def labels(self, rows: np.ndarray) -> np.ndarray:
+        """int64 [B]: the places of these samples' classes in the list `classes` of the artifact's meta, -1 for none."""
+        if not len(rows):
+            return np.zeros(0, np.int64)
+        labels = self.gather(rows, lambda split, own: torch.from_numpy(self.datasets[split].labels(own)))
+        return np.asarray(labels.numpy())
+
+    def class_counts(self) -> np.ndarray:
+        """int64 [classes]: how many samples there are of each class, up to the last that has some."""
+        counts = np.zeros(1, np.int64)
+        for dataset in self.datasets.values():
+            for shard in dataset.shards():
+                labels = dataset.labels(np.asarray(dataset.rows(shard)))
+                here = np.bincount(labels[labels != NO_LABEL], minlength=len(counts))
+                here[: len(counts)] += counts
+                counts = here
+        return counts
 
     def match(self, prompts: Sequence[str]) -> Matches:
         """Where the prompts of B pictures are captions; one pass over the captions of the reference."""

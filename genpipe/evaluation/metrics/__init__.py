@@ -12,17 +12,21 @@ from genpipe.evaluation.metrics.grid import GridConfig
 from genpipe.evaluation.metrics.heldout import HeldoutConfig
 from genpipe.evaluation.metrics.inception_score import InceptionScoreConfig
 from genpipe.evaluation.metrics.kid import KidConfig
+from genpipe.evaluation.metrics.memorization import MemorizationConfig
+from genpipe.evaluation.metrics.nearest_real import NearestRealConfig
 from genpipe.evaluation.metrics.prdc import PrdcConfig
 from genpipe.evaluation.metrics.reconstruction import ReconstructionConfig
 from genpipe.evaluation.metrics.retrieval import RetrievalConfig
 
 MetricConfig = Annotated[
     RetrievalConfig
+    | NearestRealConfig
     | FrechetConfig
     | KidConfig
     | CmmdConfig
     | PrdcConfig
     | InceptionScoreConfig
+    | MemorizationConfig
     | ReconstructionConfig
     | HeldoutConfig
     | GridConfig,
