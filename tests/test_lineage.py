@@ -9,7 +9,7 @@ import pytest
 
 from genpipe import artifacts
 from genpipe.artifacts import Artifact
-from genpipe.lineage import check_lineage, check_made_from, content_digest
+from genpipe.lineage import check_lineage, check_made_from, clips_behind, clips_content_behind, content_digest
 
 
 def part(kind: str, fingerprint: str, **meta: Any) -> Artifact:
@@ -66,3 +66,31 @@ def test_pictures_are_no_content(tmp_path: Path) -> None:
     folder = tmp_path / "other/clip/files"
     other = artifacts.commit(planned, folder=folder, identity=identity, config={}, inputs={}, metrics={})
     assert content_digest(other) == content_digest(made)
+
+
+def test_the_clips_behind_samples_are_known_before_anything_is_made() -> None:
+    """By the parts that are CLIPs, and by those that were trained with one."""
+    parts = [part("clip", "c1"), part("prior", "p1", clip="c1" * 16), part("decoder", "d1", clip="c2" * 16)]
+    assert clips_behind(*parts, part("autoencoder", "a1")) == {"c1" * 16, "c2" * 16}
+    samples = part("samples", "s1", clips=sorted(clips_behind(*parts)))
+    assert clips_behind(samples) == {"c1" * 16, "c2" * 16}
+    assert clips_behind(part("samples", "s2", clips=[])) == frozenset()
+
+
+def test_the_clips_behind_older_samples_are_those_of_their_manifests(tmp_path: Path) -> None:
+    """Of a system that was committed without `clips` in its meta."""
+
+    def made(kind: str, inputs: dict[str, Artifact], **meta: Any) -> Artifact:
+        (folder := tmp_path / kind).mkdir()
+        identity = artifacts.identity(kind, version=1, settings={}, inputs=inputs)
+        fingerprint = artifacts.fingerprint(identity)
+        planned = Artifact(kind=kind, uri=str(tmp_path / "made" / kind), fingerprint=fingerprint, meta=meta)
+        return artifacts.commit(planned, folder=folder, identity=identity, config={}, inputs=inputs, metrics={})
+
+    clip = made("clip", {})
+    system = made("system", {"clip": clip}, made_from={"clip": content_digest(clip)})
+    samples = made("samples", {"system": system})
+    assert clips_behind(samples) == {clip.fingerprint}
+    assert clips_content_behind(samples) == {content_digest(clip)}
+    gone = samples.model_copy(update={"uri": str(tmp_path / "gone")})
+    assert clips_behind(gone) == clips_content_behind(gone) == frozenset()

@@ -6,6 +6,7 @@ from typing import Annotated
 
 from pydantic import Field
 
+from genpipe.evaluation.metrics.classification import ClassificationConfig
 from genpipe.evaluation.metrics.cmmd import CmmdConfig
 from genpipe.evaluation.metrics.frechet import FrechetConfig
 from genpipe.evaluation.metrics.grid import GridConfig
@@ -26,6 +27,7 @@ MetricConfig = Annotated[
     | CmmdConfig
     | PrdcConfig
     | InceptionScoreConfig
+    | ClassificationConfig
     | MemorizationConfig
     | ReconstructionConfig
     | HeldoutConfig

@@ -119,7 +119,7 @@ class MemorizationConfig(Config):
             metrics[f"{split}/memorized"] = float((p <= self.level).mean())
             for network, of, among in zip(self.networks, found, null, strict=True):
                 metrics[f"{split}/copying_z_{_name(network)}"] = copying_z(of.distance, among.distance)
-            near = sum(of.distance / among.scale for of, among in zip(found, null, strict=True))
+            near = np.sum([of.distance / among.scale for of, among in zip(found, null, strict=True)], axis=0)
             worst = np.lexsort((near, p))[: self.shown]
             Image.fromarray(self._shown(evaluation, split, worst, found, p)).save(out / f"memorization-{split}.png")
             tables.append(self._table({"split": [split] * len(p), "row": np.arange(len(p)), "p": p}, found))

@@ -133,3 +133,13 @@ def check_file(file: PinnedFile, read: Callable[[PinnedFile], object] = read_pin
         return
     except ValueError as error:
         raise ValueError(f"{setting}: {error}") from None
+
+
+def check_classes(inputs: Mapping[str, Artifact], *, setting: str) -> None:
+    """Raise ValueError if samples and reference are known to have other classes, or none."""
+    known = [inputs[role].meta["classes"] for role in ("sample", "shard") if "classes" in inputs[role].meta]
+    if any(classes != known[0] or not classes for classes in known):
+        raise ValueError(
+            f"{setting}: the samples and the reference (role shard) do not have the same classes; map the shards that "
+            "the system was trained on, and measure what needs no classes where there are none"
+        )

@@ -20,7 +20,7 @@ from genpipe.data.shard_dataset import ShardDataset
 from genpipe.data.shards import NO_LABEL, SPLITS, Split
 from genpipe.evaluation.metrics.feature_networks import Network, named
 from genpipe.evaluation.metrics.features import Features, FeatureSet, chosen_rows
-from genpipe.evaluation.metrics.metric import REFERENCE, SAMPLE, Evaluation
+from genpipe.evaluation.metrics.metric import REFERENCE, SAMPLE, Evaluation, check_classes
 from genpipe.evaluation.neighbors import nearest
 from genpipe.evaluation.reference import check_matched
 
@@ -55,12 +55,8 @@ class NearestRealConfig(Config):
     def check_inputs(self, inputs: Mapping[str, Artifact]) -> None:
         """Raise ValueError if the network may not be used, or if classes are asked for that are others, or none."""
         self.network.check_inputs(inputs, setting="metrics.nearest_real.network")
-        known = [inputs[role].meta["classes"] for role in SAMPLE | REFERENCE if "classes" in inputs[role].meta]
-        if self.by == "class" and any(classes != known[0] or not classes for classes in known):
-            raise ValueError(
-                "metrics.nearest_real.by: the samples and the reference (role shard) do not have the same classes; "
-                "use by: caption, or map the shards that the system was trained on"
-            )
+        if self.by == "class":
+            check_classes(inputs, setting="metrics.nearest_real.by")
 
     def sets(self) -> Sequence[FeatureSet]:
         """The pictures, and all real ones."""
