@@ -145,6 +145,9 @@ def test_the_tiny_pipeline_is_scored(tiny: TinyPipeline) -> None:
     for split in ("train", "heldout"):
         recalls = [found[f"{split}/self_recall_at_{k}"] for k in (1, 5, 10)]
         assert 0 <= recalls[0] <= recalls[1] <= recalls[2] <= 1
+    assert {"train/nearest_real_pixels", "heldout/memorized", "memorized_heldout"} <= found.keys()
+    assert np.asarray(Image.open(Path(scores.uri, "memorization-train.png"))).std() > 0
+    assert set(scores.meta["protocol"]["content"]) == {"sample", "shard"}
     assert {"autoencoder/psnr", "clip/loss", "prior/loss", "decoder/loss", "upsampler/psnr"} <= found.keys()
     for name, rows in (("grid.png", 12), ("heldout.png", 4)):
         picture = np.asarray(Image.open(Path(scores.uri, name)))
@@ -166,7 +169,10 @@ def test_three_seeds_are_scored_side_by_side(tiny: TinyPipeline) -> None:
 def test_a_class_conditional_system_is_scored(pixel_tiny: TinyPipeline) -> None:
     """Without a CLIP and without captions to compare."""
     scores = pixel_tiny.run("evaluate")
-    assert {name.split("/")[0] for name in artifacts.verify(scores.uri).metrics} == {"decoder"}
+    found = artifacts.verify(scores.uri).metrics
+    assert {name.split("/")[0] for name in found} == {"decoder", "train"}
+    assert found["train/nearest_real_pixels_chance"] == pytest.approx(0.2), "of five classes"
+    assert found["train/nearest_real_pixels_ceiling"] > 0.4 and found["train/classification_pixels_real"] > 0.3
     assert np.asarray(Image.open(Path(scores.uri, "grid.png"))).std() > 0
 
 
