@@ -36,7 +36,7 @@ def linear_accuracy(learned: Tensor, labels: Tensor, tested: Tensor, expected: T
     def loss() -> Tensor:
         optimizer.zero_grad()
         value = F.cross_entropy(x @ weight + bias, labels) + l2 / 2 * weight.square().sum()
-        value.backward()  # type: ignore[no-untyped-call]
+        value.backward()
         return value
 
     with torch.enable_grad(), fp32(x.device):
