@@ -34,6 +34,8 @@ HEADLINES = (
     "heldout/recall_at_10",
     "train/self_recall_at_10",
     "heldout/self_recall_at_10",
+    "train/nearest_real",
+    "heldout/nearest_real",
     "reconstruction/psnr",
 )
 

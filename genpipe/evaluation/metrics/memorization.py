@@ -106,7 +106,11 @@ class MemorizationConfig(Config):
             )
 
     def score(self, features: Features, evaluation: Evaluation, out: Path) -> dict[str, float]:
-        """The shares. In memory are one part of the training features at a time, and 24 bytes W a picture."""
+        """The shares.
+
+        In memory are the features of one part of training and one of generated pictures at a time, or of `heldout`
+        held-out ones, and 24 bytes W a generated picture.
+        """
         chosen = chosen_rows(len(evaluation.reference.range_of("heldout")), most=self.heldout)
         null = [self._of_heldout(features, evaluation, network, chosen) for network in self.networks]
         pq.write_table(self._table({"row": chosen}, null), out / "memorization-null.parquet")
