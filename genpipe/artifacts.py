@@ -12,20 +12,38 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from pydantic import Field
 
 from genpipe.config import Config, canonical_json
-from genpipe.storage import Storage, check_key, join, local_path, open_object, open_storage, relative, resolve
+from genpipe.files import TEMPORARY, locked, replacing
+from genpipe.storage import (
+    Entry,
+    Storage,
+    at_once,
+    check_key,
+    join,
+    local_path,
+    open_object,
+    open_storage,
+    relative,
+    resolve,
+)
 
 MANIFEST = "manifest.json"
 PARTS = "_parts/"
+ROLLS = f"{PARTS}rolls/"
+ROLL = 1000
+"""Markers that go into one file together, once somebody has read as many one by one."""
 HASH_BLOCK = 8 * 2**20
+TRANSFERS = 8
+"""Files of an artifact that go up or down at once: S3 takes large ones in concurrent parts besides."""
 
 
 class Artifact(Config):
@@ -247,7 +265,7 @@ def add_part(
     """
     fence()
     storage = open_storage(uri)
-    files = list(_upload(storage, folder))
+    files = _upload(storage, folder)
     fence()
     mark_part(storage, part, files, stats)
 
@@ -258,11 +276,38 @@ def mark_part(storage: Storage, part: str, files: Iterable[FileEntry], stats: Ma
     storage.write(_marker(part), canonical_json(record).encode())
 
 
+def missing_parts(uri: str, parts: Iterable[str]) -> list[str]:
+    """Those of `parts` that an unfinished artifact does not hold yet, in order; no marker is read for that."""
+    there = {entry.key for entry in open_storage(uri).list(PARTS)}
+    return [part for part in parts if _marker(part) not in there]
+
+
 def finished_parts(uri: str) -> dict[str, dict[str, Any]]:
-    """The parts that an unfinished artifact already holds: part name to its `files` and `stats`."""
+    """The parts that an unfinished artifact already holds: part name to its `files` and `stats`.
+
+    What `ROLL` or more markers say that nobody has read before is written into files of `ROLL` each, for whoever asks
+    next: call it now and then while parts are made, and the end of tens of thousands reads tens of files.
+    """
     storage = open_storage(uri)
-    records = [json.loads(storage.read(entry.key)) for entry in storage.list(PARTS)]
-    return {record["part"]: record for record in records}
+    return _records(storage, storage.list(PARTS))
+
+
+def _records(storage: Storage, entries: Iterable[Entry]) -> dict[str, dict[str, Any]]:
+    """What the markers among a storage's entries say, by the name of the part."""
+    markers = {entry.key: entry.version for entry in entries if entry.key.startswith(PARTS)}
+    rolls = [key for key in markers if key.startswith(ROLLS)]
+    for key in rolls:
+        del markers[key]
+    rolled = [marker for roll in at_once(storage.read, rolls) for marker in json.loads(roll)] if rolls else []
+    # A part that was repeated has a marker of another version than was rolled up.
+    found = {key: record for key, version, record in rolled if markers.get(key) == version}
+    unread = [key for key in markers if key not in found]
+    if unread:
+        found |= zip(unread, map(json.loads, at_once(storage.read, unread)), strict=True)
+    for first in range(0, len(unread) - ROLL + 1, ROLL):
+        roll = canonical_json([[key, markers[key], found[key]] for key in unread[first : first + ROLL]]).encode()
+        storage.write(f"{ROLLS}{hashlib.sha256(roll).hexdigest()[:24]}.json", roll)
+    return {record["part"]: record for record in found.values()}
 
 
 def commit(
@@ -288,9 +333,12 @@ def commit(
     assert artifact.fingerprint == fingerprint(identity), "an artifact is named by its identity"
     fence()
     storage = open_storage(artifact.uri)
-    done = finished_parts(artifact.uri)
+    uploaded = _upload(storage, folder) if folder else []
+    there = list(storage.list())
+    done = _records(storage, there)
     gathered = [FileEntry.model_validate(file) for part in parts for file in done[part]["files"]]
-    files = {file.path: file for file in [*gathered, *(_upload(storage, folder) if folder else ())]}
+    files = {file.path: file for file in [*gathered, *uploaded]}
+    leftovers = [entry.key for entry in there if entry.key not in files and not entry.key.startswith(PARTS)]
     manifest = Manifest(
         artifact=artifact,
         identity=dict(identity),
@@ -307,9 +355,7 @@ def commit(
     record = manifest.model_dump(mode="json")
     text = json.dumps({**record, "digest": _digest(record)}, indent=1, sort_keys=True)
     fence()
-    for entry in list(storage.list()):
-        if entry.key not in files and entry.key != MANIFEST and not entry.key.startswith(PARTS):
-            storage.delete(entry.key)
+    at_once(storage.delete, [key for key in leftovers if key != MANIFEST])
     storage.create(MANIFEST, text.encode())
     storage.delete_all(PARTS)
     return artifact
@@ -328,8 +374,9 @@ def cache_folder(artifact: Artifact) -> Path:
 def fetch(artifact: Artifact) -> Path:
     """The artifact's files as a local folder: itself if it is local, else a copy in the cache.
 
-    The cache is `GENPIPE_CACHE` (default `~/.cache/genpipe`), one folder a fingerprint. A copy is complete or
-    absent; each file's sha256 is checked as it arrives (ManifestError).
+    The cache is `GENPIPE_CACHE` (default `~/.cache/genpipe`), one folder a fingerprint. A copy is complete or absent,
+    and is made by one process of a machine while the others wait; one that was cut off goes on with the files that it
+    lacks. Each file's sha256 is checked as it arrives (ManifestError).
     """
     here = local_path(artifact.uri)
     if here is not None:
@@ -337,26 +384,55 @@ def fetch(artifact: Artifact) -> Path:
     target = cache_folder(artifact)
     if target.exists():
         return target
-    manifest = read_manifest(artifact.uri)
-    if manifest is None:
-        raise ManifestError(f"{artifact.uri}: no {MANIFEST} here, so nothing was committed")
-    storage = open_storage(artifact.uri)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(dir=target.parent))
-    try:
-        for file in manifest.files:
-            path = staging / check_key(file.path)
-            storage.download(file.path, path)
-            if sha256_file(path) != file.sha256:
-                raise ManifestError(f"{join(artifact.uri, file.path)}: arrived with another sha256 than its manifest's")
+    staging = target.with_name(f"{target.name}{TEMPORARY}")
+    with locked(target.with_name(f"{target.name}.lock")):
+        if target.exists():
+            return target
+        manifest = read_manifest(artifact.uri)
+        if manifest is None:
+            raise ManifestError(f"{artifact.uri}: no {MANIFEST} here, so nothing was committed")
+        staging.mkdir(parents=True, exist_ok=True)
         try:
-            staging.rename(target)
-        except OSError:  # another process finished the same copy first
-            if not target.exists():
-                raise
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+            _copy(artifact.uri, manifest.files, staging)
+        except ManifestError:  # what was committed is damaged, so that the rest of it is of no use either
+            shutil.rmtree(staging)
+            raise
+        staging.rename(target)
     return target
+
+
+def fetch_files(uri: str, files: Sequence[FileEntry], folder: Path) -> None:
+    """Copy some files of the artifact at `uri` into `folder`, those that are not there whole; one process at a time.
+
+    Raises ManifestError for one that does not arrive as committed.
+    """
+    with ThreadPoolExecutor(TRANSFERS) as pool:  # every process looks for itself: that needs no lock
+        whole = list(pool.map(partial(_is_whole, folder), files))
+    if not all(whole):
+        with locked(folder.with_name(f"{folder.name}.lock")):
+            _copy(uri, files, folder)
+
+
+def _copy(uri: str, files: Sequence[FileEntry], folder: Path) -> None:
+    """Copy files that are not whole in `folder`, where this process alone writes, and delete halves of files there."""
+    storage = open_storage(uri)
+    for half in {*folder.rglob(f"*{TEMPORARY}*")} - {folder / file.path for file in files}:  # somebody was killed
+        half.unlink()
+
+    def copy(file: FileEntry) -> None:
+        if _is_whole(folder, file):
+            return
+        with replacing(folder / file.path) as arriving:
+            storage.download(file.path, arriving)
+            if sha256_file(arriving) != file.sha256:
+                raise ManifestError(f"{join(uri, file.path)}: arrived with another sha256 than its manifest's")
+
+    at_once(copy, files, requests=TRANSFERS)
+
+
+def _is_whole(folder: Path, file: FileEntry) -> bool:
+    path = folder / check_key(file.path)
+    return path.exists() and path.stat().st_size == file.size and sha256_file(path) == file.sha256
 
 
 def sha256_file(path: Path) -> str:
@@ -365,11 +441,13 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _upload(storage: Storage, folder: Path) -> Iterable[FileEntry]:
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+def _upload(storage: Storage, folder: Path) -> list[FileEntry]:
+    def upload(path: Path) -> FileEntry:
         key = path.relative_to(folder).as_posix()
         storage.upload(key, path)
-        yield FileEntry(path=key, size=path.stat().st_size, sha256=sha256_file(path))
+        return FileEntry(path=key, size=path.stat().st_size, sha256=sha256_file(path))
+
+    return at_once(upload, sorted(path for path in folder.rglob("*") if path.is_file()), requests=TRANSFERS)
 
 
 def _marker(part: str) -> str:

@@ -1,8 +1,9 @@
-"""Files of this machine that are whole or absent, and what to do when its disk is full."""
+"""Files of this machine that are whole or absent, locks between processes, and what to do when its disk is full."""
 
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import tempfile
 from collections.abc import Iterator
@@ -56,6 +57,23 @@ def beside(path: Path) -> Iterator[Path]:
             yield Path(name)
         finally:
             Path(name).unlink(missing_ok=True)
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold the lock `path`, a file that stays there, in the block: one process or thread of this machine at a time.
+
+    It is given back when its holder dies. Raises OSError where the file system has no locks.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            raise OSError(
+                f"{path}: cannot be locked ({error.strerror}); set GENPIPE_CACHE to a folder on a disk of this machine"
+            ) from error
+        yield
 
 
 def write_through(path: Path, data: bytes) -> None:

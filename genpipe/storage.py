@@ -10,7 +10,8 @@ import io
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from stat import S_ISREG
@@ -21,7 +22,10 @@ from typing_extensions import override
 from genpipe.files import TEMPORARY, beside, link, replacing, write_through
 
 T = TypeVar("T")
+R = TypeVar("R")
 BODY_ATTEMPTS = 3
+REQUESTS = 32
+"""How many a process has under way at once: more would wait for a connection."""
 
 
 class Entry(NamedTuple):
@@ -129,6 +133,15 @@ def resolve(base: str, uri: str) -> str:
     while uri.startswith("../"):
         uri, ups = uri[3:], ups + 1
     return join(base.rstrip("/").rsplit("/", ups)[0], uri) if ups else uri
+
+
+def at_once(action: Callable[[T], R], items: Iterable[T], *, requests: int = REQUESTS) -> list[R]:
+    """`action(item)` of all items in order, `requests` of them at a time: a round trip each, which is mostly waiting.
+
+    Raises what the first of them that fails raises; those that have not begun are dropped.
+    """
+    with ThreadPoolExecutor(requests, "requests") as pool:
+        return list(pool.map(action, items))
 
 
 def local_path(uri: str) -> Path | None:
@@ -250,7 +263,7 @@ class S3Storage(Storage):
         self.bucket, _, prefix = self.uri.removeprefix("s3://").partition("/")
         self.prefix = prefix + "/" if prefix else ""
         retries: Any = {"max_attempts": 8, "mode": "adaptive"}
-        self.client = boto3.client("s3", config=BotoConfig(retries=retries, max_pool_connections=32))
+        self.client = boto3.client("s3", config=BotoConfig(retries=retries, max_pool_connections=REQUESTS))
 
     @override
     def read(self, key: str) -> bytes:
@@ -320,11 +333,14 @@ class S3Storage(Storage):
 
     @override
     def delete_all(self, prefix: str = "") -> None:
-        for page in list(self._pages(prefix)):
+        def delete(page: Sequence[Any]) -> None:
             names: Any = {"Objects": [{"Key": item["Key"]} for item in page], "Quiet": True}
-            answer = self._call(prefix, lambda: self.client.delete_objects(Bucket=self.bucket, Delete=names))  # noqa: B023
+            answer = self._call(prefix, lambda: self.client.delete_objects(Bucket=self.bucket, Delete=names))
             for error in answer.get("Errors", []):
                 raise PermissionError(f"{self.uri}: {error.get('Key')} is not deleted: {error.get('Message')}")
+
+        if pages := list(self._pages(prefix)):
+            at_once(delete, pages)
 
     def _pages(self, prefix: str) -> Iterator[Sequence[Any]]:
         """The objects under a prefix, up to 1,000 at a time."""

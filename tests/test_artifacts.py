@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import multiprocessing
 import os
 import re
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,7 @@ from hypothesis import strategies as st
 
 from genpipe import artifacts
 from genpipe.artifacts import Artifact, ManifestError
-from genpipe.storage import join, open_storage
+from genpipe.storage import S3Storage, join, open_storage
 
 FILES = {"a.bin": b"alpha", "deep/b.bin": b"beta" * 1000, "empty": b""}
 
@@ -128,7 +131,9 @@ def test_a_flipped_byte_is_found(store_uri: str, tmp_path: Path, cache: Path) ->
     if store_uri.startswith("s3://"):
         with pytest.raises(ManifestError, match="arrived with another sha256"):
             artifacts.fetch(made)
-        assert [path for path in cache.rglob("*") if path.is_file()] == [], "no half copy stays in the cache"
+        assert [path for path in cache.rglob("*") if path.suffix != ".lock" and path.is_file()] == [], (
+            "no half copy stays"
+        )
 
 
 def test_a_remote_artifact_is_copied_once(s3_server: str, tmp_path: Path, cache: Path) -> None:
@@ -140,6 +145,101 @@ def test_a_remote_artifact_is_copied_once(s3_server: str, tmp_path: Path, cache:
     assert artifacts.fetch(made) == folder
     with pytest.raises(ManifestError, match="nothing was committed"):
         artifacts.fetch(made.model_copy(update={"fingerprint": "0" * 64}))
+
+
+def fetch_noting(artifact: dict[str, Any], log: str, stuck: str, processes: int) -> None:
+    """In another process: fetch, and note what is downloaded; of the file `stuck` only half of it ever comes."""
+
+    def download(self: S3Storage, key: str, path: Path) -> None:
+        with open(log, "a") as file:
+            file.write(f"{key}\n")
+        if key == stuck:
+            path.write_bytes(self.read(key)[:100])
+            threading.Event().wait()
+        usual(self, key, path)
+
+    usual, S3Storage.download = S3Storage.download, download  # type: ignore[method-assign]
+    Path(f"{log}.{os.getpid()}").touch()
+    while len(list(Path(log).parent.glob("log.*"))) < processes:  # begin together
+        time.sleep(0.001)
+    artifacts.fetch(Artifact.model_validate(artifact))
+
+
+def start_fetching(artifact: Artifact, log: Path, *, processes: int = 1, stuck: str = "") -> list[Any]:
+    spawn = multiprocessing.get_context("spawn")
+    arguments = (artifact.model_dump(mode="json"), str(log), stuck, processes)
+    started = [spawn.Process(target=fetch_noting, args=arguments) for _ in range(processes)]
+    for process in started:
+        process.start()
+    return started
+
+
+def test_processes_that_fetch_at_once_share_one_copy(s3_server: str, tmp_path: Path, cache: Path) -> None:
+    made = committed(f"s3://genpipe/{tmp_path.name}", write_folder(tmp_path / "made", FILES))
+    for process in start_fetching(made, tmp_path / "log", processes=2):
+        process.join()
+        assert process.exitcode == 0
+    assert sorted((tmp_path / "log").read_text().split()) == sorted(FILES), "each file came once"
+    folder = artifacts.fetch(made)
+    assert {name: (folder / name).read_bytes() for name in FILES} == FILES
+
+
+def test_a_fetch_that_was_killed_goes_on_with_what_it_lacks(s3_server: str, tmp_path: Path, cache: Path) -> None:
+    made = committed(f"s3://genpipe/{tmp_path.name}", write_folder(tmp_path / "made", FILES))
+    [process] = start_fetching(made, tmp_path / "log", stuck="deep/b.bin")
+    staging = cache / "thing" / f"{made.fingerprint}.part"
+    while not all((staging / name).exists() for name in ("a.bin", "empty")) or not list(staging.glob("deep/*")):
+        assert process.is_alive()
+        time.sleep(0.05)
+    process.kill()
+    process.join()
+    assert not (staging / "deep/b.bin").exists(), "half a file does not have its name"
+    (staging / "a.bin").write_bytes(b"alphA")  # as a crash of the machine may leave what was not written through
+    (tmp_path / "log").unlink()
+    [process] = start_fetching(made, tmp_path / "log")
+    process.join()
+    assert sorted((tmp_path / "log").read_text().split()) == ["a.bin", "deep/b.bin"]
+    folder = cache / "thing" / made.fingerprint
+    files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    assert files == FILES and not staging.exists()
+
+
+def test_markers_that_were_read_are_kept_together(
+    store_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(artifacts, "ROLL", 3)
+    names = [f"part-{number}" for number in range(8)]
+    for number, name in enumerate(names[:7]):
+        artifacts.add_part(store_uri, name, write_folder(tmp_path / name, {name: b"1"}), {"count": number})
+    assert artifacts.missing_parts(store_uri, names) == names[7:]
+    storage, rolls = open_storage(store_uri), "_parts/rolls/"
+    for _ in range(2):
+        done = artifacts.finished_parts(store_uri)
+        assert {part: record["stats"]["count"] for part, record in done.items()} == {
+            name: number for number, name in enumerate(names[:7])
+        }
+        assert len(list(storage.list(rolls))) == 2
+    artifacts.add_part(store_uri, names[0], write_folder(tmp_path / "new", {names[0]: b"22"}), {"count": 9})
+    done = artifacts.finished_parts(store_uri)
+    assert [done[name]["stats"]["count"] for name in names[:3]] == [9, 1, 2], "a part that is repeated is read again"
+    committed(store_uri, write_folder(tmp_path / "rest", {"rest": b""}), parts=names[:7])
+    assert {file.path: file.size for file in artifacts.verify(store_uri).files} == {
+        "rest": 0, names[0]: 2, **dict.fromkeys(names[1:7], 1),
+    }  # fmt: skip
+    assert not list(storage.list("_parts/"))
+
+
+def test_a_marker_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(artifacts, "ROLL", 2)
+    storage = open_storage(str(tmp_path))
+    for name in ("one", "two"):
+        artifacts.mark_part(storage, name, [], {"name": name})
+    done = artifacts.finished_parts(str(tmp_path))
+    for path in (tmp_path / "_parts").glob("*.json"):
+        before = path.stat().st_mtime_ns
+        path.write_text("unreadable, if somebody read it")
+        os.utime(path, ns=(before, before))
+    assert artifacts.finished_parts(str(tmp_path)) == done and done.keys() == {"one", "two"}
 
 
 def test_finished_parts_are_taken_up(store_uri: str, tmp_path: Path) -> None:

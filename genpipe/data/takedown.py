@@ -136,8 +136,7 @@ def remove(removal: Removal) -> Artifact:
     done = artifacts.committed(target)
     if done is not None:
         return done
-    finished = artifacts.finished_parts(target.uri)
-    for name in (name for name in removal.shards if name not in finished):
+    for name in artifacts.missing_parts(target.uri, removal.shards):
         with tempfile.TemporaryDirectory() as old, tempfile.TemporaryDirectory() as new:
             _download(removal, [f"{name}.tar", f"{name}{INDEX_SUFFIX}"], Path(old))
             if name in removal.rewritten:

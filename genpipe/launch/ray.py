@@ -32,6 +32,8 @@ from genpipe.training.agreement import PATIENCE
 
 INSIST_SECONDS = 3.0
 POLL_SECONDS = 1.0
+PROGRESS_SECONDS = 1.0
+"""Between two reports of progress: each is a write to the store, and parts may end faster than those."""
 CANCEL_SECONDS = 30.0
 GROUP_START_SECONDS = 15
 """For which a group that may have fewer ranks waits for its places before Ray Train counts them anew."""
@@ -123,9 +125,15 @@ class RayLauncher:
         write_progress(spec.work, Progress(done=0, total=len(parts), unit="parts"))
         try:
             with _insisting(), _obeying(spec, grace=0):
+                told = 0.0
                 for count, _ in enumerate(done.iter_rows(), 1):
-                    rate = count / (time.monotonic() - started)
-                    write_progress(spec.work, Progress(done=count, total=len(parts), unit="parts", rate=rate))
+                    now = time.monotonic()
+                    if now > told + PROGRESS_SECONDS or count == len(parts):
+                        rate = count / (now - started)
+                        write_progress(spec.work, Progress(done=count, total=len(parts), unit="parts", rate=rate))
+                        told = now
+                    if count % artifacts.ROLL == 0:
+                        artifacts.finished_parts(spec.target.uri)  # so that the end need not read all markers at once
         except RayError as error:
             self._raise_failure(spec)
             raise JobLost(f"Ray Data gave up: {first_line(error)}") from error

@@ -80,8 +80,7 @@ def _make(spec: StageSpec, launcher: Launcher) -> None:
 
 def _map_parts(spec: StageSpec, stage: ModuleType, cfg: StageConfig, launcher: Launcher, run: StageRun) -> None:
     parts = stage.parts(cfg, spec.inputs)
-    already = artifacts.finished_parts(spec.target.uri)
-    missing = [part for part in parts if part not in already]
+    missing = artifacts.missing_parts(spec.target.uri, parts)
     if missing:
         launcher.map(spec, missing)
     finished = artifacts.finished_parts(spec.target.uri)
