@@ -5,19 +5,23 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
+import struct
 import tempfile
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from genpipe.data.prefetch import in_order
-from genpipe.storage import Storage, open_storage
+from genpipe.artifacts import Artifact, ManifestError, cache_folder, cache_root, read_manifest
+from genpipe.data.prefetch import Done, Pending, in_order
+from genpipe.storage import Storage, local_path, open_storage
 
+CACHE_GB = "GENPIPE_CACHE_GB"
+DEFAULT_CACHE_GB = 20.0
 OPEN_FILES = 512
 REQUESTS = 32
 READ_AHEAD_BYTES = 256 * 2**10
@@ -94,8 +98,8 @@ class LocalFiles:
 class _Descriptor:
     """An open file that closes with its last reference."""
 
-    def __init__(self, path: Path) -> None:
-        self.number = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    def __init__(self, path: Path, flags: int = os.O_RDONLY) -> None:
+        self.number = os.open(path, flags | os.O_CLOEXEC, 0o644)
 
     def __del__(self) -> None:
         if hasattr(self, "number"):
@@ -122,14 +126,10 @@ class RemoteFiles:
         """The bytes of each piece. Raises FileNotFoundError, or OSError if a file ends before its piece."""
         yield from (data for _, data in in_order(self._begin, pieces, ahead=REQUESTS))
 
-    def _begin(self, piece: Piece) -> Future[bytes]:
+    def _begin(self, piece: Piece) -> Pending[bytes]:
         name, offset, length = piece
         here = self.cache.cached(self.stored[name], offset=offset, length=length)
-        if here is None:
-            return self._requests.submit(self._fetch, piece)
-        done: Future[bytes] = Future()  # a thread would take longer to hear of it
-        done.set_result(here)
-        return done
+        return self._requests.submit(self._fetch, piece) if here is None else Done(here)  # which costs no thread
 
     def _fetch(self, piece: Piece) -> bytes:
         name, offset, length = piece
@@ -139,11 +139,49 @@ class RemoteFiles:
         """Nothing: no file is open."""
 
 
+def whole_copy(artifact: Artifact) -> Path | None:
+    """The folder that holds an artifact on this machine: itself if it is local, or a copy that somebody fetched."""
+    here = local_path(artifact.uri)
+    if here is None and cache_folder(artifact).exists():
+        return cache_folder(artifact)
+    return here
+
+
+def remote_files(artifact: Artifact) -> RemoteFiles:
+    """The files of an artifact elsewhere, as its manifest lists them; one client and cache for all who read them here.
+
+    Blocks are kept in `GENPIPE_CACHE` (default `~/.cache/genpipe`), up to GENPIPE_CACHE_GB (default 20) of all
+    artifacts together. Raises ManifestError where nothing is committed.
+    """
+    return _remote_files(artifact.uri, cache_root() / "blocks", _cache_bytes())
+
+
+@lru_cache(maxsize=8)
+def _remote_files(uri: str, blocks: Path, max_bytes: int) -> RemoteFiles:
+    manifest = read_manifest(uri)
+    if manifest is None:
+        raise ManifestError(f"{uri}: no manifest here, so nothing was committed")
+    stored = {file.path: Stored(file.size, file.sha256) for file in manifest.files}
+    return RemoteFiles(uri, stored, BlockCache(blocks, max_bytes=max_bytes))
+
+
+def _cache_bytes() -> int:
+    text = os.environ.get(CACHE_GB, str(DEFAULT_CACHE_GB))
+    try:
+        limit = float(text)
+    except ValueError:
+        limit = 0.0
+    if limit <= 0:
+        raise ValueError(f"{CACHE_GB}={text!r}: give the gigabytes that blocks of remote files may take, e.g. 20")
+    return int(limit * 1e9)
+
+
 class BlockCache:
     """Blocks of remote files in a folder that several processes share, the least recently used given up first.
 
     A block is a file: a digest, then the bytes; it appears whole or not at all. What fails its digest when this
-    process first reads it is fetched again. A process that has written 1/64 of `max_bytes` gives up blocks until 7/8
+    process first reads it is fetched again. Of several who want a block at once, in whatever process, one fetches it
+    and the others wait. A process that has written 1/64 of `max_bytes` gives up blocks until 7/8
     is left, so that eight processes that fill it at once stay within it. A full disk costs speed and nothing else.
     """
 
@@ -152,7 +190,8 @@ class BlockCache:
         folder.mkdir(parents=True, exist_ok=True)
         self._used: dict[bytes, float] = {}  # blocks that passed their digest, and when their last use was noted
         self._written = self.max_bytes  # so that the first write looks at what earlier runs left
-        self._locks = [threading.Lock() for _ in range(64)]
+        self._locks = [threading.Lock() for _ in range(1024)]  # many times as many as there are requests under way
+        self._fetching = _Descriptor(folder / "fetching", os.O_RDWR | os.O_CREAT)
         self._sweeping = threading.Lock()
 
     def __reduce__(self) -> Any:
@@ -170,7 +209,8 @@ class BlockCache:
             raise OSError(f"{storage.uri}/{name} ends {offset + length - stored.size} bytes short of {offset + length}")
         numbers = self._numbers(offset, length)
         first = numbers.start
-        with self._locks[hash((name, first)) % len(self._locks)]:  # neighbors ask for the same blocks at once
+        # Neighbors ask for the same blocks at once, and ranks that validate for the same samples.
+        with self._locks[hash((name, first)) % len(self._locks)], self._alone(stored, first):
             pieces = [self._cached(stored, number, offset, length) for number in numbers]
             missing = [first + at for at, piece in enumerate(pieces) if piece is None]
             if missing:
@@ -183,6 +223,22 @@ class BlockCache:
                     self._keep(stored, number, block)
                     pieces[number - first] = block[self._within(number, offset, length)]
         return b"".join(piece for piece in pieces if piece is not None)
+
+    @contextmanager
+    def _alone(self, stored: Stored, number: int) -> Iterator[None]:
+        """Keep other processes of this machine from fetching a block in the meantime, where its system can do that.
+
+        The lock is one byte of a file, at a place that the block gives; the system takes it back from who is killed.
+        """
+        _, identity = self._path(stored, number)
+        place = int.from_bytes(identity[:7])
+        with suppress(OSError, AttributeError):  # only Linux has them; without, a block may come twice
+            fcntl.fcntl(self._fetching.number, fcntl.F_OFD_SETLKW, _lock(fcntl.F_WRLCK, place))
+        try:
+            yield
+        finally:
+            with suppress(OSError, AttributeError):
+                fcntl.fcntl(self._fetching.number, fcntl.F_OFD_SETLK, _lock(fcntl.F_UNLCK, place))
 
     def _numbers(self, offset: int, length: int) -> range:
         """The blocks that a range lies in."""
@@ -197,26 +253,31 @@ class BlockCache:
         """The wanted part of a block, None if it is not here or is damaged."""
         path, identity = self._path(stored, number)
         wanted = self._within(number, offset, length)
+        size = wanted.stop - wanted.start
         now, used = time.monotonic(), self._used.get(identity)
         try:
-            with path.open("rb", buffering=0) as file:
+            file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            try:
                 if used is None:
-                    digest, block = file.read(DIGEST_BYTES), file.read()
-                    if digest != _digest(block):
+                    data = os.pread(file, DIGEST_BYTES + self.block_bytes + 1, 0)  # and what should not be there
+                    block = data[DIGEST_BYTES:]
+                    if data[:DIGEST_BYTES] != _digest(block):
                         return None
                     piece = block[wanted]
                 else:
-                    file.seek(DIGEST_BYTES + wanted.start)
-                    piece = file.read(wanted.stop - wanted.start)
+                    piece = os.pread(file, size, DIGEST_BYTES + wanted.start)
                 if used is None or now > used + NOTE_SECONDS:
-                    os.utime(path)
+                    os.utime(file)
                     self._used[identity] = now
+            finally:
+                os.close(file)
         except OSError:
             return None
-        return piece if len(piece) == wanted.stop - wanted.start else None
+        return piece if len(piece) == size else None
 
     def _keep(self, stored: Stored, number: int, block: bytes) -> None:
-        path, identity = self._path(stored, number)
+        name, identity = self._path(stored, number)
+        path = Path(name)
         with suppress(OSError):  # a full disk, or a folder that a sweep is looking at
             path.parent.mkdir(exist_ok=True)
             handle, temporary = tempfile.mkstemp(dir=path.parent)
@@ -254,10 +315,15 @@ class BlockCache:
                 if total <= self.max_bytes * SWEEP_TO:
                     break
 
-    def _path(self, stored: Stored, number: int) -> tuple[Path, bytes]:
+    def _path(self, stored: Stored, number: int) -> tuple[str, bytes]:
         identity = _digest(f"{stored.version}/{self.block_bytes}/{number}".encode())
         name = identity.hex()
-        return self.folder / name[:2] / name, identity
+        return f"{self.folder}/{name[:2]}/{name}", identity
+
+
+def _lock(kind: int, place: int) -> bytes:
+    """`struct flock` of one byte: l_type, l_whence, l_start, l_len, l_pid."""
+    return struct.pack("hhqqi4x", kind, os.SEEK_SET, place, 1, 0)
 
 
 def _digest(data: bytes) -> bytes:

@@ -1,4 +1,4 @@
-"""The packed feature cache: a folder of `.npy` files per shard, row-aligned with the shard, memory-mapped.
+"""The packed feature cache: a folder of `.npy` files per shard, row-aligned with the shard, read where it is.
 
 Shape legend: N samples of a shard, V variants (1, or the image and its mirror image), T captions of a shard,
 K tokens of captions, B samples of a batch, C H W of the latents, D embedding width, E width of the text encodings,
@@ -11,19 +11,21 @@ import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from functools import lru_cache, partial
+from functools import cache, partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 
+from genpipe.artifacts import Artifact
+from genpipe.data.block_cache import RemoteFiles, remote_files, whole_copy
 from genpipe.data.order import pick
+from genpipe.data.packed_arrays import VARIANT_ARRAYS, Arrays, Layout, MappedArrays, RemoteArrays
 from genpipe.data.shard_dataset import ShardDataset
 from genpipe.data.shards import Split
 
 TEXT_ARRAYS = ("text_embeds", "text_encodings", "token_offsets")
-VARIANT_ARRAYS = ("latents", "latent_logvars", "image_embeds")  # [N, V, ...]
 NEEDS = {  # what makes no sense without another
     "latent_logvars": "latents",
     "caption_weights": "caption_offsets",
@@ -45,7 +47,6 @@ KINDS = {  # numpy's dtype kinds: U text, f float, i and u integers
     "token_offsets": "iu",
 }
 NULL_TEXT = "null_text"
-OPEN_ARRAYS = 4096
 
 
 def write_features(folder: Path, arrays: Mapping[str, np.ndarray]) -> None:
@@ -70,28 +71,39 @@ def write_null_text(folder: Path, arrays: Mapping[str, np.ndarray]) -> None:
     _write(folder / NULL_TEXT, arrays)
 
 
+class _Entry(NamedTuple):
+    """One entry of an array, as it is laid out in the first shard that has the array."""
+
+    shard: int
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    bytes: int
+
+
 class FeatureDataset:
     """The cached features of one split. Index i is the sample that `ShardDataset` of the same split calls i.
 
     Which there are depends on the encoders that made them: `arrays` are the names of what can be asked for.
 
     Batches come back as torch tensors in the dtype of the cache (float16 or float32). Thread-safe; pickled as its
-    arguments. Arrays are mapped when they are first used, `OPEN_ARRAYS` of them at a time.
+    arguments. What is read is a folder or, piece by piece, the files of an artifact elsewhere.
     """
 
-    def __init__(self, folder: Path, *, split: Split) -> None:
-        self.folder, self.split = Path(folder), split
-        self._names = sorted(path.name for path in self.folder.glob(f"{split}-*") if path.is_dir())
+    def __init__(self, source: Path | RemoteFiles, *, split: Split) -> None:
+        self.source, self.split = source, split
+        self._arrays = _arrays_of(source, prefix=f"{split}-")
+        self.where, self._names = self._arrays.where, self._arrays.names
         if not self._names:
-            raise ValueError(f"{self.folder} holds no {split} features ({split}-*/keys.npy)")
-        self.arrays = frozenset(path.stem for path in (self.folder / self._names[0]).glob("*.npy"))
-        self._array = lru_cache(maxsize=OPEN_ARRAYS)(self._open)
-        self._bytes = lru_cache(maxsize=OPEN_ARRAYS)(self._view)
-        self._starts = np.cumsum([0, *(len(self._open(n, "keys")) for n in range(len(self._names)))])
-        self._damaged, self._weighted = self._shards_with("rows"), self._shards_with("caption_weights")
+            raise ValueError(f"{self.where} holds no {split} features ({split}-*/keys.npy)")
+        held = [self._arrays.held(shard) for shard in range(len(self._names))]
+        self.arrays = held[0]
+        self._starts = np.cumsum([0, *map(self._arrays.samples, range(len(held)))])
+        self._damaged = {shard for shard, names in enumerate(held) if "rows" in names}
+        self._weighted = {shard for shard, names in enumerate(held) if "caption_weights" in names}
+        self._entry = cache(self._entry_of)
 
     def __reduce__(self) -> Any:
-        return partial(FeatureDataset, split=self.split), (self.folder,)
+        return partial(FeatureDataset, split=self.split), (self.source,)
 
     def __len__(self) -> int:
         """The samples of all shards."""
@@ -100,18 +112,18 @@ class FeatureDataset:
     @property
     def keys(self) -> list[str]:
         """The keys of all samples in order."""
-        return [str(key) for shard in range(len(self._names)) for key in self._array(shard, "keys")]
+        return [str(key) for shard in range(len(self._names)) for key in self._arrays.whole(shard, "keys")]
 
     @property
     def variants(self) -> int:
         """How many versions of each image are cached: 1, or 2 with its mirror image."""
         images = self.arrays.intersection(VARIANT_ARRAYS)
-        return int(self._array(0, min(images)).shape[1]) if images else 1
+        return self._layout(min(images)).shape[1] if images else 1
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
         """(C, H, W)."""
-        return self._array(0, "latents").shape[2:]
+        return self._layout("latents").shape[2:]
 
     @property
     def has_spread(self) -> bool:
@@ -156,10 +168,7 @@ class FeatureDataset:
         embeds = {"text_embeds": self._gather("text_embeds", shards, captions)} if "text_embeds" in self.arrays else {}
         if "text_encodings" not in self.arrays:
             return embeds
-        offsets = {shard: self._array(shard, "token_offsets").data for shard in set(shards.tolist())}
-        of_batch = list(zip(shards.tolist(), captions.tolist(), strict=True))
-        starts = np.asarray([offsets[shard][caption] for shard, caption in of_batch], np.int64)
-        stops = np.asarray([offsets[shard][caption + 1] for shard, caption in of_batch], np.int64)
+        starts, stops = self._read("token_offsets", shards, captions, captions + 2).reshape(-1, 2).T
         return {
             **embeds,
             "text_encodings": self._gather("text_encodings", shards, starts, stops=stops),
@@ -177,20 +186,19 @@ class FeatureDataset:
         Only these files are read, one shard's at a time, so that memory does not grow with the number of samples.
         """
         for shard in range(len(self._names)):
-            # Maps of their own: those that the dataset keeps open would stay in memory.
-            embeds, places = self._open(shard, name), np.arange(self._starts[shard + 1] - self._starts[shard])
+            embeds = self._arrays.whole(shard, name)
+            places = np.arange(self._starts[shard + 1] - self._starts[shard])
             if shard in self._damaged:
-                places = self._open(shard, "rows")
+                places = self._arrays.whole(shard, "rows")
             if name == "text_embeds":
-                places = self._open(shard, "caption_offsets")[places]
+                places = self._arrays.whole(shard, "caption_offsets")[places]
             for first in range(0, len(places), size):
                 some = embeds[places[first : first + size]]
                 yield torch.from_numpy(some[:, 0] if name in VARIANT_ARRAYS else some)
 
     def null_text(self) -> dict[str, torch.Tensor]:
         """The empty caption as `text` gives others, B = 1: what a dropped caption is replaced by."""
-        files = (self.folder / NULL_TEXT).glob("*.npy")
-        arrays = {path.stem: torch.from_numpy(np.load(path, allow_pickle=False)) for path in files}
+        arrays = {name: torch.from_numpy(array) for name, array in self._arrays.beside(NULL_TEXT).items()}
         if "token_offsets" in arrays:
             arrays["text_places"] = _token_places(arrays.pop("token_offsets").diff().numpy())
         return arrays
@@ -198,23 +206,19 @@ class FeatureDataset:
     def verify_alignment(self, shards: ShardDataset) -> None:
         """Raise ValueError unless `shards` has the same sample, with as many captions, at every index."""
         if self.shards() != shards.shards():
-            raise ValueError(f"{self.folder} was not made from {shards.folder}: other shards; cache again")
+            raise ValueError(f"{self.where} was not made from {shards.folder}: other shards; cache again")
         for number, name in enumerate(self._names):
             rows = shards.rows(name)
-            same = [shards.key(i) for i in rows] == self._array(number, "keys").tolist()
+            same = [shards.key(i) for i in rows] == self._arrays.whole(number, "keys").tolist()
             if "caption_offsets" in self.arrays:
-                counts = np.diff(self._array(number, "caption_offsets")).tolist()
+                counts = np.diff(self._arrays.whole(number, "caption_offsets")).tolist()
                 same = same and [len(shards.captions(i)) for i in rows] == counts
             if not same:
-                where = self.folder / name
+                where = f"{self.where}/{name}"
                 raise ValueError(f"{where} holds other samples than {shards.folder / name}.tar; cache again")
 
-    def _open(self, shard: int, name: str) -> np.ndarray:
-        # As a plain array on the map: numpy's own class for maps is slow to index.
-        return np.asarray(np.load(self.folder / self._names[shard] / f"{name}.npy", mmap_mode="r", allow_pickle=False))
-
-    def _shards_with(self, name: str) -> set[int]:
-        return {n for n, shard in enumerate(self._names) if (self.folder / shard / f"{name}.npy").exists()}
+    def _layout(self, name: str) -> Layout:
+        return self._arrays.layout(0, name)
 
     def _places(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The shard of each index, and the row there that stands for it."""
@@ -223,9 +227,8 @@ class FeatureDataset:
             raise IndexError(f"samples {indices.min()} to {indices.max()} of {len(self)}")
         shards = np.searchsorted(self._starts, indices, side="right") - 1
         rows = indices - self._starts[shards]
-        for shard in self._damaged.intersection(shards.tolist()) if self._damaged else ():
-            there = shards == shard
-            rows[there] = self._array(shard, "rows")[rows[there]]
+        if self._damaged and (there := np.isin(shards, list(self._damaged))).any():
+            rows[there] = self._read("rows", shards[there], rows[there], rows[there] + 1)
         return shards, rows
 
     def _versions(self, indices: np.ndarray, variants: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
@@ -236,42 +239,48 @@ class FeatureDataset:
 
     def _captions(self, shards: np.ndarray, rows: np.ndarray, draws: np.ndarray) -> np.ndarray:
         """int64 [B]: where the caption of each row stands, in its shard, on which the draw falls."""
-        offsets = {shard: self._array(shard, "caption_offsets").data for shard in set(shards.tolist())}
-        captions = []
-        for shard, row, draw in zip(shards.tolist(), rows.tolist(), draws.tolist(), strict=True):
-            first, stop = offsets[shard][row], offsets[shard][row + 1]
-            weights = self._array(shard, "caption_weights")[first:stop] if shard in self._weighted else None
-            captions.append(first + pick(draw, count=stop - first, weights=weights))
-        return np.asarray(captions, np.int64)
+        firsts, stops = self._read("caption_offsets", shards, rows, rows + 2).reshape(-1, 2).T
+        weights: list[np.ndarray | None] = [None] * len(shards)
+        if self._weighted and len(there := np.flatnonzero(np.isin(shards, list(self._weighted)))):
+            joined = self._read("caption_weights", shards[there], firsts[there], stops[there])
+            ends = np.cumsum(stops[there] - firsts[there])[:-1]
+            for place, own in zip(there.tolist(), np.split(joined, ends), strict=True):
+                weights[place] = own
+        chosen = zip(draws.tolist(), (stops - firsts).tolist(), weights, strict=True)
+        return firsts + np.asarray([pick(draw, count=count, weights=own) for draw, count, own in chosen], np.int64)
 
     def _gather(
         self, name: str, shards: np.ndarray, starts: np.ndarray, *, stops: np.ndarray | None = None
     ) -> torch.Tensor:
-        """An array's entries at these places of the shards, [B, ...]; or those from `starts` to `stops`, joined.
+        """An array's entries at these places of the shards, [B, ...]; or those from `starts` to `stops`, joined."""
+        return torch.from_numpy(self._read(name, shards, starts, starts + 1 if stops is None else stops))
 
-        Their bytes are joined: a batch meets most shards once or twice, and indexing costs more than copying.
-        """
-        kind, shape = self._entry(name)
-        stride = kind.itemsize * math.prod(shape)
-        bytes_of = {shard: self._bytes(shard, name) for shard in set(shards.tolist())}
-        stops = starts + 1 if stops is None else stops
-        spans = zip(shards.tolist(), (starts * stride).tolist(), (stops * stride).tolist(), strict=True)
-        joined = np.frombuffer(bytearray().join([bytes_of[shard][at:stop] for shard, at, stop in spans]), kind)
-        return torch.from_numpy(joined.reshape(-1, *shape))
+    def _read(self, name: str, shards: np.ndarray, starts: np.ndarray, stops: np.ndarray) -> np.ndarray:
+        """Those of an array's entries that are from `starts` to `stops` of the shards, joined."""
+        entry = self._entry(name)
+        spans = (starts * entry.bytes).tolist(), (stops * entry.bytes).tolist()
+        joined = self._arrays.read(name, shards.tolist(), *spans, like=entry.shard)
+        return np.frombuffer(joined, entry.dtype).reshape(-1, *entry.shape)
 
-    def _entry(self, name: str) -> tuple[np.dtype, tuple[int, ...]]:
-        """The dtype and the shape of one entry of an array."""
-        array = self._array(0, name)
-        return array.dtype, array.shape[2 if name in VARIANT_ARRAYS else 1 :]
+    def _entry_of(self, name: str) -> _Entry:
+        shard = min({"rows": self._damaged, "caption_weights": self._weighted}.get(name, {0}))
+        layout = self._arrays.layout(shard, name)
+        shape = layout.shape[2 if name in VARIANT_ARRAYS else 1 :]
+        return _Entry(shard, layout.dtype, shape, layout.dtype.itemsize * math.prod(shape))
 
-    def _view(self, shard: int, name: str) -> memoryview:
-        """An array's bytes. Raises ValueError if a row of them is not to be read as one of the first shard."""
-        array, first = self._array(shard, name), self._array(0, name)
-        if (array.dtype, array.shape[1:]) != (first.dtype, first.shape[1:]):
-            where = self.folder / self._names[shard] / f"{name}.npy"
-            held = f"{array.dtype} {array.shape[1:]} a row, other shards {first.dtype} {first.shape[1:]}"
-            raise ValueError(f"{where} holds {held}; cache again")
-        return array.data.cast("B")
+
+def open_features(artifact: Artifact, *, split: Split) -> FeatureDataset:
+    """The features of an artifact, where they are: those under S3 are read piece by piece, as shards are.
+
+    `genpipe.data.block_cache.remote_files` says how. Raises ValueError for arrays that do not belong to one cache.
+    """
+    return FeatureDataset(whole_copy(artifact) or remote_files(artifact), split=split)
+
+
+def _arrays_of(source: Path | RemoteFiles, *, prefix: str) -> Arrays:
+    if isinstance(source, RemoteFiles):
+        return RemoteArrays(source, prefix=prefix)
+    return MappedArrays(source, prefix=prefix)
 
 
 def _token_places(lengths: np.ndarray) -> torch.Tensor:

@@ -4,16 +4,46 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TypeVar
+from concurrent.futures import ThreadPoolExecutor
+from typing import Generic, Protocol, TypeVar
 
 T = TypeVar("T")
 R = TypeVar("R")
+R_co = TypeVar("R_co", covariant=True)
 
 
-def in_order(submit: Callable[[T], Future[R]], items: Iterable[T], *, ahead: int) -> Generator[tuple[T, R], None, None]:
+class Pending(Protocol[R_co]):
+    """What a Future is to `in_order`."""
+
+    def result(self) -> R_co:
+        """Wait for it."""
+        ...
+
+    def cancel(self) -> bool:
+        """Drop it if it has not begun."""
+        ...
+
+
+class Done(Generic[R]):
+    """A result that is there already: a Future would cost as much as reading a piece from the cache."""
+
+    def __init__(self, result: R) -> None:
+        self._result = result
+
+    def result(self) -> R:
+        """It."""
+        return self._result
+
+    def cancel(self) -> bool:
+        """It is too late for that."""
+        return False
+
+
+def in_order(
+    submit: Callable[[T], Pending[R]], items: Iterable[T], *, ahead: int
+) -> Generator[tuple[T, R], None, None]:
     """Each item and the result of `submit(item)`, in the order of the items, at most `ahead` of them under way."""
-    window: deque[tuple[T, Future[R]]] = deque()
+    window: deque[tuple[T, Pending[R]]] = deque()
     try:
         for item in items:
             window.append((item, submit(item)))

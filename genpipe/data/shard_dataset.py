@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,16 +25,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from genpipe.artifacts import Artifact, ManifestError, cache_folder, read_manifest, sha256_file
-from genpipe.data.block_cache import BlockCache, Files, LocalFiles, Piece, RemoteFiles, Stored
+from genpipe.artifacts import Artifact, FileEntry, cache_folder, fetch_files
+from genpipe.data.block_cache import Files, LocalFiles, Piece, remote_files, whole_copy
 from genpipe.data.images import ImageError, decode
 from genpipe.data.order import pick
 from genpipe.data.samples import Reject
 from genpipe.data.shards import CONDITION, INDEX_SUFFIX, NO_LABEL, Split
-from genpipe.storage import local_path
 
-CACHE_GB = "GENPIPE_CACHE_GB"
-DEFAULT_CACHE_GB = 20.0
 Member = Literal["image", "condition"]
 BLOCK_BITS = tarfile.BLOCKSIZE.bit_length() - 1
 PRINTED = 20
@@ -366,49 +363,15 @@ def _opened(path: Path) -> Iterator[pq.ParquetFile]:
 def open_shards(artifact: Artifact, *, split: Split, only: str = "") -> ShardDataset:
     """The shards of an artifact, where they are: those under S3 are read piece by piece.
 
-    Their indexes are copied whole, into `GENPIPE_CACHE` (default `~/.cache/genpipe`), where blocks of the tars are
-    kept too, up to GENPIPE_CACHE_GB (default 20). Raises ManifestError if an index does not arrive as committed.
+    Their indexes are copied whole, into `GENPIPE_CACHE`. Raises ManifestError if one does not arrive as committed.
     """
-    here = local_path(artifact.uri)
-    if here is None:
-        copy = cache_folder(artifact)  # a whole copy, if somebody fetched one
-        here = copy if copy.exists() else None
+    here = whole_copy(artifact)
     if here is not None:
         return ShardDataset(here, split=split, only=only)
-    files = _remote_files(artifact.uri, cache_folder(artifact).parent.parent / "blocks", _cache_bytes())
+    files = remote_files(artifact)
     folder = cache_folder(artifact).parent / f"{artifact.fingerprint}.indexes"
     wanted = [name for name in files.stored if name.startswith(only or f"{split}-") and name.endswith(INDEX_SUFFIX)]
-    with ThreadPoolExecutor(16) as pool:
-        list(pool.map(partial(_fetch_index, files, folder=folder), wanted))
+    stored = [(name, files.stored[name]) for name in wanted]
+    indexes = [FileEntry(path=name, size=size, sha256=sha256) for name, (size, sha256) in stored]
+    fetch_files(artifact.uri, indexes, folder)
     return ShardDataset(folder, split=split, files=files, only=only)
-
-
-@lru_cache(maxsize=8)
-def _remote_files(uri: str, blocks: Path, max_bytes: int) -> RemoteFiles:
-    """The files that the manifest at `uri` lists; one client and one cache for all who read them in this process."""
-    manifest = read_manifest(uri)
-    if manifest is None:
-        raise ManifestError(f"{uri}: no manifest here, so nothing was committed")
-    stored = {file.path: Stored(file.size, file.sha256) for file in manifest.files}
-    return RemoteFiles(uri, stored, BlockCache(blocks, max_bytes=max_bytes))
-
-
-def _fetch_index(files: RemoteFiles, name: str, *, folder: Path) -> None:
-    path, digest = folder / name, files.stored[name].version
-    if path.exists() and sha256_file(path) == digest:
-        return
-    files.storage.download(name, path)
-    if sha256_file(path) != digest:
-        path.unlink()
-        raise ManifestError(f"{files.storage.uri}/{name}: arrived with another sha256 than its manifest's")
-
-
-def _cache_bytes() -> int:
-    text = os.environ.get(CACHE_GB, str(DEFAULT_CACHE_GB))
-    try:
-        limit = float(text)
-    except ValueError:
-        limit = 0.0
-    if limit <= 0:
-        raise ValueError(f"{CACHE_GB}={text!r}: give the gigabytes that blocks of remote shards may take, e.g. 20")
-    return int(limit * 1e9)

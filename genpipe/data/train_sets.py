@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from genpipe.artifacts import Artifact, fetch
-from genpipe.data.features import FeatureDataset
+from genpipe.artifacts import Artifact
+from genpipe.data.features import FeatureDataset, open_features
 from genpipe.data.image_batches import Crop, Images
 from genpipe.data.loader import Batch, Data, SampleSet
 from genpipe.data.order import caption_draws, normal, uniform
@@ -120,10 +120,9 @@ def cached_data(inputs: Mapping[str, Artifact], *, arrays: tuple[str, ...], seed
     """
     check_made_from(inputs)
     features = inputs["features"]
-    folder = fetch(features)
 
     def split(name: Split) -> SampleSet:
-        dataset = FeatureDataset(folder, split=name)
+        dataset = open_features(features, split=name)
         sources = {source: range(*span) for source, span in features.meta["sources"][name].items()}
         return SampleSet(len(dataset), Cached(dataset, arrays, seed, training=name == "train"), sources)
 

@@ -16,7 +16,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from genpipe.artifacts import Artifact, Role, fetch
-from genpipe.data.features import FeatureDataset
+from genpipe.data.features import open_features
 from genpipe.data.image_batches import to_uint8
 from genpipe.data.loader import Data
 from genpipe.data.train_sets import cached_data, example_features
@@ -146,7 +146,7 @@ def objective(cfg: Config, inputs: Mapping[str, Artifact], device: torch.device)
             return Objective(cfg, meta, Decoder(cfg.model, **network), network, None)
     null_encodings = None
     if cfg.text and cfg.model.null_text == "encoder":
-        empty = Text.from_cache(FeatureDataset(fetch(inputs["features"]), split="train").null_text())
+        empty = Text.from_cache(open_features(inputs["features"], split="train").null_text())
         null_encodings = empty.encodings[empty.text_mask]
         network["null_tokens"] = len(null_encodings)
     model = Decoder(cfg.model, **network)

@@ -11,8 +11,8 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from genpipe.artifacts import Artifact, Role, fetch
-from genpipe.data.features import FeatureDataset
+from genpipe.artifacts import Artifact, Role
+from genpipe.data.features import FeatureDataset, open_features
 from genpipe.data.loader import Data
 from genpipe.data.order import spread
 from genpipe.data.train_sets import cached_data, example_features
@@ -150,7 +150,7 @@ def objective(cfg: Config, inputs: Mapping[str, Artifact], device: torch.device)
 
 
 def _training_features(inputs: Mapping[str, Artifact]) -> FeatureDataset:
-    return FeatureDataset(fetch(inputs["features"]), split="train")
+    return open_features(inputs["features"], split="train")
 
 
 def fitted_prior(

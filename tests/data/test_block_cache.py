@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -168,6 +169,71 @@ def test_processes_share_a_cache_that_is_too_small_for_them(storage: CountingSto
     assert [worker.exitcode for worker in workers] == [0, 0]
     # Each may have written a block or two while the other gave up what was too much.
     assert sum(path.stat().st_size for path in blocks_in(tmp_path / "cache")) <= 8 * (BLOCK + 16)
+
+
+class NotingStorage(LocalStorage):
+    """A folder that takes its time, and notes in a file what was asked of it by any process."""
+
+    def read_range(self, key: str, *, offset: int, length: int) -> bytes:
+        with open(f"{self.uri}/asked", "a") as file:
+            file.write(f"{offset}\n")
+        time.sleep(0.02)
+        return super().read_range(key, offset=offset, length=length)
+
+
+def read_all_blocks(uri: str, folder: str, begin: Any) -> None:
+    remote = files(NotingStorage(uri), BlockCache(Path(folder), max_bytes=10**6, block_bytes=BLOCK))
+    begin.wait()
+    for offset in range(0, SIZE - 100, BLOCK):
+        assert read(remote, "a.tar", offset=offset, length=100) == content()[offset : offset + 100]
+
+
+def test_processes_that_want_a_block_at_once_fetch_it_once(storage: CountingStorage, tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    begin = context.Barrier(3)
+    arguments = (storage.uri, str(tmp_path / "cache"), begin)
+    workers = [context.Process(target=read_all_blocks, args=arguments) for _ in range(3)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert [worker.exitcode for worker in workers] == [0, 0, 0]
+    asked = (tmp_path / "remote" / "asked").read_text().split()
+    assert sorted(map(int, asked)) == list(range(0, SIZE, BLOCK))
+
+
+def read_a_block(uri: str, folder: str) -> None:
+    NotingStorage.read_range = lambda *_, **__: threading.Event().wait()  # type: ignore[assignment, return-value]
+    read(
+        files(NotingStorage(uri), BlockCache(Path(folder), max_bytes=10**6, block_bytes=BLOCK)),
+        "a.tar",
+        offset=0,
+        length=1,
+    )
+
+
+def test_a_process_that_dies_while_it_fetches_a_block_holds_nobody_up(storage: CountingStorage, tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    worker = context.Process(target=read_a_block, args=(storage.uri, str(tmp_path / "cache")))
+    worker.start()
+    remote = files(storage, BlockCache(tmp_path / "cache", max_bytes=10**6, block_bytes=BLOCK))
+    found: list[bytes] = []
+    while not is_locked(tmp_path / "cache" / "fetching"):
+        assert worker.is_alive()
+        time.sleep(0.05)
+    thread = threading.Thread(target=lambda: found.append(read(remote, "a.tar", offset=0, length=10)))
+    thread.start()
+    thread.join(0.3)
+    assert thread.is_alive() and not found, "it waits for the other process"
+    worker.kill()
+    thread.join()
+    assert found == [content()[:10]] and storage.asked == [(0, BLOCK)]
+
+
+def is_locked(path: Path) -> bool:
+    """Whether a process holds a lock on a byte of the file."""
+    inode = f":{path.stat().st_ino} "
+    return any(inode in line for line in Path("/proc/locks").read_text().splitlines())
 
 
 def test_a_cache_that_cannot_be_written_costs_speed_alone(storage: CountingStorage, tmp_path: Path) -> None:

@@ -9,7 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from genpipe.data.features import FeatureDataset, write_features, write_null_text
+from genpipe import artifacts
+from genpipe.artifacts import Artifact
+from genpipe.data.block_cache import BlockCache, RemoteFiles, Stored
+from genpipe.data.features import TEXT_ARRAYS, FeatureDataset, open_features, write_features, write_null_text
 from genpipe.data.shard_dataset import ShardDataset
 from genpipe.data.shards import ShardWriter
 
@@ -269,3 +272,94 @@ def test_shards_with_another_number_of_variants_are_named(folder: Path) -> None:
     write_features(folder / "train-00001-00", features(SHARDS["train-00001-00"], variants=2))
     with pytest.raises(ValueError, match=r"train-00001-00/latents.npy holds .*\(2, 2, 4, 4\).*\(1, 2, 4, 4\); cache"):
         FeatureDataset(folder, split="train").latents(np.array([0, 4]))
+
+
+def commit(folder: Path, uri: str) -> Artifact:
+    identity = artifacts.identity("features", version=1, settings={}, inputs={})
+    made = Artifact(kind="features", uri=uri, fingerprint=artifacts.fingerprint(identity))
+    return artifacts.commit(made, folder=folder, identity=identity, config={}, inputs={}, metrics={})
+
+
+def everything(samples: range) -> dict[str, np.ndarray]:
+    """All arrays that there are but `rows`, of random numbers."""
+    random = np.random.default_rng(samples.start)
+    arrays = features(samples, variants=2)
+    captions = int(arrays["caption_offsets"][-1])
+    numbers = {
+        name: random.normal(size=array.shape).astype(array.dtype)
+        for name, array in arrays.items()
+        if array.dtype.kind == "f"
+    }
+    return arrays | numbers | {
+        "latent_logvars": random.normal(size=arrays["latents"].shape).astype(np.float16),
+        "caption_weights": random.random(captions).astype(np.float32),
+        "labels": random.integers(-1, 5, len(samples)).astype(np.int32),
+    }  # fmt: skip
+
+
+def test_features_are_read_where_they_are(s3_server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under S3 piece by piece, and to the bit as from a folder."""
+    monkeypatch.setenv("GENPIPE_CACHE", str(tmp_path / "cache"))
+    first, second = (everything(samples) for samples in SHARDS.values())
+    del second["caption_weights"]
+    write_features(tmp_path / "made" / "train-00000-00", first)
+    write_features(tmp_path / "made" / "train-00001-00", second | {"rows": np.array([1, 1], np.int32)})
+    write_null_text(tmp_path / "made", {name: features(range(1))[name] for name in TEXT_ARRAYS})
+    here = FeatureDataset(tmp_path / "made", split="train")
+    artifact = commit(tmp_path / "made", f"s3://genpipe/{tmp_path.name}")
+    there = open_features(artifact, split="train")
+    for dataset in (there, pickle.loads(pickle.dumps(there))):
+        for seed in range(5):
+            random = np.random.default_rng(seed)
+            indices, variants = random.integers(0, 5, 7), random.integers(0, 2, 7)
+            noise = random.normal(size=(7, *here.latent_shape)).astype(np.float32)
+            same(dataset.latents(indices, variants=variants), here.latents(indices, variants=variants))
+            same(dataset.image_embeds(indices, variants=variants), here.image_embeds(indices, variants=variants))
+            same(*(each.latent_samples(indices, noise=noise, variants=variants) for each in (dataset, here)))
+            same(dataset.labels(indices), here.labels(indices))
+            draws = random.random(7)
+            mine, own = dataset.text(indices, draws), here.text(indices, draws)
+            assert mine.keys() == own.keys()
+            for name, array in mine.items():
+                same(array, own[name])
+        for name in ("text_embeds", "image_embeds"):
+            same(*(torch.cat(list(each.chunks(name, size=2))) for each in (dataset, here)))
+        assert len(dataset) == 5 and dataset.keys == here.keys and dataset.shards() == here.shards()
+        assert (dataset.variants, dataset.latent_shape, dataset.arrays) == (2, (2, 4, 4), here.arrays)
+        for name, array in dataset.null_text().items():
+            same(array, here.null_text()[name])
+    assert not list((tmp_path / "cache").rglob("*.npy")), "no file was copied whole"
+    assert artifacts.fetch(artifact) == open_features(artifact, split="train").source, (
+        "a copy is used where there is one"
+    )
+
+
+def same(one: torch.Tensor, other: torch.Tensor) -> None:
+    assert one.dtype == other.dtype and torch.equal(one, other)
+
+
+def remote(folder: Path) -> RemoteFiles:
+    stored = {
+        path.relative_to(folder).as_posix(): Stored(path.stat().st_size, str(path)) for path in folder.rglob("*.npy")
+    }
+    return RemoteFiles(str(folder), stored, BlockCache(folder / "blocks", max_bytes=10**6, block_bytes=1000))
+
+
+@pytest.mark.parametrize(("name", "captions"), [("latents", True), ("text_encodings", True), ("image_embeds", False)])
+def test_arrays_that_are_unlike_those_of_other_shards_are_refused_before_anything_is_read(
+    folder: Path, name: str, captions: bool
+) -> None:
+    for shard, samples in SHARDS.items():
+        arrays = {key: array for key, array in features(samples).items() if captions or key in ("keys", "image_embeds")}
+        if shard == "train-00001-00":
+            arrays[name] = np.zeros((*arrays[name].shape[:-1], 5), np.float16)
+        write_features(folder / shard, arrays)
+    with pytest.raises(ValueError, match=f"train-00001-00(/{name}.npy holds other rows than float16|: by their sizes)"):
+        FeatureDataset(remote(folder), split="train")
+
+
+def test_shards_of_another_length_are_as_long_as_they_are(folder: Path) -> None:
+    dataset = FeatureDataset(remote(folder), split="train")
+    assert [len(dataset), dataset.keys[3:]] == [5, ["key-3", "key-4"]]
+    with pytest.raises(ValueError, match="holds no heldout features"):
+        FeatureDataset(remote(folder), split="heldout")

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from genpipe.artifacts import Artifact, Role, fetch
 from genpipe.config import Config
-from genpipe.data.features import FeatureDataset
+from genpipe.data.features import open_features
 from genpipe.data.shards import SPLITS
 from genpipe.evaluation.captions import first_captions
 from genpipe.evaluation.metrics.judge import (
@@ -113,8 +113,7 @@ class _Measure:
         check_made_from(inputs)
         weights = load_weights(fetch(inputs["clip"]), kind="clip", device=evaluation.device)
         self.clip = cast(CLIP, weights.module)
-        folder = fetch(inputs["features"])
-        self.features = {split: FeatureDataset(folder, split=split) for split in evaluation.reference.ranges}
+        self.features = {split: open_features(inputs["features"], split=split) for split in evaluation.reference.ranges}
 
     @torch.no_grad()
     def __call__(self, part: str, out: Path) -> Partial:
