@@ -133,7 +133,8 @@ class RayLauncher:
                         write_progress(spec.work, Progress(done=count, total=len(parts), unit="parts", rate=rate))
                         told = now
                     if count % artifacts.ROLL == 0:
-                        artifacts.finished_parts(spec.target.uri)  # so that the end need not read all markers at once
+                        with suppress(OSError):  # of the store, which may be back for the next thousand
+                            artifacts.finished_parts(spec.target.uri)  # so that the end need not read all markers
         except RayError as error:
             self._raise_failure(spec)
             raise JobLost(f"Ray Data gave up: {first_line(error)}") from error

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -17,18 +18,18 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
-from slow_s3 import SPAWN, SlowS3, slow_s3
-
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
 
-import numpy as np
+import numpy as np  # noqa: E402
+from slow_s3 import SPAWN, SlowS3, slow_s3  # noqa: E402
 
-from genpipe import artifacts
-from genpipe.artifacts import Artifact, FileEntry
-from genpipe.data.features import write_features
-from genpipe.data.loader import Batches, training_order
-from genpipe.data.train_sets import cached_data
-from genpipe.storage import at_once, open_storage
+from genpipe import artifacts  # noqa: E402
+from genpipe.artifacts import Artifact, FileEntry  # noqa: E402
+from genpipe.data.features import write_features  # noqa: E402
+from genpipe.data.loader import Batches, training_order  # noqa: E402
+from genpipe.data.train_sets import cached_data  # noqa: E402
+from genpipe.storage import at_once, open_storage  # noqa: E402
 
 T = TypeVar("T")
 ROWS, BATCH, RANKS = 1000, 128, 2
