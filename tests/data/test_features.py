@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 from genpipe import artifacts
 from genpipe.artifacts import Artifact
-from genpipe.data.block_cache import BlockCache, RemoteFiles, Stored
 from genpipe.data.features import TEXT_ARRAYS, FeatureDataset, open_features, write_features, write_null_text
 from genpipe.data.shard_dataset import ShardDataset
 from genpipe.data.shards import ShardWriter
@@ -336,30 +335,3 @@ def test_features_are_read_where_they_are(s3_server: str, tmp_path: Path, monkey
 
 def same(one: torch.Tensor, other: torch.Tensor) -> None:
     assert one.dtype == other.dtype and torch.equal(one, other)
-
-
-def remote(folder: Path) -> RemoteFiles:
-    stored = {
-        path.relative_to(folder).as_posix(): Stored(path.stat().st_size, str(path)) for path in folder.rglob("*.npy")
-    }
-    return RemoteFiles(str(folder), stored, BlockCache(folder / "blocks", max_bytes=10**6, block_bytes=1000))
-
-
-@pytest.mark.parametrize(("name", "captions"), [("latents", True), ("text_encodings", True), ("image_embeds", False)])
-def test_arrays_that_are_unlike_those_of_other_shards_are_refused_before_anything_is_read(
-    folder: Path, name: str, captions: bool
-) -> None:
-    for shard, samples in SHARDS.items():
-        arrays = {key: array for key, array in features(samples).items() if captions or key in ("keys", "image_embeds")}
-        if shard == "train-00001-00":
-            arrays[name] = np.zeros((*arrays[name].shape[:-1], 5), np.float16)
-        write_features(folder / shard, arrays)
-    with pytest.raises(ValueError, match=f"train-00001-00(/{name}.npy holds other rows than float16|: by their sizes)"):
-        FeatureDataset(remote(folder), split="train")
-
-
-def test_shards_of_another_length_are_as_long_as_they_are(folder: Path) -> None:
-    dataset = FeatureDataset(remote(folder), split="train")
-    assert [len(dataset), dataset.keys[3:]] == [5, ["key-3", "key-4"]]
-    with pytest.raises(ValueError, match="holds no heldout features"):
-        FeatureDataset(remote(folder), split="heldout")
