@@ -41,7 +41,7 @@ from genpipe.launch.failure import JobLost
 from genpipe.launch.lease import clear_work, may_be_held
 from genpipe.pipeline.graph import Pipeline, load_pipeline
 from genpipe.pipeline.order import longest_path_first
-from genpipe.pipeline.plan import Planned, plan, spec_of
+from genpipe.pipeline.plan import Planned, names_of, plan, spec_of
 from genpipe.pipeline.spec import StageSpec
 from genpipe.storage import local_path
 from genpipe.tracking.recording import claim, pipeline_run, records_of, settle_stage, settle_store
@@ -350,6 +350,7 @@ def _run_stages(run: _Run) -> list[StageResult]:
                 name=flow_run.name,
                 tags=tags,
                 files=files,
+                holds=names_of(run.plans.values()),
             )
         )
         turns = stack.enter_context(ThreadPoolExecutor(1)).submit(longest_path_first, list(run.plans.values()))

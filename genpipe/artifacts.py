@@ -54,6 +54,11 @@ class Artifact(Config):
     fingerprint: str
     meta: dict[str, Any] = Field(default_factory=dict)
 
+    @property
+    def name(self) -> str:
+        """KIND/FINGERPRINT: its folder below `artifacts/` of a store, and that of its unfinished work below `work/`."""
+        return f"{self.kind}/{self.fingerprint[:16]}"
+
 
 class Role:
     """What may fill one role of a stage: artifacts of some kinds, perhaps none, perhaps several.

@@ -31,12 +31,14 @@ REQUESTS = 32
 class Entry(NamedTuple):
     """One stored object: its key, its size in bytes, and what changes with its content.
 
-    `version` is the modification time in nanoseconds in a folder, the ETag under S3.
+    `version` is the modification time in nanoseconds in a folder, the ETag under S3; `modified` is when it was written,
+    in Unix time by the clock of whoever stores it.
     """
 
     key: str
     size: int
     version: str
+    modified: float = 0.0
 
 
 class Storage(Protocol):
@@ -279,7 +281,7 @@ class S3Storage(Storage):
     @override
     def stat(self, key: str) -> Entry:
         head = self._call(key, lambda: self.client.head_object(Bucket=self.bucket, Key=self._key(key)))
-        return Entry(key, head["ContentLength"], head["ETag"].strip('"'))
+        return Entry(key, head["ContentLength"], head["ETag"].strip('"'), head["LastModified"].timestamp())
 
     @override
     def write(self, key: str, data: bytes) -> None:
@@ -317,7 +319,8 @@ class S3Storage(Storage):
         for page in self._pages(prefix):
             for item in page:
                 if not item["Key"].endswith("/"):  # an empty object with which some tools mark a folder
-                    yield Entry(item["Key"].removeprefix(self.prefix), item["Size"], item["ETag"].strip('"'))
+                    key, moment = item["Key"].removeprefix(self.prefix), item["LastModified"].timestamp()
+                    yield Entry(key, item["Size"], item["ETag"].strip('"'), moment)
 
     @override
     def folders(self) -> Iterator[str]:
@@ -442,7 +445,7 @@ def _leads_back(path: Path) -> bool:
 
 
 def _entry(key: str, stat: os.stat_result) -> Entry:
-    return Entry(key, stat.st_size, str(stat.st_mtime_ns))
+    return Entry(key, stat.st_size, str(stat.st_mtime_ns), stat.st_mtime)
 
 
 def _whole(data: bytes, *, uri: str, key: str, offset: int, length: int) -> bytes:

@@ -17,6 +17,7 @@ from genpipe import __version__
 from genpipe.cli import console
 from genpipe.cli import data as data_commands
 from genpipe.cli import deploy as deploy_commands
+from genpipe.cli.gc import gc as gc_command
 from genpipe.cli.init import init as init_command
 from genpipe.cli.prove import prove as prove_command
 from genpipe.cli.sample import sample as sample_command
@@ -197,6 +198,7 @@ def check(configs: Annotated[list[str], typer.Argument(metavar="CONFIG...", help
         raise ConfigError("\n".join(faults))
 
 
+app.command("gc")(gc_command)
 app.command()(sample_command)
 app.command()(prove_command)
 

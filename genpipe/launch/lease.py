@@ -20,6 +20,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from itertools import count
 from typing import NamedTuple
 
 from pydantic import ValidationError
@@ -27,14 +28,15 @@ from pydantic import ValidationError
 from genpipe import artifacts
 from genpipe.config import Config
 from genpipe.launch.failure import JobLost, first_line, forget_parts_begun
-from genpipe.pipeline.presence import started, this_machine
+from genpipe.pipeline.presence import heartbeat, started, this_machine
 from genpipe.pipeline.spec import Attempt, StageSpec
 from genpipe.storage import Storage, open_storage
 
 LEASE_SECONDS = 60.0
 RENEW_SECONDS = 10.0
 POLL_SECONDS = 1.0
-CLAIMS, BEATS = "lease/claims/", "lease/beats/"
+LEASE = "lease"
+CLAIMS, BEATS = f"{LEASE}/claims/", f"{LEASE}/beats/"
 GIVEN_BACK = b"given back"
 
 
@@ -143,6 +145,24 @@ def clear_work(spec: StageSpec) -> None:
     """Delete what was kept to resume a stage that is committed now, unless somebody is still at work there."""
     if not may_be_held(spec.work):
         open_storage(spec.work).delete_all()
+
+
+@contextmanager
+def seized(work: str, holder: Holder | None) -> Iterator[bool]:
+    """Hold the lease of a work folder during the block after `holder`, the last one, who is gone.
+
+    Yields False, without the lease, if somebody has moved since `holder` was looked up. The folder is deleted at the
+    end of a block that ends well.
+    """
+    storage = open_storage(work)
+    number = holder.number + 1 if holder else 1
+    if find_holder(storage) != holder or not take(storage, number, f"genpipe-gc-{secrets.token_hex(4)}"):
+        yield False
+        return
+    beats = count(1)
+    with heartbeat(lambda: storage.write(_beat_key(number), str(next(beats)).encode()), seconds=RENEW_SECONDS):
+        yield True
+    storage.delete_all()
 
 
 class Watch:

@@ -29,6 +29,7 @@ class PipelineRecord(Config):
     error: str = ""
     rows: tuple[Mapping[str, Any], ...] = ()
     images: tuple[str, ...] = Field((), description="files to show with it")
+    holds: tuple[str, ...] = Field((), description="names of the artifacts that it takes or makes")
 
 
 class OpenRun(Config):

@@ -269,14 +269,22 @@ class PipelineRun:
 
 @contextmanager
 def pipeline_run(
-    uri: str, *, store: str, experiment: str, name: str, tags: Mapping[str, str], files: Sequence[Path] = ()
+    uri: str,
+    *,
+    store: str,
+    experiment: str,
+    name: str,
+    tags: Mapping[str, str],
+    files: Sequence[Path] = (),
+    holds: Sequence[str] = (),
 ) -> Iterator[PipelineRun]:
     """The run of one pipeline run.
 
-    `files` (the configuration) are recorded with it. An exception marks it failed, an interruption killed. What cannot
-    be recorded at the end, as MLflow is gone, is handed in by the next run.
+    `files` (the configuration) are recorded with it; `holds` names the artifacts that it takes or makes. An exception
+    marks it failed, an interruption killed. What cannot be recorded at the end, as MLflow is gone, is handed in by the
+    next run.
     """
-    record = PipelineRecord(name=name, experiment=experiment, tags=dict(tags))
+    record = PipelineRecord(name=name, experiment=experiment, tags=dict(tags), holds=tuple(holds))
     opened = OpenRun(presence=Presence.here(), store=store, tracking_uri=uri, run_id="", pipeline=record)
     run_id = records_of(uri).begin_pipeline(opened, files)
     run = PipelineRun(opened.model_copy(update={"run_id": run_id}))

@@ -1,12 +1,21 @@
-"""What a registered model stands for: the artifact that its run committed."""
+"""What registered models stand for: the artifacts that their runs committed."""
 
 from __future__ import annotations
 
 import re
+from typing import TYPE_CHECKING
 
 from genpipe.artifacts import Artifact
 from genpipe.pipeline.plan import resolve_uri
+from genpipe.tracking import jsonl
+from genpipe.tracking.runs import FINGERPRINT
 from genpipe.tracking.store import check, client_of, first_line, redacted
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+PAGE = 1000
+GONE = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE", "NOT_FOUND", "ENDPOINT_NOT_FOUND")
 
 MODEL = re.compile(r"models:/(?P<name>[^/@]+)(?:@(?P<alias>[^/@]+)|/(?P<version>[0-9]+))")
 
@@ -39,3 +48,40 @@ def resolve(uri: str, *, tracking_uri: str) -> Artifact:
     if "genpipe.artifact" not in tags:
         raise ValueError(f"{uri}: not a model that genpipe made (it has no tag genpipe.artifact)")
     return resolve_uri(tags["genpipe.artifact"])
+
+
+def registered(tracking_uri: str) -> dict[str, str]:
+    """What of genpipe's an MLflow has registered: `NAME/VERSION` of each model, by the fingerprint of its artifact.
+
+    Nothing where runs are kept in files. Raises ValueError where MLflow does not answer.
+    """
+    if tracking_uri == jsonl.URI:
+        return {}
+    check(tracking_uri)
+    client, found, page = client_of(tracking_uri), {}, None
+    while page != "":
+        versions = client.search_model_versions(max_results=PAGE, page_token=page)
+        for version in versions:
+            model_id = version.model_id or version.source.removeprefix("models:/")
+            if fingerprint := _fingerprint(client, model_id, version.run_id):
+                found[fingerprint] = f"{version.name}/{version.version}"
+        page = versions.token or ""
+    return found
+
+
+def _fingerprint(client: MlflowClient, model_id: str, run_id: str | None) -> str:
+    """The fingerprint of what a version was made from: of its logged model, else of its run; empty if not genpipe's."""
+    from mlflow.exceptions import MlflowException
+
+    looks = [
+        lambda: client.get_logged_model(model_id).tags,
+        *([lambda: client.get_run(run_id).data.tags] if run_id else []),
+    ]
+    for look in looks:
+        try:
+            if fingerprint := look().get(FINGERPRINT):
+                return str(fingerprint)
+        except MlflowException as error:
+            if error.error_code not in GONE:
+                raise
+    return ""
