@@ -356,8 +356,7 @@ def _run_stages(run: _Run) -> list[StageResult]:
         turns = stack.enter_context(ThreadPoolExecutor(1)).submit(longest_path_first, list(run.plans.values()))
         cluster = None
         if any(planned.status == "run" for planned in run.plans.values()):
-            runtime_env = pipeline.cfg.ray.runtime_env
-            cluster = stack.enter_context(jobs.cluster(pipeline.cfg.ray.address, runtime_env=runtime_env))
+            cluster = stack.enter_context(jobs.cluster(pipeline.cfg.ray))
         place = _Place(run, cluster, parent.run_id, links, turns.result())
         stack.callback(_place.reset, _place.set(place))
         futures = _submit(run)

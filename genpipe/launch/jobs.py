@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 import urllib.error
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,8 @@ from genpipe.launch.failure import JobLost, StageError, first_line, read_failure
 from genpipe.launch.lease import clear_work, new_attempt
 from genpipe.launch.local_ray import ALONE, TUNING, authorization, get, local_head
 from genpipe.launch.resource_queue import Turns
+from genpipe.pipeline.code import packages_of
+from genpipe.pipeline.graph import RayConfig
 from genpipe.pipeline.spec import Progress, StageSpec, read_progress
 from genpipe.stage_config import Resources
 from genpipe.storage import join, open_storage
@@ -75,10 +77,12 @@ class Cluster:
         runtime_env: dict[str, Any],
         capacity: dict[str, float],
         local: LocalRay | None = None,
+        carries_code: bool = False,
     ) -> None:
         self.client = client
         self.local = local
         self.runtime_env = runtime_env
+        self.carries_code = carries_code
         self.capacity = capacity
         self.jobs: set[str] = set()
         self.interrupted = threading.Event()
@@ -163,15 +167,17 @@ class Cluster:
 
     def _submit_as(self, spec: StageSpec, job: str) -> str:
         python = sys.executable if self.embedded else "python"
-        command = [python, "-m", "genpipe.launch.ray", spec.write(), job]
+        first = ["-P"] if self.carries_code else []  # else what lies where the node was started would come first
+        command = [python, *first, "-m", "genpipe.launch.ray", spec.write(), job]
         metadata = {"artifact": spec.target.uri, "mlflow_run": spec.pipeline_run_id, **spec.links}
+        runtime_env = _with_code(self.runtime_env, spec) if self.carries_code else self.runtime_env
         deadline = time.monotonic() + LOST_SECONDS
         while True:
             try:
                 return self.client.submit_job(
                     entrypoint=shlex.join(command),
                     submission_id=job,
-                    runtime_env=self.runtime_env,
+                    runtime_env=runtime_env,
                     metadata=metadata,
                 )
             except RuntimeError as error:
@@ -244,18 +250,22 @@ class Cluster:
 
 
 @contextmanager
-def cluster(address: str = "", *, runtime_env: dict[str, Any] | None = None) -> Iterator[Cluster]:
-    """A cluster for jobs: the one whose dashboard is at `address`, or a local one that ends with the block.
+def cluster(config: RayConfig | None = None) -> Iterator[Cluster]:
+    """A cluster for jobs: the one whose dashboard is at the address of `config`, or a local one for the block.
 
     The processes of a local one die with this one, even if it is killed. Raises ValueError naming `ray.address` where
     no Ray answers.
     """
-    if address:
-        yield Cluster(connect(address), runtime_env=runtime_env or {}, capacity={})
+    config = config or RayConfig()
+    runtime_env, carries_code = config.runtime_env, config.code == "checkout"
+    if config.address:
+        yield Cluster(connect(config.address), runtime_env=runtime_env, capacity={}, carries_code=carries_code)
         return
     local = LocalRay()
     with local.stack:
-        there = Cluster(local.client, runtime_env=runtime_env or {}, capacity=local.head.capacity, local=local)
+        there = Cluster(
+            local.client, runtime_env=runtime_env, capacity=local.head.capacity, local=local, carries_code=carries_code
+        )
         try:
             yield there
         finally:
@@ -327,6 +337,21 @@ def log_of(artifact: Artifact, *, store: str, address: str) -> tuple[str, bool]:
         return open_storage(work_uri(store, artifact.kind, artifact.fingerprint)).read("job.log").decode(), False
     except FileNotFoundError:
         raise ValueError(f"the cluster at {address} knows no job for {artifact.uri}") from None
+
+
+def _with_code(runtime_env: Mapping[str, Any], spec: StageSpec) -> dict[str, Any]:
+    """A runtime environment with the packages that a stage runs, as they are here, before those of the nodes.
+
+    Ray keeps them on the cluster by their content, so that they travel once. (Of a wheel its nodes would have pip
+    install every dependency beside it.)
+    """
+    folders = [str(folder) for folder in packages_of(spec.stage).values()]
+    return {
+        **runtime_env,
+        "py_modules": [*folders, *runtime_env.get("py_modules", ())],
+        "excludes": [*runtime_env.get("excludes", ()), "__pycache__"],
+        "env_vars": {**runtime_env.get("env_vars", {}), "GENPIPE_REVISION": spec.git_revision},
+    }
 
 
 def _status(client: JobSubmissionClient, job: str) -> Any:

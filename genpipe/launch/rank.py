@@ -16,6 +16,7 @@ from genpipe.launch import lease, stopping
 from genpipe.launch.process import set_up_process
 from genpipe.launch.run_stage import commit
 from genpipe.launch.watchdog import Watched
+from genpipe.pipeline.code import check_code
 from genpipe.pipeline.spec import Progress, StageSpec, read_progress, write_progress
 from genpipe.stages import load_stage
 from genpipe.storage import join
@@ -41,6 +42,7 @@ def train_rank(
     `notice` says who takes this rank's machine away, once somebody does. Raises StageStopped, on every rank, where the
     stage was asked to stop: it has its checkpoint, and rank 0 has answered the request.
     """
+    check_code(spec)
     stage = load_stage(spec.stage)
     cfg = stage.Config.model_validate(spec.config)
     set_up_process(cfg, products="medium")  # bf16 passes, TF32

@@ -16,6 +16,7 @@ import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -283,6 +284,8 @@ def drive(spec_uri: str, job: str) -> int:
 
             from genpipe.launch.run_stage import execute
 
+            if sys.flags.safe_path:  # our code travelled, and Ray has workers look first into the driver's folder
+                os.chdir(Path(artifacts.__file__).parent.parent)
             ray.init(address="auto", logging_level=logging.WARNING)
             signal.signal(signal.SIGTERM, _stop_driver)  # Ray's own handler would leave the MLflow run running
             execute(spec, RayLauncher(job), attempt=job, lost=lease.leave)

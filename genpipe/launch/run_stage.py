@@ -18,6 +18,7 @@ from genpipe.artifacts import Artifact
 from genpipe.launch import lease
 from genpipe.launch.lease import LeaseLost
 from genpipe.launch.process import set_up_process
+from genpipe.pipeline.code import check_code
 from genpipe.pipeline.spec import StageSpec
 from genpipe.stage_config import StageConfig
 from genpipe.stages import is_training, load_stage
@@ -45,11 +46,13 @@ def execute(
 ) -> Artifact:
     """Run a stage and commit its artifact, or return the one that is or gets committed by somebody else.
 
-    What an earlier attempt left (checkpoints, finished parts) is taken up. Raises whatever the stage raises;
+    What an earlier attempt left (checkpoints, finished parts) is taken up. Raises ValueError where this is other code
+    than `spec` was planned with, on every rank and actor as well, and whatever the stage raises;
     its run is then marked failed, and nothing is committed. `attempt` is an id of `lease.new_attempt`, which is asked
     if there is none yet; `lost` is called on another thread when somebody else has taken over, and may end this
     process: it could only be refused (LeaseLost) at its next checkpoint, part or commit.
     """
+    check_code(spec)
     with lease.hold(spec, attempt or lease.new_attempt(spec), lost=lost) as held:
         if held is not None:
             _make(held, launcher)
@@ -124,10 +127,11 @@ def commit(
 ) -> Artifact:
     """Commit what a stage made. Raises LeaseLost if another attempt has taken over.
 
-    `meta` is added to what the artifact promised; `environment` says what it was made with, beside the git revision.
+    `meta` is added to what the artifact promised; `environment` says what it was made with, beside the code.
     """
     target = spec.target.model_copy(update={"meta": {**spec.target.meta, **meta}})
     made_by = {"attempt": spec.attempt.id} if spec.attempt else {}
+    code = {"version": spec.version, "git_revision": spec.git_revision, "code": spec.code}
     return artifacts.commit(
         target,
         folder=folder,
@@ -136,7 +140,7 @@ def commit(
         config=spec.config,
         inputs=spec.inputs,
         metrics=metrics,
-        environment={"git_revision": spec.git_revision, **made_by, **environment},
+        environment={**code, **made_by, **environment},
         run_id=run_id,
         fence=partial(lease.check, spec),
     )
@@ -155,6 +159,7 @@ class PartWorker:
     """A data stage's worker with its files put in place: what an actor runs."""
 
     def __init__(self, spec: StageSpec) -> None:
+        check_code(spec)
         stage = load_stage(spec.stage)
         self.spec = spec
         cfg = stage.Config.model_validate(spec.config)

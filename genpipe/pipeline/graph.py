@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -33,6 +33,9 @@ class RayConfig(Config):
 
     address: str = Field("", description="a dashboard URL such as http://head:8265; default: a local Ray for this run")
     runtime_env: dict[str, Any] = Field(default_factory=dict, description="Ray's runtime environment of every job")
+    code: Literal["installed", "checkout"] = Field(
+        "installed", description="what jobs run: the nodes' genpipe, or this one, which then travels with each job"
+    )
     retries: int = Field(2, ge=0, description="times a stage is submitted again whose job was lost")
 
 

@@ -7,9 +7,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import genpipe
 from genpipe import artifacts, config
 from genpipe.artifacts import Artifact, Manifest, ManifestError
 from genpipe.config import ConfigError
+from genpipe.pipeline.code import code_digest, git_revision
 from genpipe.pipeline.graph import Instance, Pipeline, is_uri, misfit
 from genpipe.pipeline.spec import StageSpec
 from genpipe.revision import git_revision
@@ -133,7 +135,9 @@ def spec_of(
         identity=planned.identity,
         target=planned.artifact,
         store=pipeline.cfg.store,
+        version=genpipe.__version__,
         git_revision=git_revision(),
+        code=code_digest(planned.instance.kind),
         tracking_uri=pipeline.tracking_uri,
         experiment=pipeline.experiment,
         pipeline=pipeline.cfg.name,

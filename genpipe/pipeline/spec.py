@@ -41,7 +41,9 @@ class StageSpec(Config):
     identity: dict[str, Any] = Field(description="what the target's fingerprint is made of")
     target: Artifact = Field(description="planned: its uri and fingerprint are final, its meta is what is promised")
     store: str
-    git_revision: str = ""
+    version: str = Field("", description="of genpipe, where this was planned")
+    git_revision: str = Field("", description="of the checkout there; empty if it was none")
+    code: str = Field("", description="the digest of the code there; empty: whatever runs it is right")
     tracking_uri: str
     experiment: str
     pipeline: str = ""

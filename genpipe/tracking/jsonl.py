@@ -111,7 +111,9 @@ class StageKeeper:
                 "fingerprint": spec.target.fingerprint,
                 "config": spec.config,
                 "inputs": {role: artifact.fingerprint for role, artifact in spec.inputs.items()},
+                "version": spec.version,
                 "git_revision": spec.git_revision,
+                "code": spec.code,
             }
         if record.status == "FINISHED" and (manifest := artifacts.read_manifest(spec.target.uri)) is not None:
             return {"artifact": spec.target.uri, "final_metrics": manifest.metrics}

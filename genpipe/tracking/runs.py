@@ -278,6 +278,8 @@ def _stage_tags(spec: StageSpec) -> dict[str, str]:
         "mlflow.source.name": "genpipe",
         "mlflow.source.git.commit": spec.git_revision.removesuffix("-dirty"),
         "genpipe.git_revision": spec.git_revision,
+        "genpipe.version": spec.version,
+        "genpipe.code": spec.code,
     }
     tags |= {f"genpipe.input.{name}": artifact.fingerprint for name, artifact in spec.inputs.items()}
     tags |= {f"genpipe.{name}": value for name, value in spec.links.items()}
