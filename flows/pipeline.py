@@ -36,7 +36,7 @@ from flows.cancellation import RunCancelled, watched
 from flows.reporting import Outcome, PlainReporter, Reporter, StageResult, StagesFailed
 from genpipe import artifacts
 from genpipe.config import ConfigError
-from genpipe.launch import jobs
+from genpipe.launch import jobs, submission
 from genpipe.launch.failure import JobLost
 from genpipe.launch.lease import clear_work, may_be_held
 from genpipe.pipeline.graph import Pipeline, load_pipeline
@@ -357,6 +357,7 @@ def _run_stages(run: _Run) -> list[StageResult]:
         cluster = None
         if any(planned.status == "run" for planned in run.plans.values()):
             cluster = stack.enter_context(jobs.cluster(pipeline.cfg.ray))
+            submission.check(cluster, pipeline, list(run.plans.values()))
         place = _Place(run, cluster, parent.run_id, links, turns.result())
         stack.callback(_place.reset, _place.set(place))
         futures = _submit(run)

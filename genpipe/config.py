@@ -164,6 +164,25 @@ def _located_in(value: Any, tree: Tree, at: Loc) -> Any:
     return value
 
 
+def locations(config: BaseModel, prefix: str = "") -> dict[str, str]:
+    """Every `Location` in `config` that is set, by its dotted path after `prefix`."""
+    found: dict[str, str] = {}
+    for name, info in type(config).model_fields.items():
+        value = getattr(config, name)
+        if WHERE in info.metadata:
+            found |= {f"{prefix}{name}": value} if value else {}
+        else:
+            found |= _locations_in(value, f"{prefix}{name}")
+    return found
+
+
+def _locations_in(value: Any, at: str) -> dict[str, str]:
+    if isinstance(value, BaseModel):
+        return locations(value, f"{at}.")
+    items = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, tuple) else ()
+    return {path: place for key, each in items for path, place in _locations_in(each, f"{at}.{key}").items()}
+
+
 def _absolute(location: str, origin: str) -> str:
     if "://" in location or not location:
         return location

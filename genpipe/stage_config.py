@@ -17,6 +17,14 @@ class Resources(Config):
     )
     cpus: float = Field(1.0, gt=0, description="CPU cores of each worker; also its number of torch threads")
     gpus: float = Field(0.0, ge=0, description="GPUs of each worker")
+    accelerator_type: str = Field("", description="of the GPUs, as Ray calls it: H100, A100, L4; default: any")
+    memory: float | None = Field(None, gt=0, description="GiB of main memory that Ray keeps for each worker")
+    custom: dict[str, Annotated[float, Field(gt=0)]] = Field(
+        default_factory=dict, description="amounts of what the cluster's nodes were started with, by name"
+    )
+    placement: Literal["PACK", "SPREAD"] | None = Field(
+        None, description="on as few nodes as hold the workers, or on as many; none: ranks are packed, actors spread"
+    )
     shard_over: Annotated[int, Field(ge=1)] | Literal["all"] = Field(
         1,
         description="training ranks that share one copy of weights, gradients, optimizer and averages: 1: each has its "

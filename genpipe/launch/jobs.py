@@ -8,6 +8,7 @@ submit at once, here or on different clusters, one makes it and the other waits 
 from __future__ import annotations
 
 import os
+import secrets
 import shlex
 import sys
 import threading
@@ -23,6 +24,7 @@ from genpipe.launch import stopping
 from genpipe.launch.failure import JobLost, StageError, first_line, read_failure
 from genpipe.launch.lease import clear_work, new_attempt
 from genpipe.launch.local_ray import ALONE, TUNING, authorization, get, local_head
+from genpipe.launch.placement import Node, check_places, needs_of
 from genpipe.launch.resource_queue import Turns
 from genpipe.pipeline.code import packages_of
 from genpipe.pipeline.graph import RayConfig
@@ -37,6 +39,9 @@ POLL_SECONDS = 1.0
 REACH_SECONDS = 5.0
 LOST_SECONDS = 60.0
 STOP_SECONDS = 15.0
+LOOK_SECONDS = 120.0
+ABSENT = "absent: "
+LOOK = f"import os, sys; [print('{ABSENT}' + path) for path in sys.argv[1:] if not os.path.exists(path)]"
 
 
 class Stopped(Exception):
@@ -78,8 +83,10 @@ class Cluster:
         capacity: dict[str, float],
         local: LocalRay | None = None,
         carries_code: bool = False,
+        autoscales: bool = False,
     ) -> None:
         self.client = client
+        self.autoscales = autoscales
         self.local = local
         self.runtime_env = runtime_env
         self.carries_code = carries_code
@@ -92,6 +99,17 @@ class Cluster:
     def embedded(self) -> bool:
         """Whether it is a local Ray that ends with this run."""
         return bool(self.capacity)
+
+    def nodes(self) -> list[Node]:
+        """What each node that is alive has in all."""
+        return nodes_of(self.client)
+
+    def absent(self, paths: Sequence[str]) -> list[str]:
+        """Those of `paths` that are not there where the cluster's jobs are led from, which a small job looks for.
+
+        Raises JobLost where that job does not end well.
+        """
+        return _absent(self.client, paths) if paths and not self.embedded else []
 
     @contextmanager
     def turn(self, stage: str, resources: Resources, *, order: int) -> Iterator[None]:
@@ -153,6 +171,8 @@ class Cluster:
                     f"stages.{stage}.resources: {resources.min_workers} workers x {each:g} {kind}s do not fit this "
                     f"machine, which has {there:g}; lower them, or set ray.address to a cluster"
                 )
+        if needs_of(resources).keys() - {"CPU", "GPU"}:
+            check_places(stage, resources, nodes_of(self.client), least=1)
         return fit
 
     def _submit(self, spec: StageSpec) -> str:
@@ -259,7 +279,13 @@ def cluster(config: RayConfig | None = None) -> Iterator[Cluster]:
     config = config or RayConfig()
     runtime_env, carries_code = config.runtime_env, config.code == "checkout"
     if config.address:
-        yield Cluster(connect(config.address), runtime_env=runtime_env, capacity={}, carries_code=carries_code)
+        yield Cluster(
+            connect(config.address),
+            runtime_env=runtime_env,
+            capacity={},
+            carries_code=carries_code,
+            autoscales=config.autoscales,
+        )
         return
     local = LocalRay()
     with local.stack:
@@ -306,6 +332,29 @@ def stop(client: JobSubmissionClient, jobs: Sequence[str] | set[str]) -> None:
     deadline = time.monotonic() + STOP_SECONDS
     while time.monotonic() < deadline and not all(_ended(client, job) for job in running):
         time.sleep(POLL_SECONDS)
+
+
+def _absent(client: JobSubmissionClient, paths: Sequence[str]) -> list[str]:
+    command = ["python", "-c", LOOK, *paths]
+    try:
+        job = client.submit_job(entrypoint=shlex.join(command), submission_id=f"genpipe-look-{secrets.token_hex(8)}")
+        deadline = time.monotonic() + LOOK_SECONDS
+        while not _ended(client, job) and time.monotonic() < deadline:
+            time.sleep(POLL_SECONDS)
+        status, said = str(client.get_job_status(job)), client.get_job_logs(job)
+    except (OSError, RuntimeError) as error:
+        raise JobLost(f"Ray does not run a job: {first_line(error)}") from error
+    if status != "SUCCEEDED":
+        raise JobLost(f"a job that looks for {', '.join(paths)} on the cluster is {status}: {said.strip()[-500:]}")
+    return [path for path in paths if f"{ABSENT}{path}" in said.splitlines()]
+
+
+def nodes_of(client: JobSubmissionClient) -> list[Node]:
+    """What each node that is alive has in all."""
+    answer = client._do_request("GET", "/api/v0/nodes?detail=true")  # with the client's token
+    answer.raise_for_status()
+    found = answer.json()["data"]["result"]["result"]
+    return [node["resources_total"] for node in found if node["state"] == "ALIVE"]
 
 
 def jobs_of(client: JobSubmissionClient, **metadata: str) -> list[str]:

@@ -24,6 +24,7 @@ from genpipe import artifacts
 from genpipe.launch import lease, stopping
 from genpipe.launch.failure import BEGUN, JobLost, StageError, first_line, read_failure, report_failure
 from genpipe.launch.local_ray import TUNING
+from genpipe.launch.placement import needs_of
 from genpipe.launch.stopping import StageStopped, Stopped
 from genpipe.launch.watchdog import last_hang
 from genpipe.pipeline.spec import Progress, StageSpec, write_progress
@@ -74,7 +75,6 @@ class RayLauncher:
         from ray.train.torch import TorchTrainer
 
         resources = Resources.model_validate(spec.config["resources"])
-        each = {"CPU": resources.cpus} | ({"GPU": resources.gpus} if resources.gpus else {})
         if resources.min_workers < resources.max_workers:  # a node that is gone may be counted on for a moment
             os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(GROUP_START_SECONDS)
         trainer = TorchTrainer(
@@ -84,7 +84,8 @@ class RayLauncher:
                 num_workers=resources.workers,
                 elastic_resize_monitor_interval_s=GROW_SECONDS,
                 use_gpu=resources.gpus > 0,
-                resources_per_worker=each,
+                resources_per_worker=needs_of(resources),
+                placement_strategy=resources.placement or "PACK",
             ),
             run_config=RunConfig(
                 name=f"{self.job}-{int(time.time())}",
@@ -118,8 +119,7 @@ class RayLauncher:
                 min_size=min(resources.min_workers, len(parts)), max_size=min(resources.max_workers, len(parts))
             ),
             batch_size=1,
-            num_cpus=resources.cpus,
-            num_gpus=resources.gpus or None,
+            **_remote_args(resources),
         )
         stopping.withdraw(spec)
         started = time.monotonic()
@@ -145,6 +145,17 @@ class RayLauncher:
         failure = read_failure(spec.work, self.job)
         if failure is not None and not failure.infrastructure:
             raise StageError(failure.message, details=failure.traceback)
+
+
+def _remote_args(resources: Resources) -> dict[str, Any]:
+    """What Ray Data asks for each actor with."""
+    needs = needs_of(resources)
+    named: dict[str, Any] = {"num_cpus": needs.pop("CPU"), "num_gpus": needs.pop("GPU", None)}
+    if "memory" in needs:
+        named["memory"] = needs.pop("memory")
+    if resources.placement:
+        named["scheduling_strategy"] = {"PACK": "DEFAULT", "SPREAD": "SPREAD"}[resources.placement]
+    return {**named, **({"resources": needs} if needs else {})}
 
 
 def _infrastructure() -> tuple[type[Exception], ...]:

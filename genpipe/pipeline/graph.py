@@ -36,6 +36,9 @@ class RayConfig(Config):
     code: Literal["installed", "checkout"] = Field(
         "installed", description="what jobs run: the nodes' genpipe, or this one, which then travels with each job"
     )
+    autoscales: bool = Field(
+        False, description="nodes come when they are asked for: stages may wait for others than are there"
+    )
     retries: int = Field(2, ge=0, description="times a stage is submitted again whose job was lost")
 
 

@@ -244,6 +244,13 @@ def settle_store(store: str) -> list[PipelineRecord]:
     return ended
 
 
+def dead_pipelines(store: str) -> list[PipelineRecord]:
+    """The pipeline runs of a store whose process is gone before it could say how they ended."""
+    runs = open_runs.all_open(store)
+    dead = (run for run in runs if not run.presence.left and not open_runs.is_alive(run, runs))
+    return [run.pipeline for run in dead if run.pipeline is not None]
+
+
 class PipelineRun:
     """A pipeline run, under which the stages' runs nest."""
 

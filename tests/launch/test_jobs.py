@@ -2,60 +2,29 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import sys
 from collections.abc import Iterator
-from contextlib import ExitStack
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
+from other_node import Node, other_node
 from toybox import Toys, artifact_of
 
 import genpipe
 from genpipe import artifacts
 from genpipe.launch.failure import StageError
-from genpipe.launch.jobs import cluster
-from genpipe.launch.local_ray import TUNING, Head, local_head
+from genpipe.launch.local import run_local
 from genpipe.pipeline.code import code_digest
-from genpipe.pipeline.graph import RayConfig
 from genpipe.pipeline.spec import StageSpec
 from genpipe.stage_config import Resources
 
 pytestmark = pytest.mark.slow
-
-
-class Node(NamedTuple):
-    """A head with a folder of its own, where its genpipe is installed; it has no toys."""
-
-    head: Head
-    folder: Path
+NAMED = {"cpus": 0.5, "accelerator_type": "H100", "memory": 0.5, "custom": {"scratch": 1.5}}
 
 
 @pytest.fixture(scope="module")
 def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
-    folder = tmp_path_factory.mktemp("node")
-    installed = folder / "installed" / "genpipe"
-    shutil.copytree(Path(genpipe.__file__).parent, installed, ignore=shutil.ignore_patterns("__pycache__"))
-    told = (installed / "__init__.py").read_text()
-    (installed / "__init__.py").write_text(told.replace(genpipe.__version__, "0.0.9"))
-    for name in ("home", "tmp"):
-        (folder / name).mkdir()
-    environment = {
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "PYTHONPATH": str(installed.parent),
-        "GENPIPE_REVISION": "of-the-image",
-        "HOME": str(folder / "home"),
-        "TMPDIR": str(folder / "tmp"),
-    }
-    with pytest.MonkeyPatch.context() as patch, ExitStack() as stack:
-        patch.chdir(installed.parent)
-        head = stack.enter_context(local_head(os.environ | TUNING | environment))
-        patch.chdir(Path(genpipe.__file__).parent.parent)
-        patch.setenv("RAY_AUTH_MODE", "token")
-        patch.setenv("RAY_AUTH_TOKEN", head.token)
-        yield Node(head, folder)
+    with other_node(tmp_path_factory.mktemp("node")) as node:
+        yield node
 
 
 def planned(spec: StageSpec) -> StageSpec:
@@ -64,9 +33,8 @@ def planned(spec: StageSpec) -> StageSpec:
     return spec.model_copy(update=code)
 
 
-def run(node: Node, spec: StageSpec, **settings: object) -> None:
-    with cluster(RayConfig.model_validate({"address": node.head.address} | settings)) as there:
-        there.run(spec, report=lambda progress: None)
+def run(node: Node, spec: StageSpec, *, carries_code: bool = False) -> None:
+    node.cluster(carries_code=carries_code).run(spec, report=lambda progress: None)
 
 
 def test_other_code_than_was_planned_with_is_refused_by_both_names(node: Node, tmp_path: Path) -> None:
@@ -87,9 +55,9 @@ def test_the_checkout_travels_and_the_cluster_runs_it(node: Node, tmp_path: Path
     """With the user's package, to the driver, the actors and the ranks."""
     toys = Toys(tmp_path)
     data = planned(toys.spec("toy_data", parts=2))
-    run(node, data, code="checkout")
+    run(node, data, carries_code=True)
     line = planned(toys.line(artifact_of(data), samples=8))
-    run(node, line, code="checkout")
+    run(node, line, carries_code=True)
     for spec in (data, line):
         environment = artifacts.verify(spec.target.uri).environment
         assert environment["code"] == code_digest(spec.stage)
@@ -102,6 +70,7 @@ import tempfile
 from pathlib import Path
 
 import genpipe
+import ray
 from genpipe.stage_config import StageConfig
 
 VERSION, MAKES, HEADLINES = 1, "places", ()
@@ -128,13 +97,18 @@ def here():
     return seen | {"revision": os.environ["GENPIPE_REVISION"]}
 
 
+def given():
+    context = ray.get_runtime_context()
+    return {"given": context.get_assigned_resources()}
+
+
 class Worker:
     def __init__(self, cfg, inputs):
         pass
 
     def __call__(self, part, out):
         (out / "part").write_text("made")
-        return here()
+        return here() | given()
 
 
 def finalize(cfg, inputs, results, out):
@@ -145,21 +119,27 @@ def finalize(cfg, inputs, results, out):
 def test_nothing_of_the_submitters_machine_travels_but_its_code(
     node: Node, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The actor has what it asks for by name."""
     (tmp_path / "user/whereabouts").mkdir(parents=True)
     (tmp_path / "user/whereabouts/__init__.py").touch()
     (tmp_path / "user/whereabouts/places.py").write_text(PLACES)
     monkeypatch.syspath_prepend(str(tmp_path / "user"))
-    spec = (
-        Toys(tmp_path)
-        .spec("toy_data")
-        .model_copy(
-            update={"stage": "whereabouts.places", "config": {"resources": Resources().model_dump(mode="json")}}
-        )
-    )
-    run(node, planned(spec), code="checkout")
+    config = {"resources": Resources.model_validate(NAMED | {"placement": "SPREAD"}).model_dump(mode="json")}
+    spec = Toys(tmp_path).spec("toy_data").model_copy(update={"stage": "whereabouts.places", "config": config})
+    run(node, planned(spec), carries_code=True)
     meta = artifact_of(spec).meta
     for process in ("driver", "actor"):
         assert meta[process]["home"] == str(node.folder / "home")
         assert meta[process]["temporary"] == str(node.folder / "tmp")
         assert meta[process]["revision"] == "1111-dirty"
         assert str(node.folder / "installed") not in meta[process]["genpipe"] != genpipe.__file__
+    assert meta["actor"]["given"] == {"CPU": 0.5, "scratch": 1.5, "accelerator_type:H100": 0.001, "memory": 2.0**29}
+
+
+def test_ranks_have_what_they_ask_for_by_name(node: Node, tmp_path: Path) -> None:
+    toys = Toys(tmp_path)
+    data = run_local(toys.spec("toy_data"))
+    run(node, planned(toys.line(data, samples=8, resources=NAMED | {"placement": "SPREAD"})), carries_code=True)
+    answer = node.cluster().client._do_request("GET", "/api/v0/placement_groups?detail=true").json()
+    bundles = [bundle["unit_resources"] for group in answer["data"]["result"]["result"] for bundle in group["bundles"]]
+    assert {"CPU": 0.5, "scratch": 1.5, "accelerator_type:H100": 0.001, "memory": 2.0**29} in bundles
