@@ -39,12 +39,15 @@ from prefect.settings import get_current_settings
 from prefect.workers.process import ProcessWorker
 
 from flows.pipeline import pipeline_flow, stage_flow
+from flows.reconciler import reconcile
 from genpipe import config
 from genpipe.config import ConfigError
 from genpipe.pipeline.graph import Pipeline, load_pipeline
 from genpipe.storage import join, open_storage
 
 POOL = "genpipe"
+RECONCILER = "reconciler"
+RECONCILE_SECONDS = 300
 REACH_SECONDS = 15.0
 Overlap = Literal["queue", "skip"]
 """What happens to a run that is due while the one before still runs."""
@@ -75,7 +78,7 @@ def deploy(
     pool: str = POOL,
     overlap: Overlap = "queue",
 ) -> Deployed:
-    """Make or update the deployment of a pipeline, which has the pipeline's name.
+    """Make or update the deployment of a pipeline, which has the pipeline's name, and the reconciler beside the first.
 
     Its runs do not overlap: the server holds one back, or drops it, while another is under way. Without `cron` it runs
     when asked to. Raises ConfigError where the pipeline would not be the same on a worker's machine, ValueError where
@@ -86,6 +89,7 @@ def deploy(
     with _client() as client:
         uri = _publish(pipeline, path, overrides)
         _make_pool(client, pool)
+        _make_reconciler(client, pool)
         made: Any = pipeline_flow.to_deployment(
             name=pipeline.cfg.name,
             parameters={"config": uri},
@@ -109,9 +113,15 @@ def pause(name: str, *, paused: bool = True) -> Deployed:
 
 
 def remove(name: str) -> None:
-    """Delete a deployment; what it made stays. Raises ValueError if there is none of this name."""
+    """Delete a deployment, and with the last one the reconciler; what it made stays.
+
+    Raises ValueError if there is none of this name.
+    """
     with _client() as client:
         client.delete_deployment(_found(client, name))
+        if not client.read_deployments(flow_filter=_flows(pipeline_flow.name), limit=1):
+            for each in client.read_deployments(flow_filter=_flows(reconcile.name)):
+                client.delete_deployment(each.id)
 
 
 def start(name: str) -> UUID:
@@ -206,6 +216,22 @@ def _make_pool(client: SyncPrefectClient, pool: str) -> None:
     except ObjectNotFound:
         template = ProcessWorker.get_default_base_job_template()
         client.create_work_pool(WorkPoolCreate(name=pool, type=ProcessWorker.type, base_job_template=template))
+
+
+def _make_reconciler(client: SyncPrefectClient, pool: str) -> None:
+    """Deploy the reconciler unless it is: a change that somebody made to it, such as another interval, stays."""
+    if client.read_deployments(flow_filter=_flows(reconcile.name), limit=1):
+        return
+    made: Any = reconcile.to_deployment(
+        name=RECONCILER,
+        interval=RECONCILE_SECONDS,
+        description="marks runs Crashed whose process is gone",
+        tags=["genpipe"],
+        concurrency_limit=ConcurrencyLimitConfig(limit=1, collision_strategy=ConcurrencyLimitStrategy.CANCEL_NEW),
+        work_pool_name=pool,
+        entrypoint_type=EntrypointType.MODULE_PATH,
+    )
+    made.apply()
 
 
 def _found(client: SyncPrefectClient, name: str) -> UUID:

@@ -7,17 +7,20 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from datetime import datetime
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 import yaml
+from prefect.cli.deploy._config import _load_deploy_configs_and_actions
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.objects import FlowRun
-from prefect.settings import PREFECT_API_URL, PREFECT_SERVER_ALLOW_EPHEMERAL_MODE, temporary_settings
+from prefect.flows import load_flow_from_entrypoint
+from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.states import Cancelling
-from seaweed import free_ports
+from prefect_server import prefect_server
+from rich.console import Console
 from toy_project import Project
 from toybox import TOYS, wait_for
 
@@ -26,34 +29,14 @@ from genpipe.config import ConfigError
 from genpipe.launch.jobs import connect
 from genpipe.launch.local_ray import TUNING, local_head
 
+ROOT = Path(__file__).parent.parent.parent
 GENPIPE = Path(sys.executable).with_name("genpipe")
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory, prefect_home: Path) -> Iterator[str]:
-    """The API of a Prefect server."""
-    [port] = free_ports(1)
-    log = tmp_path_factory.mktemp("server") / "log"
-    command = [sys.executable, "-m", "prefect", "server", "start", "--port", str(port)]
-    with log.open("w") as output:
-        process = subprocess.Popen(
-            command, env=os.environ | {"PREFECT_HOME": str(prefect_home)}, stdout=output, stderr=output
-        )
-    url = f"http://127.0.0.1:{port}/api"
-    try:
-        wait_for(lambda: _answers(f"{url}/health"), seconds=120)
-        with temporary_settings({PREFECT_API_URL: url, PREFECT_SERVER_ALLOW_EPHEMERAL_MODE: False}):
-            yield url
-    finally:
-        process.terminate()
-        process.wait(60)
-
-
-def _answers(url: str) -> bool:
-    try:
-        return httpx.get(url).is_success
-    except httpx.HTTPError:
-        return False
+    with prefect_server(tmp_path_factory.mktemp("server"), prefect_home) as url:
+        yield url
 
 
 def pipeline(folder: Path, **settings: Any) -> Path:
@@ -74,7 +57,10 @@ def test_a_deployment_is_made_listed_changed_and_removed(server: str, tmp_path: 
     path.unlink()  # what was deployed no longer needs it
     with get_client(sync_client=True) as client:
         found = client.read_deployment_by_name("genpipe/emoji")
+        [reconciler] = [each for each in client.read_deployments() if each.name == "reconciler"]
     assert found.global_concurrency_limit is not None and found.global_concurrency_limit.limit == 1
+    assert [each.schedule.interval.total_seconds() for each in reconciler.schedules] == [300]
+    assert load_flow_from_entrypoint(reconciler.entrypoint).name == "genpipe-reconciler"
 
     assert deployments.pause("emoji").paused
     assert [each.paused for each in deployments.deployments()] == [True]
@@ -84,6 +70,8 @@ def test_a_deployment_is_made_listed_changed_and_removed(server: str, tmp_path: 
 
     deployments.remove("emoji")
     assert deployments.deployments() == []
+    with get_client(sync_client=True) as client:
+        assert client.read_deployments() == [], "the reconciler goes with the last one"
     with pytest.raises(ValueError, match="no deployment is named 'emoji'"):
         deployments.pause("emoji")
 
@@ -94,6 +82,33 @@ def test_runs_of_a_schedule_are_made_by_the_server(server: str, tmp_path: Path) 
     [found] = wait_for(lambda: [each for each in deployments.deployments() if each.next_run], seconds=120)
     assert (found.next_run.hour, found.next_run.minute) == (3, 0)
     deployments.remove("emoji")
+
+
+@pytest.mark.slow
+def test_prefects_own_command_deploys_from_a_checkout(server: str, tmp_path: Path) -> None:
+    said = Console(file=StringIO())
+    found, actions = _load_deploy_configs_and_actions(ROOT / "prefect.yaml", console=said)
+    assert said.file.getvalue() == "" and actions["pull"]  # type: ignore[attr-defined]
+    assert [each["name"] for each in found] == ["demo", "reconciler"]
+    with get_client(sync_client=True) as client:
+        deployments._make_pool(client, "genpipe")
+        done = subprocess.run(
+            [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all"],
+            env=os.environ | {"PREFECT_API_URL": server, "GENPIPE_CHECKOUT": str(ROOT), "PYTHONPATH": str(ROOT)},
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        made = {each.name: each for each in client.read_deployments()}
+        [demo] = deployments.deployments()
+        assert (demo.name, demo.config, demo.pool) == ("demo", "configs/pipeline/demo.yaml", "genpipe")
+        for name, flow in {"demo": "genpipe", "reconciler": "genpipe-reconciler"}.items():
+            assert load_flow_from_entrypoint(made[name].entrypoint).name == flow
+            assert made[name].pull_steps == [
+                {"prefect.deployments.steps.set_working_directory": {"directory": str(ROOT)}}
+            ]
+    deployments.remove("demo")
 
 
 @pytest.mark.slow
