@@ -281,7 +281,7 @@ class S3Storage(Storage):
     @override
     def stat(self, key: str) -> Entry:
         head = self._call(key, lambda: self.client.head_object(Bucket=self.bucket, Key=self._key(key)))
-        return Entry(key, head["ContentLength"], head["ETag"].strip('"'), head["LastModified"].timestamp())
+        return _object(key, head["ContentLength"], head)
 
     @override
     def write(self, key: str, data: bytes) -> None:
@@ -319,8 +319,7 @@ class S3Storage(Storage):
         for page in self._pages(prefix):
             for item in page:
                 if not item["Key"].endswith("/"):  # an empty object with which some tools mark a folder
-                    key, moment = item["Key"].removeprefix(self.prefix), item["LastModified"].timestamp()
-                    yield Entry(key, item["Size"], item["ETag"].strip('"'), moment)
+                    yield _object(item["Key"].removeprefix(self.prefix), item["Size"], item)
 
     @override
     def folders(self) -> Iterator[str]:
@@ -446,6 +445,11 @@ def _leads_back(path: Path) -> bool:
 
 def _entry(key: str, stat: os.stat_result) -> Entry:
     return Entry(key, stat.st_size, str(stat.st_mtime_ns), stat.st_mtime)
+
+
+def _object(key: str, size: int, told: Any) -> Entry:
+    """Of an object; a listing may tell parts of a second and the object's own header does not."""
+    return Entry(key, size, told["ETag"].strip('"'), float(int(told["LastModified"].timestamp())))
 
 
 def _whole(data: bytes, *, uri: str, key: str, offset: int, length: int) -> bytes:

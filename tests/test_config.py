@@ -349,6 +349,12 @@ def test_locations_are_taken_from_where_they_are_written(tmp_path: Path, monkeyp
     assert config.parse(Placed, config.load(path, ["store=s3://bucket/a"])).store == "s3://bucket/a"
 
 
+def test_locations_are_named_by_their_settings() -> None:
+    placed = Placed(store="", sources=(Pinned(weights="/a"), Pinned(weights="s3://b/c")))
+    assert config.locations(placed) == {"sources.0.weights": "/a", "sources.1.weights": "s3://b/c"}
+    assert config.locations(Placed(store="x"), "p.") == {"p.store": "x"}
+
+
 def test_where_something_lies_is_no_part_of_what_it_is() -> None:
     here, there = (Placed(store=place, sources=(Pinned(weights=place, sha256="ab"),)) for place in ("/a", "/b"))
     assert config.changed(here) == config.changed(there) == {"sources": [{"sha256": "ab"}]}

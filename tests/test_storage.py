@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -210,6 +211,14 @@ def test_a_version_changes_with_the_content(storage: Storage) -> None:
     for missing in ("none", "folder"):
         with pytest.raises(FileNotFoundError, match=missing):
             storage.stat(missing)
+
+
+def test_an_entry_says_when_it_was_written(storage: Storage) -> None:
+    before = time.time()
+    storage.write("a/b", b"1")
+    [listed] = storage.list("a/")
+    for entry in (listed, storage.stat("a/b")):
+        assert before - 2 < entry.modified < time.time() + 2, "S3 tells whole seconds"
 
 
 def test_ranges_are_whole_or_an_error(storage: Storage) -> None:
