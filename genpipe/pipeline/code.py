@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import os
-import subprocess
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import genpipe
+from genpipe.revision import git_revision
 
 if TYPE_CHECKING:
     from genpipe.pipeline.spec import StageSpec
@@ -50,21 +49,6 @@ def check_code(spec: StageSpec) -> None:
             "says. Put the same revision on the nodes and where you run genpipe (an edited checkout is -dirty, and no "
             "image has it), set ray.code to checkout to send yours along, or run it again if files were edited since"
         )
-
-
-def git_revision() -> str:
-    """The commit of the working tree, with `-dirty` where it was changed; empty outside a checkout.
-
-    GENPIPE_REVISION says it where no `.git` is, as in an image.
-    """
-    if told := os.environ.get("GENPIPE_REVISION"):
-        return told
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
-    try:
-        here = Path(__file__).parent
-        return subprocess.run(command, cwd=here, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return ""
 
 
 def _named(version: str, revision: str, digest: str) -> str:

@@ -11,7 +11,7 @@ import genpipe
 from genpipe import artifacts, config
 from genpipe.artifacts import Artifact, Manifest, ManifestError
 from genpipe.config import ConfigError
-from genpipe.pipeline.code import code_digest, git_revision
+from genpipe.pipeline.code import code_digest
 from genpipe.pipeline.graph import Instance, Pipeline, is_uri, misfit
 from genpipe.pipeline.spec import StageSpec
 from genpipe.revision import git_revision
