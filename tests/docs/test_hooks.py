@@ -55,7 +55,7 @@ def test_the_site_builds_strictly_and_loads_nothing_from_elsewhere(tmp_path: Pat
         assert not loaded, page
     index = json.loads((tmp_path / "search/search_index.json").read_text())
     found = {entry["location"] for entry in index["docs"] if "hang_seconds" in entry["text"]}
-    assert "reference/resources/#Resources" in found
+    assert "reference/resources.html#Resources" in found
 
 
 @pytest.mark.slow
