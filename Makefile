@@ -13,7 +13,7 @@ export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export DO_NOT_TRACK := true
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: demo test checks lint types imports tests cluster chaos bench-data bench-train bench-gpu format clean
+.PHONY: demo test checks lint types imports tests cluster chaos bench-data bench-train bench-gpu docs docs-serve format clean
 
 demo: $(READY)
 	@echo "== running the pipeline $(CONFIG)"
@@ -70,6 +70,15 @@ bench-train: $(READY)
 bench-gpu: $(READY)
 	$(BIN)/python tests/benchmarks/bench_gpu.py
 
+# The site, into build/docs; a broken link or an unknown reference fails it.
+docs: $(READY)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	NO_MKDOCS_2_WARNING=true $(BIN)/mkdocs build --quiet
+
+docs-serve: docs
+	@echo "== the site is at http://127.0.0.1:8000; Ctrl-C ends it"
+	@$(BIN)/python -m http.server --directory build/docs --bind 127.0.0.1 8000
+
 format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -85,4 +94,4 @@ $(READY): pyproject.toml constraints.txt
 	@touch $(READY)
 
 clean:
-	rm -rf $(VENV) runs .hypothesis .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) runs build .hypothesis .mypy_cache .ruff_cache .import_linter_cache

@@ -84,8 +84,8 @@ class Resources(Config):
 class Gate(Config):
     """The range that a metric must end in; a run whose metrics miss a gate fails."""
 
-    min: float | None = None
-    max: float | None = None
+    min: float | None = Field(None, description="least value")
+    max: float | None = Field(None, description="largest value")
 
 
 class Observe(Config):

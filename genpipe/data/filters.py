@@ -21,10 +21,10 @@ class FilterConfig(Config):
 
     min_side: int | None = Field(None, ge=1, description="pixels of the shorter side of the source's image")
     max_aspect: float | None = Field(None, ge=1, description="longer side / shorter side of the source's image")
-    min_caption_chars: int | None = Field(None, ge=1)
-    max_caption_chars: int | None = Field(None, ge=1)
-    min_caption_words: int | None = Field(None, ge=1)
-    max_caption_words: int | None = Field(None, ge=1)
+    min_caption_chars: int | None = Field(None, ge=1, description="characters; shorter captions are dropped")
+    max_caption_chars: int | None = Field(None, ge=1, description="characters; longer captions are dropped")
+    min_caption_words: int | None = Field(None, ge=1, description="words; shorter captions are dropped")
+    max_caption_words: int | None = Field(None, ge=1, description="words; longer captions are dropped")
     junk_captions: bool = Field(False, description="drop captions that are an address, a file name, hardly any "
                                                    "letters, or one word repeated")  # fmt: skip
     exact_duplicates: bool = Field(False, description="keep the first of the images with the same bytes")

@@ -61,17 +61,24 @@ VLB_WEIGHT = 0.001
 class DiffusionConfig(Config):
     """Schedule, what the network predicts, and how training times are drawn and weighted."""
 
-    schedule: ScheduleName = "flow"
+    schedule: ScheduleName = Field(
+        "flow",
+        description="how much signal and noise there is at each time: a formula, or one of the papers' tables of betas",
+    )
     steps: int = Field(STEPS, ge=2, description="how many betas there are, of a schedule that is a table")
     beta_start: float | None = Field(None, gt=0, lt=1, description="of linear and scaled_linear; none: as published")
     beta_end: float | None = Field(None, gt=0, lt=1, description="of linear and scaled_linear; none: as published")
-    predict: Predict = "flow"
+    predict: Predict = Field(
+        "flow", description="what the network gives: the noise, the data, a velocity, or EDM's preconditioned mix"
+    )
     sigma_data: PositiveFloat = Field(
         SIGMA_DATA,
         description="the data's deviation, for schedule edm and variance analytic; 1 if standardized, 0.5 for pixels",
     )
     variance: Literal["fixed", "learned"] = Field("fixed", description="learned: the network has as many channels more")
-    time_sampling: TimeSampling = "logit_normal"
+    time_sampling: TimeSampling = Field(
+        "logit_normal", description="distribution of the training times; discrete: the steps of the table"
+    )
     time_mean: float | None = Field(None, description="of logit_normal and log_normal; none: the papers' 0 and -1.2")
     time_std: PositiveFloat | None = Field(None, description="of logit_normal and log_normal; none: the papers' 1, 1.2")
     shift: PositiveFloat = Field(1.0, description="above 1 trains more at high noise, for images of high resolution")
@@ -130,8 +137,8 @@ class SamplerConfig(Config):
 
     kind: Literal[
         "ddpm", "ddim", "euler", "euler_ancestral", "heun", "dpmpp_2m", "dpmpp_2m_sde", "dpmpp_sde", "unipc"
-    ] = "ddim"
-    steps: int = Field(25, ge=1)
+    ] = Field("ddim", description="the sampler; euler is ddim with eta 0, euler_ancestral ddim with eta 1")
+    steps: int = Field(25, ge=1, description="steps from noise to data")
     timesteps: TimeGrid | None = Field(
         None,
         description="where the steps end: uniform, in t; trailing, leading, linspace: at steps of the table; karras, "

@@ -55,7 +55,7 @@ class ListPrompts(Config):
     """Texts of the configuration; they count as held out unless they are captions of training samples."""
 
     kind: Literal["list"]
-    texts: tuple[str, ...] = Field(min_length=1)
+    texts: tuple[str, ...] = Field(min_length=1, description="the prompts")
     captions_of: Split | None = Field(None, description="the split of the shards that they are captions of, if any")
 
 

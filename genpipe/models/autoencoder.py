@@ -9,7 +9,7 @@ from fractions import Fraction
 from typing import Annotated, Literal
 
 import torch
-from pydantic import PositiveInt, Tag
+from pydantic import Field, PositiveInt, Tag
 from torch import Tensor, nn
 
 from genpipe.config import Config, by_kind
@@ -44,7 +44,7 @@ class IdentityConfig(Config):
     """No autoencoder: latents are the image itself, for decoders in pixel space."""
 
     kind: Literal["identity"]
-    image_channels: PositiveInt = 3
+    image_channels: PositiveInt = Field(3, description="channels of an image")
 
     @property
     def factor(self) -> int:

@@ -12,7 +12,7 @@ from typing import Literal, Self
 
 import torch
 import torch.nn.functional as F
-from pydantic import PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from genpipe.config import Config
@@ -37,26 +37,30 @@ class TowerConfig(TransformerConfig):
 
     width: PositiveInt = 192
     depth: PositiveInt = 3
-    qk_norm: bool = True
-    activation: Activation = "gelu"
-    norm_eps: PositiveFloat = 1e-5
+    qk_norm: bool = Field(True, description="layer-norm queries and keys, against divergence in bf16")
+    activation: Activation = Field("gelu", description="of the MLPs")
+    norm_eps: PositiveFloat = Field(1e-5, description="of the layer norms")
 
 
 class CLIPConfig(Config):
     """Sizes of both towers and of the space that they share, and what differs between published models."""
 
-    embed_dim: PositiveInt = 128
-    image_size: PositiveInt = 64
-    patch_size: PositiveInt = 16
-    image: TowerConfig = TowerConfig()
-    text: TowerConfig = TowerConfig(width=128, depth=2)
-    pixels: Literal["signed", "openai"] = "signed"  # as given, in [-1, 1], or standardized as OpenAI's
-    patch_bias: bool = True
-    image_pre_norm: bool = False
-    image_pooling: Literal["mean", "class_token"] = "mean"
-    causal_text: bool = True
-    mask_padding: bool = True
-    loss: LossConfig = SoftmaxLoss()
+    embed_dim: PositiveInt = Field(128, description="dimensions of image and text embeddings")
+    image_size: PositiveInt = Field(64, description="side of the images, in pixels")
+    patch_size: PositiveInt = Field(16, description="side of a patch, in pixels")
+    image: TowerConfig = Field(TowerConfig(), description="transformer of the image tower")
+    text: TowerConfig = Field(TowerConfig(width=128, depth=2), description="transformer of the text tower")
+    pixels: Literal["signed", "openai"] = Field(
+        "signed", description="signed: as given, in [-1, 1]; openai: standardized as OpenAI's"
+    )
+    patch_bias: bool = Field(True, description="bias of the patches' projection")
+    image_pre_norm: bool = Field(False, description="layer norm before the image tower's blocks")
+    image_pooling: Literal["mean", "class_token"] = Field(
+        "mean", description="an image's feature: the mean of its tokens, or a class token"
+    )
+    causal_text: bool = Field(True, description="tokens attend to those before them only")
+    mask_padding: bool = Field(True, description="no token attends to the padding")
+    loss: LossConfig = Field(SoftmaxLoss(), description="what makes embeddings of pairs agree")
 
     @model_validator(mode="after")
     def _patches_fill_the_image(self) -> Self:

@@ -33,19 +33,23 @@ class DeepCompressionConfig(Config):
     first, so a seventh level (2048 wide, 128 latent channels) makes it f64."""
 
     kind: Literal["deep_compression"]
-    image_channels: PositiveInt = 3
-    latent_channels: PositiveInt = 32
-    widths: Annotated[tuple[PositiveInt, ...], Field(min_length=2)] = (128, 256, 512, 512, 1024, 1024)
+    image_channels: PositiveInt = Field(3, description="channels of an image")
+    latent_channels: PositiveInt = Field(32, description="channels of a latent cell")
+    widths: Annotated[tuple[PositiveInt, ...], Field(min_length=2)] = Field(
+        (128, 256, 512, 512, 1024, 1024), description="channels of each level, finest first"
+    )
     encoder_blocks: tuple[NonNegativeInt, ...] = Field(
         (2, 2, 2, 3, 3, 3), description="0 at the first level: its resolution is left by the first layer"
     )
-    decoder_blocks: tuple[NonNegativeInt, ...] = (3, 3, 3, 3, 3, 3)
+    decoder_blocks: tuple[NonNegativeInt, ...] = Field(
+        (3, 3, 3, 3, 3, 3), description="blocks of each level, finest first"
+    )
     attention_from: NonNegativeInt = Field(3, description="level from which on blocks are EfficientViT's")
     attention_kernels: tuple[PositiveInt, ...] = Field((5,), description="convolutions that make its further scales")
     resampling: Resampling = Field(
         "stride", description="convolutions around a change of resolution: strided or after nearest; fold: as the paper"
     )
-    bottleneck: Bottleneck = Plain(kind="plain")
+    bottleneck: Bottleneck = Field(Plain(kind="plain"), description="what lies between encoder and decoder")
 
     @property
     def factor(self) -> int:

@@ -34,7 +34,7 @@ class TextTransformerConfig(TransformerConfig):
 
     head_width: PositiveInt | None = Field(None, description="of each head; none: they share the width")
     qk_norm: bool = Field(True, description="layer-norm queries and keys, against divergence in bf16")
-    qkv_bias: bool = True
+    qkv_bias: bool = Field(True, description="biases on queries, keys and values")
     pooled: bool = Field(True, description="add the state of the last token to the time embedding")
 
     @model_validator(mode="after")
@@ -52,7 +52,7 @@ class DecoderConfig(Config):
     Latent diffusion's text-to-image model (Rombach et al. 2022) has image_embed false and null_text encoder.
     """
 
-    denoiser: DenoiserConfig = DiTConfig()
+    denoiser: DenoiserConfig = Field(DiTConfig(), description="the network")
     image_embed: bool = Field(True, description="condition on the image embedding where there is one")
     embed_tokens: PositiveInt = Field(4, description="context tokens made of the image embedding")
     text_transformer: TextTransformerConfig | None = Field(None, description="of its own, over the text encodings")

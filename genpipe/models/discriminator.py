@@ -15,9 +15,9 @@ from genpipe.config import Config
 class DiscriminatorConfig(Config):
     """Sizes; layers after the first double the channels (up to 8 times), all but the last halve it."""
 
-    image_channels: PositiveInt = 3
-    width: int = Field(32, gt=0, multiple_of=8)
-    layers: PositiveInt = 3
+    image_channels: PositiveInt = Field(3, description="channels of an image")
+    width: int = Field(32, gt=0, multiple_of=8, description="channels of the first layer")
+    layers: PositiveInt = Field(3, description="layers after the first; more of them see larger patches")
     norm: Literal["group", "batch"] = Field(
         "group", description="batch: as published, with its initialization; statistics are each rank's own"
     )

@@ -46,14 +46,18 @@ class DiTConfig(TransformerConfig):
     """
 
     kind: Literal["dit"] = "dit"
-    patch_size: PositiveInt = 2
+    patch_size: PositiveInt = Field(2, description="side of a token's patch, in pixels or latent cells")
     width: PositiveInt = 256
     depth: PositiveInt = 8
-    positions: Literal["absolute", "relative"] = "absolute"
-    context: Literal["keys", "cross", "joint"] = "keys"
+    positions: Literal["absolute", "relative"] = Field(
+        "absolute", description="absolute: sinusoids on the tokens; relative: rotated queries and keys"
+    )
+    context: Literal["keys", "cross", "joint"] = Field(
+        "keys", description="keys: of every attention; cross: attention of its own; joint: more tokens"
+    )
     qk_norm: bool = Field(True, description="layer norm on queries and keys, which keeps bf16 training stable")
-    activation: Activation = "gelu"
-    norm_eps: PositiveFloat = 1e-5
+    activation: Activation = Field("gelu", description="of the MLPs")
+    norm_eps: PositiveFloat = Field(1e-5, description="of the layer norms")
 
     @model_validator(mode="after")
     def _positions_fit(self) -> Self:

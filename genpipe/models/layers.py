@@ -11,7 +11,7 @@ from typing import Any, Literal, Self, TypeVar
 
 import torch
 import torch.nn.functional as F
-from pydantic import PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -24,10 +24,10 @@ Layer = TypeVar("Layer", nn.Linear, nn.Conv2d)
 class TransformerConfig(Config):
     """Size of a transformer."""
 
-    width: PositiveInt
-    depth: PositiveInt
-    heads: PositiveInt = 4
-    mlp_ratio: PositiveFloat = 4.0
+    width: PositiveInt = Field(description="dimensions of a token")
+    depth: PositiveInt = Field(description="blocks")
+    heads: PositiveInt = Field(4, description="attention heads of a block")
+    mlp_ratio: PositiveFloat = Field(4.0, description="width of the MLPs' hidden layer, as a multiple of the width")
 
     @model_validator(mode="after")
     def _heads_share_the_width(self) -> Self:

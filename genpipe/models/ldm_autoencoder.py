@@ -28,17 +28,19 @@ class LdmConfig(Config):
     """
 
     kind: Literal["ldm"]
-    image_channels: PositiveInt = 3
-    latent_channels: PositiveInt = 4
-    width: Annotated[int, Field(gt=0, multiple_of=GROUPS)] = 128
-    multipliers: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (1, 2, 4, 4)
+    image_channels: PositiveInt = Field(3, description="channels of an image")
+    latent_channels: PositiveInt = Field(4, description="channels of a latent cell")
+    width: Annotated[int, Field(gt=0, multiple_of=GROUPS)] = Field(128, description="channels of the finest level")
+    multipliers: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = Field(
+        (1, 2, 4, 4), description="of the width, by level; each level after the first halves the grid"
+    )
     blocks: PositiveInt = Field(2, description="residual blocks of a level of the encoder; the decoder has one more")
-    mid_attention: bool = True
+    mid_attention: bool = Field(True, description="attention between the residual blocks of the coarsest level")
     attention_at: tuple[PositiveInt, ...] = Field(
         (), description="downsampling factors at which attention follows each residual block; LDM's f16 has 16"
     )
     quant_conv: bool = Field(True, description="1x1 convolutions around the bottleneck; Stable Diffusion 3 has none")
-    bottleneck: Bottleneck = Kl()
+    bottleneck: Bottleneck = Field(Kl(), description="what lies between encoder and decoder")
 
     @property
     def factor(self) -> int:

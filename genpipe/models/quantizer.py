@@ -38,7 +38,7 @@ class Vq(Config):
     """The nearest of a set of learned codes (van den Oord et al. 2017; LDM's VQ-reg)."""
 
     kind: Literal["vq"]
-    codes: int = Field(8192, ge=2)
+    codes: int = Field(8192, ge=2, description="size of the codebook")
     update: Literal["ema", "gradient"] = Field(
         "ema", description="codes follow the mean of their vectors (appendix A.1), or the gradient of the loss (eq. 3)"
     )

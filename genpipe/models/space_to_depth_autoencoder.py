@@ -26,14 +26,16 @@ class FoldedConfig(Config):
     """
 
     kind: Literal["folded"] = "folded"
-    image_channels: PositiveInt = 3
-    latent_channels: PositiveInt = 8
-    patch_size: PositiveInt = 4
-    width: Annotated[int, Field(gt=0, multiple_of=GROUPS)] = 64
-    multipliers: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (1, 2)
-    blocks: PositiveInt = 1
-    mid_attention: bool = False
-    bottleneck: Bottleneck = Kl()
+    image_channels: PositiveInt = Field(3, description="channels of an image")
+    latent_channels: PositiveInt = Field(8, description="channels of a latent cell")
+    patch_size: PositiveInt = Field(4, description="side of the squares of pixels that are folded into channels first")
+    width: Annotated[int, Field(gt=0, multiple_of=GROUPS)] = Field(64, description="channels of the finest level")
+    multipliers: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = Field(
+        (1, 2), description="of the width, by level; each level after the first halves the grid"
+    )
+    blocks: PositiveInt = Field(1, description="residual blocks of a level")
+    mid_attention: bool = Field(False, description="attention at the coarsest level")
+    bottleneck: Bottleneck = Field(Kl(), description="what lies between encoder and decoder")
 
     @property
     def factor(self) -> int:

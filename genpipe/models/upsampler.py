@@ -24,10 +24,10 @@ class ConvolutionalConfig(Config):
     """Sizes; `patch_size` folds pixels into channels, so that every convolution runs at low resolution."""
 
     kind: Literal["convolutional"] = "convolutional"
-    image_channels: PositiveInt = 3
-    patch_size: PositiveInt = 4
-    width: Annotated[int, Field(gt=0, multiple_of=GROUPS)] = 128
-    depth: PositiveInt = 6
+    image_channels: PositiveInt = Field(3, description="channels of an image")
+    patch_size: PositiveInt = Field(4, description="side of the squares of pixels that are folded into channels first")
+    width: Annotated[int, Field(gt=0, multiple_of=GROUPS)] = Field(128, description="channels of the blocks")
+    depth: PositiveInt = Field(6, description="residual blocks")
 
     @property
     def grid_multiple(self) -> int:
@@ -38,7 +38,7 @@ class ConvolutionalConfig(Config):
 class UNetUpsamplerConfig(UNetConfig):
     """ADM's U-Net, without attention where `attention_at` names no level, as unCLIP's upsamplers."""
 
-    image_channels: PositiveInt = 3
+    image_channels: PositiveInt = Field(3, description="channels of an image")
     attention_at: tuple[PositiveInt, ...] = ()
 
 

@@ -25,13 +25,13 @@ class HierarchicalConfig(Config):
     """Sizes; the defaults are the published ones for 256 px, whose codes have 64 channels on both levels."""
 
     kind: Literal["hierarchical"]
-    image_channels: PositiveInt = 3
-    top_channels: PositiveInt = 64
-    bottom_channels: PositiveInt = 64
-    width: int = Field(128, ge=2, multiple_of=2)
-    residual_width: PositiveInt = 64
-    blocks: PositiveInt = 2
-    bottleneck: Bottleneck = Vq(kind="vq", codes=512)
+    image_channels: PositiveInt = Field(3, description="channels of an image")
+    top_channels: PositiveInt = Field(64, description="channels of the coarse codes")
+    bottom_channels: PositiveInt = Field(64, description="channels of the fine codes")
+    width: int = Field(128, ge=2, multiple_of=2, description="channels of the convolutions")
+    residual_width: PositiveInt = Field(64, description="hidden channels of a residual block")
+    blocks: PositiveInt = Field(2, description="residual blocks of each part")
+    bottleneck: Bottleneck = Field(Vq(kind="vq", codes=512), description="what lies between encoder and decoder")
 
     @property
     def factor(self) -> int:

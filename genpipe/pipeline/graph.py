@@ -45,12 +45,14 @@ class RayConfig(Config):
 class PipelineConfig(Config):
     """A pipeline: its stages and where they run, store and record."""
 
-    name: str
+    name: str = Field(description="of the pipeline: its MLflow experiment and its deployment")
     store: Location = Field(description="a folder or s3://bucket/prefix for artifacts and unfinished work")
     tracking: TrackingConfig = TrackingConfig()
     ray: RayConfig = RayConfig()
     notify: str = Field("", description="a webhook's URL that is told what came of a run; default: GENPIPE_NOTIFY")
-    stages: dict[str, dict[str, Any]]
+    stages: dict[str, dict[str, Any]] = Field(
+        description="by name of the instance: its `kind`, `inputs`, `matrix`, and the settings of its stage"
+    )
 
 
 @dataclass(frozen=True)

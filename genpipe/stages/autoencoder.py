@@ -79,12 +79,12 @@ class LpipsConfig(PinnedFile):
 class Config(StageConfig):
     """An autoencoder, the losses that it is trained with, and over how many images its latents are measured."""
 
-    image_size: int = Field(64, ge=8)
+    image_size: int = Field(64, ge=8, description="side of the training images, in pixels")
     crop: Crop = Field("center", description="where squares are cut from images that are stored with another shape")
     buckets: bool = Field(
         False, description="train on whole images instead, in batches of one size; of shards with resize.kind buckets"
     )
-    model: AutoencoderConfig = FoldedConfig()
+    model: AutoencoderConfig = Field(FoldedConfig(), description="the network")
     reconstruction: Literal["l1", "l2"] = Field("l1", description="loss on pixel values: absolute or squared error")
     kl_weight: float = Field(1e-6, ge=0, description="on the KL per image, against the L1 loss per pixel value")
     lpips: LpipsConfig | None = None

@@ -57,7 +57,10 @@ class ClipVocabulary(Block):
 
     kind: Literal["clip"]
     vocabulary: Path = Field(description="OpenAI's bpe_simple_vocab_16e6.txt.gz, where every worker can read it")
-    sha256: str = "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a"
+    sha256: str = Field(
+        "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a",
+        description="of the vocabulary's file, in hex",
+    )
 
 
 class Config(StageConfig):

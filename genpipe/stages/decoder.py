@@ -49,8 +49,8 @@ UNKNOWN_CLASSES = 1000
 class ObserveDecoder(ObserveTraining):
     """How a decoder is watched: the pictures that validation draws, and with which sampler."""
 
-    sampler: SamplerConfig = SamplerConfig(guidance_scale=2.0)
-    pictures: int = Field(8, ge=1)
+    sampler: SamplerConfig = Field(SamplerConfig(guidance_scale=2.0), description="how a validation draws pictures")
+    pictures: int = Field(8, ge=1, description="pictures that a validation draws")
 
 
 class Config(StageConfig):

@@ -60,7 +60,7 @@ class Config(StageConfig):
     """How the encoders are run, and what of their output is kept."""
 
     batch_size: int = Field(64, ge=1, description="images, or captions, of one forward pass")
-    dtype: Literal["float16", "float32"] = "float16"
+    dtype: Literal["float16", "float32"] = Field("float16", description="of the cached arrays")
     precision: Precision = Field("auto", description="of the encoders' products")
     latent_samples: bool = Field(
         False, description="cache the latents' variances too, and train on samples instead of means"

@@ -41,14 +41,14 @@ UNKNOWN_CLASSES = 1000
 class ObservePixels(ObserveTraining):
     """How a decoder of pixels is watched: the pictures that validation draws, and with which sampler."""
 
-    sampler: SamplerConfig = SamplerConfig(kind="heun", steps=18)
-    pictures: int = Field(8, ge=1)
+    sampler: SamplerConfig = Field(SamplerConfig(kind="heun", steps=18), description="how a validation draws pictures")
+    pictures: int = Field(8, ge=1, description="pictures that a validation draws")
 
 
 class Config(StageConfig):
     """What is drawn, on which condition, and how it is trained. `model` takes neither text nor image embeddings."""
 
-    image_size: int = Field(64, ge=8)
+    image_size: int = Field(64, ge=8, description="side of the pictures, in pixels")
     condition: Literal["none", "label"] = Field("none", description="label: on the class labels of the shards")
     drop_label: float = Field(0.1, ge=0, lt=1, description="share of labels given up for the learned null")
     model: DecoderConfig = DecoderConfig()

@@ -45,13 +45,13 @@ class ObservePrior(ObserveTraining):
     """How a prior is watched: with which sampler validation draws, and the best of how many."""
 
     sampler: SamplerConfig = Field(SamplerConfig(), description="autoregressive: its guidance_scale alone")
-    candidates: int = Field(2, ge=1)
+    candidates: int = Field(2, ge=1, description="samples a caption, of which the best match with the text is kept")
 
 
 class Config(StageConfig):
     """The prior, of either kind, and how it is trained."""
 
-    model: PriorConfig = DiffusionPriorConfig()
+    model: PriorConfig = Field(DiffusionPriorConfig(), description="the network")
     diffusion: DiffusionConfig = Field(
         DiffusionConfig(schedule="cosine", predict="x0", time_sampling="uniform"), description="of the diffusion prior"
     )

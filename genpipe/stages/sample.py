@@ -48,7 +48,7 @@ PREVIEW_CELL = 128
 class Config(StageConfig):
     """What is drawn, how often, and how it is stored."""
 
-    prompts: PromptsConfig = CaptionPrompts()
+    prompts: PromptsConfig = Field(CaptionPrompts(), description="what is drawn")
     each: int = Field(1, ge=1, description="pictures of each prompt")
     batch_size: int = Field(32, ge=1, description="pictures drawn at a time, of one part and one shard")
     format: ImageFormat = Field("png", description="of the stored pictures")

@@ -81,16 +81,16 @@ HASHED_SIDE = 128
 class Config(StageConfig):
     """How images become shards. `resize` says what `image_size` means; each filter is off until it is set."""
 
-    source: SourceConfig
+    source: SourceConfig = Field(description="where images and captions come from")
     image_size: int = Field(64, ge=8, description="pixels, as resize says; of kept images, what training may ask for")
-    resize: ResizeConfig = CenterCrop()
+    resize: ResizeConfig = Field(CenterCrop(), description="what image_size means")
     background: RGB = Field(WHITE, description="color below what is transparent")
     format: ImageFormat = Field("jpeg", description="of the stored images, unless they are kept")
     quality: int = Field(95, ge=1, le=100, description="of jpeg and webp; png is lossless")
     max_image_pixels: int = Field(2**26, gt=0, le=MAX_PIXELS, description="larger images are rejected undecoded")
     filters: FilterConfig = FilterConfig()
     heldout_fraction: float = Field(0.05, gt=0, lt=1, description="share of subjects kept from training")
-    split_seed: int = 0
+    split_seed: int = Field(0, description="other seeds hold out other subjects")
     part_size: int = Field(10_000, gt=0, description="samples in a part of work and at most in a shard")
     max_shard_bytes: int = Field(256 * 2**20, gt=0, description="a larger part is written as several shards")
 

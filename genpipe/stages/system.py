@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pydantic import Field
+
 from genpipe.artifacts import Artifact, Role
 from genpipe.generation.systems import SystemConfig, check_system
 from genpipe.generation.systems.unclip import UnclipConfig
@@ -26,7 +28,7 @@ FILE = "system.json"
 class Config(StageConfig):
     """Which kind of system, and its samplers."""
 
-    model: SystemConfig = UnclipConfig()
+    model: SystemConfig = Field(UnclipConfig(), description="the kind of system, and its samplers")
 
 
 def roles(cfg: Config) -> dict[str, Role]:

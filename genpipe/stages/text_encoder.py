@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pydantic import Field
+
 from genpipe.artifacts import Artifact, Role
 from genpipe.models.text_encoders import CONFIG, TextEncoderConfig, check_network, write_record
 from genpipe.pinned_files import copy_pinned
@@ -24,7 +26,7 @@ HEADLINES = ("bytes",)
 class Config(StageConfig):
     """Which encoder, and its files."""
 
-    model: TextEncoderConfig
+    model: TextEncoderConfig = Field(description="the encoder")
 
 
 def roles(cfg: Config) -> dict[str, Role]:

@@ -57,8 +57,8 @@ LEAST_RESIDUAL = 1 / 127.5
 class ObserveUpsampler(ObserveTraining):
     """How an upsampler is watched: the pictures that validation draws, and with which sampler."""
 
-    sampler: SamplerConfig = SamplerConfig(steps=8)
-    pictures: int = Field(6, ge=1)
+    sampler: SamplerConfig = Field(SamplerConfig(steps=8), description="how a validation draws pictures")
+    pictures: int = Field(6, ge=1, description="pictures that a validation draws")
 
 
 class Config(StageConfig):
@@ -74,7 +74,7 @@ class Config(StageConfig):
     target: Literal["residual", "image", "latents"] = Field(
         "residual", description="what is drawn: what enlarging loses, the image, or the autoencoder's latents of it"
     )
-    model: UpsamplerConfig = ConvolutionalConfig()
+    model: UpsamplerConfig = Field(ConvolutionalConfig(), description="the network")
     diffusion: DiffusionConfig = DiffusionConfig(schedule="cosine", predict="x0", time_sampling="uniform")
     degradation: DegradationConfig = Field(Clean(), description="of the small images in training")
     noise_aug: float = Field(0.3, ge=0, lt=1, description="training noise levels on low_res are uniform up to this")

@@ -15,6 +15,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Literal, TypeVar
 
+from pydantic import Field
+
 from genpipe import artifacts
 from genpipe.artifacts import Artifact, FileEntry, ManifestError
 from genpipe.config import Config
@@ -36,8 +38,8 @@ PATIENCE_SECONDS, PATIENCE = 120.0, 10.0
 class KeepBest(Config):
     """Which checkpoint is the best: by a metric of the held-out validation."""
 
-    metric: str
-    goal: Literal["min", "max"] = "min"
+    metric: str = Field(description="name of the metric")
+    goal: Literal["min", "max"] = Field("min", description="whether less or more of it is better")
 
 
 class Canceled(Exception):

@@ -25,10 +25,10 @@ class AdamW(Config):
     """
 
     kind: Literal["adamw"] = "adamw"
-    lr: float = Field(3e-4, gt=0)
-    betas: tuple[float, float] = (0.9, 0.99)
-    eps: float = Field(1e-8, gt=0)
-    weight_decay: float = Field(0.01, ge=0)
+    lr: float = Field(3e-4, gt=0, description="peak learning rate")
+    betas: tuple[float, float] = Field((0.9, 0.99), description="decay of the averages of gradient and square")
+    eps: float = Field(1e-8, gt=0, description="added to the root of the mean square")
+    weight_decay: float = Field(0.01, ge=0, description="times the learning rate, each step")
 
 
 class Muon(Config):
@@ -41,11 +41,13 @@ class Muon(Config):
     """
 
     kind: Literal["muon"]
-    lr: float = Field(2e-3, gt=0)
-    momentum: float = Field(0.95, ge=0, lt=1)
-    weight_decay: float = Field(0.01, ge=0)
-    adamw_lr: float = Field(1e-3, gt=0)
-    betas: tuple[float, float] = (0.9, 0.99)
+    lr: float = Field(2e-3, gt=0, description="peak learning rate of Muon")
+    momentum: float = Field(0.95, ge=0, lt=1, description="of the gradients")
+    weight_decay: float = Field(0.01, ge=0, description="times the learning rate, each step")
+    adamw_lr: float = Field(1e-3, gt=0, description="peak learning rate of AdamW")
+    betas: tuple[float, float] = Field(
+        (0.9, 0.99), description="of AdamW: decay of the averages of gradient and square"
+    )
 
 
 OptimConfig = Annotated[Annotated[AdamW, Tag("adamw")] | Annotated[Muon, Tag("muon")], by_kind("adamw")]

@@ -21,9 +21,9 @@ class TrainableConfig(Config):
     """How one trainable module is optimized where that differs from the others; what is not given is as in `train`."""
 
     optim: OptimConfig | None = Field(None, description="an optimizer of its own; nothing of `train.optim` is kept")
-    warmup_samples: int | None = Field(None, ge=0)
-    decay: Decay | None = None
-    final_lr: float | None = Field(None, ge=0, le=1)
+    warmup_samples: int | None = Field(None, ge=0, description="samples over which its learning rate rises")
+    decay: Decay | None = Field(None, description="of its learning rate")
+    final_lr: float | None = Field(None, ge=0, le=1, description="share of its learning rate that is left at the end")
     every: int = Field(1, ge=1, description="steps of the run between updates of this module")
 
 
@@ -48,9 +48,9 @@ class TrainConfig(Config):
     samples: int = Field(ge=0, description="samples to train on, repeats included; 0: weights stay as they begin")
     global_batch_size: int = Field(gt=0, description="samples of one optimizer step, over all ranks")
     micro_batch_size: int | None = Field(None, gt=0, description="samples of a forward pass; default: a rank's share")
-    optim: OptimConfig = AdamW()
+    optim: OptimConfig = Field(AdamW(), description="the optimizer")
     warmup_samples: int = Field(0, ge=0, description="samples over which the learning rate rises to its peak")
-    decay: Decay = "cosine"
+    decay: Decay = Field("cosine", description="of the learning rate after the warm-up")
     final_lr: float = Field(0.0, ge=0, le=1, description="share of the learning rate that is left at the end")
     trainable: dict[str, TrainableConfig] = Field(
         default_factory=dict, description="by name of a trainable module: an optimizer, schedule or cadence of its own"
@@ -62,7 +62,7 @@ class TrainConfig(Config):
         None, gt=0, allow_inf_nan=False,
         description="sharpness-aware minimization: distance at which gradients are taken, for twice the arithmetic",
     )  # fmt: skip
-    ema_decay: float = Field(0.999, ge=0, lt=1)
+    ema_decay: float = Field(0.999, ge=0, lt=1, description="of the average of the weights, per step")
     ema_sigma_rel: float | None = Field(
         None,
         gt=0,
@@ -70,7 +70,7 @@ class TrainConfig(Config):
         description="width of a power-function average, as a share of the training so far, instead of ema_decay",
     )
     precision: Precision = Field("auto", description="of matrix products; auto: bf16 where the hardware is fast at it")
-    seed: int = 0
+    seed: int = Field(0, description="of the order of the data and of all noise")
     source_weights: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]] = Field(
         default_factory=dict, description="share of the training samples from each source of a mix; default: by size"
     )

@@ -59,7 +59,9 @@ class EmojiConfig(Config):
     """Some 3,800 images: every emoji in each style, without the variants that differ in skin tone only."""
 
     kind: Literal["emoji"]
-    styles: tuple[Style, ...] = Field(("twemoji", "openmoji"), min_length=1)
+    styles: tuple[Style, ...] = Field(
+        ("twemoji", "openmoji"), min_length=1, description="the emoji sets whose artwork is taken"
+    )
     size: int = Field(128, ge=16, le=1024, description="side in pixels at which the artwork is rasterized")
     skin_tones: bool = Field(False, description="also the variants that differ in skin tone only")
 

@@ -46,7 +46,7 @@ class FetchConfig(Config):
     timeout: float = Field(30.0, gt=0, description="seconds for an attempt, from connecting to the last byte")
     retries: int = Field(2, ge=0, description="further attempts after a time-out, a lost connection, 429 or 5xx")
     max_bytes: int = Field(20 * 2**20, gt=0, description="a larger image is given up while it arrives")
-    max_redirects: int = Field(5, ge=1)
+    max_redirects: int = Field(5, ge=1, description="redirects that an attempt follows")
     user_agent: str = Field("genpipe", min_length=1, description="add a contact: owners of servers look for one")
     disallowed: tuple[str, ...] = Field(
         ("noai", "noimageai", "noindex", "noimageindex"),

@@ -26,7 +26,9 @@ class MixConfig(Config):
     """Named sources. How often training sees each is a setting of training, so that shards serve any weights."""
 
     kind: Literal["mix"]
-    sources: dict[Name, Annotated[OneConfig, Field(discriminator="kind")]] = Field(min_length=1)
+    sources: dict[Name, Annotated[OneConfig, Field(discriminator="kind")]] = Field(
+        min_length=1, description="by name; any kind but `mix`"
+    )
 
     @field_validator("sources", mode="before")
     @classmethod

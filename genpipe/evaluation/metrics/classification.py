@@ -33,7 +33,7 @@ class ClassificationConfig(Config):
     """
 
     kind: Literal["classification"] = "classification"
-    network: Network
+    network: Network = Field(description="what turns a picture into features")
     pictures: int = Field(20_000, ge=2, description="to learn from, and to be tested on, at most")
     l2: float = Field(1e-3, gt=0, description="of the classifier's weights, on standardized features")
 

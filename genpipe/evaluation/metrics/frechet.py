@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 
 import numpy as np
 import torch
-from pydantic import Discriminator, Tag
+from pydantic import Discriminator, Field, Tag
 
 from genpipe.artifacts import Artifact, Role
 from genpipe.config import Config
@@ -38,8 +38,10 @@ class FrechetConfig(Config):
     """
 
     kind: Literal["frechet"] = "frechet"
-    network: Network
-    against: Against = "originals"
+    network: Network = Field(description="whose features of the pictures are compared")
+    against: Against = Field(
+        "originals", description="real pictures with the same captions, a split of the data, or published statistics"
+    )
 
     def roles(self) -> dict[str, Role]:
         """Pictures; the reference unless its statistics are stored; what the network takes."""

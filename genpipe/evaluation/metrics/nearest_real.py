@@ -41,7 +41,7 @@ class NearestRealConfig(Config):
     """
 
     kind: Literal["nearest_real"] = "nearest_real"
-    network: Network
+    network: Network = Field(description="what turns a picture into features")
     by: By = Field("caption", description="what the nearest real picture must share with what was asked for")
 
     def roles(self) -> dict[str, Role]:

@@ -37,7 +37,7 @@ class ReconstructionConfig(Config):
     """
 
     kind: Literal["reconstruction"] = "reconstruction"
-    split: Split = "heldout"
+    split: Split = Field("heldout", description="of the reference, whose pictures are reconstructed")
     pictures: int = Field(1000, ge=1, description="of the split, chosen at random; all, if it has fewer")
     lpips: PinnedFile | None = Field(None, description="VGG16 and heads; see docs/methods.md")
     inception: PinnedFile | None = Field(None, description="FID's Inception as TorchScript")

@@ -23,7 +23,7 @@ class TwoSetsConfig(Config):
     """
 
     kind: str
-    network: Network
+    network: Network = Field(description="what turns a picture into features")
     against: Literal["originals", "train", "heldout"] = Field(
         "originals", description="as many real pictures that have the captions, or those of a split"
     )

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any, Literal, cast
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from genpipe.artifacts import Artifact, Role
@@ -34,7 +35,7 @@ class LatentConfig(CascadeConfig):
     """
 
     kind: Literal["latent"]
-    decoder: SamplerConfig = SamplerConfig(steps=25, guidance_scale=2.0)
+    decoder: SamplerConfig = Field(SamplerConfig(steps=25, guidance_scale=2.0), description="sampler of the decoder")
 
     def roles(self) -> dict[str, Role]:
         """The trained parts that it joins; the encoder that the decoder's text came from is one of two."""

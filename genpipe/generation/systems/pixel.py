@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from genpipe.artifacts import Artifact, Role
@@ -20,7 +21,7 @@ class PixelConfig(CascadeConfig):
     """A class label, or nothing, to pixels."""
 
     kind: Literal["pixel"]
-    decoder: SamplerConfig = SamplerConfig(kind="heun", steps=18)
+    decoder: SamplerConfig = Field(SamplerConfig(kind="heun", steps=18), description="sampler of the decoder")
 
     def roles(self) -> dict[str, Role]:
         """The trained parts that it joins."""

@@ -32,9 +32,9 @@ class UnclipConfig(CascadeConfig):
     """Text to an image embedding to latents to pixels; without a prior, text to latents to pixels."""
 
     kind: Literal["unclip"] = "unclip"
-    prior: SamplerConfig = SamplerConfig(steps=25, guidance_scale=1.0)
+    prior: SamplerConfig = Field(SamplerConfig(steps=25, guidance_scale=1.0), description="sampler of the prior")
     candidates: int = Field(2, ge=1, description="prior samples a prompt; the best match with the text is kept")
-    decoder: SamplerConfig = SamplerConfig(steps=25, guidance_scale=2.0)
+    decoder: SamplerConfig = Field(SamplerConfig(steps=25, guidance_scale=2.0), description="sampler of the decoder")
 
     def roles(self) -> dict[str, Role]:
         """The trained parts that it joins."""
