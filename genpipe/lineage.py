@@ -16,10 +16,11 @@ def content_digest(artifact: Artifact) -> str:
     """The sha256 (hex) over the content of a committed artifact: every file but its pictures.
 
     A fingerprint says how something was made. Training the same again on other hardware gives other weights under
-    the same fingerprint, and they do not understand what was cached with the first.
+    the same fingerprint, and they do not understand what was cached with the first. Raises ValueError if it is gone.
     """
     manifest = read_manifest(artifact.uri, check_files=False)
-    assert manifest is not None, "inputs are committed"
+    if manifest is None:
+        raise ValueError(f"{artifact.uri}: is no committed artifact (any more); make it again with `genpipe run`")
     files = {file.path: file.sha256 for file in manifest.files if not file.path.endswith(".png")}
     return hashlib.sha256(canonical_json(files).encode()).hexdigest()
 

@@ -10,9 +10,11 @@ import io
 import os
 import shutil
 import tempfile
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, suppress
+from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from stat import S_ISREG
 from typing import Any, NamedTuple, Protocol, TypeVar
@@ -25,7 +27,9 @@ T = TypeVar("T")
 R = TypeVar("R")
 BODY_ATTEMPTS = 3
 REQUESTS = 32
-"""How many a process has under way at once: more would wait for a connection."""
+"""How many one caller has under way at once."""
+CONNECTIONS = 4 * REQUESTS
+"""How many a process keeps open: several may ask at once."""
 
 
 class Entry(NamedTuple):
@@ -254,18 +258,30 @@ class LocalStorage(Storage):
         return self.root / check_key(key)
 
 
+_CONNECTING = threading.Lock()
+"""boto3 makes clients by a session that threads may not share; the clients they may."""
+
+
+@lru_cache(maxsize=4)
+def _connected(process: int, environment: tuple[tuple[str, str], ...]) -> Any:
+    """The S3 client of this process for these AWS settings, whose connections all storages share."""
+    import boto3
+    from botocore.config import Config as BotoConfig
+
+    retries: Any = {"max_attempts": 8, "mode": "adaptive"}
+    return boto3.client("s3", config=BotoConfig(retries=retries, max_pool_connections=CONNECTIONS))
+
+
 class S3Storage(Storage):
     """A prefix of an S3 bucket. Large files go up and down in concurrent parts; failing requests are repeated."""
 
     def __init__(self, uri: str) -> None:
-        import boto3
-        from botocore.config import Config as BotoConfig
-
         self.uri = uri.rstrip("/")
         self.bucket, _, prefix = self.uri.removeprefix("s3://").partition("/")
         self.prefix = prefix + "/" if prefix else ""
-        retries: Any = {"max_attempts": 8, "mode": "adaptive"}
-        self.client = boto3.client("s3", config=BotoConfig(retries=retries, max_pool_connections=REQUESTS))
+        with _CONNECTING:
+            aws = (item for item in os.environ.items() if item[0].startswith("AWS_"))
+            self.client = _connected(os.getpid(), tuple(sorted(aws)))
 
     @override
     def read(self, key: str) -> bytes:
