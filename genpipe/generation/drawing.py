@@ -81,6 +81,11 @@ def draw(system: Drawing, conditions: Conditions, *, generator: torch.Generator)
     return [images, *system.cascade.enlarge(images, generator=generator)]
 
 
+def enlarged(system: Drawing, images: Tensor, generator: torch.Generator) -> Tensor:
+    """The decoder's pictures [B, 3, S, S] as the last upsampler makes them, [B, 3, size, size] in [-1, 1]."""
+    return [images, *system.cascade.enlarge(images, generator=generator)][-1]
+
+
 def bound(
     system: Drawing,
     given: Given,

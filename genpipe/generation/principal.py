@@ -33,6 +33,11 @@ def basis_of(system: UnclipSystem, embeds: Iterable[Tensor] | None = None) -> tu
     )
 
 
+def doubling(components: int) -> list[int]:
+    """1, 2, 4, ... and all of the components, as in figure 7."""
+    return [*(2**i for i in range((components - 1).bit_length())), components]
+
+
 def kept_components(image_embed: Tensor, mean: Tensor, basis: Tensor, *, counts: Sequence[int]) -> Tensor:
     """Unit image embeddings [B, D] with the first components of each count kept: unit vectors fp32 [B * counts, D].
 
