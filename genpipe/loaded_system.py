@@ -26,6 +26,7 @@ from genpipe.generation.pictures import Picture, read_hole, read_picture, square
 from genpipe.generation.principal import basis_of, doubling, reconstruct
 from genpipe.generation.prompts import Prompt
 from genpipe.generation.representation import Representation, as_unclip, represent
+from genpipe.generation.signals import SIGNALS, draw_signals
 from genpipe.generation.systems import System, load_system
 from genpipe.generation.systems.unclip import UnclipSystem
 from genpipe.generation.text_diffs import THETAS, change
@@ -314,6 +315,26 @@ class LoadedSystem:
 
         facts, count = {"use": "reconstruct"}, len(counts)
         return self._drawn([Prompt("")] * count, draw, system, seed=seed, batch_size=count, facts=facts)
+
+    @torch.no_grad()
+    def signals(
+        self, prompts: Sequence[str], *, seed: int = 0, steps: int | None = None, guidance_scale: float | None = None
+    ) -> list[list[Image.Image]]:
+        """Pictures of each prompt from each of SIGNALS: what of a caption the decoder is told (unCLIP, figure 8).
+
+        Of systems of kind unclip. A list for each prompt. Raises ValueError.
+        """
+        system = as_unclip(self._drawing(steps, guidance_scale), use="conditioning signals")
+        asked = self._asked(prompts, ())
+
+        def draw(conditions: Conditions, *, generator: torch.Generator) -> Tensor:
+            assert conditions.texts is not None, "unCLIP is conditioned on text"
+            images = torch.stack(draw_signals(system, conditions.texts[:: len(SIGNALS)], generator=generator), dim=1)
+            return enlarged(system, images.flatten(0, 1), generator)
+
+        many = [prompt for prompt in asked for _ in SIGNALS]
+        drawn = self._drawn(many, draw, system, seed=seed, batch_size=len(many))
+        return [drawn[i : i + len(SIGNALS)] for i in range(0, len(drawn), len(SIGNALS))]
 
     def _drawn(
         self,

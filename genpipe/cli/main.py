@@ -201,7 +201,13 @@ def check(configs: Annotated[list[str], typer.Argument(metavar="CONFIG...", help
 
 app.command("gc")(gc_command)
 app.command()(sample_command)
-for _use in (use_commands.vary, use_commands.blend, use_commands.edit, use_commands.components):
+for _use in (
+    use_commands.vary,
+    use_commands.blend,
+    use_commands.edit,
+    use_commands.components,
+    use_commands.signals,
+):
     app.command()(_use)
 app.command()(prove_command)
 

@@ -84,6 +84,20 @@ def write_row(pictures: Sequence[Image.Image], out: Path, folder: Path | None) -
     say_written(path, len(pictures) if folder else 0)
 
 
+def write_grid(
+    rows: Sequence[Sequence[Image.Image]], path: Path, *, captions: Sequence[str], columns: Sequence[str]
+) -> None:
+    """Square pictures of one size in a PNG, a row for each caption, columns with titles."""
+    import numpy as np
+    from PIL import Image
+
+    from genpipe.evaluation.grids import labeled_grid
+
+    arrays = [[np.asarray(picture) for picture in row] for row in rows]
+    grid = labeled_grid(arrays, captions=captions, columns=columns, cell=len(arrays[0][0]))
+    Image.fromarray(grid).save(path)
+
+
 def say_written(path: Path, beside: int) -> None:
     """Tell where the pictures are, and how many there are beside that file."""
     many = f" and {beside} pictures beside it" if beside else ""

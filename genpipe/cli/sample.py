@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -19,11 +18,9 @@ from genpipe.cli.pictures import (
     SystemName,
     folder_of,
     say_written,
+    write_grid,
     write_numbered,
 )
-
-if TYPE_CHECKING:
-    from PIL import Image
 
 GRID_ROWS = 64
 
@@ -78,19 +75,9 @@ def sample(
         batch_size=batch_size or BATCH_SIZE,
         on_picture=None if folder is None else partial(write_numbered, folder=folder),
     )
+    shown = drawn if folder is None else drawn[: GRID_ROWS * each]
+    rows = [shown[i : i + each] for i in range(0, len(shown), each)]
+    captions = [row[0].info.get("prompt", row[0].info.get("label", "")) for row in rows]
     grid = out if folder is None else folder / GRID
-    _write_grid(drawn if folder is None else drawn[: GRID_ROWS * each], grid, each=each)
+    write_grid(rows, grid, captions=captions, columns=[""] * each)
     say_written(grid, len(drawn) if folder else 0)
-
-
-def _write_grid(pictures: Sequence[Image.Image], path: Path, *, each: int) -> None:
-    import numpy as np
-    from PIL import Image
-
-    from genpipe.evaluation.grids import labeled_grid
-
-    arrays = [np.asarray(picture) for picture in pictures]
-    captions = [picture.info.get("prompt", picture.info.get("label", "")) for picture in pictures[::each]]
-    rows = [arrays[i : i + each] for i in range(0, len(arrays), each)]
-    grid = labeled_grid(rows, captions=captions, columns=[""] * each, cell=len(arrays[0]))
-    Image.fromarray(grid).save(path)

@@ -1,4 +1,4 @@
-"""`genpipe vary`, `blend`, `edit` and `components`: what a trained system does with pictures that are there."""
+"""`genpipe vary`, `blend`, `edit`, `components` and `signals`: what a system does besides drawing prompts."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ from genpipe.cli.pictures import (
     Steps,
     SystemName,
     folder_of,
+    say_written,
+    write_grid,
     write_row,
 )
 from genpipe.config import ConfigError
@@ -175,6 +177,31 @@ def components(
         picture, components=keep, pictures=others or [], seed=seed, steps=steps, guidance_scale=guidance
     )
     write_row(drawn, out, folder)
+
+
+def signals(
+    source: Source,
+    prompts: Annotated[list[str], typer.Argument(metavar="PROMPT...", help="captions, a row each")],
+    system: SystemName = "",
+    out: Annotated[Path, typer.Option("--out", help="a PNG for the figure")] = Path("signals.png"),
+    seed: Seed = 0,
+    steps: Steps = None,
+    guidance: Guidance = None,
+) -> None:
+    """Draw captions by what of them the decoder is told (unCLIP, figure 8). For systems of kind unclip.
+
+    Nothing; the caption; with it CLIP's text embedding where the image embedding is expected; with it the prior's.
+
+    Example: `genpipe signals runs/demo "a red apple" "a green pear" --out signals.png`
+    """
+    from genpipe import api
+    from genpipe.generation.signals import SIGNALS
+
+    if folder_of(out) is not None:
+        raise ConfigError(f"--out {out}: the figure is one picture; name a .png file")
+    rows = api.load(source, system=system).signals(prompts, seed=seed, steps=steps, guidance_scale=guidance)
+    write_grid(rows, out, captions=prompts, columns=SIGNALS)
+    say_written(out, 0)
 
 
 def _border(extend: str) -> dict[str, int]:

@@ -68,17 +68,25 @@ def told(system: Drawing, conditions: Conditions, *, generator: torch.Generator)
 def draw(system: Drawing, conditions: Conditions, *, generator: torch.Generator) -> list[Tensor]:
     """The pictures as the decoder and then each upsampler makes them, fp32 [B, 3, size, size] in [-1, 1]."""
     given, negative = told(system, conditions, generator=generator)
+    images = draw_given(system, given, count=conditions.count, negative=negative, generator=generator)
+    return [images, *system.cascade.enlarge(images, generator=generator)]
+
+
+@torch.no_grad()
+def draw_given(
+    system: Drawing, given: Given, *, count: int, negative: Given | None = None, generator: torch.Generator
+) -> Tensor:
+    """The decoder's pictures of what it is told, fp32 [B, 3, S, S] in [-1, 1]; `count` is B."""
     x0 = sample_latents(
         system.decoder,
         given,
-        shape=(conditions.count, *system.grid),
+        shape=(count, *system.grid),
         diffusion=system.decoder_diffusion,
         sampler=system.decoder_sampler,
         generator=generator,
         negative=negative,
     )
-    images = system.decode(x0)
-    return [images, *system.cascade.enlarge(images, generator=generator)]
+    return system.decode(x0)
 
 
 def enlarged(system: Drawing, images: Tensor, generator: torch.Generator) -> Tensor:

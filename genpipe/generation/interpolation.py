@@ -14,15 +14,9 @@ from genpipe.generation.systems.unclip import UnclipSystem
 
 
 def from_caption(system: UnclipSystem, caption: str, *, generator: torch.Generator) -> Representation:
-    """A caption as a picture of it would be represented: an embedding that the prior draws, and any noise.
-
-    Raises ValueError for a system without a prior.
-    """
+    """A caption as a picture of it would be represented: an embedding that the prior draws, and any noise."""
     embed = system.prior_embeds(system.encode_text([caption]), generator=generator)
-    if embed is None:
-        raise ValueError(
-            f"{caption!r}: the system has no prior to draw an image embedding for a caption; give pictures"
-        )
+    assert embed is not None, "a system whose decoder takes image embeddings has a prior"
     noise = torch.randn((1, *system.grid), generator=generator, device=generator.device)
     return Representation(embed, noise)
 

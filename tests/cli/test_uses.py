@@ -1,4 +1,4 @@
-"""`genpipe vary`, `blend`, `edit` and `components`: the files that they write, against the Python API's pictures."""
+"""`genpipe vary`, `blend`, `edit`, `components` and `signals`: what they write, against the Python API's."""
 
 from __future__ import annotations
 
@@ -82,6 +82,14 @@ def test_components_are_found_in_other_pictures(
     arguments = (picture, *others, "--keep", "1", "--keep", "8", "--out", str(out))
     code, _, error = genpipe("components", tiny.run("system").uri, *arguments)
     assert code == 0 and Image.open(out).size == (2 * 38 - 6, 32), error
+
+
+def test_the_decoders_signals_are_drawn_as_a_figure(genpipe: Command, tiny: TinyPipeline, tmp_path: Path) -> None:
+    out = tmp_path / "deep" / "signals.png"
+    code, _, error = genpipe("signals", tiny.run("system").uri, "a red circle", "a blue bar", "--out", str(out))
+    assert code == 0 and Image.open(out).width > 4 * 32, error
+    code, _, error = genpipe("signals", tiny.run("system").uri, "a red circle", "--out", str(tmp_path))
+    assert code == 2 and "name a .png file" in error
 
 
 @pytest.mark.parametrize(
