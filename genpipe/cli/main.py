@@ -17,6 +17,7 @@ from genpipe import __version__
 from genpipe.cli import console
 from genpipe.cli import data as data_commands
 from genpipe.cli import deploy as deploy_commands
+from genpipe.cli import uses as use_commands
 from genpipe.cli.gc import gc as gc_command
 from genpipe.cli.init import init as init_command
 from genpipe.cli.prove import prove as prove_command
@@ -200,6 +201,14 @@ def check(configs: Annotated[list[str], typer.Argument(metavar="CONFIG...", help
 
 app.command("gc")(gc_command)
 app.command()(sample_command)
+for _use in (
+    use_commands.vary,
+    use_commands.blend,
+    use_commands.edit,
+    use_commands.components,
+    use_commands.signals,
+):
+    app.command()(_use)
 app.command()(prove_command)
 
 

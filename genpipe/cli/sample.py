@@ -2,35 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from genpipe.cli import console
-from genpipe.config import ConfigError
+from genpipe.cli.pictures import (
+    GRID,
+    BatchSize,
+    Guidance,
+    Negative,
+    Source,
+    Steps,
+    SystemName,
+    folder_of,
+    say_written,
+    write_grid,
+    write_numbered,
+)
 
-if TYPE_CHECKING:
-    from PIL import Image
-
-GRID = "grid.png"
 GRID_ROWS = 64
 
 
 def sample(
-    source: Annotated[
-        str,
-        typer.Argument(
-            metavar="SOURCE",
-            help="a pipeline's YAML file, a store with one system, a system's URI, or models:/NAME@ALIAS",
-        ),
-    ],
+    source: Source,
     prompts: Annotated[list[str] | None, typer.Argument(metavar="[PROMPT]...", help="what to draw")] = None,
     prompt_file: Annotated[
         str, typer.Option("--prompts", metavar="FILE", help="draw these as well, one a line; may be under s3://")
     ] = "",
-    system: Annotated[str, typer.Option("--system", help="which of the pipeline's systems, if it has several")] = "",
+    negative: Negative = "",
+    system: SystemName = "",
     labels: Annotated[
         list[str] | None, typer.Option("--label", help="a class to draw, by name or number; may be repeated")
     ] = None,
@@ -39,11 +41,9 @@ def sample(
     ] = Path(GRID),
     seed: Annotated[int, typer.Option(help="the same prompts, seed and batch size give the same pictures")] = 0,
     each: Annotated[int, typer.Option("--each", min=1, help="pictures of each prompt or class")] = 4,
-    steps: Annotated[int | None, typer.Option(min=1, help="of the decoder's sampler; default: as trained")] = None,
-    guidance: Annotated[
-        float | None, typer.Option(min=0, help="the decoder's guidance scale, 1 for none; default: as trained")
-    ] = None,
-    batch_size: Annotated[int | None, typer.Option("--batch-size", min=1, help="pictures drawn at a time")] = None,
+    steps: Steps = None,
+    guidance: Guidance = None,
+    batch_size: BatchSize = None,
 ) -> None:
     """Draw pictures of prompts with a trained system. The training data are not needed.
 
@@ -54,7 +54,7 @@ def sample(
     Examples: `genpipe sample configs/pipeline/demo.yaml "a red apple, drawn in twemoji style" --out apple.png`,
     `genpipe sample runs/demo --prompts prompts.txt --each 1 --out pictures`
     """
-    folder = _folder(out)
+    folder = folder_of(out)
     texts = list(prompts or [])
     if prompt_file:
         from genpipe.generation.prompts import read_prompts
@@ -62,53 +62,22 @@ def sample(
         texts += read_prompts(prompt_file, setting="--prompts")
 
     from genpipe import api
+    from genpipe.loaded_system import BATCH_SIZE
 
     drawn = api.load(source, system=system).sample(
         texts,
         labels=labels or [],
+        negative=negative,
         each=each,
         seed=seed,
         steps=steps,
         guidance_scale=guidance,
-        batch_size=batch_size or api.BATCH_SIZE,
-        on_picture=None if folder is None else lambda picture: _write(picture, folder),
+        batch_size=batch_size or BATCH_SIZE,
+        on_picture=None if folder is None else partial(write_numbered, folder=folder),
     )
+    shown = drawn if folder is None else drawn[: GRID_ROWS * each]
+    rows = [shown[i : i + each] for i in range(0, len(shown), each)]
+    captions = [row[0].info.get("prompt", row[0].info.get("label", "")) for row in rows]
     grid = out if folder is None else folder / GRID
-    _write_grid(drawn if folder is None else drawn[: GRID_ROWS * each], grid, each=each)
-    many = f" and {len(drawn)} pictures beside it" if folder else ""
-    console.out.print(f"wrote {grid}{many}", highlight=False, soft_wrap=True)
-
-
-def _folder(out: Path) -> Path | None:
-    """The folder for single pictures, None for a grid alone; made, as is that of the grid. Raises ConfigError."""
-    single = out.suffix.lower() == ".png" and not out.is_dir()
-    if not single and out.suffix.lower() in (".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"):
-        raise ConfigError(f"--out {out}: pictures are written as PNG; name a .png file, or a folder")
-    try:
-        (out.parent if single else out).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"--out {out}: the folder cannot be made ({error}); name another") from None
-    return None if single else out
-
-
-def _write(picture: Image.Image, folder: Path) -> None:
-    """One picture, with what is known of it in the PNG's text fields."""
-    from PIL.PngImagePlugin import PngInfo
-
-    fields = PngInfo()
-    for name, text in picture.info.items():
-        fields.add_text(str(name), text)
-    picture.save(folder / f"{int(picture.info['number']):05d}.png", pnginfo=fields)
-
-
-def _write_grid(pictures: Sequence[Image.Image], path: Path, *, each: int) -> None:
-    import numpy as np
-    from PIL import Image
-
-    from genpipe.evaluation.grids import labeled_grid
-
-    arrays = [np.asarray(picture) for picture in pictures]
-    captions = [picture.info.get("prompt", picture.info.get("label", "")) for picture in pictures[::each]]
-    rows = [arrays[i : i + each] for i in range(0, len(arrays), each)]
-    grid = labeled_grid(rows, captions=captions, columns=[""] * each, cell=len(arrays[0]))
-    Image.fromarray(grid).save(path)
+    write_grid(rows, grid, captions=captions, columns=[""] * each)
+    say_written(grid, len(drawn) if folder else 0)

@@ -320,11 +320,24 @@ def sample(
     Deterministic given the noise for ddim with eta 0, euler, heun without churn, dpmpp_2m and unipc; the others draw
     more from `generator` and raise ValueError without one.
     """
-    schedule, ts = diffusion.noise_schedule, sampling_times(cfg, diffusion)
+    ts = sampling_times(cfg, diffusion)
     # As large as x_t is for data of unit variance: 1 but on edm, where it is 80.
-    x = noise * torch.hypot(*alpha_sigma(ts[0], schedule)).item()
-    bounded = denoise if cfg.threshold == "none" else _bounded(denoise, cfg)
-    return _sampler(cfg, diffusion)(bounded, x, ts, schedule=schedule, generator=generator)
+    x = noise * torch.hypot(*alpha_sigma(ts[0], diffusion.noise_schedule)).item()
+    return sample_from(denoise, x, ts, cfg, diffusion=diffusion, generator=generator)
+
+
+def sample_from(
+    denoise: Denoise,
+    x: Tensor,
+    ts: Tensor,
+    cfg: SamplerConfig,
+    *,
+    diffusion: DiffusionConfig,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """As `sample`, but from the state `x` [B, C, ...] at ts[0] and over the times `ts` [N + 1], which decrease."""
+    schedule = diffusion.noise_schedule
+    return _sampler(cfg, diffusion)(bounded(denoise, cfg), x, ts, schedule=schedule, generator=generator)
 
 
 def inverted(
@@ -425,14 +438,16 @@ def _sampler(cfg: SamplerConfig, diffusion: DiffusionConfig) -> Callable[..., Te
     return partial(solver, lower_order_final=cfg.lower_order_final)
 
 
-def _bounded(denoise: Denoise, cfg: SamplerConfig) -> Denoise:
-    """The estimate of x0 kept within bounds."""
+def bounded(denoise: Denoise, cfg: SamplerConfig) -> Denoise:
+    """The estimate of x0 kept within the sampler's bounds, if it has some."""
+    if cfg.threshold == "none":
+        return denoise
 
-    def bounded(x_t: Tensor, t_B: Tensor) -> Tensor:
+    def within(x_t: Tensor, t_B: Tensor) -> Tensor:
         out, channels = denoise(x_t, t_B), x_t.shape[1]
         return torch.cat([_thresholded(out[:, :channels], cfg=cfg), out[:, channels:]], dim=1)
 
-    return bounded
+    return within
 
 
 def _thresholded(x0: Tensor, *, cfg: SamplerConfig) -> Tensor:

@@ -12,6 +12,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+
+from genpipe.data.shards import NO_LABEL
 
 TOKENIZER_FILE = "tokenizer.json"
 
@@ -20,16 +23,24 @@ TOKENIZER_FILE = "tokenizer.json"
 class Conditions:
     """What `count` pictures are asked to show: a text and a label each; None where there are none.
 
-    Labels are places in the list of classes.
+    Labels are places in the list of classes. `negative` are texts that guidance leads away from; None for from nothing.
     """
 
     count: int
     texts: Sequence[str] | None = None
     labels: Sequence[int] | None = None
+    negative: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
-        for given in (self.texts, self.labels):
+        for given in (self.texts, self.labels, self.negative):
             assert given is None or len(given) == self.count, "one for each picture"
+
+    def opposite(self) -> Conditions | None:
+        """The negative texts as what is asked for, without labels; None where there are none."""
+        if self.negative is None:
+            return None
+        labels = None if self.labels is None else [NO_LABEL] * self.count
+        return Conditions(self.count, texts=self.negative, labels=labels)
 
 
 class Text(NamedTuple):
@@ -55,6 +66,16 @@ class Text(NamedTuple):
         """The captions `times` times over, [times * B, ...]."""
         return Text(*(_repeated(part, times) for part in self))
 
+    def followed_by(self, other: Text) -> Text:
+        """These captions and then others, padded to the longest."""
+        length = max(self.text_mask.shape[1], other.text_mask.shape[1])
+        pairs = zip(self._padded(length), other._padded(length), strict=True)
+        return Text(*(torch.cat(pair) for pair in pairs))
+
+    def _padded(self, length: int) -> Text:
+        missing = length - self.text_mask.shape[1]
+        return Text(self.embed, F.pad(self.encodings, (0, 0, 0, missing)), F.pad(self.text_mask, (0, missing)))
+
     def first(self, count: int) -> Text:
         """The first captions."""
         return Text(*(part[:count] for part in self))
@@ -78,6 +99,14 @@ class Given(NamedTuple):
             None if self.labels is None else _repeated(self.labels, times),
         )
 
+    def followed_by(self, other: Given) -> Given:
+        """These conditions and then others of the same kinds."""
+        return Given(
+            _joined(self.image_embed, other.image_embed),
+            None if self.text is None or other.text is None else self.text.followed_by(other.text),
+            _joined(self.labels, other.labels),
+        )
+
     def first(self, count: int) -> Given:
         """Those of the first pictures."""
         return Given(
@@ -85,6 +114,10 @@ class Given(NamedTuple):
             None if self.text is None else self.text.first(count),
             None if self.labels is None else self.labels[:count],
         )
+
+
+def _joined(one: Tensor | None, other: Tensor | None) -> Tensor | None:
+    return None if one is None or other is None else torch.cat([one, other])
 
 
 def _repeated(x: Tensor, times: int) -> Tensor:

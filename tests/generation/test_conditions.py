@@ -49,3 +49,21 @@ def test_conditions_are_repeated_and_cut_together() -> None:
 def test_there_is_one_condition_for_each_picture() -> None:
     with pytest.raises(AssertionError):
         Conditions(2, texts=["a cat"])
+
+
+def test_conditions_follow_one_another_padded_to_the_longest() -> None:
+    one = Given(torch.tensor([[1.0], [2.0]]), Text.from_cache(cached()), torch.tensor([7, 8]))
+    short = Text(torch.ones(1, 0), torch.full((1, 1, 2), 9.0), torch.tensor([[True]]))
+    both = one.followed_by(Given(torch.tensor([[3.0]]), short, torch.tensor([-1])))
+    assert both.image_embed is not None and both.text is not None and both.labels is not None
+    assert both.image_embed.flatten().tolist() == [1, 2, 3] and both.labels.tolist() == [7, 8, -1]
+    assert both.text.text_mask.tolist() == [[True, False, False], [True, True, True], [True, False, False]]
+    assert both.text.encodings[2].tolist() == [[9, 9], [0, 0], [0, 0]]
+    again = Given(text=short).followed_by(Given(text=Text.from_cache(cached())))
+    assert again.text is not None and again.text.text_mask[0].tolist() == [True, False, False]
+
+
+def test_the_opposite_is_asked_for_without_labels() -> None:
+    assert Conditions(2, texts=["a", "b"]).opposite() is None
+    asked = Conditions(2, texts=["a", "b"], labels=[3, 4], negative=["c", "d"])
+    assert asked.opposite() == Conditions(2, texts=["c", "d"], labels=[-1, -1])

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from genpipe.diffusion.process import DiffusionConfig, SamplerConfig, with_guidance
-from genpipe.generation.conditions import Given
-from genpipe.generation.latents import Dropped, decoder_model, sample_latents
+from genpipe.generation.conditions import Given, Text
+from genpipe.generation.latents import Dropped, decoder_model, guided_decoder, sample_latents
 from genpipe.models.decoder import Decoder, DecoderConfig
 
 SMALL = DecoderConfig.model_validate({"denoiser": {"patch_size": 2, "width": 32, "depth": 1, "heads": 2}})
@@ -20,10 +20,10 @@ def seeded(number: int) -> torch.Generator:
     return torch.Generator().manual_seed(number)
 
 
-def decoder(**sizes: int) -> Decoder:
+def decoder(*, cfg: DecoderConfig = SMALL, **sizes: int) -> Decoder:
     """One that is not the zero function that it begins as."""
     torch.manual_seed(0)
-    made = Decoder(SMALL, latent_channels=3, **sizes)
+    made = Decoder(cfg, latent_channels=3, **sizes)
     with torch.no_grad():
         for p in made.parameters():
             p.add_(0.05 * torch.randn(p.shape))
@@ -88,3 +88,45 @@ def test_guidance_0_forgets_the_label_and_1_is_the_conditional_model() -> None:
 
 def test_a_decoder_may_be_conditioned_on_nothing() -> None:
     assert sample(decoder(), Given(), guidance_scale=2.0).isfinite().all()
+
+
+def text(*lengths: int) -> Text:
+    """Captions of so many tokens, padded to the longest."""
+    longest = max(lengths)
+    mask = torch.arange(longest) < torch.tensor(lengths)[:, None]
+    encodings = torch.randn(len(lengths), longest, 5, generator=seeded(sum(lengths)))
+    return Text(torch.empty(len(lengths), 0), encodings * mask[..., None], mask)
+
+
+@pytest.mark.parametrize("null_text", ["learned", "encoder"])
+def test_a_missing_caption_or_label_is_its_null(null_text: str) -> None:
+    model = decoder(text_width=5, classes=3, cfg=SMALL.model_copy(update={"null_text": null_text}))
+    x, t = torch.randn(2, 3, 4, 4, generator=seeded(0)), torch.full((2,), 0.5)
+    keep = torch.zeros(2, dtype=torch.bool)
+    told = Given(text=text(3, 2), labels=torch.tensor([0, 1]))
+    with torch.no_grad():
+        null = decoder_model(model, told, Dropped.everywhere(~keep))(x, t)
+        without = decoder_model(model, Given(), Dropped.everywhere(keep))(x, t)
+        with_both = decoder_model(model, told, Dropped.everywhere(keep))(x, t)
+    torch.testing.assert_close(without, null)
+    assert not torch.allclose(without, with_both, atol=1e-4)
+
+
+def test_guidance_leads_away_from_what_is_negative() -> None:
+    """negative + scale (conditional - negative), where the negative caption is longer than the other one."""
+    model = decoder(text_width=5, classes=3)
+    given = Given(text=text(2, 2), labels=torch.tensor([0, 1]))
+    negative = Given(text=text(4, 4), labels=torch.tensor([-1, -1]))
+    keep, x, t = torch.zeros(2, dtype=torch.bool), torch.randn(2, 3, 4, 4, generator=seeded(0)), torch.full((2,), 0.5)
+    with torch.no_grad():
+        cond, uncond = (decoder_model(model, one, Dropped.everywhere(keep))(x, t) for one in (given, negative))
+        found = guided_decoder(
+            model,
+            given,
+            count=2,
+            diffusion=DiffusionConfig(),
+            sampler=SamplerConfig(guidance_scale=3.0),
+            device=torch.device("cpu"),
+            negative=negative,
+        )(x, t)
+    torch.testing.assert_close(found, uncond + 3.0 * (cond - uncond), atol=1e-4, rtol=0)

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from genpipe.artifacts import Artifact, ManifestError, read_manifest
 from genpipe.config import by_kind
-from genpipe.diffusion.process import DiffusionConfig, SamplerConfig
 from genpipe.generation.conditions import Conditions
+from genpipe.generation.drawing import Drawing
 from genpipe.generation.systems.latent import LatentConfig
 from genpipe.generation.systems.pixel import PixelConfig
 from genpipe.generation.systems.unclip import UnclipConfig
@@ -34,7 +34,7 @@ SystemConfig = Annotated[
 ]
 
 
-class System(Protocol):
+class System(Drawing, Protocol):
     """Trained parts with their samplers, loaded: from conditions to pictures."""
 
     conditioned_on: frozenset[str]
@@ -45,12 +45,6 @@ class System(Protocol):
 
     size: int
     """Side of its pictures, in pixels."""
-
-    decoder_sampler: SamplerConfig
-    """How its decoder draws: as it was configured, unless it is replaced."""
-
-    decoder_diffusion: DiffusionConfig
-    """What its decoder was trained for, which says which samplers fit."""
 
     def sample(self, conditions: Conditions, *, generator: torch.Generator) -> Tensor:
         """Pictures fp32 [B, 3, size, size] in [-1, 1]; the same conditions and seed give the same pictures."""

@@ -12,8 +12,8 @@ from torch import Tensor
 from genpipe.artifacts import Artifact, Role
 from genpipe.diffusion.process import SamplerConfig
 from genpipe.generation.cascade import Cascade, CascadeConfig, check_cascade
-from genpipe.generation.conditions import Conditions, latent_statistics
-from genpipe.generation.latents import sample_latents
+from genpipe.generation.conditions import Conditions, Given, latent_statistics
+from genpipe.generation.drawing import draw
 from genpipe.generation.parts import (
     check_conditions,
     check_latents,
@@ -68,7 +68,8 @@ class LatentSystem:
         self.size: int = promised["size"]
         self.conditioned_on = frozenset(promised["conditioned_on"])
         self.classes = classes_of(parts["decoder"])
-        self.latent_shape = latent_shape(parts["autoencoder"])
+        self.base_size = check_latents(parts)
+        self.grid = latent_shape(parts["autoencoder"])
         self.latent_statistics = latent_statistics(parts["decoder"].meta, device)
         self.autoencoder = cast(Autoencoder, load_part(parts["autoencoder"], device=device)[0])
         self.encode_text = load_text_encoding(parts, device=device) if "text" in self.conditioned_on else None
@@ -79,16 +80,21 @@ class LatentSystem:
         """Pictures [B, 3, size, size] in [-1, 1]."""
         return self.stages(conditions, generator=generator)[-1]
 
-    @torch.no_grad()
     def stages(self, conditions: Conditions, *, generator: torch.Generator) -> list[Tensor]:
         """The pictures as the decoder and then each upsampler makes them, [B, 3, S, S] in [-1, 1]."""
-        latents = sample_latents(
-            self.decoder,
-            given_of(conditions, self.conditioned_on, encode_text=self.encode_text, device=self.device),
-            shape=(conditions.count, *self.latent_shape),
-            diffusion=self.decoder_diffusion,
-            sampler=self.decoder_sampler,
-            generator=generator,
-        )
-        images = self.autoencoder.decode(self.latent_statistics.restore(latents), fp32=True).clamp(-1, 1)
-        return [images, *self.cascade.enlarge(images, generator=generator)]
+        return draw(self, conditions, generator=generator)
+
+    @torch.no_grad()
+    def given(self, conditions: Conditions, *, generator: torch.Generator) -> Given:
+        """What the decoder is told."""
+        return given_of(conditions, self.conditioned_on, encode_text=self.encode_text, device=self.device)
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """Pictures [B, 3, base_size, base_size] in [-1, 1] as standardized latents, fp32 [B, C, H, W]."""
+        return self.latent_statistics.standardize(self.autoencoder.encode(images)[0])
+
+    @torch.no_grad()
+    def decode(self, x0: Tensor) -> Tensor:
+        """Pictures in [-1, 1] of standardized latents."""
+        return self.autoencoder.decode(self.latent_statistics.restore(x0), fp32=True).clamp(-1, 1)

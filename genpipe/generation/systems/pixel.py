@@ -12,8 +12,8 @@ from torch import Tensor
 from genpipe.artifacts import Artifact, Role
 from genpipe.diffusion.process import SamplerConfig
 from genpipe.generation.cascade import Cascade, CascadeConfig, check_cascade
-from genpipe.generation.conditions import Conditions
-from genpipe.generation.latents import sample_latents
+from genpipe.generation.conditions import Conditions, Given
+from genpipe.generation.drawing import draw
 from genpipe.generation.parts import check_conditions, check_part_sampler, classes_of, given_of, load_decoder
 
 
@@ -49,6 +49,7 @@ class PixelSystem:
         self.conditioned_on = frozenset(promised["conditioned_on"])
         self.classes = classes_of(parts["decoder"])
         self.base_size = _size(parts["decoder"])
+        self.grid = (3, self.base_size, self.base_size)
         self.decoder, self.decoder_diffusion = load_decoder(parts["decoder"], device=device)
         self.cascade = Cascade(cfg, parts, device=device)
 
@@ -56,19 +57,21 @@ class PixelSystem:
         """Pictures [B, 3, size, size] in [-1, 1]."""
         return self.stages(conditions, generator=generator)[-1]
 
-    @torch.no_grad()
     def stages(self, conditions: Conditions, *, generator: torch.Generator) -> list[Tensor]:
         """The pictures as the decoder and then each upsampler makes them, [B, 3, S, S] in [-1, 1]."""
-        pixels = sample_latents(
-            self.decoder,
-            given_of(conditions, self.conditioned_on, device=self.device),
-            shape=(conditions.count, 3, self.base_size, self.base_size),
-            diffusion=self.decoder_diffusion,
-            sampler=self.decoder_sampler,
-            generator=generator,
-        )
-        images = pixels.clamp(-1, 1)
-        return [images, *self.cascade.enlarge(images, generator=generator)]
+        return draw(self, conditions, generator=generator)
+
+    def given(self, conditions: Conditions, *, generator: torch.Generator) -> Given:
+        """What the decoder is told."""
+        return given_of(conditions, self.conditioned_on, device=self.device)
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Pictures as the decoder draws them, which is as they are."""
+        return images.float()
+
+    def decode(self, x0: Tensor) -> Tensor:
+        """What the decoder drew, in [-1, 1]."""
+        return x0.clamp(-1, 1)
 
 
 def _size(decoder: Artifact) -> int:

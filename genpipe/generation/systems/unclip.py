@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Literal, cast
 
 import torch
@@ -13,8 +13,8 @@ from genpipe.artifacts import Artifact, Role
 from genpipe.diffusion.process import SamplerConfig
 from genpipe.generation.cascade import Cascade, CascadeConfig, check_cascade
 from genpipe.generation.conditions import Conditions, Given, Text, embed_statistics, latent_statistics
+from genpipe.generation.drawing import draw
 from genpipe.generation.embeds import sample_image_embeds
-from genpipe.generation.latents import sample_latents
 from genpipe.generation.parts import (
     check_latents,
     check_part_sampler,
@@ -83,7 +83,8 @@ class UnclipSystem:
     def __init__(self, cfg: UnclipConfig, parts: Mapping[str, Artifact], *, device: torch.device) -> None:
         self.cfg, self.device, self.decoder_sampler = cfg, device, cfg.decoder
         self.size: int = cfg.check(parts)["size"]
-        self.latent_shape = latent_shape(parts["autoencoder"])
+        self.base_size = check_latents(parts)
+        self.grid = latent_shape(parts["autoencoder"])
         self.latent_statistics = latent_statistics(parts["decoder"].meta, device)
         self.embed_statistics = embed_statistics(parts["clip"].meta, device)
         self.autoencoder = cast(Autoencoder, load_part(parts["autoencoder"], device=device)[0])
@@ -100,14 +101,23 @@ class UnclipSystem:
 
     def sample(self, conditions: Conditions, *, generator: torch.Generator) -> Tensor:
         """Pictures [B, 3, size, size] in [-1, 1] of the conditions' texts."""
-        assert conditions.texts is not None, "unCLIP is conditioned on text"
-        return self.stages(conditions.texts, generator=generator)[-1]
+        return self.stages(conditions, generator=generator)[-1]
 
-    def stages(self, prompts: Sequence[str], *, generator: torch.Generator) -> list[Tensor]:
-        """The pictures of prompts as the decoder and then each upsampler makes them, [B, 3, S, S] in [-1, 1]."""
-        text = self.encode_text(prompts)
-        images = self.decode(self.prior_embeds(text, generator=generator), text, generator=generator)
-        return [images, *self.cascade.enlarge(images, generator=generator)]
+    def stages(self, conditions: Conditions, *, generator: torch.Generator) -> list[Tensor]:
+        """The pictures as the decoder and then each upsampler makes them, [B, 3, S, S] in [-1, 1]."""
+        return draw(self, conditions, generator=generator)
+
+    @torch.no_grad()
+    def given(self, conditions: Conditions, *, generator: torch.Generator) -> Given:
+        """What the decoder is told: the texts, and the image embeddings that the prior draws for them."""
+        assert conditions.texts is not None, "unCLIP is conditioned on text"
+        text = self.encode_text(conditions.texts)
+        return self.given_embeds(self.prior_embeds(text, generator=generator), text)
+
+    def given_embeds(self, image_embeds: Tensor | None, text: Text | None = None) -> Given:
+        """What the decoder is told of unit image embeddings [B, D] and of captions, either of which may be missing."""
+        embed = None if image_embeds is None else self.embed_statistics.standardize(image_embeds)
+        return Given(image_embed=embed, text=text)
 
     @torch.no_grad()
     def prior_embeds(self, text: Text, *, generator: torch.Generator) -> Tensor | None:
@@ -125,15 +135,16 @@ class UnclipSystem:
         )
 
     @torch.no_grad()
-    def decode(self, image_embeds: Tensor | None, text: Text, *, generator: torch.Generator) -> Tensor:
-        """Base-size pictures in [-1, 1] of captions and of unit image embeddings [B, D], if the decoder takes them."""
-        embed = None if image_embeds is None else self.embed_statistics.standardize(image_embeds)
-        latents = sample_latents(
-            self.decoder,
-            Given(image_embed=embed, text=text),
-            shape=(len(text.text_mask), *self.latent_shape),
-            diffusion=self.decoder_diffusion,
-            sampler=self.decoder_sampler,
-            generator=generator,
-        )
-        return self.autoencoder.decode(self.latent_statistics.restore(latents), fp32=True).clamp(-1, 1)
+    def embed(self, images: Tensor) -> Tensor:
+        """CLIP's image embeddings, unit vectors [B, D], of pictures [B, 3, S, S] in [-1, 1] of CLIP's own size."""
+        return self.clip.encode_image(images)
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """Pictures [B, 3, base_size, base_size] in [-1, 1] as standardized latents, fp32 [B, C, H, W]."""
+        return self.latent_statistics.standardize(self.autoencoder.encode(images)[0])
+
+    @torch.no_grad()
+    def decode(self, x0: Tensor) -> Tensor:
+        """Pictures in [-1, 1] of standardized latents."""
+        return self.autoencoder.decode(self.latent_statistics.restore(x0), fp32=True).clamp(-1, 1)

@@ -60,7 +60,7 @@ def test_a_decoder_of_image_embeddings_draws_with_its_null(parts: dict[str, Arti
         latents = sample_latents(
             system.decoder,
             Given(image_embed=null, text=system.encode_text(PROMPTS)),
-            shape=(2, *system.latent_shape),
+            shape=(2, *system.grid),
             diffusion=system.decoder_diffusion,
             sampler=CFG.decoder,
             generator=seeded(0),

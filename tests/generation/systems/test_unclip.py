@@ -17,6 +17,7 @@ from genpipe.data.image_batches import image_batch, to_float
 from genpipe.data.shard_dataset import ShardDataset
 from genpipe.diffusion.process import SamplerConfig
 from genpipe.generation.conditions import Conditions, Text
+from genpipe.generation.latents import sample_latents
 from genpipe.generation.systems.unclip import UnclipConfig, UnclipSystem
 
 if TYPE_CHECKING:
@@ -49,16 +50,17 @@ def seeded(number: int) -> torch.Generator:
 
 
 def test_pictures_are_decided_by_prompts_and_seed(system: UnclipSystem) -> None:
-    one, again, other = (system.stages(PROMPTS, generator=seeded(n)) for n in (1, 1, 2))
+    one, again, other = (system.stages(Conditions(3, texts=PROMPTS), generator=seeded(n)) for n in (1, 1, 2))
     assert all(torch.equal(a, b) for a, b in zip(one, again, strict=True))
     assert not any(torch.equal(a, b) for a, b in zip(one, other, strict=True))
-    renamed = system.stages(["a large black bar", *PROMPTS[1:]], generator=seeded(1))
+    others = Conditions(3, texts=["a large black bar", *PROMPTS[1:]])
+    renamed = system.stages(others, generator=seeded(1))
     assert not torch.equal(one[0][0], renamed[0][0])
     torch.testing.assert_close(one[0][1:], renamed[0][1:], atol=1e-4, rtol=0)
 
 
 def test_what_comes_out(system: UnclipSystem) -> None:
-    made = system.stages(PROMPTS, generator=seeded(0))
+    made = system.stages(Conditions(3, texts=PROMPTS), generator=seeded(0))
     assert [images.shape for images in made] == [(3, 3, 16, 16), (3, 3, 32, 32)] and system.size == 32
     assert all(images.abs().max() <= 1 for images in made)
     assert torch.equal(system.sample(Conditions(3, texts=PROMPTS), generator=seeded(0)), made[-1])
@@ -96,7 +98,15 @@ def test_guidance_0_forgets_the_prompt_and_1_is_the_conditional_model(parts: dic
         cfg = CFG.model_copy(update={"decoder": SamplerConfig(steps=4, guidance_scale=scale)})
         system = UnclipSystem(cfg, parts, device=CPU)
         reordered = Text(*(part[order] for part in system.encode_text(PROMPTS)))
-        return system.decode(embeds[order], reordered, generator=seeded(5))
+        latents = sample_latents(
+            system.decoder,
+            system.given_embeds(embeds[order], reordered),
+            shape=(3, *system.grid),
+            diffusion=system.decoder_diffusion,
+            sampler=system.decoder_sampler,
+            generator=seeded(5),
+        )
+        return system.decode(latents)
 
     torch.testing.assert_close(decode(0.0, order=[0, 1, 2]), decode(0.0, order=[2, 0, 1]), atol=1e-4, rtol=0)
     near, conditional = decode(1.0 + 1e-6, order=[0, 1, 2]), decode(1.0, order=[0, 1, 2])
