@@ -26,10 +26,8 @@ from genpipe.files import TEMPORARY, beside, link, replacing, write_through
 T = TypeVar("T")
 R = TypeVar("R")
 BODY_ATTEMPTS = 3
-REQUESTS = 32
-"""How many one caller has under way at once."""
-CONNECTIONS = 4 * REQUESTS
-"""How many a process keeps open: several may ask at once."""
+REQUESTS = 32  # of one caller at once
+CONNECTIONS = 4 * REQUESTS  # of a process
 
 
 class Entry(NamedTuple):
@@ -258,18 +256,17 @@ class LocalStorage(Storage):
         return self.root / check_key(key)
 
 
-_CONNECTING = threading.Lock()
-"""boto3 makes clients by a session that threads may not share; the clients they may."""
+_CONNECTING = threading.Lock()  # threads may share clients, but not the session that makes them
 
 
 @lru_cache(maxsize=4)
 def _connected(process: int, environment: tuple[tuple[str, str], ...]) -> Any:
     """The S3 client of this process for these AWS settings, whose connections all storages share."""
-    import boto3
+    from boto3.session import Session  # a new one, as boto3's own would remember earlier credentials
     from botocore.config import Config as BotoConfig
 
     retries: Any = {"max_attempts": 8, "mode": "adaptive"}
-    return boto3.client("s3", config=BotoConfig(retries=retries, max_pool_connections=CONNECTIONS))
+    return Session().client("s3", config=BotoConfig(retries=retries, max_pool_connections=CONNECTIONS))
 
 
 class S3Storage(Storage):
@@ -279,8 +276,8 @@ class S3Storage(Storage):
         self.uri = uri.rstrip("/")
         self.bucket, _, prefix = self.uri.removeprefix("s3://").partition("/")
         self.prefix = prefix + "/" if prefix else ""
+        aws = (item for item in os.environ.items() if item[0].startswith("AWS_"))
         with _CONNECTING:
-            aws = (item for item in os.environ.items() if item[0].startswith("AWS_"))
             self.client = _connected(os.getpid(), tuple(sorted(aws)))
 
     @override

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from pydantic import Field
 
@@ -20,8 +21,9 @@ class TrackingConfig(Config):
 
 
 def sqlite_uri(file: Path) -> str:
-    """The URI of an SQLite file: a % or ? in its path would mean something else there."""
-    return "sqlite:///" + str(file.absolute()).replace("%", "%25").replace("?", "%3F")
+    """The URI of an SQLite file: a ? in its path would begin the options."""
+    path = str(file.absolute())
+    return f"sqlite:///file:{quote(path)}?uri=true" if "?" in path else f"sqlite:///{path}"
 
 
 class Attempt(Config):

@@ -113,7 +113,7 @@ def client_of(uri: str) -> MlflowClient:
         return MlflowClient(uri)
     path = _sqlite_path(uri).absolute()
     with suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)  # MLflow takes %25 for a name, and makes that folder
+        path.parent.mkdir(parents=True, exist_ok=True)  # MLflow would take `file:` for the name of a folder
     if not os.access(path.parent, os.W_OK):
         return MlflowClient(uri)
     with _alone_with(path):
@@ -218,8 +218,9 @@ def _without_login(uri: str) -> str:
 
 
 def _sqlite_path(uri: str) -> Path:
-    """The file of an SQLite URI, in which % and ? are written as %25 and %3F."""
-    return Path(unquote(uri.removeprefix("sqlite:///").partition("?")[0]))
+    """The file of an SQLite URI: a path as it is, or after `file:` one in the syntax of URLs."""
+    name = uri.removeprefix("sqlite:///").partition("?")[0]
+    return Path(unquote(name.removeprefix("file:")) if name.startswith("file:") else name)
 
 
 def _check_sqlite(uri: str) -> None:
