@@ -26,8 +26,7 @@ from genpipe.files import TEMPORARY, beside, link, replacing, write_through
 T = TypeVar("T")
 R = TypeVar("R")
 BODY_ATTEMPTS = 3
-REQUESTS = 32  # of one caller at once
-CONNECTIONS = 4 * REQUESTS  # of a process
+REQUESTS, CONNECTIONS = 32, 128  # of one caller at once, and of a process
 
 
 class Entry(NamedTuple):
