@@ -275,9 +275,8 @@ class S3Storage(Storage):
         self.uri = uri.rstrip("/")
         self.bucket, _, prefix = self.uri.removeprefix("s3://").partition("/")
         self.prefix = prefix + "/" if prefix else ""
-        aws = (item for item in os.environ.items() if item[0].startswith("AWS_"))
         with _CONNECTING:
-            self.client = _connected(os.getpid(), tuple(sorted(aws)))
+            self.client = _connected(os.getpid(), tuple(kv for kv in os.environ.items() if kv[0].startswith("AWS_")))
 
     @override
     def read(self, key: str) -> bytes:
