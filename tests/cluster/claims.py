@@ -13,8 +13,7 @@ from typing import Any, NamedTuple
 
 import httpx
 import yaml
-from cluster.services import BIN, ROOT, Cluster, wait_until
-from PIL import Image
+from cluster.services import BIN, ROOT, Cluster, logged_in, wait_until
 from seaweed import BUCKET
 from shapes import draw_shape, draw_shapes
 
@@ -283,21 +282,23 @@ def a_cancel_stops_the_job(team: Rehearsal) -> str:
 
 
 def mlflow_shows_the_runs(team: Rehearsal) -> str:
-    """MLflow's page shows the scheduled runs (a screenshot)."""
+    """MLflow's page shows the scheduled runs, none of them open (a screenshot)."""
     cluster = team.cluster
-    api = f"{cluster.mlflow_url}/api/2.0/mlflow"
-    login = cluster.mlflow_login
+    api, login = f"{cluster.mlflow_url}/api/2.0/mlflow", cluster.mlflow_login
     experiment = httpx.get(f"{api}/experiments/get-by-name?experiment_name=team", auth=login).json()["experiment"]
     query = {"experiment_ids": [experiment["experiment_id"]], "max_results": 1000}
     runs = httpx.post(f"{api}/runs/search", json=query, auth=login).json()["runs"]
     statuses = Counter(run["info"]["status"] for run in runs)
-    picture = cluster.folder / "mlflow.png"
-    page = f"#/experiments/{experiment['experiment_id']}/runs"
-    url = f"http://{login[0]}:{login[1]}@{cluster.mlflow_url.removeprefix('http://')}/{page}"
-    options = ["--headless", "--no-sandbox", "--window-size=1500,1000", "--virtual-time-budget=20000"]
-    subprocess.run(["chromium", *options, f"--screenshot={picture}", url], check=True, capture_output=True)
-    assert Image.open(picture).size == (1500, 1000)
     assert "RUNNING" not in statuses, statuses
+    newest = next(run["info"]["run_name"] for run in runs if run["info"]["run_name"].startswith("team "))
+    picture = cluster.folder / "mlflow.png"
+    with logged_in(cluster.mlflow_url, login) as address:
+        options = ["--headless", "--no-sandbox", "--window-size=1500,1000", "--virtual-time-budget=30000"]
+        url = f"{address}/#/experiments/{experiment['experiment_id']}/runs"
+        browser = ["chromium", *options, url]
+        page = subprocess.run([*browser, "--dump-dom"], check=True, capture_output=True, text=True).stdout
+        assert newest in page, "the page does not show the newest run"
+        subprocess.run([*browser, f"--screenshot={picture}"], check=True, capture_output=True)
     return f"{dict(statuses)}; {picture}"
 
 

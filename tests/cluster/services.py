@@ -10,10 +10,13 @@ import secrets
 import shutil
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import httpx
 from hosts import Host, Missing, Network
@@ -262,3 +265,43 @@ def wait_until(ready: Callable[[], Any], what: str, *, seconds: float = START_SE
         assert time.monotonic() < deadline, f"{what}: not after {seconds:.0f} s"
         time.sleep(0.3)
     return found
+
+
+class LoggedIn(BaseHTTPRequestHandler):
+    """A proxy on loopback that logs in for a browser, which takes no password from a command line."""
+
+    target: ClassVar[str]
+    login: ClassVar[tuple[str, str]]
+
+    def do_GET(self) -> None:
+        self._pass_on("GET")
+
+    def do_POST(self) -> None:
+        self._pass_on("POST")
+
+    def _pass_on(self, method: str) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        headers = {"Content-Type": self.headers.get("Content-Type", "application/json")}
+        url = f"{self.target}{self.path}"
+        answer = httpx.request(method, url, content=body, headers=headers, auth=self.login, timeout=60)
+        self.send_response(answer.status_code)
+        self.send_header("Content-Type", answer.headers.get("Content-Type", "text/plain"))
+        self.send_header("Content-Length", str(len(answer.content)))
+        self.end_headers()
+        self.wfile.write(answer.content)
+
+    def log_message(self, format: str, *arguments: object) -> None:
+        """Nothing."""
+
+
+@contextmanager
+def logged_in(target: str, login: tuple[str, str]) -> Iterator[str]:
+    """A URL on loopback behind which `target` answers as to somebody who has logged in."""
+    handler = type("Handler", (LoggedIn,), {"target": target, "login": login})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()
