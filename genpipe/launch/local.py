@@ -7,6 +7,7 @@ Without MLflow, or with `tracking.uri=jsonl`, its metrics are lines of `metrics.
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 import time
@@ -18,10 +19,11 @@ import torch.distributed as dist
 from genpipe import artifacts
 from genpipe.artifacts import Artifact
 from genpipe.config import ConfigError
+from genpipe.data.prefetch import prefetched
 from genpipe.launch import stopping
 from genpipe.launch.lease import LeaseLost, leave
 from genpipe.launch.rank import train_rank
-from genpipe.launch.run_stage import PartWorker, execute
+from genpipe.launch.run_stage import PartWorker, execute, parts_at_once
 from genpipe.launch.stopping import StageStopped
 from genpipe.pipeline.graph import load_pipeline
 from genpipe.pipeline.plan import plan, spec_of
@@ -62,15 +64,18 @@ class LocalLauncher:
         return bool(word.item())
 
     def map(self, spec: StageSpec, parts: Sequence[str]) -> None:
-        """Call the stage's worker on one part after the other."""
+        """Call the stage's worker on one part after the other, or on as many at a time as it can take."""
         stopping.withdraw(spec)
         worker = PartWorker(spec)
+        at_once, done = parts_at_once(spec, len(parts), workers=1), 0
+        write_progress(spec.work, Progress(done=0, total=len(parts), unit="parts"))
         with stopping.listening(spec, rank=0) as should_stop:
-            for done, part in enumerate(parts):
+            wanted = itertools.takewhile(lambda part: not should_stop(), parts)
+            threads = at_once if at_once > 1 else 0
+            for done, _ in enumerate(prefetched(worker, wanted, threads=threads, ahead=at_once), 1):
                 write_progress(spec.work, Progress(done=done, total=len(parts), unit="parts"))
-                if should_stop():
-                    raise stopping.answer(spec, done=f"{done} of {len(parts)} parts")
-                worker(part)
+        if done < len(parts):
+            raise stopping.answer(spec, done=f"{done} of {len(parts)} parts")
 
 
 def run_local(spec: StageSpec, *, lost: Callable[[LeaseLost], None] = print) -> Artifact:

@@ -29,7 +29,7 @@ from genpipe.launch.stopping import StageStopped, Stopped
 from genpipe.launch.watchdog import last_hang
 from genpipe.pipeline.spec import Progress, StageSpec, write_progress
 from genpipe.stage_config import Resources
-from genpipe.storage import join, open_storage
+from genpipe.storage import Storage, join, open_storage
 from genpipe.training.agreement import PATIENCE
 
 INSIST_SECONDS = 3.0
@@ -45,6 +45,8 @@ JOB_STOP_SECONDS = 3.0
 """For which Ray lets a job end that it has sent a SIGTERM, unless RAY_JOB_STOP_WAIT_TIME_S says otherwise."""
 END_SECONDS = 4.0
 """Of these, what the driver keeps for its own end."""
+ALONE = "alone-"
+"""Begins the names under which it is counted that a part began with no other in its worker."""
 COLLECTIVE_SECONDS = int(PATIENCE.total_seconds())
 
 
@@ -104,19 +106,28 @@ class RayLauncher:
         return Stopped.model_validate(result.return_value) if result.return_value else None
 
     def map(self, spec: StageSpec, parts: Sequence[str]) -> None:
-        """Map the parts on Ray Data, one actor a worker; a part is tried again `max_failures` times."""
+        """Map the parts on Ray Data, one actor a worker; a part is tried again `max_failures` times.
+
+        An actor of a stage that says so has several parts at a time, whose tasks are threads of its process.
+        """
         import ray.data
         from ray.exceptions import RayError
+
+        from genpipe.launch.run_stage import parts_at_once
 
         resources = Resources.model_validate(spec.config["resources"])
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
         context.print_on_execution_start = False
+        at_once = parts_at_once(spec, len(parts), workers=resources.max_workers)
         done = ray.data.from_items(list(parts), override_num_blocks=len(parts)).map_batches(
             _MapPart,
-            fn_constructor_args=(spec.model_dump(mode="json"), self.job),
+            fn_constructor_args=(spec.model_dump(mode="json"), self.job, at_once),
             compute=ray.data.ActorPoolStrategy(
-                min_size=min(resources.min_workers, len(parts)), max_size=min(resources.max_workers, len(parts))
+                min_size=min(resources.min_workers, len(parts)),
+                max_size=min(resources.max_workers, len(parts)),
+                max_concurrent_calls_per_actor=at_once,
+                enable_true_multi_threading=at_once > 1,
             ),
             batch_size=1,
             **_remote_args(resources),
@@ -247,38 +258,62 @@ def _train_rank(config: dict[str, Any]) -> dict[str, Any] | None:
 
 
 class _MapPart:
-    """A data stage's worker in a Ray Data actor."""
+    """A data stage's worker in a Ray Data actor, called by `at_once` threads."""
 
-    def __init__(self, spec: dict[str, Any], job: str) -> None:
+    def __init__(self, spec: dict[str, Any], job: str, at_once: int) -> None:
         from genpipe.launch.run_stage import PartWorker
 
         self.spec = StageSpec.model_validate(spec)
         self.job = job
         self.resources = Resources.model_validate(self.spec.config["resources"])
+        self.at_once = at_once
+        self.places, self.door = threading.Semaphore(at_once), threading.Lock()
         with report_failure(self.spec, job, infrastructure=_infrastructure()):
             self.worker = PartWorker(self.spec)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         with report_failure(self.spec, self.job, infrastructure=_infrastructure()):
             for part in map(str, batch["item"]):
-                self._begin(part)
-                self.worker(part)
+                self._map(part)
         return batch
 
-    def _begin(self, part: str) -> None:
-        """Count in the work folder that the part begins, as Ray Data would restart its worker for ever.
+    def _map(self, part: str) -> None:
+        """Map a part that no worker has begun before beside others, and any other alone: it may be deadly.
 
-        Raises StageError once it has killed more workers than `resources.max_failures` allows.
+        It is counted in the work folder that a part begins, as Ray Data would restart its worker for ever. Raises
+        StageError once one has killed more workers, which had nothing else, than `resources.max_failures` allows.
         """
         begun = open_storage(join(self.spec.work, f"{BEGUN}{self.job}", part))
+        again = any(True for _ in begun.list())
+        if again and not artifacts.missing_parts(self.spec.target.uri, [part]):
+            return  # it was in place when its worker died of another
+        died = self._deaths(part, begun)
+        alone = again or self.at_once == 1
+        with self._room(self.at_once if alone else 1):
+            begun.write(f"{ALONE}{died}" if alone else "beside others", b"")
+            self.worker(part)
+
+    def _deaths(self, part: str, begun: Storage) -> int:
+        """How many workers died of a part and of no other. Raises StageError for more than are allowed."""
+        died = len(list(begun.list(ALONE)))
         lives = self.resources.max_failures
-        died = len(list(begun.list()))
         if died > lives:
             raise StageError(
                 f"{part} has killed its worker {died} times, by its memory or with its machine (resources.max_failures "
                 f"is {lives}); give workers more memory, make parts smaller, or raise resources.max_failures"
             )
-        begun.write(str(died), b"")
+        return died
+
+    @contextmanager
+    def _room(self, places: int) -> Iterator[None]:
+        """In the block `places` of `at_once` are this thread's; those who come later wait behind it."""
+        with self.door:
+            for _ in range(places):
+                self.places.acquire()
+        try:
+            yield
+        finally:
+            self.places.release(places)
 
 
 def drive(spec_uri: str, job: str) -> int:

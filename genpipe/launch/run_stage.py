@@ -37,7 +37,7 @@ class Launcher(Protocol):
         ...
 
     def map(self, spec: StageSpec, parts: Sequence[str]) -> None:
-        """Call `PartWorker(spec)` on every part; returns when all are in place."""
+        """Call a `PartWorker(spec)` on every part, on `parts_at_once` at a time; returns when all are in place."""
         ...
 
 
@@ -153,6 +153,12 @@ def _merged(environments: Sequence[Mapping[str, str]]) -> dict[str, str]:
         if value not in found.setdefault(name, []):
             found[name].append(value)
     return {name: ", ".join(values) for name, values in found.items()}
+
+
+def parts_at_once(spec: StageSpec, parts: int, *, workers: int) -> int:
+    """How many of `parts` each of the workers is given at a time: as many as the stage says, if there are enough."""
+    most: int = getattr(load_stage(spec.stage).Worker, "parts_at_once", 1)
+    return min(most, -(-parts // workers))
 
 
 class PartWorker:

@@ -21,7 +21,9 @@ A *data* stage adds
 
     parts(cfg, inputs) -> list[str]                      its units of work, stable across runs
     class Worker:  __init__(cfg, inputs), __call__(part, out) -> stats     one part to files in folder `out`; may have
-                   `environment: dict[str, str]`, what it found on its machine, for the manifest and the run
+                   `environment: dict[str, str]`, what it found on its machine, for the manifest and the run, and
+                   `parts_at_once: int`, the number of threads that may call it at the same time, each with a part of
+                   its own: one part is then read and another written while a third has the accelerator
     finalize(cfg, inputs, results, out) -> (meta, metrics)                 after all parts, given their stats in order
 
 and may add `source_digest(cfg) -> str`, a digest of what it reads from outside the pipeline, and

@@ -8,8 +8,10 @@ Shape legend: B samples, C H W of the latents.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
-from functools import partial
+from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
 
@@ -22,7 +24,7 @@ from torch import Tensor, nn
 from genpipe.artifacts import Artifact, Role, fetch
 from genpipe.data.features import NULL_TEXT, write_features, write_null_text
 from genpipe.data.image_batches import read_images, to_float
-from genpipe.data.prefetch import prefetched
+from genpipe.data.prefetch import in_order
 from genpipe.data.samples import Reject
 from genpipe.data.shard_dataset import ShardDataset, collect_damaged, open_shards
 from genpipe.data.shards import REJECT_SCHEMA, SPLITS, Split, write_table
@@ -109,11 +111,28 @@ class Chunk(NamedTuple):
     damaged: list[Reject]
 
 
+class Captions(NamedTuple):
+    """Captions as the encoders read them: CLIP's tokens int64 [B, L] if there is one; which were cut, bool [B]."""
+
+    texts: list[str]
+    tokens_BL: np.ndarray | None
+    cut: np.ndarray
+
+
 class Worker:
-    """Loads the encoders once; a call caches one shard. Threads decode ahead of the encoders."""
+    """Loads the encoders once; a call caches one shard.
+
+    The encoders are one call's at a time, from its first batch to its last, and threads that all calls share read,
+    decode and tokenize ahead of them. So while a shard is encoded the next has begun to be read, and the last is
+    written.
+    """
+
+    parts_at_once = 3
 
     def __init__(self, cfg: Config, inputs: Mapping[str, Artifact]) -> None:
         self.cfg = cfg
+        self.turn = threading.Lock()
+        self.readers = ThreadPoolExecutor(cfg.resources.loader_threads, "read")
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.products = products_of(cfg.precision, self.device)
         self.environment = {"precision_used": self.products}
@@ -140,48 +159,73 @@ class Worker:
     @torch.no_grad()
     def __call__(self, part: str, out: Path) -> dict[str, Any]:
         """Cache one shard, or the empty caption, into `out`; how many samples and captions, cut and damaged ones."""
-        with autocast(self.device, self.products):
-            if part == NULL_TEXT:
-                arrays, _ = self._texts([[""]])
-                write_null_text(out, arrays)
-                return {"samples": 0, "captions": 0, "captions_cut": 0, "damaged": []}
-            split: Split = "train" if part.startswith("train-") else "heldout"
-            dataset = open_shards(self.shard, split=split, only=part)
-            arrays, damaged = self._images(dataset) if self.sizes else ({}, [])
-            captions, cut = self._captions(dataset) if self.clip or self.text_encoder else ({}, 0)
-        arrays |= captions
+        if part == NULL_TEXT:
+            with self.turn, autocast(self.device, self.products):
+                texts = [self._text(self._tokenized([""]))]
+            write_null_text(out, _joined_texts(texts))
+            return {"samples": 0, "captions": 0, "captions_cut": 0, "damaged": []}
+        split: Split = "train" if part.startswith("train-") else "heldout"
+        dataset = open_shards(self.shard, split=split, only=part)
+        reads_text = self.clip is not None or self.text_encoder is not None
+        captions = [dataset.captions(i) for i in range(len(dataset))] if reads_text else []
+        arrays, damaged, cut = self._arrays(dataset, captions)
+        dataset.close()
         arrays["keys"] = np.asarray([dataset.key(i) for i in range(len(dataset))])
         if self.shard.meta.get("classes"):
             arrays["labels"] = dataset.labels(np.arange(len(dataset))).astype(np.int32)
         write_features(out / part, arrays)
         return {
             "samples": len(dataset),
-            "captions": int(arrays["caption_offsets"][-1]) if captions else 0,
+            "captions": sum(map(len, captions)),
             "captions_cut": cut,
             "damaged": [vars(reject) for reject in damaged],
             "split": split,
             "source": next(iter(dataset.sources())),
         }
 
-    def _images(self, dataset: ShardDataset) -> tuple[dict[str, np.ndarray], list[Reject]]:
-        """The image arrays of `write_features`, and what was damaged."""
-        batches: list[dict[str, np.ndarray]] = []
+    def _arrays(
+        self, dataset: ShardDataset, captions: Sequence[list[str]]
+    ) -> tuple[dict[str, np.ndarray], list[Reject], int]:
+        """The image and caption arrays of `write_features`, what was damaged, and how many captions were cut."""
+        flat = list(chain.from_iterable(captions))
+        rows = _chunks(len(dataset), self.cfg.batch_size) if self.sizes else []
+        texts = [flat[chunk.start : chunk.stop] for chunk in _chunks(len(flat), self.cfg.batch_size)]
+        ahead = self.cfg.resources.loader_threads + 1
+        read = in_order(lambda piece: self.readers.submit(self._read, dataset, piece), [*rows, *texts], ahead=ahead)
+        first = next(read)  # the encoders are others' until there is something to encode
+        images: list[dict[str, np.ndarray]] = []
+        encoded: list[dict[str, np.ndarray]] = []
         damaged: list[Reject] = []
-        threads = self.cfg.resources.loader_threads
-        chunks = _chunks(len(dataset), self.cfg.batch_size)
-        for _, chunk in prefetched(partial(self._decoded, dataset), chunks, threads=threads, ahead=threads + 1):
-            batches.append({"rows": chunk.rows.astype(np.int32), **self._encoded(chunk.images)})
-            damaged += chunk.damaged
-        dataset.close()
-        arrays = {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
+        cut = 0
+        with self.turn, autocast(self.device, self.products):
+            for _, piece in chain((first,), read):
+                if isinstance(piece, Chunk):
+                    images.append({"rows": piece.rows.astype(np.int32), **self._encoded(piece.images)})
+                    damaged += piece.damaged
+                else:
+                    encoded.append(self._text(piece))
+                    cut += int(piece.cut.sum())
+        arrays = _joined(images)
         if not damaged:
-            del arrays["rows"]
-        return arrays, damaged
+            arrays.pop("rows", None)
+        return arrays | (self._caption_arrays(dataset, captions, encoded) if captions else {}), damaged, cut
 
-    def _decoded(self, dataset: ShardDataset, rows: range) -> Chunk:
+    def _read(self, dataset: ShardDataset, piece: range | list[str]) -> Chunk | Captions:
+        """The images of some rows, or some captions, ready to be encoded."""
+        if not isinstance(piece, range):
+            return self._tokenized(piece)
         with collect_damaged() as damaged:
-            images, stand_ins = read_images(dataset, np.asarray(rows), sizes=self.sizes)
+            images, stand_ins = read_images(dataset, np.asarray(piece), sizes=self.sizes)
         return Chunk(images, stand_ins, damaged)
+
+    def _tokenized(self, texts: list[str]) -> Captions:
+        cut, tokens = np.zeros(len(texts), bool), None
+        if self.clip is not None:
+            tokens, lengths = self.tokenizer.encode_and_measure(texts, context_length=self.context_length)
+            cut |= lengths > self.context_length
+        if self.text_encoder is not None:
+            cut |= np.asarray(self.text_encoder.cut(texts))
+        return Captions(texts, tokens, cut)
 
     def _encoded(self, images: Sequence[Tensor]) -> dict[str, np.ndarray]:
         variants = [self._encode([to_float(i.to(self.device)) for i in images])]
@@ -204,50 +248,33 @@ class Worker:
             self._packed("latents", mean.abs() + REACH * (0.5 * logvar).exp())  # what training may draw from them
         return encoded
 
-    def _captions(self, dataset: ShardDataset) -> tuple[dict[str, np.ndarray], int]:
-        """The caption arrays of `write_features`, and how many captions were cut."""
-        captions = [dataset.captions(i) for i in range(len(dataset))]
-        flat = [caption for options in captions for caption in options]
-        arrays, cut = self._texts([[flat[i] for i in chunk] for chunk in _chunks(len(flat), self.cfg.batch_size)])
+    def _caption_arrays(
+        self, dataset: ShardDataset, captions: Sequence[list[str]], encoded: Sequence[Mapping[str, np.ndarray]]
+    ) -> dict[str, np.ndarray]:
+        arrays = _joined_texts(encoded)
         arrays["caption_offsets"] = np.cumsum([0, *map(len, captions)])
         weights = [dataset.caption_weights(i) for i in range(len(dataset))]
         if any(weights):
             each = [shares or [1.0] * len(options) for shares, options in zip(weights, captions, strict=True)]
             arrays["caption_weights"] = np.concatenate(each).astype(np.float32)
-        return arrays, cut
+        return arrays
 
-    def _texts(self, batches: Sequence[list[str]]) -> tuple[dict[str, np.ndarray], int]:
-        """Those of `TEXT_ARRAYS` that the encoders give of the captions of all batches, and how many were cut.
+    def _text(self, captions: Captions) -> dict[str, np.ndarray]:
+        """Those of `TEXT_ARRAYS` that the encoders give of some captions, with their `lengths` in tokens.
 
         What an encoder says of padding is not kept.
         """
-        found: list[dict[str, np.ndarray]] = []
-        cut = 0
-        for captions in batches:
-            arrays, shortened = self._text(captions)
-            found.append(arrays)
-            cut += int(shortened.sum())
-        joined = {name: np.concatenate([arrays[name] for arrays in found]) for name in found[0]}
-        joined["token_offsets"] = np.cumsum([0, *joined.pop("lengths")])
-        return joined, cut
-
-    def _text(self, captions: list[str]) -> tuple[dict[str, np.ndarray], np.ndarray]:
-        """The text arrays of some captions, with their `lengths` in tokens; which of them were cut, bool [B]."""
         found: dict[str, np.ndarray] = {}
-        shortened = np.zeros(len(captions), bool)
         if self.clip is not None:
-            tokens, lengths = self.tokenizer.encode_and_measure(captions, context_length=self.context_length)
-            shortened |= lengths > self.context_length
-            tokens_BL = torch.from_numpy(tokens).to(self.device)
+            tokens_BL = torch.from_numpy(captions.tokens_BL).to(self.device)
             embed, encodings = self.clip.encode_text(tokens_BL)
             text_mask = self.clip.text_mask(tokens_BL)
             found["text_embeds"] = self._packed("text_embeds", embed)
         if self.text_encoder is not None:
-            encodings, text_mask = self.text_encoder.encode(captions)
-            shortened |= np.asarray(self.text_encoder.cut(captions))
+            encodings, text_mask = self.text_encoder.encode(captions.texts)
         found["text_encodings"] = self._packed("text_encodings", encodings[text_mask])
         found["lengths"] = text_mask.sum(1).cpu().numpy()
-        return found, shortened
+        return found
 
     def _packed(self, name: str, tensor: Tensor) -> np.ndarray:
         """In the cache's dtype. Raises ValueError for what is not finite there."""
@@ -263,6 +290,17 @@ class Worker:
 
 def _chunks(count: int, size: int) -> list[range]:
     return [range(first, min(first + size, count)) for first in range(0, count, size)]
+
+
+def _joined(batches: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    return {name: np.concatenate([batch[name] for batch in batches]) for name in (batches[0] if batches else ())}
+
+
+def _joined_texts(batches: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """What `_text` gives of all captions, with offsets instead of lengths."""
+    joined = _joined(batches)
+    joined["token_offsets"] = np.cumsum([0, *joined.pop("lengths")])
+    return joined
 
 
 def finalize(

@@ -7,6 +7,7 @@ place of its prompt in the list) and `reference` (the key of the sample whose ca
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -98,10 +99,13 @@ def _prompts(cfg: Config, inputs: Mapping[str, Artifact]) -> dict[Split, Sequenc
 
 
 class Worker:
-    """Loads the whole system once; a call draws one batch and writes it as a shard."""
+    """Loads the whole system once; a call draws one batch and writes it as a shard, while another call draws."""
+
+    parts_at_once = 2
 
     def __init__(self, cfg: Config, inputs: Mapping[str, Artifact]) -> None:
         self.cfg = cfg
+        self.turn = threading.Lock()
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.prompts = _prompts(cfg, inputs)
         self.products = products_of(cfg.precision, self.device)
@@ -115,7 +119,8 @@ class Worker:
         prompts = self.prompts[split]
         numbers = range(first, min(first + self.cfg.batch_size, len(prompts) * self.cfg.each))
         batch = [prompts[number // self.cfg.each] for number in numbers]
-        pictures = self._drawn(split, first, batch)
+        with self.turn:
+            pictures = self._drawn(split, first, batch)
         limits = {"max_samples": len(batch), "max_bytes": 2**62}
         with ShardWriter(out, split=split, part=first // self.cfg.batch_size, **limits) as writer:
             for number, prompt, picture in zip(numbers, batch, pictures, strict=True):
