@@ -74,8 +74,8 @@ class LocalLauncher:
             threads = at_once if at_once > 1 else 0
             for done, _ in enumerate(prefetched(worker, wanted, threads=threads, ahead=at_once), 1):
                 write_progress(spec.work, Progress(done=done, total=len(parts), unit="parts"))
-        if done < len(parts):
-            raise stopping.answer(spec, done=f"{done} of {len(parts)} parts")
+            if done < len(parts):
+                raise stopping.answer(spec, done=f"{done} of {len(parts)} parts")
 
 
 def run_local(spec: StageSpec, *, lost: Callable[[LeaseLost], None] = print) -> Artifact:

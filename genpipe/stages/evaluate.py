@@ -101,7 +101,12 @@ def parts(cfg: Config, inputs: Mapping[str, Artifact]) -> list[str]:
 
 
 class Worker:
-    """Measures parts; what a metric takes is loaded at the first part of it."""
+    """Measures parts; what a metric takes is loaded at the first part of it.
+
+    Metrics that have parts of their own are called with one at a time.
+    """
+
+    parts_at_once = 3
 
     def __init__(self, cfg: Config, inputs: Mapping[str, Artifact]) -> None:
         self.cfg, self.inputs = cfg, inputs
@@ -115,11 +120,12 @@ class Worker:
             return {"metric": name, "found": self.features(rest, out)}
         metric = self.cfg.metrics[name]
         assert not isinstance(metric, FeatureMetric), "it has no parts of its own"
-        if name not in self.measures:
-            self.measures[name] = metric.measure(_evaluation(self.cfg, _taken(metric, self.inputs)))
         folder = out / _prefix(name, metric)
         folder.mkdir(exist_ok=True)
-        return {"metric": name, "found": self.measures[name](rest, folder)}
+        with self.features.turn:
+            if name not in self.measures:
+                self.measures[name] = metric.measure(_evaluation(self.cfg, _taken(metric, self.inputs)))
+            return {"metric": name, "found": self.measures[name](rest, folder)}
 
 
 def merge_parts(

@@ -191,7 +191,8 @@ class Worker:
         rows = _chunks(len(dataset), self.cfg.batch_size) if self.sizes else []
         texts = [flat[chunk.start : chunk.stop] for chunk in _chunks(len(flat), self.cfg.batch_size)]
         ahead = self.cfg.resources.loader_threads + 1
-        read = in_order(lambda piece: self.readers.submit(self._read, dataset, piece), [*rows, *texts], ahead=ahead)
+        pieces: list[range | list[str]] = [*rows, *texts]
+        read = in_order(lambda piece: self.readers.submit(self._read, dataset, piece), pieces, ahead=ahead)
         first = next(read)  # the encoders are others' until there is something to encode
         images: list[dict[str, np.ndarray]] = []
         encoded: list[dict[str, np.ndarray]] = []
@@ -266,6 +267,7 @@ class Worker:
         """
         found: dict[str, np.ndarray] = {}
         if self.clip is not None:
+            assert captions.tokens_BL is not None, "there is a CLIP"
             tokens_BL = torch.from_numpy(captions.tokens_BL).to(self.device)
             embed, encodings = self.clip.encode_text(tokens_BL)
             text_mask = self.clip.text_mask(tokens_BL)

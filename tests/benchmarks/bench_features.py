@@ -42,6 +42,7 @@ from genpipe.models.autoencoder import build_autoencoder  # noqa: E402
 from genpipe.models.clip import CLIP, CLIPConfig  # noqa: E402
 from genpipe.models.space_to_depth_autoencoder import FoldedConfig  # noqa: E402
 from genpipe.pipeline.spec import StageSpec  # noqa: E402
+from genpipe.stage_config import StageConfig  # noqa: E402
 from genpipe.stages import features as stage  # noqa: E402
 from genpipe.weights import save_weights  # noqa: E402
 
@@ -161,7 +162,7 @@ def caching(folder: Path, *, samples: int, rounds: int) -> None:
         with torch.no_grad():
             for images, texts in zip(arrays, captions, strict=True):
                 worker._encoded([images, images])
-                worker._texts([texts])
+                worker._text(worker._tokenized(texts))
         return len(dataset)
 
     def staged() -> int:
@@ -171,20 +172,10 @@ def caching(folder: Path, *, samples: int, rounds: int) -> None:
 
     rates = measure({"features stage": staged, "bare loop, arrays in memory": bare}, rounds=max(2, rounds // 2))
     show(f"caching {SIDE} px", rates, subject="features stage")
-    identity = artifacts.identity("features", version=stage.VERSION, settings={}, inputs=inputs)
-    target = Artifact(kind="features", uri=str(folder / "target"), fingerprint=artifacts.fingerprint(identity))
-    spec = StageSpec(
-        name="features",
-        stage="features",
-        config=cfg.model_dump(mode="json"),
-        inputs=inputs,
-        identity=identity,
-        target=target,
-        store=str(folder),
-        tracking_uri="",
-        experiment="",
-    )
-    on_ray = steady_seconds(spec, parts) / (len(dataset) * (len(parts) - 1) / len(parts))
+    spec = spec_of("features", cfg, inputs, folder)
+    map_on_ray(spec, parts)
+    ends = [path.stat().st_mtime for path in Path(spec.target.uri, artifacts.PARTS).glob("*.json")]
+    on_ray = (max(ends) - min(ends)) / (len(dataset) * (len(parts) - 1) / len(parts))
     alone = [rate.wall for rate in rates["bare loop, arrays in memory"]]
     shares = [seconds / 1e6 / on_ray for seconds in alone]
     print(f"  on Ray Data, one actor, from its first part to its last: {1e6 * on_ray:.1f} wall us a sample,")
@@ -195,8 +186,25 @@ def chunks(rows: range, size: int) -> list[range]:
     return [rows[first : first + size] for first in range(0, len(rows), size)]
 
 
-def steady_seconds(spec: StageSpec, parts: list[str]) -> float:
-    """Between the ends of the first and the last part that Ray Data maps, as their markers in the store tell."""
+def spec_of(kind: str, cfg: StageConfig, inputs: Mapping[str, Artifact], folder: Path) -> StageSpec:
+    """A stage like this one, to be made in a folder that holds nothing yet."""
+    identity = artifacts.identity("features", version=stage.VERSION, settings={}, inputs=inputs)
+    target = Artifact(kind="features", uri=str(folder / "target"), fingerprint=artifacts.fingerprint(identity))
+    return StageSpec(
+        name="features",
+        stage=kind,
+        config=cfg.model_dump(mode="json"),
+        inputs=inputs,
+        identity=identity,
+        target=target,
+        store=str(folder),
+        tracking_uri="",
+        experiment="",
+    )
+
+
+def map_on_ray(spec: StageSpec, parts: list[str]) -> None:
+    """Make the parts with Ray Data on a Ray of two cores."""
     import ray
 
     from genpipe.launch.local_ray import TUNING
@@ -208,15 +216,13 @@ def steady_seconds(spec: StageSpec, parts: list[str]) -> float:
         RayLauncher("bench").map(spec, parts)
     finally:
         ray.shutdown()
-    ends = [path.stat().st_mtime for path in Path(spec.target.uri, artifacts.PARTS).glob("*.json")]
-    return max(ends) - min(ends)
 
 
-def make_inputs(folder: Path, *, samples: int) -> Mapping[str, Artifact]:
+def make_inputs(folder: Path, *, samples: int, side: int = SIDE, parts: int = PARTS) -> Mapping[str, Artifact]:
     """Shards of photographs, and encoders of the demo's size with the weights that they start from."""
     shards = folder / "shard"
     shards.mkdir()
-    write(shards, photos.photographs(samples, height=SIDE, width=SIDE), side=SIDE, shards=PARTS)
+    write(shards, photos.photographs(samples, height=side, width=side), side=side, shards=parts)
     torch.manual_seed(0)
     autoencoder, clip = FoldedConfig(), CLIPConfig()
     tokenizer = train_tokenizer(["a photograph of something or other"], vocab_size=300)
@@ -235,7 +241,7 @@ def make_inputs(folder: Path, *, samples: int) -> Mapping[str, Artifact]:
     tokenizer.save(folder / "clip" / TOKENIZER_FILE)
     channels = autoencoder.latent_channels
     metas = {
-        "shard": {"image_size": SIDE},
+        "shard": {"image_size": side},
         "autoencoder": {"image_size": SIDE, "latent_mean": [0.0] * channels, "latent_std": [1.0] * channels},
         "clip": {"clip_image_size": clip.image_size, "context_length": TOKENS},
     }

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import yaml
 from PIL import Image
-from toybox import TOYS, install
+from toybox import TOYS, Toys, install
 
 from genpipe import artifacts
-from genpipe.launch.local import main
+from genpipe.launch.local import main, run_local
 
 BLOCKED = """
 import importlib.abc, sys
@@ -27,7 +27,7 @@ class Blocker(importlib.abc.MetaPathFinder):
         return None
 
 sys.meta_path.insert(0, Blocker())
-from genpipe.launch.local import main
+from genpipe.launch.local import main, run_local
 for stage in sys.argv[2:]:
     status = main([sys.argv[1], stage])
     assert status == 0, (stage, status)
@@ -82,6 +82,16 @@ def test_a_pipeline_runs_stage_by_stage_with_torch_alone(config: Path, tmp_path:
     [picture] = (store / "runs" / "toy_line").glob("*/images/picture-*.png")
     assert Image.open(picture).size == (8, 8)
     assert records(store, "toy_data")[-1]["final_metrics"] == {"samples": 200.0}
+
+
+def test_a_worker_that_takes_three_parts_at_a_time_gets_them(tmp_path: Path) -> None:
+    toys = Toys(tmp_path)
+    one, three = (
+        artifacts.verify(run_local(spec).uri).files
+        for spec in (toys.spec("toy_data", parts=5), toys.spec("toy_at_once", parts=5, log=str(tmp_path / "log")))
+    )
+    assert three == one
+    assert (tmp_path / "log").read_text().count("ended") == 5
 
 
 @pytest.mark.slow

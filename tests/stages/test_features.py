@@ -202,6 +202,18 @@ def test_samples_of_the_latents_have_deviation_one(made: dict[str, Artifact]) ->
     np.testing.assert_allclose(means.var((0, 2, 3)) + np.exp(logvars).mean((0, 2, 3)), 1, atol=1e-5)
 
 
+def test_parts_at_once_change_nothing(
+    tiny: TinyPipeline, made: dict[str, Artifact], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = {name: made[name] for name in ("shard", "autoencoder", "clip")}
+    files = []
+    for at_once in (1, features.Worker.parts_at_once):
+        monkeypatch.setattr(features.Worker, "parts_at_once", at_once)
+        spec = features_of(tiny, tmp_path / str(at_once), inputs, "stages.features.batch_size=8")
+        files.append(artifacts.verify(run_local(spec).uri).files)
+    assert files[0] == files[1]
+
+
 @pytest.fixture(scope="module")
 def text_encoder(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     """A T5 at random weights, whose context of 4 tokens cuts "a large red circle"."""

@@ -6,6 +6,7 @@ B pictures of a part, N of a set, D features.
 from __future__ import annotations
 
 import io
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
@@ -100,9 +101,13 @@ def _reference_parts(split: Split, evaluation: Evaluation) -> list[str]:
 
 
 class FeatureWorker:
-    """Computes parts of sets; a network is loaded at the first part of it."""
+    """Computes parts of sets, several at a time; a network is loaded at the first part of it.
+
+    Whoever has `turn` has the device: the threads of other parts read and decode meanwhile.
+    """
 
     def __init__(self, networks: Iterable[AnyNetwork], evaluation: Evaluation) -> None:
+        self.turn = threading.Lock()
         self.networks = {key_of(network): network for network in networks}
         self.evaluation = evaluation
         self.loaded: dict[str, Encode] = {}
@@ -113,12 +118,16 @@ class FeatureWorker:
         key, of, rest = part.split(" ", 2)
         split, rows = part_of(rest)
         network = self.networks[key]
-        if key not in self.loaded:
-            self.loaded[key] = network.load(self.evaluation)
+        with self.turn:
+            if key not in self.loaded:
+                self.loaded[key] = network.load(self.evaluation)
         (folder := out / FOLDER / key).mkdir(parents=True, exist_ok=True)
         size, encode = network.reads_at(self.evaluation), self.loaded[key]
-        pictures = self._pictures(of, split, rows, size=size)
-        save_features(folder / f"{of}-{split}-{rows.start:09d}.npy", (encode(images) for images in pictures))
+        features = []
+        for images in self._pictures(of, split, rows, size=size):
+            with self.turn:
+                features.append(encode(images))
+        save_features(folder / f"{of}-{split}-{rows.start:09d}.npy", features)
         return {"key": key, "of": of, "split": split, "pictures": len(rows), "size": size}
 
     def _pictures(self, of: str, split: Split, rows: range, *, size: int) -> Iterator[Tensor]:

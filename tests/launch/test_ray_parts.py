@@ -1,0 +1,88 @@
+"""Data stages on a real Ray whose workers take several parts at a time."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+from stages.test_features import features_of
+from toybox import Toys, install
+
+from genpipe import artifacts
+from genpipe.launch.failure import StageError
+from genpipe.launch.jobs import Cluster, cluster
+from genpipe.launch.local import run_local
+from genpipe.pipeline.spec import StageSpec
+
+if TYPE_CHECKING:
+    from conftest import TinyPipeline
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def ray() -> Iterator[Cluster]:
+    install()  # before Ray's processes inherit the environment
+    with cluster() as local:
+        yield local
+
+
+@pytest.fixture
+def toys(tmp_path: Path) -> Toys:
+    return Toys(tmp_path)
+
+
+def run(ray: Cluster, spec: StageSpec) -> str:
+    return ray.run(spec, report=lambda progress: None)
+
+
+def digests(spec: StageSpec) -> dict[str, str]:
+    return {file.path: file.sha256 for file in artifacts.verify(spec.target.uri).files}
+
+
+def test_what_a_killed_actor_had_is_mapped_again_one_by_one_and_nothing_else(
+    ray: Cluster, toys: Toys, tmp_path: Path
+) -> None:
+    log = tmp_path / "log"
+    spec = toys.spec("toy_at_once", parts=7, deadly_once="part-1", seconds=0.5, log=str(log))
+    job = run(ray, spec)
+    assert artifacts.verify(spec.target.uri).environment["attempt"] == job, "a lost actor does not end the job"
+    assert {*digests(spec)} == {*(f"part-{n}.npy" for n in range(7)), "preview.png"}
+
+    events = [line.split() for line in log.read_text().splitlines()]
+    first = events[0][0]
+    lost = {part for pid, what, part in events if pid == first and what == "began"}
+    assert len(lost) == 3 and "part-1" in lost
+    assert Counter(part for _, what, part in events if what == "ended") == Counter(f"part-{n}" for n in range(7))
+    running: set[str] = set()
+    most = 0
+    for _, what, part in (event for event in events if event[0] != first):
+        if what == "began":
+            assert not running if part in lost else not running & lost, "what may be deadly is alone"
+            running.add(part)
+        else:
+            running.remove(part)
+        most = max(most, len(running))
+    assert most > 1, "others are not"
+
+
+def test_of_parts_that_die_together_the_deadly_one_is_named(ray: Cluster, toys: Toys, tmp_path: Path) -> None:
+    settings = {"seconds": 0.5, "log": str(tmp_path / "log"), "resources": {"max_failures": 0}}
+    spec = toys.spec("toy_at_once", parts=5, deadly="part-1", **settings)
+    with pytest.raises(StageError, match=r"^part-1 has killed its worker 1 times"):
+        run(ray, spec)
+
+
+def test_a_feature_cache_made_here_and_by_two_actors_is_the_same_to_the_bit(
+    ray: Cluster, tiny: TinyPipeline, tmp_path: Path
+) -> None:
+    settings = ("stages.features.batch_size=8", "stages.features.resources.loader_threads=2")
+    inputs = dict(tiny.spec("features", *settings).inputs)
+    here = features_of(tiny, tmp_path / "here", inputs, *settings)
+    run_local(here)
+    there = features_of(tiny, tmp_path / "there", inputs, *settings, "stages.features.resources.workers=2")
+    run(ray, there)
+    assert len(digests(here)) > 10 and digests(there) == digests(here)
