@@ -59,7 +59,7 @@ chaos: $(READY)
 # How fast data are read and cached, each time beside what else would do it; takes minutes, and a quiet machine.
 bench-data: $(READY)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
-	@for name in sharding stream features evaluation; do \
+	@for name in sharding stream features accelerator evaluation; do \
 		echo "== $$name"; $(BIN)/python tests/benchmarks/bench_$$name.py || exit 1; done
 
 # What Ray Train, records and checkpoints cost beside a bare PyTorch loop; minutes, and a quiet machine.
