@@ -187,6 +187,7 @@ def open_stage_run(spec: StageSpec) -> Iterator[StageRun]:
             run.begin()
             if job := spec.links.get("ray_job"):
                 run.set_tags({"ray_job": job})
+            run.flush()  # before a rank records anything, by a recorder of its own
             try:
                 yield run
             except BaseException as error:
