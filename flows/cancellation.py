@@ -32,6 +32,16 @@ class Cancellation:
             raise RunCancelled("the run was cancelled in Prefect; run it again to go on")
 
 
+def is_cancelled(flow_run_id: str) -> bool:
+    """Whether somebody has cancelled the flow run; False where its server cannot be asked."""
+    try:
+        with get_client(sync_client=True) as client:
+            state = client.read_flow_run(flow_run_id).state
+    except (httpx.HTTPError, PrefectException):
+        return False
+    return state is not None and (state.is_cancelling() or state.is_cancelled())
+
+
 @contextmanager
 def watched(flow_run_id: str, *, stop: Callable[[], None]) -> Iterator[Cancellation]:
     """Look for a cancellation during the block, and call `stop`, on another thread, when there is one."""

@@ -32,7 +32,7 @@ from prefect.task_runners import ThreadPoolTaskRunner
 from prefect.tasks import Task
 
 from flows import notify, server
-from flows.cancellation import RunCancelled, watched
+from flows.cancellation import RunCancelled, is_cancelled, watched
 from flows.reporting import Outcome, PlainReporter, Reporter, StageResult, StagesFailed
 from genpipe import artifacts
 from genpipe.config import ConfigError
@@ -371,7 +371,7 @@ def _run_stages(run: _Run) -> list[StageResult]:
                     results.append(_outcome(run, name, future))
         except BaseException as error:
             if cluster is not None:
-                stops = cluster.embedded or isinstance(error, KeyboardInterrupt)
+                stops = cluster.embedded or isinstance(error, KeyboardInterrupt) or _ended_by_cancel(error)
                 cluster.interrupt(stop_jobs=stops)
                 for spec in place.running.values() if stops else ():
                     settle_stage(spec, error=f"{type(error).__name__}: {error}", gone=True)
@@ -383,6 +383,11 @@ def _run_stages(run: _Run) -> list[StageResult]:
     if any(result.status == "failed" for result in results):
         raise StagesFailed(results)
     return results
+
+
+def _ended_by_cancel(error: BaseException) -> bool:
+    """Whether a worker has sent this process SIGTERM because the run was cancelled, which it may hear of first."""
+    return isinstance(error, SystemExit) and is_cancelled(str(flow_run.id))
 
 
 def _submit(run: _Run) -> dict[str, PrefectFuture[StageResult]]:

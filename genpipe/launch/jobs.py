@@ -93,6 +93,7 @@ class Cluster:
         self.capacity = capacity
         self.jobs: set[str] = set()
         self.interrupted = threading.Event()
+        self.stopping = False
         self.turns = Turns(capacity, interrupted=self.interrupted)
 
     @property
@@ -139,6 +140,8 @@ class Cluster:
         while True:
             job = self._submit(spec)
             self.jobs.add(job)
+            if self.stopping:  # since it was asked for, and before `interrupt` could know of it
+                self.stop_jobs()
             try:
                 if self._wait(spec, job, report):
                     return job
@@ -148,6 +151,7 @@ class Cluster:
 
     def interrupt(self, *, stop_jobs: bool) -> None:
         """Make every `run` return; stop their jobs, or leave them to be adopted."""
+        self.stopping |= stop_jobs
         self.interrupted.set()
         if stop_jobs:
             self.stop_jobs()
