@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -17,12 +18,15 @@ from toybox import wait_for
 
 @contextmanager
 def prefect_server(folder: Path, home: Path) -> Iterator[str]:
-    """The API of a server with its database in `home` and its log in `folder`; Prefect here is led to it."""
+    """The API of a server whose home, in `folder`, begins as a copy of `home`; Prefect here is led to it."""
     [port] = free_ports(1)
     log = folder / "log"
+    shutil.copytree(home, folder / "prefect")
     command = [sys.executable, "-m", "prefect", "server", "start", "--port", str(port)]
     with log.open("w") as output:
-        process = subprocess.Popen(command, env=os.environ | {"PREFECT_HOME": str(home)}, stdout=output, stderr=output)
+        process = subprocess.Popen(
+            command, env=os.environ | {"PREFECT_HOME": str(folder / "prefect")}, stdout=output, stderr=output
+        )
     url = f"http://127.0.0.1:{port}/api"
     try:
         wait_for(lambda: _answers(f"{url}/health"), seconds=120)
