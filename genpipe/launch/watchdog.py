@@ -254,7 +254,7 @@ class _Watchdog:
         print(message, file=sys.stderr, flush=True)
         try:
             told = f"{message}\n\n{self._dump()}"
-            self.storage.write(f"{HANGS}/{time.time():.0f}-rank-{report.rank}.txt", told.encode())
+            self.storage.write(f"{HANGS}/{int(time.time())}-rank-{report.rank}.txt", told.encode())
             self.storage.delete(self.mine)
         finally:
             os.kill(self.settings.pid, signal.SIGKILL)
