@@ -12,8 +12,9 @@ from torch import Tensor
 
 from genpipe.diffusion.process import DiffusionConfig, Model, SamplerConfig
 from genpipe.generation.cascade import Cascade
-from genpipe.generation.conditions import Conditions, Given
+from genpipe.generation.conditions import Conditions, Given, Statistics
 from genpipe.generation.latents import guided_decoder, sample_latents
+from genpipe.models.autoencoder import Autoencoder
 from genpipe.models.decoder import Decoder
 
 
@@ -49,6 +50,24 @@ class Drawing(Protocol):
     def decode(self, x0: Tensor) -> Tensor:
         """The inverse of `encode`, clamped to [-1, 1]."""
         ...
+
+
+class OnLatents:
+    """The half of it for systems whose decoder draws standardized latents of an autoencoder."""
+
+    autoencoder: Autoencoder
+
+    latent_statistics: Statistics
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """Pictures [B, 3, S, S] in [-1, 1] as standardized latents, fp32 [B, C, H, W]."""
+        return self.latent_statistics.standardize(self.autoencoder.encode(images)[0])
+
+    @torch.no_grad()
+    def decode(self, x0: Tensor) -> Tensor:
+        """Pictures in [-1, 1] of standardized latents."""
+        return self.autoencoder.decode(self.latent_statistics.restore(x0), fp32=True).clamp(-1, 1)
 
 
 @torch.no_grad()

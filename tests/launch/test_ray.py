@@ -10,7 +10,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ import torch
 from mlflow import MlflowClient
 from mlflow.entities import Run
 from safetensors.torch import load_file
-from toybox import Toys, artifact_of, install, survivors, wait_for
+from toybox import Toys, artifact_of, survivors, wait_for
 
 from genpipe import artifacts
 from genpipe.artifacts import Artifact
@@ -34,18 +33,6 @@ from genpipe.pipeline.spec import Progress, StageSpec, read_progress
 from genpipe.stage_config import Resources
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def ray() -> Iterator[Cluster]:
-    install()  # before Ray's processes inherit the environment
-    with cluster() as local:
-        yield local
-
-
-@pytest.fixture
-def toys(tmp_path: Path) -> Toys:
-    return Toys(tmp_path)
 
 
 @pytest.fixture

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 from stages.test_features import features_of
-from toybox import Toys, install
+from toybox import Toys
 
 from genpipe import artifacts
 from genpipe.launch.failure import StageError
-from genpipe.launch.jobs import Cluster, cluster
+from genpipe.launch.jobs import Cluster
 from genpipe.launch.local import run_local
 from genpipe.pipeline.spec import StageSpec
 
@@ -21,18 +20,6 @@ if TYPE_CHECKING:
     from conftest import TinyPipeline
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def ray() -> Iterator[Cluster]:
-    install()  # before Ray's processes inherit the environment
-    with cluster() as local:
-        yield local
-
-
-@pytest.fixture
-def toys(tmp_path: Path) -> Toys:
-    return Toys(tmp_path)
 
 
 def run(ray: Cluster, spec: StageSpec) -> str:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch.nn.functional as F
 
@@ -20,11 +19,9 @@ class CmmdConfig(TwoSetsConfig):
     Published numbers are on CLIP ViT-L/14 at 336 px: give its image tower as `network: {kind: torchscript, ...}`.
     """
 
-    kind: Literal["cmmd"] = "cmmd"
+    NUMBERS: ClassVar[tuple[str, ...]] = ("cmmd",)
 
-    def numbers(self) -> Sequence[str]:
-        """One."""
-        return ["cmmd"]
+    kind: Literal["cmmd"] = "cmmd"
 
     def check(self, evaluation: Evaluation) -> None:
         """Any number of pictures has a distance."""

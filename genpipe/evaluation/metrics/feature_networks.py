@@ -31,18 +31,8 @@ Encode = Callable[[Tensor], Tensor]
 """Images [B, 3, H, W] in [-1, 1] to features [B, D]."""
 
 
-class InceptionNetwork(PinnedFile):
-    """FID's Inception (the graph of 2015-12-05) as a TorchScript file: 2048 features.
-
-    Metrics on it have their plain names, `fid_N`, `kid_N`, as they are published.
-    """
-
-    kind: Literal["inception"] = "inception"
-
-    @property
-    def label(self) -> str:
-        """Empty: it is the network that is meant if none is named."""
-        return ""
+class _FileNetwork(PinnedFile):
+    """A network that is a file, for pictures of any size."""
 
     def roles(self) -> dict[str, Role]:
         """None: it is a file."""
@@ -56,6 +46,20 @@ class InceptionNetwork(PinnedFile):
         """Pictures are read at their own size."""
         return evaluation.size
 
+
+class InceptionNetwork(_FileNetwork):
+    """FID's Inception (the graph of 2015-12-05) as a TorchScript file: 2048 features.
+
+    Metrics on it have their plain names, `fid_N`, `kid_N`, as they are published.
+    """
+
+    kind: Literal["inception"] = "inception"
+
+    @property
+    def label(self) -> str:
+        """Empty: it is the network that is meant if none is named."""
+        return ""
+
     def load(self, evaluation: Evaluation) -> Encode:
         """The network."""
         network = load_inception(self, device=evaluation.device)
@@ -66,7 +70,7 @@ class InceptionNetwork(PinnedFile):
         return {"network": self.sha256, "resize": f"TensorFlow's bilinear, no antialiasing, to {INCEPTION_SIZE}"}
 
 
-class TorchScriptNetwork(PinnedFile):
+class TorchScriptNetwork(_FileNetwork):
     """Any network as a TorchScript file, such as DINOv2 or the image tower of a published CLIP.
 
     It takes RGB [B, 3, size, size], `(x - mean) / std` of x in [0, 1], and gives [B, D], or logits [B, K].
@@ -87,18 +91,6 @@ class TorchScriptNetwork(PinnedFile):
     def label(self) -> str:
         """As it stands in the names of metrics."""
         return self.name
-
-    def roles(self) -> dict[str, Role]:
-        """None: it is a file."""
-        return {}
-
-    def check_inputs(self, inputs: Mapping[str, Artifact], *, setting: str) -> None:
-        """Raise ValueError if the file is here and not the one that the settings say."""
-        check_file(self, setting=setting)
-
-    def reads_at(self, evaluation: Evaluation) -> int:
-        """Pictures are read at their own size."""
-        return evaluation.size
 
     def load(self, evaluation: Evaluation) -> Encode:
         """The network, with the resizing that it wants before."""

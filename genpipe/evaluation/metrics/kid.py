@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -24,13 +23,11 @@ class KidConfig(TwoSetsConfig):
     `SPLIT/kid_high_N` lie 95 % of their estimates. On another network than Inception `kid_NETWORK_N`, and so on.
     """
 
+    NUMBERS: ClassVar[tuple[str, ...]] = ("kid", "kid_std", "kid_low", "kid_high")
+
     kind: Literal["kid"] = "kid"
     subsets: int = Field(100, ge=2, description="random subsets")
     subset_size: int = Field(1000, ge=2, description="pictures of each set in a subset")
-
-    def numbers(self) -> Sequence[str]:
-        """The mean, the deviation and the interval."""
-        return ["kid", "kid_std", "kid_low", "kid_high"]
 
     def check(self, evaluation: Evaluation) -> None:
         """Raise ValueError unless there are pictures for more than one subset."""

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
@@ -21,12 +20,10 @@ class PrdcConfig(TwoSetsConfig):
     al. 2020 (k of 5). On another network than Inception `precision_NETWORK_N`, and so on.
     """
 
+    NUMBERS: ClassVar[tuple[str, ...]] = ("precision", "recall", "density", "coverage")
+
     kind: Literal["prdc"] = "prdc"
     k: int = Field(5, ge=1, description="a picture's ball reaches to its k-th nearest other")
-
-    def numbers(self) -> Sequence[str]:
-        """All four."""
-        return ["precision", "recall", "density", "coverage"]
 
     def check(self, evaluation: Evaluation) -> None:
         """Raise ValueError unless every picture has a k-th nearest other."""

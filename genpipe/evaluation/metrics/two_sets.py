@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 from torch import Tensor
@@ -22,6 +22,9 @@ class TwoSetsConfig(Config):
     Of each set at most `pictures` are held in memory, chosen at random and always the same: 20 bytes a feature.
     """
 
+    NUMBERS: ClassVar[tuple[str, ...]]
+    """What it measures."""
+
     kind: str
     network: Network = Field(description="what turns a picture into features")
     against: Literal["originals", "train", "heldout"] = Field(
@@ -33,13 +36,9 @@ class TwoSetsConfig(Config):
         """Pictures, the reference, and what the network takes."""
         return {**SAMPLE, **REFERENCE, **self.network.roles()}
 
-    def numbers(self) -> Sequence[str]:
-        """What it measures."""
-        raise NotImplementedError
-
     def names(self, inputs: Mapping[str, Artifact]) -> list[str]:
         """Its numbers of each split, with how many pictures there were at the end."""
-        return [f"{split}/{named(number, self.network)}_*" for split in SPLITS for number in self.numbers()]
+        return [f"{split}/{named(number, self.network)}_*" for split in SPLITS for number in self.NUMBERS]
 
     def check_inputs(self, inputs: Mapping[str, Artifact]) -> None:
         """Raise ValueError if the network may not be used."""

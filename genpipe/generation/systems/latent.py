@@ -13,7 +13,7 @@ from genpipe.artifacts import Artifact, Role
 from genpipe.diffusion.process import SamplerConfig
 from genpipe.generation.cascade import Cascade, CascadeConfig, check_cascade
 from genpipe.generation.conditions import Conditions, Given, latent_statistics
-from genpipe.generation.drawing import draw
+from genpipe.generation.drawing import OnLatents, draw
 from genpipe.generation.parts import (
     check_conditions,
     check_latents,
@@ -59,7 +59,7 @@ class LatentConfig(CascadeConfig):
         return LatentSystem(self, parts, device=device)
 
 
-class LatentSystem:
+class LatentSystem(OnLatents):
     """An autoencoder and a decoder of its latents, loaded, with what the decoder is told of the text."""
 
     def __init__(self, cfg: LatentConfig, parts: Mapping[str, Artifact], *, device: torch.device) -> None:
@@ -88,13 +88,3 @@ class LatentSystem:
     def given(self, conditions: Conditions, *, generator: torch.Generator) -> Given:
         """What the decoder is told."""
         return given_of(conditions, self.conditioned_on, encode_text=self.encode_text, device=self.device)
-
-    @torch.no_grad()
-    def encode(self, images: Tensor) -> Tensor:
-        """Pictures [B, 3, base_size, base_size] in [-1, 1] as standardized latents, fp32 [B, C, H, W]."""
-        return self.latent_statistics.standardize(self.autoencoder.encode(images)[0])
-
-    @torch.no_grad()
-    def decode(self, x0: Tensor) -> Tensor:
-        """Pictures in [-1, 1] of standardized latents."""
-        return self.autoencoder.decode(self.latent_statistics.restore(x0), fp32=True).clamp(-1, 1)

@@ -13,7 +13,7 @@ from genpipe.artifacts import Artifact, Role
 from genpipe.diffusion.process import SamplerConfig
 from genpipe.generation.cascade import Cascade, CascadeConfig, check_cascade
 from genpipe.generation.conditions import Conditions, Given, Text, embed_statistics, latent_statistics
-from genpipe.generation.drawing import draw
+from genpipe.generation.drawing import OnLatents, draw
 from genpipe.generation.embeds import sample_image_embeds
 from genpipe.generation.parts import (
     check_latents,
@@ -74,7 +74,7 @@ class UnclipConfig(CascadeConfig):
         return UnclipSystem(self, parts, device=device)
 
 
-class UnclipSystem:
+class UnclipSystem(OnLatents):
     """The trained parts of unCLIP, loaded."""
 
     conditioned_on = frozenset({"text"})
@@ -138,13 +138,3 @@ class UnclipSystem:
     def embed(self, images: Tensor) -> Tensor:
         """CLIP's image embeddings, unit vectors [B, D], of pictures [B, 3, S, S] in [-1, 1] of CLIP's own size."""
         return self.clip.encode_image(images)
-
-    @torch.no_grad()
-    def encode(self, images: Tensor) -> Tensor:
-        """Pictures [B, 3, base_size, base_size] in [-1, 1] as standardized latents, fp32 [B, C, H, W]."""
-        return self.latent_statistics.standardize(self.autoencoder.encode(images)[0])
-
-    @torch.no_grad()
-    def decode(self, x0: Tensor) -> Tensor:
-        """Pictures in [-1, 1] of standardized latents."""
-        return self.autoencoder.decode(self.latent_statistics.restore(x0), fp32=True).clamp(-1, 1)
