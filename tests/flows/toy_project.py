@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import ClassVar
 
 import yaml
 from mlflow import MlflowClient
@@ -25,6 +26,9 @@ LINE = {
 
 class Project:
     """A pipeline of toys in a folder, with a Prefect home of its own, which begins as a copy of `prefect_home`."""
+
+    started: ClassVar[list[subprocess.Popen[bytes]]] = []
+    """By all projects: a test that fails leaves its run to `conftest.py`."""
 
     def __init__(self, folder: Path, prefect_home: Path, **settings: object) -> None:
         self.folder = folder
@@ -46,7 +50,7 @@ class Project:
 
     def start(self, *overrides: str, stage: str = "all") -> subprocess.Popen[bytes]:
         command = [sys.executable, str(TOYS / "run_toys.py"), stage, str(self.config), *overrides]
-        return subprocess.Popen(
+        process = subprocess.Popen(
             command,
             env=self.environment,
             cwd=self.folder,
@@ -55,6 +59,8 @@ class Project:
             start_new_session=True,  # a process group, as a terminal gives one to a command
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # even under a `&` of a script
         )
+        self.started.append(process)
+        return process
 
     def run(self, *overrides: str, stage: str = "all") -> tuple[int, str]:
         code = self.start(*overrides, stage=stage).wait(550)
