@@ -199,7 +199,7 @@ class Cluster:
         while True:
             try:
                 return self.client.submit_job(
-                    entrypoint=shlex.join(command),
+                    entrypoint=f"exec {shlex.join(command)}",  # of a shell's child Ray would not see the end
                     submission_id=job,
                     runtime_env=runtime_env,
                     metadata=metadata,

@@ -376,6 +376,8 @@ def test_interrupt_stops_the_job_and_the_run_is_killed(toys: Toys, ray: Cluster,
     thread = threading.Thread(target=submit)
     thread.start()
     wait_for(lambda: read_progress(spec.work))
+    [driver] = drivers(spec)
+    assert driver.parent().name() == "ray::JobSupervisor", "Ray would not see the driver's end, and wait its whole time"
     own.interrupt(stop_jobs=True)
     thread.join(10)
     assert len(ended) == 1
