@@ -27,9 +27,11 @@ from prefect.exceptions import CancelledRun
 from prefect.flows import Flow
 from prefect.futures import PrefectFuture
 from prefect.runtime import flow_run
+from prefect.settings import get_current_settings
 from prefect.states import Cancelled
 from prefect.task_runners import ThreadPoolTaskRunner
 from prefect.tasks import Task
+from prefect.utilities.urls import url_for
 
 from flows import notify, server
 from flows.cancellation import RunCancelled, is_cancelled, watched
@@ -332,6 +334,10 @@ def _run_stages(run: _Run) -> list[StageResult]:
     """Run every stage of the plan in its order of need; called inside a flow."""
     pipeline = run.pipeline
     links = {"prefect_flow_run_id": str(flow_run.id), "prefect_flow_run": str(flow_run.name)}
+    if get_current_settings().api.url:  # else the server ends with this run
+        links["prefect_url"] = url_for("flow-run", flow_run.id) or ""
+    if pipeline.cfg.ray.address:
+        links["ray_dashboard"] = pipeline.cfg.ray.address
     tags = {
         "genpipe.pipeline": pipeline.cfg.name,
         "genpipe.config": pipeline.source,
@@ -349,6 +355,7 @@ def _run_stages(run: _Run) -> list[StageResult]:
                 experiment=pipeline.experiment,
                 name=flow_run.name,
                 tags=tags,
+                settings=dict(override.split("=", 1) for override in run.overrides),
                 files=files,
                 holds=names_of(run.plans.values()),
             )
@@ -378,7 +385,9 @@ def _run_stages(run: _Run) -> list[StageResult]:
             raise
         notify.tell(pipeline.cfg.notify, pipeline=pipeline.cfg.name, run=str(flow_run.name), results=results)
         rows = [_row(result) for result in results]
-        parent.summarize(rows, images=_images(results))
+        trained = [result for result in results if result.stage != "system"]  # MLflow has metrics of machines there
+        headlines = {f"{result.stage}/{name}": value for result in trained for name, value in result.shown.items()}
+        parent.summarize(rows, metrics=headlines, images=_images(results))
         create_table_artifact(rows, key="genpipe-stages", description=f"MLflow run {parent.run_id}")
     if any(result.status == "failed" for result in results):
         raise StagesFailed(results)

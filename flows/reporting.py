@@ -34,9 +34,14 @@ class StageResult:
     details: str = ""
 
     @property
+    def shown(self) -> dict[str, float]:
+        """The few metrics that say how it went."""
+        return {name: self.metrics[name] for name in self.headlines if name in self.metrics}
+
+    @property
     def headline(self) -> str:
-        """The few numbers that say how it went."""
-        return "; ".join(f"{name} {self.metrics[name]:.4g}" for name in self.headlines if name in self.metrics)
+        """Those metrics, in words."""
+        return "; ".join(f"{name} {value:.4g}" for name, value in self.shown.items())
 
     @property
     def missed(self) -> list[str]:

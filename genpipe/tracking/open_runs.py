@@ -25,6 +25,8 @@ class PipelineRecord(Config):
     name: str
     experiment: str
     tags: Mapping[str, str]
+    settings: Mapping[str, str] = Field({}, description="what it was told beside its file: overrides by their path")
+    metrics: Mapping[str, float] = Field({}, description="the headlines of its stages, as STAGE/METRIC")
     status: str = "RUNNING"
     error: str = ""
     rows: tuple[Mapping[str, Any], ...] = ()

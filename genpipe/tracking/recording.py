@@ -263,10 +263,17 @@ class PipelineRun:
         """Of the run in MLflow, or of its folder in the store."""
         return self.opened.run_id
 
-    def summarize(self, rows: Sequence[Mapping[str, Any]], *, images: Sequence[Path] = ()) -> None:
-        """Keep the table of stages (each row names its `stage`, `status` and `run_id`) and sample images."""
+    def summarize(
+        self,
+        rows: Sequence[Mapping[str, Any]],
+        *,
+        metrics: Mapping[str, float] | None = None,
+        images: Sequence[Path] = (),
+    ) -> None:
+        """Keep the table of stages (each row names its `stage`, `status` and `run_id`), headlines and pictures."""
         failed = any(row["status"] in ("failed", "skipped") for row in rows)
-        self.update(status="FAILED" if failed else "FINISHED", rows=tuple(rows), images=tuple(map(str, images)))
+        status = "FAILED" if failed else "FINISHED"
+        self.update(status=status, rows=tuple(rows), metrics=dict(metrics or {}), images=tuple(map(str, images)))
 
     def update(self, **told: Any) -> None:
         """Take note of what became of the run."""
@@ -283,16 +290,19 @@ def pipeline_run(
     experiment: str,
     name: str,
     tags: Mapping[str, str],
+    settings: Mapping[str, str] | None = None,
     files: Sequence[Path] = (),
     holds: Sequence[str] = (),
 ) -> Iterator[PipelineRun]:
     """The run of one pipeline run.
 
-    `files` (the configuration) are recorded with it; `holds` names the artifacts that it takes or makes. An exception
-    marks it failed, an interruption killed. What cannot be recorded at the end, as MLflow is gone, is handed in by the
-    next run.
+    `settings` (the overrides) and `files` (the configuration) are recorded with it; `holds` names the artifacts that it
+    takes or makes. An exception marks it failed, an interruption killed. What cannot be recorded at the end, as MLflow
+    is gone, is handed in by the next run.
     """
-    record = PipelineRecord(name=name, experiment=experiment, tags=dict(tags), holds=tuple(holds))
+    record = PipelineRecord(
+        name=name, experiment=experiment, tags=dict(tags), settings=dict(settings or {}), holds=tuple(holds)
+    )
     opened = OpenRun(presence=Presence.here(), store=store, tracking_uri=uri, run_id="", pipeline=record)
     run_id = records_of(uri).begin_pipeline(opened, files)
     run = PipelineRun(opened.model_copy(update={"run_id": run_id}))

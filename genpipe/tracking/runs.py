@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 from genpipe import artifacts
 from genpipe.artifacts import Artifact
@@ -21,7 +22,7 @@ from genpipe.config import flatten
 from genpipe.pipeline.spec import StageSpec
 from genpipe.stage_config import UNFINGERPRINTED
 from genpipe.stages import is_training, load_stage
-from genpipe.tracking import jsonl
+from genpipe.tracking import jsonl, pages
 from genpipe.tracking.open_runs import OpenRun
 from genpipe.tracking.recorder import Facts, File, Picture, Point, Record, Status, Steps
 from genpipe.tracking.store import check, client_of, experiment_id_of, first_line, is_refused, redacted
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 
 FINGERPRINT = "genpipe.fingerprint"
 ERROR = "genpipe.error"
+DESCRIPTION = "mlflow.note.content"
+PICTURES = "samples"
 MAX_TAG = 5000
 MAX_PARAM = 6000
 PARAMS_A_CALL = 100
@@ -51,24 +54,28 @@ def begin_pipeline(run: OpenRun, files: Sequence[Path]) -> str:
     experiment_id = experiment_id_of(client, run.tracking_uri, run.pipeline.experiment)
     created = client.create_run(experiment_id, run_name=run.pipeline.name, tags=_tags(run.pipeline.tags))
     run_id = str(created.info.run_id)
+    _log_params(client, run_id, run.pipeline.settings)
+    _describe(client, created, pages.pipeline_page(run.pipeline, link=_link_from(created)))
     for file in files:
         client.log_artifact(run_id, str(file), "config")
     return run_id
 
 
 def end_pipeline(run: OpenRun) -> None:
-    """Record the table of a pipeline run's stages, its pictures and how it ended; may be repeated."""
+    """Record what came of a pipeline run's stages, its pictures and how it ended; may be repeated."""
     assert run.pipeline is not None, "the run of a pipeline"
     client, record = client_of(run.tracking_uri), run.pipeline
+    there = client.get_run(run.run_id)
     if record.rows:
         client.log_dict(run.run_id, {"stages": [dict(row) for row in record.rows]}, "summary.json")
-    for row in record.rows:
-        client.set_tag(run.run_id, f"genpipe.status.{row['stage']}", row["status"])
-        if row.get("run_id"):
-            client.set_tag(run.run_id, f"genpipe.run.{row['stage']}", row["run_id"])
-    for image in record.images:
-        if Path(image).is_file():
-            client.log_artifact(run.run_id, image, "samples")
+    for name, value in record.metrics.items():
+        client.log_metric(run.run_id, _name(name), value, step=0)
+    pictures = [image for image in map(Path, record.images) if image.is_file()]
+    for picture in pictures:
+        client.log_artifact(run.run_id, str(picture), PICTURES)
+    shown = f"get-artifact?path={PICTURES}/{quote(pictures[0].name)}&run_uuid={run.run_id}" if pictures else ""
+    _describe(client, there, pages.pipeline_page(record, link=_link_from(there), picture=shown))
+    _log_lineage(client, there, [row["run_id"] for row in record.rows if row.get("run_id")])
     if record.error:
         client.set_tag(run.run_id, ERROR, record.error[:MAX_TAG])
     client.set_terminated(run.run_id, "FINISHED" if record.status == "RUNNING" else record.status)
@@ -230,13 +237,16 @@ def _claim(spec: StageSpec) -> str:
     run = _find(client, experiment_id, spec)
     tags = _stage_tags(spec)
     if run is not None:
+        _describe(client, run, pages.stage_page(spec, link=_link_from(run)))
         for key, value in tags.items():
             client.set_tag(run.info.run_id, key, value)
         if run.info.status != "FINISHED":
             _mark_running(client, run)
         return str(run.info.run_id)
-    run_id = str(client.create_run(experiment_id, run_name=spec.name, tags=tags).info.run_id)
-    _log_params(client, run_id, spec.config)
+    created = client.create_run(experiment_id, run_name=spec.name, tags=tags)
+    run_id = str(created.info.run_id)
+    _describe(client, created, pages.stage_page(spec, link=_link_from(created)))
+    _log_params(client, run_id, {key: value for key, value in spec.config.items() if key not in UNFINGERPRINTED})
     _log_inputs(client, run_id, spec)
     return run_id
 
@@ -289,8 +299,7 @@ def _stage_tags(spec: StageSpec) -> dict[str, str]:
 def _log_params(client: MlflowClient, run_id: str, config: Mapping[str, Any]) -> None:
     from mlflow.entities import Param
 
-    settings = flatten({key: value for key, value in config.items() if key not in UNFINGERPRINTED})
-    named = {_name(key)[:250]: value for key, value in settings.items()}
+    named = {_name(key)[:250]: value for key, value in flatten(config).items()}
     params = [Param(key, str(value)[:MAX_PARAM]) for key, value in named.items()]
     for start in range(0, len(params), PARAMS_A_CALL):
         client.log_batch(run_id, params=params[start : start + PARAMS_A_CALL])
@@ -310,6 +319,41 @@ def _log_inputs(client: MlflowClient, run_id: str, spec: StageSpec) -> None:
     if datasets:
         unique = [LoggedModelInput(model) for model in dict.fromkeys(models)]
         _insist(lambda: client.log_inputs(run_id, datasets=datasets, models=unique))
+
+
+def _log_lineage(client: MlflowClient, run: Run, stages: Sequence[str]) -> None:
+    """Let the run of a pipeline have the datasets of its stages' runs that have one, and their models as its own."""
+    from mlflow.entities import DatasetInput, LoggedModelOutput
+    from mlflow.exceptions import MlflowException
+
+    datasets: dict[str, DatasetInput] = {}
+    outputs: list[LoggedModelOutput] = []
+    for run_id in dict.fromkeys(stages):
+        try:
+            made = client.get_run(run_id)
+        except MlflowException as error:  # a cached stage's run may be in another MLflow, or deleted
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            continue
+        datasets |= {each.dataset.digest: each for each in (made.inputs.dataset_inputs if made.inputs else ())}
+        outputs += [
+            LoggedModelOutput(each.model_id, each.step) for each in (made.outputs.model_outputs if made.outputs else ())
+        ]
+    if datasets:
+        _insist(lambda: client.log_inputs(run.info.run_id, datasets=list(datasets.values())))
+    if outputs and not (run.outputs and run.outputs.model_outputs):
+        client.log_outputs(run.info.run_id, outputs)
+
+
+def _describe(client: MlflowClient, run: Run, text: str) -> None:
+    """Set the description of a run, unless somebody wrote one."""
+    if pages.is_ours(run.data.tags.get(DESCRIPTION, "")):
+        client.set_tag(run.info.run_id, DESCRIPTION, text)
+
+
+def _link_from(run: Run) -> Callable[[str], str]:
+    """Addresses of runs, relative to MLflow's page, in the experiment of `run`."""
+    return lambda run_id: f"#/experiments/{run.info.experiment_id}/runs/{run_id}"
 
 
 def _insist(write: Callable[[], Any], *, times: int = 3) -> None:

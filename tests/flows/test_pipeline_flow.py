@@ -40,8 +40,9 @@ def test_records_link_prefect_ray_and_mlflow(project: Project) -> None:
     stage = project.runs("toy_slow")[0]
     assert stage.data.tags["mlflow.parentRunId"] == parent.info.run_id
     assert stage.data.tags["genpipe.ray_job"].startswith("genpipe-toy_slow-")
-    assert parent.data.tags["genpipe.run.toy_slow"] == stage.info.run_id
-    assert parent.data.tags["genpipe.status.toy_line"] == "failed"
+    page = parent.data.tags["mlflow.note.content"]
+    assert f"| [toy_slow](#/experiments/{parent.info.experiment_id}/runs/{stage.info.run_id}) | ran |" in page
+    assert re.search(r"\| \[?toy_line.* \| failed \|.*no such luck", page)
     flow_run = stage.data.tags["genpipe.prefect_flow_run_id"]
     assert parent.data.tags["genpipe.prefect_flow_run_id"] == flow_run
     with sqlite3.connect(project.folder / "prefect" / "prefect.db") as database:

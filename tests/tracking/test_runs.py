@@ -14,6 +14,7 @@ import psutil
 import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
+from PIL import Image
 from toybox import Toys, free_port, wait_for
 
 from genpipe import artifacts
@@ -24,7 +25,7 @@ from genpipe.tracking.jsonl import runs_uri
 from genpipe.tracking.open_runs import all_open
 from genpipe.tracking.recorder import Recorder
 from genpipe.tracking.recording import attach, claim, open_stage_run, pipeline_run, settle_stage, settle_store
-from genpipe.tracking.runs import claim_stage_run
+from genpipe.tracking.runs import DESCRIPTION, claim_stage_run
 
 
 @pytest.fixture(scope="module")
@@ -312,7 +313,7 @@ def test_records_of_a_time_without_mlflow_are_handed_in_once(
                 images = [file.path for file in client.list_artifacts(run.info.run_id, "images")]
                 assert len([path for path in images if path.endswith(".png")]) == 1
             assert client.get_run(parent.run_id).info.status == "FINISHED"
-            assert client.get_run(parent.run_id).data.tags["genpipe.status.toy_line"] == "ran"
+            assert "| ran |" in client.get_run(parent.run_id).data.tags[DESCRIPTION]
     assert not [run for run in all_open(toys.store) if run.tracking_uri == uri]
 
 
@@ -365,23 +366,59 @@ def test_a_job_that_died_silently_is_marked_failed(client: MlflowClient, toys: T
     assert run_of(client, spec).info.status == "FINISHED"
 
 
-def test_a_pipeline_run_tells_of_its_stages(client: MlflowClient, toys: Toys, tmp_path: Path) -> None:
-    config = tmp_path / "pipeline.yaml"
+def test_a_pipeline_run_tells_of_its_stages(
+    client: MlflowClient, toys: Toys, trained: tuple[StageSpec, StageSpec], tmp_path: Path
+) -> None:
+    config, picture = tmp_path / "pipeline.yaml", tmp_path / "grid.png"
     config.write_text("name: toys\n")
+    Image.new("RGB", (8, 8)).save(picture)
+    data, line = (run_of(client, spec) for spec in trained)
     rows = [
-        {"stage": "toy_data", "status": "cached", "run_id": "r1", "seconds": 0.0},
-        {"stage": "toy_line", "status": "failed", "run_id": "", "seconds": 2.0},
+        {"stage": "toy_data", "status": "cached", "run_id": data.info.run_id, "seconds": 0.0, "message": "as it is"},
+        {"stage": "toy_line", "status": "ran", "run_id": line.info.run_id, "seconds": 62.0, "headline": "loss 0.5"},
+        {"stage": "toy_last", "status": "failed", "run_id": "", "seconds": 2.0, "message": "a | b\nc"},
     ]
     with pipeline_run(
-        toys.tracking_uri, store=toys.store, experiment="toys", name="toys", tags={"genpipe.x": "1"}, files=[config]
+        toys.tracking_uri,
+        store=toys.store,
+        experiment="toys",
+        name="toys",
+        tags={"genpipe.config": "pipeline.yaml", "genpipe.prefect_url": "http://prefect/runs/1"},
+        settings={"stages.toy_line.train.samples": "80"},
+        files=[config],
     ) as parent:
-        parent.summarize(rows)
+        begun = client.get_run(parent.run_id)
+        assert "`stages.toy_line.train.samples = 80`" in begun.data.tags[DESCRIPTION]
+        assert begun.data.params == {"stages.toy_line.train.samples": "80"}
+        parent.summarize(rows, metrics={"toy_line/loss": 0.5}, images=[picture])
     run = client.get_run(parent.run_id)
     assert run.info.status == "FAILED"
-    assert run.data.tags["genpipe.run.toy_data"] == "r1"
-    assert run.data.tags["genpipe.status.toy_line"] == "failed"
+    assert run.data.metrics == {"toy_line/loss": 0.5}
+    text, link = run.data.tags[DESCRIPTION], f"#/experiments/{run.info.experiment_id}/runs"
+    assert f"| [toy_data]({link}/{data.info.run_id}) | cached |  |  |" in text
+    assert f"| [toy_line]({link}/{line.info.run_id}) | ran | 1m02s | loss 0.5 |" in text
+    assert "| toy_last | failed |  | a \\| b c |" in text
+    assert f"path=samples/grid.png&run_uuid={run.info.run_id}" in text
+    assert "[its flow run in Prefect](http://prefect/runs/1)" in text
+    assert [each.dataset.name for each in run.inputs.dataset_inputs] == ["toy_data"]
+    assert [each.model_id for each in run.outputs.model_outputs] == [line.outputs.model_outputs[0].model_id]
     logged = {file.path for file in client.list_artifacts(parent.run_id)}
-    assert {"summary.json", "config"} <= logged
+    assert {"summary.json", "config", "samples"} <= logged
+
+
+def test_a_run_says_what_it_was_made_from_until_somebody_describes_it(
+    client: MlflowClient, trained: tuple[StageSpec, StageSpec]
+) -> None:
+    data, line = trained
+    run = run_of(client, line)
+    made = f"made by [this run](#/experiments/{run.info.experiment_id}/runs/{run_of(client, data).info.run_id})"
+    assert made in run.data.tags[DESCRIPTION]
+    asked = line.model_copy(update={"pipeline_run_id": "p7", "pipeline": "nightly"})
+    claim_stage_run(asked)
+    assert "[this run of the pipeline nightly]" in run_of(client, line).data.tags[DESCRIPTION]
+    client.set_tag(run.info.run_id, DESCRIPTION, "the one in the talk")
+    claim_stage_run(asked)
+    assert run_of(client, line).data.tags[DESCRIPTION] == "the one in the talk"
 
 
 def test_long_and_many_settings_are_recorded(client: MlflowClient, toys: Toys) -> None:
