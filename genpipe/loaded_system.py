@@ -50,8 +50,9 @@ class Draw(Protocol):
 class LoadedSystem:
     """A trained system in memory.
 
-    `artifact` is what was loaded, `size` the side of its pictures in pixels, `conditioned_on` what it must be told of
-    each picture (some of "text" and "label"), `classes` the names of its classes, if it is conditioned on labels.
+    `artifact` is what was loaded, `kind` which kind of system it is, `size` the side of its pictures in pixels,
+    `conditioned_on` what it must be told of each picture (some of "text" and "label"), `classes` the names of its
+    classes, if it is conditioned on labels, `sampler` how its decoder draws unless it is told otherwise.
     """
 
     def __init__(self, artifact: Artifact, *, device: torch.device, precision: Precision = "auto") -> None:
@@ -62,6 +63,8 @@ class LoadedSystem:
         self.size: int = self._system.size
         self.conditioned_on: frozenset[str] = self._system.conditioned_on
         self.classes: tuple[str, ...] = self._system.classes
+        self.kind = str(artifact.meta["kind"])
+        self.sampler: SamplerConfig = self._system.decoder_sampler
 
     def __repr__(self) -> str:
         told = " and ".join(sorted(self.conditioned_on)) or "nothing"

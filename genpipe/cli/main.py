@@ -18,6 +18,7 @@ from genpipe.cli import console
 from genpipe.cli import data as data_commands
 from genpipe.cli import deploy as deploy_commands
 from genpipe.cli import uses as use_commands
+from genpipe.cli.gallery import gallery as gallery_command
 from genpipe.cli.gc import gc as gc_command
 from genpipe.cli.init import init as init_command
 from genpipe.cli.prove import prove as prove_command
@@ -201,6 +202,7 @@ def check(configs: Annotated[list[str], typer.Argument(metavar="CONFIG...", help
 
 app.command("gc")(gc_command)
 app.command()(sample_command)
+app.command("gallery")(gallery_command)
 for _use in (
     use_commands.vary,
     use_commands.blend,

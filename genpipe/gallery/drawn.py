@@ -1,0 +1,142 @@
+"""What a store holds of a system's pictures: where each was drawn, and which training pictures it comes close to."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+import pyarrow.parquet as pq
+
+from genpipe.artifacts import Artifact, Manifest, ManifestError, find, read_manifest
+from genpipe.data.shard_dataset import ShardDataset, open_shards
+from genpipe.data.shards import SPLITS, Split
+from genpipe.storage import join, open_storage, read_file
+
+NEAREST, DISTANCE = "nearest_", "distance_"
+MEMORIZATION = "memorization.parquet"
+
+
+@dataclass(frozen=True)
+class Neighbor:
+    """A training picture: its `row` in the shards, as near as no other in the features of a network."""
+
+    network: str
+    row: int
+    distance: float
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A picture of a samples artifact.
+
+    `p` is the share of held-out pictures that are as close to a training picture, where memorization was measured.
+    """
+
+    id: int
+    key: str
+    split: Split
+    row: int
+    caption: str
+    seed: int
+    samples: str
+    run_id: str
+    neighbors: tuple[Neighbor, ...] = ()
+    p: float | None = None
+
+
+@dataclass
+class Drawings:
+    """Every picture that a system has drawn in its store, and the training pictures to hold them against."""
+
+    pictures: list[Drawn] = field(default_factory=list)
+    _shards: dict[tuple[str, Split], ShardDataset] = field(default_factory=dict)
+    _training: dict[str, Artifact] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, system: Artifact) -> Drawings:
+        """Look through the store of a system; nothing where it lies in none, as a release does."""
+        drawings = cls()
+        store, found, _ = system.uri.rpartition("/artifacts/system/")
+        if found:
+            scores = list(_manifests(join(store, "artifacts", "scores")))
+            for samples in _manifests(join(store, "artifacts", "samples")):
+                if samples.inputs["system"].fingerprint == system.fingerprint:
+                    drawings._add(samples, scores)
+        return drawings
+
+    def image(self, number: int) -> bytes:
+        """A picture's file, as it is stored. Raises IndexError."""
+        drawn = self.pictures[number]
+        return self._shards[drawn.samples, drawn.split].image_bytes(drawn.row)
+
+    def training(self, number: int, neighbor: int) -> tuple[bytes, str]:
+        """The file and caption of the training picture that is a picture's neighbor. Raises IndexError."""
+        drawn = self.pictures[number]
+        row, shards = drawn.neighbors[neighbor].row, self._open(self._training[drawn.samples], "train")
+        return shards.image_bytes(row), " | ".join(shards.captions(row))
+
+    def _add(self, samples: Manifest, scores: list[Manifest]) -> None:
+        artifact = samples.artifact
+        near: Mapping[tuple[str, int], tuple[float, tuple[Neighbor, ...]]] = {}
+        for manifest in scores:
+            judged = manifest.inputs.get("sample")
+            if judged is not None and judged.fingerprint == artifact.fingerprint and (of := _neighbors(manifest)):
+                near, self._training[artifact.uri] = of, manifest.inputs["shard"]
+        for split in SPLITS:
+            if not artifact.meta["samples"].get(split):
+                continue
+            shards = self._open(artifact, split)
+            for row in range(len(shards)):
+                p, neighbors = near.get((split, row), (None, ()))
+                self.pictures.append(
+                    Drawn(
+                        id=len(self.pictures),
+                        key=shards.key(row),
+                        split=split,
+                        row=row,
+                        caption=" | ".join(shards.captions(row)),
+                        seed=int(samples.config["seed"]),
+                        samples=artifact.uri,
+                        run_id=samples.run_id,
+                        neighbors=neighbors,
+                        p=p,
+                    )
+                )
+
+    def _open(self, artifact: Artifact, split: Split) -> ShardDataset:
+        key = artifact.uri, split
+        if key not in self._shards:
+            self._shards[key] = open_shards(artifact, split=split)
+        return self._shards[key]
+
+
+def _manifests(folder: str) -> Iterator[Manifest]:
+    """Of the artifacts in a folder, the last made first, less those that are damaged."""
+    found = []
+    for name in open_storage(folder).folders():
+        try:
+            manifest = read_manifest(join(folder, name))
+        except ManifestError:
+            continue
+        if manifest is not None:
+            found.append(manifest)
+    return iter(sorted(found, key=lambda manifest: manifest.created, reverse=True))
+
+
+def _neighbors(scores: Manifest) -> dict[tuple[str, int], tuple[float, tuple[Neighbor, ...]]]:
+    """By split and row: what the metric `memorization` measured, empty where it was not asked for."""
+    if MEMORIZATION not in {file.path for file in scores.files} or find(scores.inputs["shard"].uri) is None:
+        return {}
+    rows = pq.read_table(io.BytesIO(read_file(join(scores.artifact.uri, MEMORIZATION)))).to_pylist()
+    return {
+        (row["split"], row["row"]): (
+            row["p"],
+            tuple(
+                Neighbor(name.removeprefix(NEAREST), value, row[DISTANCE + name.removeprefix(NEAREST)])
+                for name, value in row.items()
+                if name.startswith(NEAREST)
+            ),
+        )
+        for row in rows
+    }
