@@ -10,11 +10,9 @@ import io
 import os
 import shutil
 import tempfile
-import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, suppress
-from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from stat import S_ISREG
 from typing import Any, NamedTuple, Protocol, TypeVar
@@ -22,11 +20,12 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 from typing_extensions import override
 
 from genpipe.files import TEMPORARY, beside, link, replacing, write_through
+from genpipe.s3_client import s3_client
 
 T = TypeVar("T")
 R = TypeVar("R")
 BODY_ATTEMPTS = 3
-REQUESTS, CONNECTIONS = 32, 128  # of one caller at once, and of a process
+REQUESTS = 32  # of one caller at once
 
 
 class Entry(NamedTuple):
@@ -255,19 +254,6 @@ class LocalStorage(Storage):
         return self.root / check_key(key)
 
 
-_CONNECTING = threading.Lock()  # threads may share clients, but not the session that makes them
-
-
-@lru_cache(maxsize=4)
-def _connected(process: int, environment: tuple[tuple[str, str], ...]) -> Any:
-    """The S3 client of this process for these AWS settings, whose connections all storages share."""
-    from boto3.session import Session  # a new one, as boto3's own would remember earlier credentials
-    from botocore.config import Config as BotoConfig
-
-    retries: Any = {"max_attempts": 8, "mode": "adaptive"}
-    return Session().client("s3", config=BotoConfig(retries=retries, max_pool_connections=CONNECTIONS))
-
-
 class S3Storage(Storage):
     """A prefix of an S3 bucket. Large files go up and down in concurrent parts; failing requests are repeated."""
 
@@ -275,8 +261,7 @@ class S3Storage(Storage):
         self.uri = uri.rstrip("/")
         self.bucket, _, prefix = self.uri.removeprefix("s3://").partition("/")
         self.prefix = prefix + "/" if prefix else ""
-        with _CONNECTING:
-            self.client = _connected(os.getpid(), tuple(kv for kv in os.environ.items() if kv[0].startswith("AWS_")))
+        self.client = s3_client()
 
     @override
     def read(self, key: str) -> bytes:

@@ -82,6 +82,8 @@ def stage_of_parts(server: SlowS3, *, parts: int) -> None:
     measured(server, f"reading {half:,} new markers, beside the work", lambda: artifacts.finished_parts(target.uri))
     at_once(make, names[half:])
     measured(server, f"reading {half:,} new markers, beside the work", lambda: artifacts.finished_parts(target.uri))
+    objects = measured(server, "listing all objects", lambda: list(storage.list()))
+    assert len(objects) >= 2 * parts
     measured(server, "the end: what all parts say", lambda: artifacts.finished_parts(target.uri))
     rest: dict[str, Any] = {"config": {}, "inputs": {}, "metrics": {}}
     measured(server, "commit", lambda: artifacts.commit(target, parts=names, identity=identity, **rest))
