@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from genpipe.artifacts import Artifact, Role
 from genpipe.config import Config as Block
+from genpipe.data.augmentation import Augmentation, seen
 from genpipe.data.image_batches import Crop, crop_draws, read_images, to_float
 from genpipe.data.loader import Data, SampleSet, sample_batches
 from genpipe.data.order import caption_draws, spread
@@ -68,6 +69,7 @@ class Config(StageConfig):
 
     model: CLIPConfig = CLIPConfig()
     crop: Crop = Field("center", description="where squares are cut from images that are stored with another shape")
+    augmentation: Augmentation = Field(Augmentation(), description="views of the training images; none by default")
     context_length: int = Field(32, ge=4, description="tokens of a caption, first and last included")
     vocab_size: int = Field(2048, ge=259, description="most tokens of the tokenizer that is trained on the captions")
     tokenizer_captions: int = Field(1_000_000, ge=1, description="captions that the tokenizer is trained on")
@@ -105,9 +107,11 @@ def check_inputs(cfg: Config, inputs: Mapping[str, Artifact]) -> dict[str, Any]:
 def example_batch(cfg: Config, inputs: Mapping[str, Artifact], *, batch_size: int) -> Batch:
     """A training batch of the longest captions, all zero."""
     size = cfg.model.image_size
+    views = {"views": torch.ones(batch_size, 4)} if cfg.augmentation.active else {}
     return {
         "images": torch.zeros(batch_size, 3, size, size, dtype=torch.uint8),
         "tokens": torch.zeros(batch_size, cfg.context_length, dtype=torch.int64),
+        **views,
     }
 
 
@@ -126,6 +130,7 @@ def _split(cfg: Config, inputs: Mapping[str, Artifact], name: Split) -> SampleSe
         crop=cfg.crop if name == "train" else "center",
         seed=cfg.train.seed if name == "train" else None,
         classes=cfg.zero_shot.classes if cfg.zero_shot and name == "heldout" else (),
+        augmentation=cfg.augmentation if name == "train" and cfg.augmentation.active else None,
     )
     return SampleSet(len(dataset), captioned, dataset.sources())
 
@@ -135,7 +140,8 @@ class Captioned:
     """Collates `images`, uint8 [B, 3, size, size], and `tokens`, int64 [B, L], of one caption each.
 
     Caption and crop follow from the position in the stream and `seed`; without a seed it is the first caption. With
-    `classes` there are `labels` too, int64 [B]: the class that the caption names, or -1.
+    `classes` there are `labels` too, int64 [B]: the class that the caption names, or -1; with an `augmentation` there
+    are its `views`, float32 [B, 4].
     """
 
     dataset: ShardDataset
@@ -145,6 +151,7 @@ class Captioned:
     crop: Crop
     seed: int | None
     classes: tuple[str, ...] = ()
+    augmentation: Augmentation | None = None
 
     def __call__(self, indices: np.ndarray, positions: np.ndarray) -> Batch:
         """The batch of these samples at these positions of the stream."""
@@ -157,6 +164,8 @@ class Captioned:
         batch = {"images": images, "tokens": torch.from_numpy(tokens)}
         if self.classes:
             batch["labels"] = torch.tensor([named_class(caption, self.classes) for caption in captions])
+        if self.augmentation is not None:
+            batch["views"] = self.augmentation.views(positions, seed=self.seed or 0)
         return batch
 
 
@@ -215,14 +224,23 @@ class Objective:
     def loss(self, name: str, batch: Batch, step: Step) -> tuple[Tensor, Metrics]:
         """The contrastive loss of the global batch, gathered over ranks (Radford et al. 2021, figure 3)."""
         images, tokens, size = batch["images"], batch["tokens"], self.cfg.tower_batch_size
-        patches = [self._patches(images, step.generator)] if self.cfg.patch_dropout else []
-        image_embed = encode_in_chunks(self._image_embed, images, *patches, size=size)
+        parts = {"views_B4": batch["views"]} if self.cfg.augmentation.active else {}
+        if self.cfg.patch_dropout:
+            parts["patches_BK"] = self._patches(images, step.generator)
+
+        def embed(images: Tensor, *of_them: Tensor) -> Tensor:
+            return self._image_embed(images, **dict(zip(parts, of_them, strict=True)))
+
+        image_embed = encode_in_chunks(embed, images, *parts.values(), size=size)
         text_embed = encode_in_chunks(self._text_embed, tokens, size=size)
         scale = self.model.logit_scale
         return self.model.loss(image_embed, text_embed), {"logit_scale": scale.detach().exp()}
 
-    def _image_embed(self, images: Tensor, patches_BK: Tensor | None = None) -> Tensor:
-        return self.model.encode_image(to_float(images), patches_BK=patches_BK)
+    def _image_embed(
+        self, images: Tensor, *, views_B4: Tensor | None = None, patches_BK: Tensor | None = None
+    ) -> Tensor:
+        floats = to_float(images) if views_B4 is None else seen(to_float(images), views_B4)
+        return self.model.encode_image(floats, patches_BK=patches_BK)
 
     def _text_embed(self, tokens: Tensor) -> Tensor:
         return self.model.encode_text(tokens)[0]

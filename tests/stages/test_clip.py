@@ -65,9 +65,11 @@ def train_batch(built: Built, size: int = 16) -> Batch:
 
 
 @pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
-@pytest.mark.parametrize("dropped", ["0", "0.5"])
-def test_chunks_of_the_towers_change_the_memory_alone(tiny: TinyPipeline, kind: str, dropped: str) -> None:
-    settings = (f"model.loss={{kind: {kind}}}", f"patch_dropout={dropped}")
+@pytest.mark.parametrize(
+    "input", ["patch_dropout=0", "patch_dropout=0.5", "augmentation={least_area: 0.5, flip: true}"]
+)
+def test_chunks_of_the_towers_change_the_memory_alone(tiny: TinyPipeline, kind: str, input: str) -> None:
+    settings = (f"model.loss={{kind: {kind}}}", input)
     whole, chunked = Built(tiny, *settings), Built(tiny, *settings, "tower_batch_size=3")
     batch = train_batch(whole)
     loss, gradients, kept = whole.step(batch)
@@ -108,6 +110,17 @@ def test_patches_are_dropped_by_the_step_in_training_alone(tiny: TinyPipeline) -
     handle.remove()
     assert seen == [8, 16], "half of the 16 patches in training, all of them in validation"
     assert metrics[0] == metrics[1]
+
+
+def test_training_sees_views_of_its_images_and_validation_the_images(tiny: TinyPipeline) -> None:
+    plain, mirrored = Built(tiny), Built(tiny, "augmentation.flip=true")
+    batch, expected = train_batch(mirrored), train_batch(plain)
+    assert "views" not in expected and 0 < batch["views"][:, 3].sum() < 16
+    flipped = batch["views"][:, 3] == 1
+    expected["images"][flipped] = expected["images"][flipped].flip(-1)
+    assert mirrored.step(batch)[0] == pytest.approx(plain.step(expected)[0], abs=1e-5)
+    heldout = [built.data.heldout.collate(np.arange(8), np.arange(8)) for built in (plain, mirrored)]
+    assert heldout[0].keys() == heldout[1].keys() and torch.equal(heldout[0]["images"], heldout[1]["images"])
 
 
 def test_a_perfect_model_of_class_names_retrieves_all(tiny: TinyPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
