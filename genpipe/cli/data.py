@@ -72,7 +72,7 @@ def rejects(
 def show(
     source: Source,
     out: Annotated[Path, typer.Option("--out", help="the PNG to write")] = Path("sheet.png"),
-    split: Annotated[Literal["train", "heldout"], typer.Option(help="which samples")] = "train",
+    split: Annotated[Literal["train", "combinations", "heldout"], typer.Option(help="which samples")] = "train",
     count: Annotated[int, typer.Option("--n", min=1, max=1000, help="pictures")] = 64,
     seed: Annotated[int, typer.Option(help="other seeds show other samples")] = 0,
     font: Annotated[str, typer.Option(help="a font file (.ttf, .otf, .ttc) that has the captions' letters")] = "",

@@ -30,7 +30,8 @@ from genpipe.data.block_cache import Files, LocalFiles, Piece, remote_files, who
 from genpipe.data.images import ImageError, decode
 from genpipe.data.order import pick
 from genpipe.data.samples import Reject
-from genpipe.data.shards import CONDITION, INDEX_SUFFIX, NO_LABEL, Split
+from genpipe.data.shards import CONDITION, INDEX_SUFFIX, NO_LABEL, SPLITS, Split
+from genpipe.storage import open_storage
 
 Member = Literal["image", "condition"]
 BLOCK_BITS = tarfile.BLOCKSIZE.bit_length() - 1
@@ -375,3 +376,10 @@ def open_shards(artifact: Artifact, *, split: Split, only: str = "") -> ShardDat
     indexes = [FileEntry(path=name, size=size, sha256=sha256) for name, (size, sha256) in stored]
     fetch_files(artifact.uri, indexes, folder)
     return ShardDataset(folder, split=split, files=files, only=only)
+
+
+def open_splits(artifact: Artifact) -> dict[Split, ShardDataset]:
+    """The splits of shards or samples that there are, in the order of SPLITS."""
+    storage = open_storage(artifact.uri)
+    there = [split for split in SPLITS if any(e.key.endswith(INDEX_SUFFIX) for e in storage.list(f"{split}-"))]
+    return {split: open_shards(artifact, split=split) for split in there}

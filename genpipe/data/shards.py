@@ -21,7 +21,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Literal
+from typing import IO, Any, Literal, cast
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -30,8 +30,10 @@ import pyarrow.parquet as pq
 from genpipe.data.images import SUFFIX
 from genpipe.data.samples import Reject
 
-Split = Literal["train", "heldout"]
-SPLITS: tuple[Split, ...] = ("train", "heldout")
+Split = Literal["train", "combinations", "heldout"]
+"""Trained on; held out of a group that others are trained on; held out with its whole group."""
+
+SPLITS: tuple[Split, ...] = ("train", "combinations", "heldout")
 INDEX_SUFFIX = ".index.parquet"
 INDEX_SCHEMA = pa.schema(
     [
@@ -72,10 +74,16 @@ REJECT_SCHEMA = pa.schema([(name, pa.string()) for name in ("key", "source", "re
 _KEY = re.compile(r"[A-Za-z0-9_-]+")  # a dot would end the key for WebDataset, a slash would leave the folder
 
 
-def split_of(group: str, *, heldout_fraction: float, seed: int) -> Split:
-    """The split of a group: by its hash, so that it never changes as data are added."""
+def split_of(group: str, *, heldout_fraction: float, combinations_fraction: float = 0.0, seed: int) -> Split:
+    """The split of a group: by its hash, so that it never changes as data are added.
+
+    A group of `combinations` gives one sample up, if it has several; `data.combinations` says which. Which groups
+    are held out does not depend on `combinations_fraction`.
+    """
     point = int.from_bytes(hashlib.sha256(f"{seed}/{group}".encode()).digest()[:8], "big") / 2**64
-    return "heldout" if point < heldout_fraction else "train"
+    if point < heldout_fraction:
+        return "heldout"
+    return "combinations" if point < heldout_fraction + combinations_fraction else "train"
 
 
 @dataclass
@@ -185,6 +193,11 @@ def _place(offset: int, image: bytes, *, format: str) -> dict[str, Any]:
     return {"offset": offset, "length": len(image), "format": format, "sha256": digest}
 
 
+def split_of_shard(name: str) -> Split:
+    """The split that a shard holds."""
+    return cast(Split, name.split("-")[0])
+
+
 def statistics(name: str, index: pa.Table, *, tar_bytes: int) -> dict[str, Any]:
     """What STATISTICS_SCHEMA says of a shard, from its index; as JSON values."""
     captions = pc.list_flatten(index["captions"])
@@ -192,7 +205,7 @@ def statistics(name: str, index: pa.Table, *, tar_bytes: int) -> dict[str, Any]:
     sums = {"caption_chars": pc.utf8_length(captions), "pixels": pixels, "image_bytes": index["length"]}
     return {
         "name": name,
-        "split": name.split("-")[0],
+        "split": split_of_shard(name),
         "samples": len(index),
         "captions": len(captions),
         **{column: pc.sum(values).as_py() or 0 for column, values in sums.items()},

@@ -20,13 +20,14 @@ import pyarrow.parquet as pq
 
 from genpipe import artifacts
 from genpipe.artifacts import MANIFEST, Artifact, Manifest, ManifestError
+from genpipe.data.combinations import is_members_file, read_members
 from genpipe.data.samples import Reject
 from genpipe.data.shards import (
     INDEX_SUFFIX,
-    SPLITS,
     check_shard,
     read_index,
     rewrite_shard,
+    split_of_shard,
     statistics,
     write_rejects,
     write_statistics,
@@ -81,7 +82,7 @@ class Removal:
 
     def _meta(self) -> dict[str, Any]:
         meta = self.manifest.artifact.meta
-        left = {split: [name for name in self.shards if name.startswith(split)] for split in SPLITS}
+        left = {split: [name for name in self.shards if split_of_shard(name) == split] for split in meta["samples"]}
         rejected = Counter(meta["rejected"]) + Counter(removed=len(self.samples))
         return {
             **meta,
@@ -117,8 +118,8 @@ def plan_removal(uri: str, wanted: Collection[str]) -> Removal:
         staying[name] = frozenset(index.filter(pc.invert(listed))["key"].to_pylist())
     if not samples:
         raise ValueError(f"{uri}: holds none of the {len(wanted)} samples to be removed; check the keys")
-    for split in SPLITS:
-        if not any(keys for name, keys in staying.items() if name.startswith(split)):
+    for split in sorted({split_of_shard(reject.source) for reject in samples}):
+        if not any(keys for name, keys in staying.items() if split_of_shard(name) == split):
             raise ValueError(f"{uri}: without them nothing is left in the {split} split; delete it and shard again")
     inert = {shard for shard, key in _hashed(manifest, storage) if key not in staying[shard]}
     rewritten = inert | {reject.source.removesuffix(".tar") for reject in samples}
@@ -275,6 +276,9 @@ def _hashed(manifest: Manifest, storage: Storage) -> Iterator[tuple[str, str]]:
         if file.path.startswith("hashes-"):
             table = pq.read_table(io.BytesIO(storage.read(file.path)), columns=["shard", "key"])
             yield from zip(table["shard"].to_pylist(), table["key"].to_pylist(), strict=True)
+        elif is_members_file(file.path):
+            for member in read_members(storage, [file.path]):
+                yield from ((shard, member.key) for shard in (member.train, member.combinations))
 
 
 def _download(removal: Removal, names: Collection[str], folder: Path) -> None:
@@ -290,9 +294,13 @@ def _download(removal: Removal, names: Collection[str], folder: Path) -> None:
 
 
 def _write_rest(removal: Removal, folder: Path) -> None:
-    """All but the shards: ledgers, with what is removed, and the hashes of what stays."""
-    shard_files = {f"{name}{suffix}" for name in removal.staying for suffix in (".tar", INDEX_SUFFIX)}
-    names = [file.path for file in removal.manifest.files if file.path not in shard_files | {PREVIEW}]
+    """All but the shards: ledgers, with what is removed, and the hashes of what stays.
+
+    No sample is there twice any more, so that no table of such samples is needed.
+    """
+    left = {f"{name}{suffix}" for name in removal.staying for suffix in (".tar", INDEX_SUFFIX)} | {PREVIEW}
+    paths = [file.path for file in removal.manifest.files]
+    names = [path for path in paths if path not in left and not is_members_file(path)]
     _download(removal, names, folder)
     for path in folder.glob("hashes-*.parquet"):
         table = pq.read_table(path)

@@ -1,7 +1,7 @@
 """The pictures that generated ones are measured against, and which of them have a prompt among their captions.
 
-B pictures, M matches, n samples of a chunk. The samples of a reference are numbered through: training ones, then
-held-out ones.
+B pictures, M matches, n samples of a chunk. The samples of a reference are numbered through: training ones first,
+then the held-out ones.
 """
 
 from __future__ import annotations
@@ -13,22 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from genpipe.artifacts import Artifact
 from genpipe.data.image_batches import image_batch
 from genpipe.data.order import uniform
-from genpipe.data.shard_dataset import ShardDataset, open_shards
-from genpipe.data.shards import INDEX_SUFFIX, NO_LABEL, SPLITS, Split
+from genpipe.data.shard_dataset import ShardDataset
+from genpipe.data.shards import NO_LABEL, Split
 from genpipe.evaluation.captions import rows_with_captions
-from genpipe.storage import open_storage
 
 _ORIGINAL = 0x5851F42D4C957F2D  # keeps its draws apart from others at the same position
-
-
-def open_splits(artifact: Artifact) -> dict[Split, ShardDataset]:
-    """The splits of shards or samples that there are."""
-    storage = open_storage(artifact.uri)
-    there = [split for split in SPLITS if any(e.key.endswith(INDEX_SUFFIX) for e in storage.list(f"{split}-"))]
-    return {split: open_shards(artifact, split=split) for split in there}
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """What a system is asked to draw: captions of shards, a file of texts, texts of the configuration, or classes.
 
-A prompt belongs to a split: `train` where the system may have been trained on it, `heldout` where it was not.
+A prompt belongs to a split: `train` where the system may have been trained on it, `heldout` where it was not, and
+`combinations` where it was trained on other samples of the same subject.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ class CaptionPrompts(Config):
 
     kind: Literal["captions"] = "captions"
     train: int = Field(256, ge=0, description="training captions")
+    combinations: int = Field(0, ge=0, description="captions of held-out samples whose subject is trained on")
     heldout: int = Field(64, ge=0, description="captions of held-out subjects")
 
 
@@ -86,11 +88,20 @@ PromptsConfig = Annotated[
 
 def needs_shards(cfg: AnyConfig) -> bool:
     """Whether the prompts are captions of shards."""
-    return isinstance(cfg, CaptionPrompts) or (isinstance(cfg, ListPrompts) and cfg.captions_of is not None)
+    return isinstance(cfg, CaptionPrompts) or _captions_of(cfg) is not None
+
+
+def _captions_of(cfg: AnyConfig) -> Split | None:
+    return cfg.captions_of if isinstance(cfg, ListPrompts) else None
 
 
 def check_prompts(cfg: AnyConfig, *, system: Artifact, shard: Artifact | None) -> None:
-    """Raise ValueError for prompts that do not say what the system must be told."""
+    """Raise ValueError for prompts that do not say what the system must be told, or that the shards do not have."""
+    of_combinations = _captions_of(cfg) == "combinations" or (isinstance(cfg, CaptionPrompts) and cfg.combinations > 0)
+    if of_combinations and shard is not None and not shard.meta.get("combinations"):
+        raise ValueError(
+            "prompts: the shards hold out no combinations; set combinations_fraction in their stage, or ask for none"
+        )
     kinds = {"text": "captions, file or list", "label": "classes, or captions of shards with class labels"}
     known = shard is not None and "classes" in shard.meta  # not before the shards are made
     labeled = shard is not None and (not known or bool(shard.meta["classes"]))
@@ -123,7 +134,7 @@ def open_prompts(
     found: dict[Split, Sequence[Prompt]] = {split: () for split in SPLITS}
     if isinstance(cfg, CaptionPrompts):
         assert shard is not None, "the role is required"
-        wanted: dict[Split, int] = {"train": cfg.train, "heldout": cfg.heldout}
+        wanted: dict[Split, int] = {"train": cfg.train, "combinations": cfg.combinations, "heldout": cfg.heldout}
         for split, count in wanted.items():
             if count:
                 found[split] = Captions.chosen(open_shards(shard, split=split), count, seed=seed)

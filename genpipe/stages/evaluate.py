@@ -31,10 +31,13 @@ VERSION = 3
 MAKES = "scores"
 HEADLINES = (
     "train/recall_at_10",
+    "combinations/recall_at_10",
     "heldout/recall_at_10",
     "train/self_recall_at_10",
+    "combinations/self_recall_at_10",
     "heldout/self_recall_at_10",
     "train/nearest_real",
+    "combinations/nearest_real",
     "heldout/nearest_real",
     "reconstruction/psnr",
 )

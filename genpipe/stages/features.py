@@ -26,8 +26,8 @@ from genpipe.data.features import NULL_TEXT, write_features, write_null_text
 from genpipe.data.image_batches import read_images, to_float
 from genpipe.data.prefetch import in_order
 from genpipe.data.samples import Reject
-from genpipe.data.shard_dataset import ShardDataset, collect_damaged, open_shards
-from genpipe.data.shards import REJECT_SCHEMA, SPLITS, Split, write_table
+from genpipe.data.shard_dataset import ShardDataset, collect_damaged, open_shards, open_splits
+from genpipe.data.shards import REJECT_SCHEMA, SPLITS, split_of_shard, write_table
 from genpipe.data.tokenizer import CaptionTokenizer
 from genpipe.generation.conditions import TOKENIZER_FILE, latent_statistics
 from genpipe.lineage import check_lineage, content_digest
@@ -98,8 +98,8 @@ def check_inputs(cfg: Config, inputs: Mapping[str, Artifact]) -> dict[str, Any]:
 
 
 def parts(cfg: Config, inputs: Mapping[str, Artifact]) -> list[str]:
-    """The shards of both splits, and the text that stands for no caption where text is encoded."""
-    shards = [name for split in SPLITS for name in open_shards(inputs["shard"], split=split).shards()]
+    """The shards of all splits, and the text that stands for no caption where text is encoded."""
+    shards = [name for dataset in open_splits(inputs["shard"]).values() for name in dataset.shards()]
     return [*shards, NULL_TEXT] if {"clip", "text_encoder"} & inputs.keys() else shards
 
 
@@ -164,7 +164,7 @@ class Worker:
                 texts = [self._text(self._tokenized([""]))]
             write_null_text(out, _joined_texts(texts))
             return {"samples": 0, "captions": 0, "captions_cut": 0, "damaged": []}
-        split: Split = "train" if part.startswith("train-") else "heldout"
+        split = split_of_shard(part)
         dataset = open_shards(self.shard, split=split, only=part)
         reads_text = self.clip is not None or self.text_encoder is not None
         captions = [dataset.captions(i) for i in range(len(dataset))] if reads_text else []

@@ -40,7 +40,7 @@ from genpipe.training.stream import seeded
 
 VERSION = 1
 MAKES = "samples"
-HEADLINES = ("samples_train", "samples_heldout")
+HEADLINES = ("samples_train", "samples_combinations", "samples_heldout")
 
 PREVIEW_IMAGES = 64
 PREVIEW_CELL = 128
@@ -169,7 +169,9 @@ def finalize(
 ) -> tuple[dict[str, Any], dict[str, float]]:
     """The samples' meta and metrics, with the tables that shards have."""
     shards = [shard for result in results for shard in result["shards"]]
-    by_split = {split: [shard for shard in shards if shard["split"] == split] for split in SPLITS}
+    drawn = {shard["split"] for shard in shards}
+    splits = [split for split in SPLITS if split != "combinations" or split in drawn]
+    by_split = {split: [shard for shard in shards if shard["split"] == split] for split in splits}
     samples = {split: sum(shard["samples"] for shard in of_split) for split, of_split in by_split.items()}
     write_statistics(out, shards)
     write_rejects(out, [], name="00000")

@@ -1,12 +1,14 @@
 """shard: a source's images and captions to WebDataset tars with indexes and a ledger of rejects.
 
 A data stage: the parts are slices of the source, and each is written by one call of `Worker`. Every sample of
-the source is either in an index or in the ledger. Files of part p: `{train,heldout}-{p:05d}-{k:02d}.tar` with
-their `.index.parquet`, `rejects-{p:05d}.parquet`, `hashes-{p:05d}.parquet` where duplicates are looked for, and
-beside part 0 a contact sheet, `preview.png`. `statistics.parquet` has a row for each shard.
+the source is either in an index or in the ledger. Files of part p: `{train,combinations,heldout}-{p:05d}-{k:02d}.tar`
+with their `.index.parquet`, `rejects-{p:05d}.parquet`, `hashes-{p:05d}.parquet` where duplicates are looked for,
+`groups-{p:05d}.parquet` where combinations are held out, and beside part 0 a contact sheet, `preview.png`.
+`statistics.parquet` has a row for each shard.
 
 Duplicates are found across all parts when the last is there. They leave the indexes for
-`rejects-duplicates.parquet`; their bytes stay in the tars unread.
+`rejects-duplicates.parquet`; their bytes stay in the tars unread. Combinations that are held out are chosen then,
+too, and leave the indexes of the training shards.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -24,6 +26,7 @@ from pydantic import Field, model_validator
 
 from genpipe.artifacts import Artifact, Role
 from genpipe.data.classes import numbered_classes
+from genpipe.data.combinations import Member, leaving, members_file, read_members, write_members
 from genpipe.data.duplicates import Duplicate, find_duplicates, read_hashes, write_hashes, write_index_without
 from genpipe.data.filters import (
     FilterConfig,
@@ -72,7 +75,7 @@ from genpipe.storage import Storage
 
 VERSION = 4
 MAKES = "shards"
-HEADLINES = ("samples_train", "samples_heldout", "rejected")
+HEADLINES = ("samples_train", "samples_combinations", "samples_heldout", "rejected")
 PREVIEW_IMAGES = 64
 PREVIEW_CELL = 128
 HASHED_SIDE = 128
@@ -90,9 +93,24 @@ class Config(StageConfig):
     max_image_pixels: int = Field(2**26, gt=0, le=MAX_PIXELS, description="larger images are rejected undecoded")
     filters: FilterConfig = FilterConfig()
     heldout_fraction: float = Field(0.05, gt=0, lt=1, description="share of subjects kept from training")
+    combinations_fraction: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="share of subjects of which one sample of several is kept from training",
+    )
     split_seed: int = Field(0, description="other seeds hold out other subjects")
     part_size: int = Field(10_000, gt=0, description="samples in a part of work and at most in a shard")
     max_shard_bytes: int = Field(256 * 2**20, gt=0, description="a larger part is written as several shards")
+
+    @model_validator(mode="after")
+    def _some_are_trained_on(self) -> Self:
+        if self.heldout_fraction + self.combinations_fraction > 1:
+            raise ValueError(
+                "heldout_fraction and combinations_fraction are shares of all subjects; lower one, so that their sum "
+                "is at most 1"
+            )
+        return self
 
     @model_validator(mode="after")
     def _resize_fits(self) -> Self:
@@ -118,15 +136,16 @@ def check_inputs(cfg: Config, inputs: Mapping[str, Artifact]) -> dict[str, Any]:
     """What consumers may rely on before the stage has run.
 
     `image_size` is the side of the squares that each image can give, `condition` whether every sample has a
-    conditioning image; `classes`, the names in the order of their labels, is present if it can be known without reading
-    the source.
+    conditioning image, `combinations` whether there are held-out combinations; `classes`, the names in the order of
+    their labels, is present if it can be known without reading the source.
     """
     side = cfg.image_size
     if isinstance(cfg.resize, Buckets):
         side = min(min(sides) for sides in buckets(cfg.resize, size=cfg.image_size))
     classes = declared_classes(cfg.source)
     known = {} if classes is None else {"classes": list(classes)}
-    return {"image_size": side, "condition": has_conditions(cfg.source), **known}
+    combinations = cfg.combinations_fraction > 0
+    return {"image_size": side, "condition": has_conditions(cfg.source), "combinations": combinations, **known}
 
 
 def parts(cfg: Config, inputs: Mapping[str, Artifact]) -> list[str]:
@@ -166,12 +185,13 @@ class Worker:
         number = self.number[part]
         rejects: list[Reject] = []
         hashes: list[dict[str, Any]] = []
+        members: list[Member] = []
         keys: set[str] = set()
         preview: list[bytes] = []
         samples_in = dropped = 0
         largest_label = NO_LABEL
-        with self._writer(out, "train", number) as train, self._writer(out, "heldout", number) as heldout:
-            writers = {"train": train, "heldout": heldout}
+        with ExitStack() as stack:
+            writers = {split: stack.enter_context(self._writer(out, split, number)) for split in SPLITS}
             for item in self.source.read(part):
                 samples_in += 1
                 stored = item if isinstance(item, Reject) else self._store(item, keys=keys)
@@ -179,8 +199,12 @@ class Worker:
                     rejects.append(stored)
                     continue
                 assert isinstance(item, Sample)
-                writer = writers[self._split(item)]
+                split = self._split(item)
+                writer = writers["train" if split == "combinations" else split]
                 self._write(writer, item, stored)
+                if split == "combinations":
+                    self._write(writers[split], item, stored)
+                    members.append(Member(item.group, item.key, writer.name, writers[split].name))
                 keys.add(item.key)
                 hashes.append({"shard": writer.name, "key": item.key, "place": _place(item), **stored.hashes})
                 largest_label = max(largest_label, stored.label)
@@ -190,6 +214,8 @@ class Worker:
         write_rejects(out, rejects, name=f"{number:05d}")
         if self.cfg.filters.finds_duplicates:
             write_hashes(out, hashes, part=number)
+        if self.cfg.combinations_fraction:
+            write_members(out, members, part=number)
         if preview:
             (out / "preview.png").write_bytes(preview_sheet(preview))
         return {
@@ -197,7 +223,7 @@ class Worker:
             "captions_dropped": dropped,
             "largest_label": largest_label,
             "rejected": dict(sorted(Counter(reject.reason for reject in rejects).items())),
-            "shards": [*train.shards, *heldout.shards],
+            "shards": [shard for writer in writers.values() for shard in writer.shards],
         }
 
     def _writer(self, out: Path, split: Split, number: int) -> ShardWriter:
@@ -205,7 +231,9 @@ class Worker:
         return ShardWriter(out, split=split, part=number, **limits)
 
     def _split(self, sample: Sample) -> Split:
-        return split_of(sample.group, heldout_fraction=self.cfg.heldout_fraction, seed=self.cfg.split_seed)
+        cfg = self.cfg
+        fractions = {"heldout_fraction": cfg.heldout_fraction, "combinations_fraction": cfg.combinations_fraction}
+        return split_of(sample.group, **fractions, seed=cfg.split_seed)
 
     def _write(self, writer: ShardWriter, sample: Sample, stored: Stored) -> None:
         writer.write(
@@ -304,37 +332,39 @@ class Worker:
 def merge_parts(
     cfg: Config, inputs: Mapping[str, Artifact], made: Storage, results: list[dict[str, Any]], out: Path
 ) -> list[dict[str, Any]]:
-    """Remove duplicates from the indexes of all parts, which lie in `made`; the results after that.
+    """Take duplicates, and what the other of two splits keeps, out of the indexes of all parts, which lie in `made`.
 
-    New indexes and the ledger of duplicates go to `out`. Repeating it after an
-    interrupted attempt gives the same: what is a duplicate follows from the tables of hashes, which do not change.
+    Returns the results after that; new indexes and the ledger of duplicates go to `out`. Repeating it after an
+    interrupted attempt gives the same: all follows from the tables of hashes and groups, which do not change.
     """
-    if not cfg.filters.finds_duplicates:
-        return results
-    hashes = read_hashes(made, parts=len(results))
-    found = list(find_duplicates(hashes, exact=cfg.filters.exact_duplicates, distance=cfg.filters.near_duplicates))
-    write_rejects(out, [duplicate.reject for duplicate in found], name="duplicates")
-    by_shard: dict[str, list[Duplicate]] = defaultdict(list)
-    for duplicate in found:
-        by_shard[duplicate.shard].append(duplicate)
-    return [_without(result, by_shard, made, out) for result in results]
+    filters = cfg.filters
+    duplicates: list[Duplicate] = []
+    if filters.finds_duplicates:
+        hashes = read_hashes(made, parts=len(results))
+        duplicates += find_duplicates(hashes, exact=filters.exact_duplicates, distance=filters.near_duplicates)
+        write_rejects(out, [duplicate.reject for duplicate in duplicates], name="duplicates")
+    reasons = {(duplicate.shard, duplicate.reject.key): duplicate.reject.reason for duplicate in duplicates}
+    gone: dict[str, dict[str, str]] = defaultdict(dict)  # by shard, the keys that leave its index and why
+    for (shard, key), reason in reasons.items():
+        gone[shard][key] = reason
+    if cfg.combinations_fraction:
+        members = read_members(made, map(members_file, range(len(results))))
+        for shard, key in leaving(members, without=reasons.keys(), seed=cfg.split_seed):
+            gone[shard][key] = ""
+    return [_without(result, gone, made, out) for result in results]
 
 
-def _without(
-    result: dict[str, Any], by_shard: Mapping[str, list[Duplicate]], made: Storage, out: Path
-) -> dict[str, Any]:
-    """A part's result, and its indexes, without the duplicates."""
-    shards, gone = [], []
+def _without(result: dict[str, Any], gone: Mapping[str, Mapping[str, str]], made: Storage, out: Path) -> dict[str, Any]:
+    """A part's result, and its indexes, without what is gone; what has a reason is counted as rejected."""
+    shards, rejected = [], Counter(result["rejected"])
     for shard in result["shards"]:
-        duplicates = by_shard.get(shard["name"], [])
-        gone += duplicates
-        if duplicates:
-            keys = {duplicate.reject.key for duplicate in duplicates}
-            index = write_index_without(made, shard["name"], keys=keys, out=out)
-            assert len(index) == shard["samples"] - len(duplicates), "keys are unique in a part"
+        keys = gone.get(shard["name"], {})
+        rejected.update(reason for reason in keys.values() if reason)
+        if keys:
+            index = write_index_without(made, shard["name"], keys=keys.keys(), out=out)
+            assert len(index) == shard["samples"] - len(keys), "keys are unique in a part"
             shard = statistics(shard["name"], index, tar_bytes=shard["bytes"])
         shards.append(shard)
-    rejected = Counter(result["rejected"]) + Counter(duplicate.reject.reason for duplicate in gone)
     return {**result, "rejected": dict(sorted(rejected.items())), "shards": shards}
 
 
@@ -343,7 +373,8 @@ def finalize(
 ) -> tuple[dict[str, Any], dict[str, float]]:
     """The dataset's meta and metrics. Raises ValueError if a split is empty."""
     shards = [shard for result in results for shard in result["shards"] if shard["samples"]]
-    by_split = {split: [shard for shard in shards if shard["split"] == split] for split in SPLITS}
+    splits = [split for split in SPLITS if split != "combinations" or cfg.combinations_fraction]
+    by_split = {split: [shard for shard in shards if shard["split"] == split] for split in splits}
     samples = {split: sum(shard["samples"] for shard in of_split) for split, of_split in by_split.items()}
     rejected: Counter[str] = sum((Counter(result["rejected"]) for result in results), Counter())
     samples_in = sum(result["samples_in"] for result in results)
@@ -360,6 +391,11 @@ def finalize(
             f"heldout_fraction {cfg.heldout_fraction} of {written} samples left nothing to validate on; "
             "raise it, add images, or change split_seed; a group is never divided, so see that there are several"
         )
+    if not samples.get("combinations", 1):
+        raise ValueError(
+            f"combinations_fraction {cfg.combinations_fraction} of {written} samples held none out; raise it, or leave "
+            "it out where no subject has several samples: what a sample's group is, docs/data.md says for each source"
+        )
     write_statistics(out, shards)
     meta = {
         **check_inputs(cfg, inputs),
@@ -372,8 +408,7 @@ def finalize(
     }
     metrics = {
         "samples_in": samples_in,
-        "samples_train": samples["train"],
-        "samples_heldout": samples["heldout"],
+        **{f"samples_{split}": count for split, count in samples.items()},
         "captions": sum(shard["captions"] for shard in shards),
         "captions_dropped": sum(result["captions_dropped"] for result in results),
         "rejected": rejected.total(),

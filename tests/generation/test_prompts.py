@@ -90,6 +90,7 @@ def shards(**meta: Any) -> Artifact:
     return Artifact(kind="shards", uri="", fingerprint="e" * 64, meta=meta)
 
 
+LIST = {"kind": "list", "texts": ["a red circle"]}
 FILE, CLASSES, CAPTIONS = {"kind": "file", "path": "x"}, {"kind": "classes"}, {"kind": "captions"}
 LABELED = system("label", classes=("cat",))
 
@@ -109,6 +110,9 @@ LABELED = system("label", classes=("cat",))
         (FILE, system("text", "label"), None, "label"),
         (CAPTIONS, LABELED, shards(classes=[]), "label"),
         (CAPTIONS, LABELED, shards(classes=["dog"]), "other classes"),
+        ({**CAPTIONS, "combinations": 1}, system("text"), shards(combinations=True), None),
+        ({**CAPTIONS, "combinations": 1}, system("text"), shards(combinations=False), "combinations_fraction"),
+        ({**LIST, "captions_of": "combinations"}, system("text"), shards(), "combinations_fraction"),
     ],
 )
 def test_prompts_say_what_the_system_must_be_told(

@@ -149,10 +149,9 @@ def test_the_tiny_pipeline_is_scored(tiny: TinyPipeline) -> None:
     assert np.asarray(Image.open(Path(scores.uri, "memorization-train.png"))).std() > 0
     assert set(scores.meta["protocol"]["content"]) == {"sample", "shard"}
     assert {"autoencoder/psnr", "clip/loss", "prior/loss", "decoder/loss", "upsampler/psnr"} <= found.keys()
-    for name, rows in (("grid.png", 12), ("heldout.png", 4)):
-        picture = np.asarray(Image.open(Path(scores.uri, name)))
-        assert picture.shape[0] > rows * 96 and picture.shape[1] > 2 * 96
-        assert picture.std() > 0
+    picture = np.asarray(Image.open(Path(scores.uri, "grid.png")))
+    assert picture.shape[0] > 12 * 96 and picture.shape[1] > 4 * 96, "12 rows, two pictures of each split"
+    assert picture.std() > 0
 
 
 def test_three_seeds_are_scored_side_by_side(tiny: TinyPipeline) -> None:

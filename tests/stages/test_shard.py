@@ -130,7 +130,12 @@ def test_parts_and_digest_follow_the_source(photos: Path) -> None:
     before = shard.source_digest(cfg)
     (photos / "photo00.txt").write_text("changed caption of another length")
     assert shard.source_digest(cfg) != before
-    assert shard.check_inputs(cfg, {}) == {"image_size": 32, "condition": False, "classes": []}
+    assert shard.check_inputs(cfg, {}) == {
+        "image_size": 32,
+        "condition": False,
+        "combinations": False,
+        "classes": [],
+    }
 
 
 def test_groups_never_straddle_the_split(tmp_path: Path) -> None:

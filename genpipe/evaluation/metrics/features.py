@@ -29,9 +29,9 @@ from genpipe.evaluation.reference import check_matched
 from genpipe.storage import Storage
 
 FOLDER = "features"
-Of = Literal["sample", "originals", "train", "heldout"]
+Of = Literal["sample", "originals"] | Split
 """`sample`: the generated pictures; `originals`: for each a real one with its caption; or a split of the reference."""
-Wanted = Literal["sample", "originals", "train", "heldout", "reference"]
+Wanted = Of | Literal["reference"]
 """`reference`: all splits of it that there are."""
 
 

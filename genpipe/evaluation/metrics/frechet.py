@@ -24,7 +24,7 @@ from genpipe.evaluation.metrics.metric import REFERENCE, SAMPLE, Evaluation, che
 from genpipe.pinned_files import PinnedFile, read_pinned
 
 Against = Annotated[
-    Annotated[Literal["originals", "train", "heldout"], Tag("split")] | Annotated[PinnedFile, Tag("file")],
+    Annotated[Literal["originals"] | Split, Tag("split")] | Annotated[PinnedFile, Tag("file")],
     Discriminator(lambda value: "split" if isinstance(value, str) else "file"),
 ]
 

@@ -13,31 +13,35 @@ from pydantic import Field
 from genpipe.artifacts import Artifact, Role
 from genpipe.config import Config
 from genpipe.data.image_batches import image_batch
-from genpipe.data.shard_dataset import ShardDataset
-from genpipe.data.shards import Split
+from genpipe.data.shard_dataset import ShardDataset, open_splits
+from genpipe.data.shards import SPLITS, Split
 from genpipe.evaluation.captions import first_captions, rows_with_captions
-from genpipe.evaluation.grids import hwc, labeled_grid
+from genpipe.evaluation.grids import beside, hwc, labeled_grid
 from genpipe.evaluation.metrics.metric import REFERENCE, SAMPLE, Evaluation, Measure, Partial
-from genpipe.evaluation.reference import open_splits
 from genpipe.storage import Storage
 
 CHOSEN = "grid_sample"
-FILES: dict[Split, str] = {"train": "grid.png", "heldout": "heldout.png"}
-EXAMPLES: dict[Split, str] = {"train": "training example", "heldout": "held-out example"}
+FILE = "grid.png"
+TITLES: dict[Split, str] = {"train": "trained on", "combinations": "unseen combinations", "heldout": "held out"}
+EXAMPLES: dict[Split, str] = {
+    "train": "training example",
+    "combinations": "held-out example",
+    "heldout": "held-out example",
+}
 CELL = 96
 LOOKED_AT = 4096
 """Generated pictures among which the first distinct prompts are found."""
 
 
 class GridConfig(Config):
-    """`grid.png`, pictures of captions of training samples, and `heldout.png`, of others: a row for each caption.
+    """`grid.png`: a row for each caption, those of each split beside those of the others, under its name.
 
     They are the first captions of the samples, or those of the role `grid_sample` where that has some of a split: its
     own instance of `sample` can draw captions that the configuration names.
     """
 
     kind: Literal["grid"] = "grid"
-    rows: int = Field(12, ge=1, description="captions of a picture")
+    rows: int = Field(12, ge=1, description="captions of each split")
     each: int = Field(1, ge=1, description="generated pictures of each caption, as far as there are so many")
 
     def roles(self) -> dict[str, Role]:
@@ -52,16 +56,15 @@ class GridConfig(Config):
         """Any pictures can be shown."""
 
     def parts(self, evaluation: Evaluation) -> list[str]:
-        """One for each split that there are pictures of."""
-        return list(_shown(evaluation))
+        """One: it is a single picture."""
+        return ["picture"]
 
     def measure(self, evaluation: Evaluation) -> Measure:
-        """Makes one picture a part."""
-        shown = {str(split): (split, dataset) for split, dataset in _shown(evaluation).items()}
+        """Makes the picture."""
 
         def drawn(part: str, out: Path) -> Partial:
-            split, dataset = shown[part]
-            Image.fromarray(self._picture(split, dataset, evaluation)).save(out / FILES[split])
+            shown = _shown(evaluation).items()
+            Image.fromarray(beside([self._picture(*of, evaluation) for of in shown])).save(out / FILE)
             return {}
 
         return drawn
@@ -85,13 +88,14 @@ class GridConfig(Config):
             )
             columns["generated" if number == 0 else f"generated ({number + 1})"] = _blanked(hwc(images), there)
         rows = list(zip(*columns.values(), strict=True))
-        return labeled_grid(rows, captions=prompts, columns=list(columns), cell=max(CELL, size))
+        return labeled_grid(rows, captions=prompts, columns=list(columns), cell=max(CELL, size), title=TITLES[split])
 
 
 def _shown(evaluation: Evaluation) -> dict[Split, ShardDataset]:
-    """The generated pictures of each split: the chosen ones where there are some."""
+    """The generated pictures of each split, in the order of SPLITS: the chosen ones where there are some."""
     chosen = open_splits(evaluation.inputs[CHOSEN]) if CHOSEN in evaluation.inputs else {}
-    return {**evaluation.samples, **chosen}
+    every = {**evaluation.samples, **chosen}
+    return {split: every[split] for split in SPLITS if split in every}
 
 
 def _real(

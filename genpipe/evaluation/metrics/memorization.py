@@ -93,7 +93,7 @@ class MemorizationConfig(Config):
             network.check_inputs(inputs, setting="metrics.memorization.networks")
 
     def sets(self) -> Sequence[FeatureSet]:
-        """The pictures, and both splits of the reference, by each network."""
+        """The pictures, and what is trained on and held out of the reference, by each network."""
         return [FeatureSet(network, of) for network in self.networks for of in ("sample", "train", "heldout")]
 
     def check(self, evaluation: Evaluation) -> None:

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from genpipe.artifacts import Artifact, Role
 from genpipe.data.image_batches import image_batch, to_float
-from genpipe.data.shard_dataset import ShardDataset
+from genpipe.data.shard_dataset import ShardDataset, open_splits
 from genpipe.data.shards import Split
-from genpipe.evaluation.reference import Reference, open_splits
+from genpipe.evaluation.reference import Reference
 from genpipe.pinned_files import PinnedFile, read_pinned
 from genpipe.storage import Storage
 

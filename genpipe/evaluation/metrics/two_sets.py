@@ -27,7 +27,7 @@ class TwoSetsConfig(Config):
 
     kind: str
     network: Network = Field(description="what turns a picture into features")
-    against: Literal["originals", "train", "heldout"] = Field(
+    against: Literal["originals"] | Split = Field(
         "originals", description="as many real pictures that have the captions, or those of a split"
     )
     pictures: int = Field(10_000, ge=2, description="of each set, at most")

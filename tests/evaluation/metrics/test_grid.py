@@ -10,7 +10,7 @@ from gallery import SIDE, Gallery, measured
 from PIL import Image
 
 from genpipe.artifacts import Artifact
-from genpipe.evaluation.grids import LABEL_WIDTH, MARGIN
+from genpipe.evaluation.grids import LABEL_WIDTH, MARGIN, TEXT, TITLE_LINES
 from genpipe.evaluation.metrics.grid import CELL, GridConfig
 
 COLORS = {"red": (220, 30, 30), "green": (30, 160, 60), "blue": (40, 60, 220), "pink": (250, 150, 180)}
@@ -39,17 +39,27 @@ def inputs(gallery: Gallery) -> dict[str, Artifact]:
     }
 
 
-def cells(path: Path, *, rows: int, columns: int) -> list[list[tuple[int, ...]]]:
-    """The color at the middle of each cell."""
-    image = np.asarray(Image.open(path))
-    head = len(image) - rows * (CELL + MARGIN)
-    assert image.shape[1] == LABEL_WIDTH + columns * (CELL + MARGIN) + MARGIN
+def cells(picture: np.ndarray, *, rows: int, columns: int) -> list[list[tuple[int, ...]]]:
+    """The color at the middle of each cell of a split's rows; below them it is white."""
+    assert picture.shape[1] == width_of(columns)
+    height = CELL + MARGIN
     middle = CELL // 2
+    assert (picture[HEAD + rows * height :] == 255).all()
     return [
-        [tuple(image[head + y * (CELL + MARGIN) + middle, LABEL_WIDTH + x * (CELL + MARGIN) + middle].tolist())
-         for x in range(columns)]
+        [tuple(picture[HEAD + y * height + middle, LABEL_WIDTH + x * height + middle].tolist()) for x in range(columns)]
         for y in range(rows)
-    ]  # fmt: skip
+    ]
+
+
+def drawn(folder: Path) -> np.ndarray:
+    return np.asarray(Image.open(folder / "grid.png"))
+
+
+HEAD = MARGIN + TITLE_LINES * (TEXT + 4)
+
+
+def width_of(columns: int) -> int:
+    return LABEL_WIDTH + columns * (CELL + MARGIN) + MARGIN
 
 
 WHITE = (255, 255, 255)
@@ -57,27 +67,48 @@ WHITE = (255, 255, 255)
 
 def test_real_pictures_stand_beside_generated_ones(inputs: dict[str, Artifact], tmp_path: Path) -> None:
     assert measured(GridConfig(), inputs, tmp_path) == {}
-    assert cells(tmp_path / "grid.png", rows=2, columns=2) == [
+    picture = drawn(tmp_path)
+    assert cells(picture[:, : width_of(2)], rows=2, columns=2) == [
         [COLORS["blue"], DARKER["blue"]],
         [COLORS["red"], DARKER["red"]],
     ]
-    assert cells(tmp_path / "heldout.png", rows=2, columns=2) == [[COLORS["pink"], DARKER["pink"]], [WHITE, (1, 2, 3)]]
+    assert cells(picture[:, width_of(2) :], rows=2, columns=2) == [[COLORS["pink"], DARKER["pink"]], [WHITE, (1, 2, 3)]]
+
+
+def test_combinations_stand_between(gallery: Gallery, tmp_path: Path) -> None:
+    """Each split under its own name."""
+    names = {"train": "red", "combinations": "green", "heldout": "blue"}
+    real = {split: [(flat(COLORS[name]), name)] for split, name in names.items()}
+    made = {split: [(flat(DARKER[name]), name)] for split, name in reversed(names.items())}
+    inputs = {
+        "shard": gallery.shards(real, name="three"),  # type: ignore[arg-type]
+        "sample": gallery.shards(made, kind="samples", name="three"),  # type: ignore[arg-type]
+    }
+    measured(GridConfig(), inputs, tmp_path)
+    thirds = np.split(drawn(tmp_path), 3, axis=1)
+    assert [cells(third, rows=1, columns=2) for third in thirds] == [
+        [[COLORS[name], DARKER[name]]] for name in names.values()
+    ]
+    corners = [third[:HEAD, :LABEL_WIDTH] for third in thirds]
+    assert all((corner < 128).any() for corner in corners), "they are named"
+    assert len({corner.tobytes() for corner in corners}) == 3
 
 
 def test_chosen_pictures_stand_in_for_the_first(gallery: Gallery, inputs: dict[str, Artifact], tmp_path: Path) -> None:
     chosen = [(flat(DARKER[name]), name) for name in ("green", "red", "red")]
     inputs = inputs | {"grid_sample": gallery.shards({"train": chosen}, kind="samples", name="chosen")}
     measured(GridConfig(each=2), inputs, tmp_path)
-    assert cells(tmp_path / "grid.png", rows=2, columns=3) == [
+    picture = drawn(tmp_path)
+    assert cells(picture[:, : width_of(3)], rows=2, columns=3) == [
         [COLORS["green"], DARKER["green"], WHITE],
         [COLORS["red"], DARKER["red"], DARKER["red"]],
     ]
-    cells(tmp_path / "heldout.png", rows=2, columns=2)
+    cells(picture[:, width_of(3) :], rows=2, columns=2)
 
 
 def test_rows_are_as_many_as_were_asked_for(inputs: dict[str, Artifact], tmp_path: Path) -> None:
     measured(GridConfig(rows=1), inputs, tmp_path)
-    assert cells(tmp_path / "grid.png", rows=1, columns=2) == [[COLORS["blue"], DARKER["blue"]]]
+    assert cells(drawn(tmp_path)[:, : width_of(2)], rows=1, columns=2) == [[COLORS["blue"], DARKER["blue"]]]
 
 
 def test_pictures_of_prompts_of_nobody_stand_alone(
@@ -85,5 +116,4 @@ def test_pictures_of_prompts_of_nobody_stand_alone(
 ) -> None:
     inputs = inputs | {"sample": gallery.shards({"heldout": [(flat((1, 2, 3)), "nobody's")]}, kind="samples")}
     measured(GridConfig(), inputs, tmp_path)
-    assert cells(tmp_path / "heldout.png", rows=1, columns=1) == [[(1, 2, 3)]]
-    assert not (tmp_path / "grid.png").exists()
+    assert cells(drawn(tmp_path), rows=1, columns=1) == [[(1, 2, 3)]]
