@@ -34,13 +34,15 @@ from genpipe.training.sharpness import sharpened
 from genpipe.training.state import TrainState
 from genpipe.training.stream import open_stream, seeded, to_device
 from genpipe.training.trial import step_flops
-from genpipe.training.validation import validate
+from genpipe.training.validation import keep_if_best, validate
 
 
 def train(
     objective: Objective, data: Data, cfg: TrainConfig, rt: Runtime, resources: Resources, observe: ObserveTraining
 ) -> Validation:
     """Train `objective` to `cfg.samples` and return its last validation; the EMA weights are left in place.
+
+    With `cfg.best` they are those that validated best, and the validation is theirs; training may end before.
 
     Starts from the runtime's newest checkpoint if there is one: N steps and k + resume + (N - k) steps give the
     same weights, bitwise on CPU. Every rank returns; metrics and pictures of the validation are rank 0's.
@@ -72,10 +74,12 @@ def train(
     meter = Meter(rt, global_batch_size=cfg.global_batch_size, peak_flops=peak_flops)
     held = HeldBuffers(objective.trainable.values())
     agreement = Agreement(rt, flags=2)
+    check = partial(validate, objective, parallel, data, cfg, rt, state, heldout_samples=observe.heldout_samples)
     saved_at, validated, due = time.monotonic(), False, False  # since the last checkpoint
+    ended = False
     with state.checkpoints_finished(), ExitStack() as stream:
         batches, damage = open_stream(stream, data, cfg, rt, resources, state)
-        while state.step < cfg.steps:
+        while state.step < cfg.steps and not ended:
             before = state.samples_seen
             _step(objective, parallel, state, batches, cfg, rt, meter, held)
             interval = checkpoint_interval(
@@ -87,16 +91,21 @@ def train(
             due = due or agreed
             last, again = state.step == cfg.steps, state.samples_seen <= state.guard.judged
             quiet = last or stop or again
-            validation_due = not quiet and _due(observe.validate_every, before, state.samples_seen)
+            compare_due = cfg.best is not None and not last and _due(cfg.best.every, before, state.samples_seen)
+            validation_due = not (quiet or compare_due) and _due(observe.validate_every, before, state.samples_seen)
             report_due = last or stop or state.step % observe.log_every == 0
-            if (validation_due or report_due) and (verdict := state.guard.look()):
+            if (compare_due or validation_due or report_due) and (verdict := state.guard.look()):
                 roll_back(state, verdict, rt)
                 batches, damage = open_stream(stream, data, cfg, rt, resources, state)
                 meter.restart()
                 continue
+            if compare_due:
+                with meter.aside():
+                    ended = keep_if_best(objective, parallel, data, cfg, rt, state, log=not again)
+                validated, last, report_due = True, ended, report_due or ended
             if validation_due:
                 with meter.aside():
-                    state.heldout = validate(objective, parallel, data, cfg, rt, state, observe).metrics
+                    state.heldout = check(log_at=state.samples_seen).metrics
                 validated = True
             if not report_due:
                 continue
@@ -119,7 +128,13 @@ def train(
                 raise Interrupted(state.samples_seen)
         agreement.close()
     run_eagerly(objective)
-    result = validate(objective, parallel, data, cfg, rt, state, observe)
+    log_at = state.samples_seen
+    if state.best:
+        if not ended:
+            keep_if_best(objective, parallel, data, cfg, rt, state, log=True)
+        state.best.put_back(objective.trainable, state.emas)
+        log_at = state.best.samples_seen
+    result = check(log_at=log_at)
     if rt.rank == 0:
         rt.log_environment(facts(state))
     for ema in state.emas.values():

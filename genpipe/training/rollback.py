@@ -42,7 +42,9 @@ def roll_back(state: TrainState, verdict: Verdict, rt: Runtime) -> None:
 
 
 def facts(state: TrainState) -> dict[str, str]:
-    """What the run must tell of steps and data that were skipped; nothing where none were."""
+    """What the run must tell of steps and data that were skipped, and of weights that are not the last ones."""
     guard = state.guard
     found = {"skipped_samples": ", ".join(map(str, guard.verdicts)), "skipped_steps": str(guard.skipped_steps or "")}
+    if state.best and state.best.value is not None:
+        found["weights_of_samples"] = str(state.best.samples_seen)
     return {name: value for name, value in found.items() if value}

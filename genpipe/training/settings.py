@@ -42,6 +42,18 @@ class GuardConfig(Config):
     rollbacks: int = Field(3, ge=0, description="how often training goes back before it fails")
 
 
+class BestConfig(Config):
+    """Keep the averaged weights of the best held-out validation, not the last ones, and perhaps end early."""
+
+    every: int = Field(ge=1, description="samples between the validations that are compared; the end is one, too")
+    metric: str = Field("loss", description="held-out metric that compares them")
+    goal: Literal["min", "max"] = Field("min", description="whether less or more of it is better")
+    heldout_samples: int = Field(256, ge=1, description="held-out samples of one validation")
+    patience: int | None = Field(
+        None, ge=1, description="samples without a better one after which training ends; null: train to the end"
+    )
+
+
 class TrainConfig(Config):
     """One training run. Progress is counted in samples, so that batch size and ranks may change."""
 
@@ -74,6 +86,7 @@ class TrainConfig(Config):
     source_weights: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]] = Field(
         default_factory=dict, description="share of the training samples from each source of a mix; default: by size"
     )
+    best: BestConfig | None = Field(None, description="keep the weights that validate best; null: the last ones")
     guard: GuardConfig = GuardConfig()
     max_bad_share: float = Field(0.01, ge=0, le=1, description="share of damaged samples beyond which training stops")
 

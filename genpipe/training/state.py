@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from genpipe.data.loader import skip_ranges
 from genpipe.models.precision import Products
 from genpipe.training.background import Background
+from genpipe.training.best import Best
 from genpipe.training.checkpoint import Checkpoint, Snapshot
 from genpipe.training.checkpoint_store import Canceled, name_of, samples_of
 from genpipe.training.ema import Ema
@@ -29,7 +30,7 @@ GRACE_SECONDS = 10.0
 """For a checkpoint under way, when training fails."""
 
 RECORD = ("samples_seen", "step", "products", "compiled")
-"""The fields of the state that a checkpoint holds as JSON, beside the guard's; `tensors` finds its tensors."""
+"""The fields of the state that a checkpoint holds as JSON, beside those of `guard` and `best`."""
 
 
 @dataclass
@@ -43,6 +44,9 @@ class TrainState:
     """Of the modules' losses; used with fp16 products alone."""
 
     guard: Guard
+    best: Best | None = None
+    """The weights that validated best, where `train.best` asks for them."""
+
     samples_seen: int = 0
     step: int = 0
     products: Products = "fp32"
@@ -77,6 +81,7 @@ class TrainState:
             },
             scales={name: LossScale(_device(module)) for name, module in trainable.items()},
             guard=Guard(cfg.guard, global_batch_size=cfg.global_batch_size),
+            best=Best(cfg.best, trainable) if cfg.best else None,
         )
 
     def advance(self) -> None:
@@ -120,6 +125,8 @@ class TrainState:
         begun = time.monotonic()
         share = share_of(self.tensors(), rank=rt.rank, world_size=rt.world_size)
         record = {key: getattr(self, key) for key in RECORD} | {"guard": self.guard.state_dict()}
+        if self.best:
+            record["best"] = self.best.state_dict()
         self._snapshot.copy(share, record, device=rt.device)
         name = name_of(self.samples_seen, attempt=self._attempt, count=self._saved)
         self._saved += 1
@@ -148,7 +155,7 @@ class TrainState:
         the run. Raises ValueError where a checkpoint's tensors are not those of this model.
         """
         self.wait()
-        names, self._attempt = _agreed(rt, _found(rt) if rt.rank == 0 else None)
+        names, self._attempt = agreed(rt, _found(rt) if rt.rank == 0 else None)
         for name in names:
             faults = _gathered(rt, rt.checkpoints.fault(name, rank=rt.rank, world_size=rt.world_size))
             fault = next((fault for fault in faults if fault), None)
@@ -186,6 +193,8 @@ class TrainState:
         for key in RECORD:
             setattr(self, key, checkpoint.record[key])
         self.guard.load_state_dict(checkpoint.record["guard"])
+        if self.best:
+            self.best.load_state_dict(checkpoint.record["best"])
         kept = self._kept()
         states = [_optimizer_state(checkpoint, *found) for found in self._optimizers()]
         tensors = kept | {name: tensor for by_name, _ in states for name, tensor in by_name.items()}
@@ -205,6 +214,8 @@ class TrainState:
             found |= {f"emas/{name}/{key}": tensor for key, tensor in ema.state_dict().items()}
         for name, scale in self.scales.items():
             found |= {f"scales/{name}/{key}": tensor for key, tensor in scale.tensors().items()}
+        if self.best:
+            found |= {f"best/{key}": tensor for key, tensor in self.best.tensors().items()}
         return found
 
     def _optimizers(self) -> Iterator[tuple[str, nn.Module, torch.optim.Optimizer]]:
@@ -248,7 +259,7 @@ def _found(rt: Runtime) -> tuple[list[str], int]:
     return rt.checkpoints.names(), time.time_ns() // 10**6
 
 
-def _agreed(rt: Runtime, mine: Any) -> Any:
+def agreed(rt: Runtime, mine: Any) -> Any:
     """Rank 0's value, on every rank."""
     values = [mine]
     if rt.world_size > 1:

@@ -25,7 +25,7 @@ STEP = 16
 
 @dataclass
 class FolderRuntime:
-    """It asks for a stop when it has logged all but one step of `stop_at` samples."""
+    """It asks for a stop when it has logged all but one step, of `step` samples, of `stop_at` samples."""
 
     work: Path
     stop_at: int | None = None
@@ -40,6 +40,7 @@ class FolderRuntime:
     reported: list[int] = field(default_factory=list)
     phases: dict[str, int] = field(default_factory=dict)
     round_seconds: float = 0.1
+    step: int = STEP
     checkpoints: CheckpointStore = field(init=False)
 
     def __post_init__(self) -> None:
@@ -70,7 +71,7 @@ class FolderRuntime:
         self.phases[phase] = self.phases.get(phase, 0) + 1
 
     def should_stop(self) -> bool:
-        return self.stop_at is not None and max(self.logged, default=0) + STEP >= self.stop_at
+        return self.stop_at is not None and max(self.logged, default=0) + self.step >= self.stop_at
 
     def saved(self) -> list[int]:
         """Samples seen of the committed checkpoints."""

@@ -26,10 +26,10 @@ from torch.distributed.tensor import DTensor
 
 from genpipe.storage import open_storage
 from genpipe.training.checkpoint_store import CheckpointStore
-from genpipe.training.settings import TrainConfig
+from genpipe.training.settings import BestConfig, TrainConfig
 from genpipe.training.state import TrainState
 
-CFG = TrainConfig(samples=1000, global_batch_size=10)
+CFG = TrainConfig(samples=1000, global_batch_size=10, best=BestConfig(every=10))
 Kind = Literal["plain", "sharded", "hybrid"]
 LAYOUTS: list[tuple[Kind, int]] = [
     ("plain", 2),
@@ -80,6 +80,8 @@ def step(state: TrainState) -> None:
     if isinstance(net, Net):
         net.seen += 1
     state.emas["net"].update()
+    assert state.best is not None
+    state.best.take(float(state.step), state.trainable, state.emas, at=state.samples_seen)
     state.samples_seen += CFG.global_batch_size
     state.step += 1
 
