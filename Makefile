@@ -1,4 +1,4 @@
-# The two commands: `make demo` and `make test`. Both make the virtual environment first if it is missing or stale.
+# The two commands: `make demo` and `make test`, or `make test-fast`. All make the virtual environment first if it is missing or stale.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -13,7 +13,7 @@ export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export DO_NOT_TRACK := true
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: demo test checks lint types imports tests cluster chaos bench-data bench-train bench-gpu docs docs-serve format clean
+.PHONY: demo test test-fast checks lint types imports tests cluster chaos bench-data bench-train bench-gpu docs docs-serve format clean
 
 demo: $(READY)
 	@echo "== running the pipeline $(CONFIG)"
@@ -46,6 +46,13 @@ tests: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(WHOLE:%=--ignore=%)
 	@echo "== tests of whole runs"
 	OMP_NUM_THREADS=1 $(BIN)/pytest $(WHOLE)
+
+# For between two edits: no Ray, no server, no ranks as processes, nothing that takes more than ten seconds.
+test-fast: $(READY)
+	@$(MAKE) --no-print-directory --jobs 2 lint types
+	@echo "== fast tests"
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist loadfile --no-loadscope-reorder \
+		-m 'not slow and not services' $(WHOLE:%=--ignore=%) tests
 
 # One machine plays a cluster, in network namespaces; a line a claim. About half an hour, with root's rights and PostgreSQL.
 cluster: $(READY)

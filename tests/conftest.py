@@ -26,9 +26,17 @@ from genpipe.pipeline import graph
 from genpipe.pipeline.plan import Planned, plan, spec_of
 from genpipe.pipeline.spec import StageSpec
 
+SERVERS = ("s3_server", "prefect_home")
+"""Fixtures that start one."""
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The slow files first, so that at the end no process waits for another's."""
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:
+    """Mark what starts a server; the slow files first, so that at the end no process waits for another's."""
+    for item in items:
+        on_s3 = hasattr(item, "callspec") and item.callspec.params.get("store_uri") == "s3"
+        if on_s3 or any(name in item.fixturenames for name in SERVERS):
+            item.add_marker("services")
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 

@@ -351,6 +351,7 @@ def run_rank(rank: int, folder: str, ranks: int) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.services
 def test_uneven_shards_never_hang_a_collective(folder: Path) -> None:
     """Eleven samples in shards of 1, 7 and 3, on two ranks, past the end of two epochs."""
     mp.spawn(run_rank, args=(str(folder), 2), nprocs=2)

@@ -152,6 +152,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return [torch.load(Path(folder, f"{rank}.pt"), weights_only=True) for rank in range(RANKS)]
 
 
+@pytest.mark.services
 @pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
 def test_ranks_equal_one_process_in_loss_and_gradients(ranks: list[dict[str, Any]], kind: str) -> None:
     images, texts, *weights = problem()
@@ -162,6 +163,7 @@ def test_ranks_equal_one_process_in_loss_and_gradients(ranks: list[dict[str, Any
             torch.testing.assert_close(value, expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.services
 def test_logits_of_a_rank_are_a_share_of_all(ranks: list[dict[str, Any]]) -> None:
     """b B for the softmax, b b for the sigmoid, where one process alone has B B."""
     share = PAIRS // RANKS

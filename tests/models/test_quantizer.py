@@ -225,6 +225,7 @@ def run_rank(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.services
 def test_ranks_move_the_codes_as_one_process(tmp_path: Path) -> None:
     """Bitwise alike on the ranks, and as one process that sees all micro-batches, revived codes too."""
     mp.spawn(run_rank, args=(str(tmp_path),), nprocs=RANKS)

@@ -173,6 +173,7 @@ SPREADS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.services
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_memory_is_what_torch_allocates(tmp_path: Path) -> None:

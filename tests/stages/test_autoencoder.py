@@ -201,6 +201,7 @@ def trained(spec: StageSpec, folder: str, *, rank: int | None = None) -> dict[st
         return weights(train_stage(spec, FolderRuntime(where, **world))[0])
 
 
+@pytest.mark.services
 def test_two_ranks_train_codebook_and_discriminator_as_one(tiny: TinyPipeline, tmp_path: Path) -> None:
     spec = spec_of(tiny, GAN, VQ)
     mp.spawn(run_rank, args=(spec.model_dump_json(), str(tmp_path)), nprocs=RANKS)

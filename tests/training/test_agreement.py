@@ -13,6 +13,7 @@ from rank_processes import RANKS, agree
 from genpipe.training.agreement import Agreement
 
 
+@pytest.mark.services
 @pytest.mark.parametrize("round_seconds", [0.0, 0.05])
 def test_all_see_at_the_same_step_what_one_raised(tmp_path: Path, round_seconds: float) -> None:
     mp.spawn(agree, args=(str(tmp_path), round_seconds), nprocs=RANKS)
@@ -24,6 +25,7 @@ def test_all_see_at_the_same_step_what_one_raised(tmp_path: Path, round_seconds:
         assert first == [4, 5], "at the next step, and what was raised until then"
 
 
+@pytest.mark.services
 def test_one_rank_sees_its_flags_at_once(tmp_path: Path) -> None:
     agreement = Agreement(FolderRuntime(tmp_path), flags=2)
     assert agreement.ask(False, True) == [False, True]

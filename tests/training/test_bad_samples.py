@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch.multiprocessing as mp
 from rank_processes import SAMPLES, Outcome, count_damage
 
@@ -16,6 +17,7 @@ from genpipe.data.shards import ShardWriter
 DAMAGED = {3, 20, 41}
 
 
+@pytest.mark.services
 def test_ranks_count_together_and_stop_together(tmp_path: Path) -> None:
     with ShardWriter(tmp_path, split="train", part=0, max_samples=99, max_bytes=10**6) as writer:
         for i in range(SAMPLES):

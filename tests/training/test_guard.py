@@ -154,6 +154,7 @@ def feed(guard: Guard, step: int, loss: float, active: tuple[str, ...] = ("one",
     guard.note("one", active=active, samples_seen=step * G, loss=torch.tensor(loss), skip=torch.tensor(0.0))
 
 
+@pytest.mark.services
 def test_all_ranks_skip_alike(tmp_path: Path) -> None:
     """What only one rank meets, none applies; and a run of it takes both back."""
     mp.spawn(train_small_ranks, args=(str(tmp_path),), nprocs=2)

@@ -63,6 +63,7 @@ def together(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     return Together(request.param, folder)
 
 
+@pytest.mark.services
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_ranks_learn_what_one_learns(alone: dict[str, dict[str, Any]], together: Together) -> None:
@@ -77,6 +78,7 @@ def test_ranks_learn_what_one_learns(alone: dict[str, dict[str, Any]], together:
                     assert first["logged"][at][name] == pytest.approx(values[name], rel=close, abs=1e-6)
 
 
+@pytest.mark.services
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_ranks_see_what_one_sees(alone: dict[str, dict[str, Any]], together: Together) -> None:
@@ -87,6 +89,7 @@ def test_ranks_see_what_one_sees(alone: dict[str, dict[str, Any]], together: Tog
         assert all(len(seen) == len(several[0]) for seen in several)
 
 
+@pytest.mark.services
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_muon_sharded_is_muon(together: Together) -> None:
@@ -97,6 +100,7 @@ def test_muon_sharded_is_muon(together: Together) -> None:
             assert [(one - other).abs().max() < 1e-5 for one, other in zip(found, expected, strict=True)] == [True] * 6
 
 
+@pytest.mark.services
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_every_stage_learns_the_same_sharded(tiny: TinyPipeline, tmp_path: Path) -> None:

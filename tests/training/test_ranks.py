@@ -69,6 +69,7 @@ def largest_difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> floa
     return max((one[name] - other[name]).abs().max().item() for name in one)
 
 
+@pytest.mark.services
 @pytest.mark.parametrize("stage", STAGES)
 def test_two_ranks_train_as_one(both: dict[str, list[dict[str, Any]]], stage: str) -> None:
     alone, first, second = both[stage]
@@ -83,6 +84,7 @@ def test_two_ranks_train_as_one(both: dict[str, list[dict[str, Any]]], stage: st
                 assert first["logged"][at][name] == pytest.approx(values[name], rel=1e-4, abs=1e-6)
 
 
+@pytest.mark.services
 @pytest.mark.parametrize("stage", [stage for stage in STAGES if stage != "clip"])
 def test_noise_belongs_to_the_micro_batch_and_not_to_the_rank(
     both: dict[str, list[dict[str, Any]]], stage: str
@@ -95,6 +97,7 @@ def test_noise_belongs_to_the_micro_batch_and_not_to_the_rank(
     assert positions == set(range(0, 64, 4))
 
 
+@pytest.mark.services
 def test_a_stage_run_by_two_ranks_is_committed_once(specs: dict[str, StageSpec], folder: Path) -> None:
     """As torchrun starts them: rank 0 exports and commits, both get the artifact."""
     first, second = (
