@@ -35,14 +35,16 @@ from prefect.utilities.urls import url_for
 
 from flows import notify, server
 from flows.cancellation import RunCancelled, is_cancelled, watched
+from flows.foresight import Foreseeing
 from flows.reporting import Outcome, PlainReporter, Reporter, StageResult, StagesFailed
 from genpipe import artifacts
 from genpipe.config import ConfigError
 from genpipe.launch import jobs, submission
 from genpipe.launch.failure import JobLost
 from genpipe.launch.lease import clear_work, may_be_held
+from genpipe.pipeline.forecast import forecast
 from genpipe.pipeline.graph import Pipeline, load_pipeline
-from genpipe.pipeline.order import longest_path_first
+from genpipe.pipeline.order import longest_path_first, works_of
 from genpipe.pipeline.plan import Planned, names_of, plan, spec_of
 from genpipe.pipeline.spec import StageSpec
 from genpipe.storage import local_path
@@ -360,12 +362,15 @@ def _run_stages(run: _Run) -> list[StageResult]:
                 holds=names_of(run.plans.values()),
             )
         )
-        turns = stack.enter_context(ThreadPoolExecutor(1)).submit(longest_path_first, list(run.plans.values()))
+        plans = list(run.plans.values())
+        works = stack.enter_context(ThreadPoolExecutor(1)).submit(works_of, plans)
         cluster = None
         if any(planned.status == "run" for planned in run.plans.values()):
             cluster = stack.enter_context(jobs.cluster(pipeline.cfg.ray))
-            submission.check(cluster, pipeline, list(run.plans.values()))
-        place = _Place(run, cluster, parent.run_id, links, turns.result())
+            submission.check(cluster, pipeline, plans)
+        turns = longest_path_first(plans, works.result())
+        run = _foreseen(run, cluster, works.result())
+        place = _Place(run, cluster, parent.run_id, links, turns)
         stack.callback(_place.reset, _place.set(place))
         futures = _submit(run)
         try:
@@ -392,6 +397,15 @@ def _run_stages(run: _Run) -> list[StageResult]:
     if any(result.status == "failed" for result in results):
         raise StagesFailed(results)
     return results
+
+
+def _foreseen(run: _Run, cluster: jobs.Cluster | None, works: dict[str, float]) -> _Run:
+    """The run with a reporter that is told what is left of all of it, if that is more than a stage and can be known."""
+    plans = list(run.plans.values())
+    if cluster is None or sum(planned.status == "run" for planned in plans) < 2:
+        return run
+    expected = forecast(plans, capacity=cluster.capacity, works=works, probe=cluster.embedded)
+    return run if expected is None else replace(run, reporter=Foreseeing(run.reporter, expected))
 
 
 def _ended_by_cancel(error: BaseException) -> bool:

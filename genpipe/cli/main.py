@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import shlex
+import shutil
 import socket
 import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from datetime import datetime
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -33,7 +36,6 @@ if TYPE_CHECKING:
 app = typer.Typer(
     name="genpipe",
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode="markdown",
     help="""Trains image-generating systems in stages.
 
@@ -88,7 +90,10 @@ def run(config: ConfigFile, overrides: Overrides = None) -> None:
 
     with _watched() as reporter:
         results = api.run(config, overrides or [], reporter=reporter)
-    _summary(results)
+    code = _summary(results)
+    _next_steps(config, overrides or [], results)
+    if code:
+        raise typer.Exit(code)
 
 
 @app.command()
@@ -111,7 +116,8 @@ def stage(
     given = [f"stages.{base}.inputs.{text}" for text in inputs or []]
     with _watched() as reporter:
         result = run_one(name, config, [*(overrides or []), *given], reporter=reporter)
-    _summary([result])
+    if code := _summary([result]):
+        raise typer.Exit(code)
 
 
 @app.command()
@@ -157,12 +163,14 @@ def plan(
         Path | None, typer.Option("--graph", metavar="FILE", help="draw the graph: .svg, .png or .pdf")
     ] = None,
 ) -> None:
-    """Say what a run would do and why, and what its training stages cost, without doing it.
+    """Say what a run would do and why, how long it takes, and what its training stages cost, without doing it.
 
-    The hours are those of `--mfu` and `--peak` (of an H100 by default), and arithmetic alone: what reading and
-    starting cost is not in them.
+    Times are those of this machine, by a probe of 0.1 s or, better, by what is trained in the store already. GPU-hours,
+    where GPUs are configured, are those of `--mfu` and `--peak` (of an H100 by default). Both are estimates by
+    arithmetic: what large data take to read is in neither.
     """
     from genpipe import api
+    from genpipe.pipeline.graph import load_pipeline
 
     try:
         plans = api.plan(config, overrides or [])
@@ -172,11 +180,11 @@ def plan(
     console.table(("stage", "", "why", "artifact"), [(p.name, p.status, p.why, p.artifact.uri) for p in plans])
     if graph is not None:
         from genpipe.pipeline.drawing import draw
-        from genpipe.pipeline.graph import load_pipeline
 
         draw(plans, graph, title=load_pipeline(config, overrides or []).cfg.name)
         console.out.print(f"wrote {graph}", highlight=False)
-    _costs(plans, mfu=mfu, peak_tflops=peak, price=price)
+    here = not load_pipeline(config, overrides or []).cfg.ray.address
+    _costs(plans, mfu=mfu, peak_tflops=peak, price=price, here=here)
 
 
 @app.command()
@@ -288,31 +296,44 @@ def _absent_data(pipeline: Pipeline) -> str:
     return ""
 
 
-def _costs(plans: Sequence[Planned], *, mfu: float, peak_tflops: float, price: float) -> None:
-    """What the training stages of a plan cost, each and all, as tables."""
+def _costs(plans: Sequence[Planned], *, mfu: float, peak_tflops: float, price: float, here: bool) -> None:
+    """What the training stages of a plan cost, each and all, as tables; the time that it takes if it runs `here`."""
     from genpipe.pipeline.costs import cost_of
+    from genpipe.pipeline.forecast import forecast
+    from genpipe.pipeline.spec import duration
     from genpipe.stages import is_training
 
     costs = {
         p.name: cost_of(p.instance.stage, p.instance.cfg, p.inputs) for p in plans if is_training(p.instance.stage)
     }
-    hours = {name: cost.gpu_hours(mfu=mfu, peak_tflops=peak_tflops) for name, cost in costs.items()}
-    rows: list[tuple[object, ...]] = [
-        (name, f"{sum(cost.parameters.values()) / 1e6:,.2f} M", f"{cost.flops / 1e9:,.3g}", f"{cost.samples:,}",
-         cost.workers, f"{hours[name]:,.3g}", f"{hours[name] * price:,.2f}")
-        for name, cost in costs.items()
-    ]  # fmt: skip
-    total = sum(hours.values())
-    rows.append(("all", "", "", "", "", f"{total:,.3g}", f"{total * price:,.2f}"))
-    console.table(("stage", "parameters", "GFLOP a sample", "samples", "workers", "GPU-hours", "cost"), rows)
+    columns = {
+        "stage": [*costs, "all"],
+        "parameters": [f"{sum(cost.parameters.values()) / 1e6:,.2f} M" for cost in costs.values()],
+        "GFLOP a sample": [f"{cost.flops / 1e9:,.3g}" for cost in costs.values()],
+        "samples": [f"{cost.samples:,}" for cost in costs.values()],
+        "workers": [str(cost.workers) for cost in costs.values()],
+    }
+    to_run = {p.name for p in plans if p.status == "run"}
+    works = {p.name: 0.0 for p in plans}
+    works |= {name: cost.flops * cost.samples / cost.workers for name, cost in costs.items() if name in to_run}
+    expected = forecast(plans, capacity={"CPU": float(os.cpu_count() or 1)}, works=works, probe=here)
+    if expected is not None:
+        times = [duration(expected.seconds[name]) if name in to_run else "done" for name in costs]
+        columns["about"] = [*times, duration(expected.total())]
+    gpus = any(p.instance.cfg.resources.gpus for p in plans)
+    if gpus:
+        hours = [cost.gpu_hours(mfu=mfu, peak_tflops=peak_tflops) for cost in costs.values()]
+        columns["GPU-hours"] = [f"{each:,.3g}" for each in (*hours, sum(hours))]
+        columns["cost"] = [f"{each * price:,.2f}" for each in (*hours, sum(hours))]
+    console.table(list(columns), list(zip_longest(*columns.values(), fillvalue="")))
     parts = ("weights", "gradients", "optimizer", "averages", "gathered", "activations")
     sizes = [(name, *(cost.memory[part] / 2**30 for part in parts), cost.peak / 2**30) for name, cost in costs.items()]
     memory = [(name, *(f"{size:,.3f}" for size in row)) for name, *row in sizes]
-    console.table(("GiB a GPU", *parts, "all"), memory)
+    console.table(("GiB a GPU" if gpus else "GiB a worker", *parts, "all"), memory)
 
 
-def _summary(results: Sequence[StageResult]) -> None:
-    """The table at the end of a run, the pictures, and the exit code."""
+def _summary(results: Sequence[StageResult]) -> int:
+    """The table at the end of a run, and the pictures; the exit code."""
     from genpipe.pipeline.spec import duration
     from genpipe.storage import open_storage
 
@@ -329,8 +350,20 @@ def _summary(results: Sequence[StageResult]) -> None:
     missed = [message for result in results for message in result.missed]
     for message in missed:
         console.problem(f"gate missed: {message}")
-    if failed or missed:
-        raise typer.Exit(1)
+    return 1 if failed or missed else 0
+
+
+def _next_steps(config: str, overrides: Sequence[str], results: Sequence[StageResult]) -> None:
+    """What a person may want next: to see the runs, and to draw something else."""
+    program = "genpipe" if shutil.which("genpipe") else os.path.relpath(sys.argv[0])
+    steps = [("see the runs", shlex.join([program, "ui", config, *overrides]))]
+    for system in (r.artifact for r in results if r.artifact is not None and r.artifact.kind == "system"):
+        place = system.uri if "://" in system.uri else os.path.relpath(system.uri)
+        told = {"text": ['"a prompt of your own"'], "label": ["--label", "NAME"]}
+        given = [word for condition in sorted(system.meta["conditioned_on"]) for word in told.get(condition, [])]
+        steps.append(("draw", " ".join([shlex.join([program, "sample", place]), *given, "--out", "drawn.png"])))
+    for what, command in steps:
+        console.out.print(f"{what}: {command}", highlight=False, markup=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

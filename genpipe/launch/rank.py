@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from genpipe.launch.process import set_up_process
 from genpipe.launch.run_stage import commit
 from genpipe.launch.watchdog import Watched
 from genpipe.pipeline.code import check_code
+from genpipe.pipeline.forecast import RATE
 from genpipe.pipeline.spec import Progress, StageSpec, read_progress, write_progress
 from genpipe.stages import load_stage
 from genpipe.storage import join
@@ -84,7 +86,7 @@ def train_rank(
                     folder=Path(folder),
                     meta=meta,
                     metrics=result.metrics,
-                    environment=rt.environment,
+                    environment={**rt.environment, **rt.pace()},
                     run_id=run_id,
                 )
 
@@ -105,6 +107,8 @@ class RankRuntime:
     environment: dict[str, str] = field(default_factory=dict)
     round_seconds: float = 0.1
     telling: Background = field(default_factory=Background)
+    reports: tuple[tuple[float, int], ...] = ()
+    """The times of the first report of this attempt and of the last, and the samples seen then."""
 
     def __enter__(self) -> RankRuntime:
         self.run = attach(self.spec, self.run_id) if self.rank == 0 else None
@@ -123,7 +127,15 @@ class RankRuntime:
         self.run.log(metrics, samples_seen=samples_seen)
         rate = metrics.get("samples_per_second")
         if rate is not None:
+            self.reports = (*self.reports[:1], (time.monotonic(), samples_seen))
             self._tell(Progress(done=samples_seen, total=self.total, rate=rate, metrics=metrics, note=self.note))
+
+    def pace(self) -> dict[str, str]:
+        """The samples a second of this attempt, all told, which say how long another training takes."""
+        if len(self.reports) < 2:
+            return {}
+        (begun, first), (ended, last) = self.reports
+        return {RATE: f"{(last - first) / (ended - begun):.4g}"}
 
     def _tell(self, progress: Progress) -> None:
         """Write progress beside the training, which a slow store, or one that is full or away, is not to hold up."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from genpipe.pipeline.costs import training_flops
 from genpipe.pipeline.plan import Planned
@@ -25,16 +25,23 @@ def work(planned: Planned) -> float:
         return 0.0
 
 
-def longest_path_first(plans: Sequence[Planned]) -> dict[str, int]:
+def works_of(plans: Sequence[Planned]) -> dict[str, float]:
+    """The `work` of each instance."""
+    return {planned.name: work(planned) for planned in plans}
+
+
+def longest_path_first(plans: Sequence[Planned], works: Mapping[str, float] | None = None) -> dict[str, int]:
     """The place of each instance, 0 first, by the work on the longest path that begins with it.
 
-    Of equals the one that is planned first goes first. Nothing is computed where there is no choice to make.
+    `works` is the `work` of each if it is known. Of equals the one that is planned first goes first. Nothing is
+    computed where there is no choice to make.
     """
     if sum(planned.status == "run" for planned in plans) < 3:
         return {planned.name: place for place, planned in enumerate(plans)}
     remaining: dict[str, float] = {}
     for planned in reversed(plans):
         after = (remaining[p.name] for p in plans if planned.name in p.instance.needs)
-        remaining[planned.name] = work(planned) + max(after, default=0.0)
+        own = work(planned) if works is None else works[planned.name]
+        remaining[planned.name] = own + max(after, default=0.0)
     names = sorted((planned.name for planned in plans), key=lambda name: -remaining[name])  # a stable sort
     return {name: place for place, name in enumerate(names)}

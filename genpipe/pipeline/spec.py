@@ -79,13 +79,22 @@ class Progress(Config):
     rate: float = Field(0.0, description="units a second")
     metrics: dict[str, float] = Field(default_factory=dict)
     note: str = Field("", description="what happened on the way, and was no failure")
+    left: float | None = Field(None, description="seconds, where that does not follow from the rate")
+
+    @property
+    def seconds_left(self) -> float | None:
+        """Until all is done, where that is known."""
+        if self.left is None and self.rate:
+            return max(0, self.total - self.done) / self.rate
+        return self.left
 
     def describe(self) -> str:
         """For people: done of total, rate, time left, and the loss if there is one."""
         parts = [f"{self.done:,}/{self.total:,} {self.unit}"]
         if self.rate:
-            left = max(0, self.total - self.done) / self.rate
-            parts += [f"{self.rate:,.1f}/s" if self.rate < 10 else f"{self.rate:,.0f}/s", f"{duration(left)} left"]
+            parts.append(f"{self.rate:,.1f}/s" if self.rate < 10 else f"{self.rate:,.0f}/s")
+        if self.seconds_left is not None:
+            parts.append(f"{duration(self.seconds_left)} left")
         losses = [f"loss {value:.4f}" for name, value in self.metrics.items() if name.endswith("/loss")]
         return "  ".join(parts + losses[:1])
 

@@ -74,7 +74,7 @@ def test_a_missing_folder_is_named(genpipe: Command) -> None:
     code, out, _ = genpipe("check", TINY)
     assert code == 0 and f"{TINY}: ok, but for its data: {TINY}: {fault}" in out, "it may be elsewhere"
     code, out, err = genpipe("plan", TINY)
-    assert code == 0 and fault in err and "GPU-hours" in out
+    assert code == 0 and fault in err and "GiB a worker" in out
 
 
 def test_a_stage_says_which_inputs_it_lacks(genpipe: Command, shapes: Path, tmp_path: Path) -> None:
