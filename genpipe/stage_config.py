@@ -2,11 +2,33 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import os
+from contextlib import suppress
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from genpipe.config import Config
+
+QUOTAS = ("/sys/fs/cgroup/cpu.max", "/sys/fs/cgroup/cpu/cpu.cfs_quota_us /sys/fs/cgroup/cpu/cpu.cfs_period_us")
+"""Where a container finds its quota and the period that it is for: cgroups v2, v1."""
+
+
+def cores() -> int:
+    """CPU cores that this process may use: by its affinity, and by the quota of its container, as Ray counts them."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    for files in QUOTAS:
+        with suppress(OSError, ValueError):  # no such file, or no limit
+            quota, period = map(int, " ".join(Path(file).read_text() for file in files.split()).split())
+            if quota > 0:
+                count = min(count, max(1, quota // period))
+    return count
+
+
+def _shared(cpus: Any) -> Any:
+    """`auto`: half of the cores."""
+    return max(1, cores() // 2) if cpus == "auto" else cpus
 
 
 class Resources(Config):
@@ -15,7 +37,10 @@ class Resources(Config):
     workers: int | tuple[int, int] = Field(
         1, description="training ranks, or actors of a data stage; [least, most] where they may come and go"
     )
-    cpus: float = Field(1.0, gt=0, description="CPU cores of each worker; also its number of torch threads")
+    cpus: Annotated[float, BeforeValidator(_shared)] = Field(
+        1.0, gt=0, description="CPU cores of each worker, and its torch threads; auto: half of this machine's, for two "
+        "workers or stages side by side",
+    )  # fmt: skip
     gpus: float = Field(0.0, ge=0, description="GPUs of each worker")
     accelerator_type: str = Field("", description="of the GPUs, as Ray calls it: H100, A100, L4; default: any")
     memory: float | None = Field(None, gt=0, description="GiB of main memory that Ray keeps for each worker")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import os
 import platform
 import shutil
 import sys
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from genpipe.launch import jobs
 from genpipe.pipeline.graph import load_pipeline
+from genpipe.stage_config import cores
 from genpipe.storage import open_storage
 from genpipe.tracking.recording import records_of
 from genpipe.tracking.store import redacted
@@ -62,7 +62,7 @@ def _machine() -> Iterator[Finding]:
     import psutil
     import torch
 
-    yield Finding("CPU cores", True, str(_cores()))
+    yield Finding("CPU cores", True, str(cores()))
     memory = psutil.virtual_memory().available
     yield Finding("free memory", memory > ENOUGH_MEMORY, f"{memory / 2**30:.1f} GiB", "the demo needs 6 GiB")
     disk = shutil.disk_usage(".").free
@@ -79,11 +79,6 @@ def _prefect() -> Finding:
     return _tried("Prefect", server.described(), server.check_home)
 
 
-def _cores() -> int:
-    """Those that this process may use, where the system can say so."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def _products(device: torch.device) -> Iterator[Finding]:
     """How fast matrix products are in each precision, as training computes them, and what `auto` takes."""
     import torch
@@ -93,7 +88,7 @@ def _products(device: torch.device) -> Iterator[Finding]:
     before = torch.get_num_threads(), torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium")
     gpu = device.type != "cpu"
-    counts = [1] if gpu else sorted({1, _cores()})
+    counts = [1] if gpu else sorted({1, cores()})
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16))[: 3 if gpu else 2]:
         rates = []
         for count in counts:

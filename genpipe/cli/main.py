@@ -301,6 +301,7 @@ def _costs(plans: Sequence[Planned], *, mfu: float, peak_tflops: float, price: f
     from genpipe.pipeline.costs import cost_of
     from genpipe.pipeline.forecast import forecast
     from genpipe.pipeline.spec import duration
+    from genpipe.stage_config import cores
     from genpipe.stages import is_training
 
     costs = {
@@ -316,7 +317,7 @@ def _costs(plans: Sequence[Planned], *, mfu: float, peak_tflops: float, price: f
     to_run = {p.name for p in plans if p.status == "run"}
     works = {p.name: 0.0 for p in plans}
     works |= {name: cost.flops * cost.samples / cost.workers for name, cost in costs.items() if name in to_run}
-    expected = forecast(plans, capacity={"CPU": float(os.cpu_count() or 1)}, works=works, probe=here)
+    expected = forecast(plans, capacity={"CPU": float(cores())}, works=works, probe=here)
     if expected is not None:
         times = [duration(expected.seconds[name]) if name in to_run else "done" for name in costs]
         columns["about"] = [*times, duration(expected.total())]

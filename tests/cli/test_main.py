@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
 
 import pytest
 from conftest import Command
 
+from flows.reporting import StageResult
+from genpipe.artifacts import Artifact
 from genpipe.cli import console
 from genpipe.cli import main as cli
 
@@ -108,3 +111,15 @@ def test_a_table_on_a_pipe_is_never_cut(capsys: pytest.CaptureFixture[str]) -> N
     console.table(("reason", "detail"), [("corrupt", "x" * 3000), ("short", "y")])
     lines = capsys.readouterr().out.splitlines()
     assert lines[1].split() == ["corrupt", "x" * 3000] and len(lines) == 3
+
+
+def test_a_run_ends_with_what_may_come_next(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    system = Artifact(
+        kind="system", uri=str(tmp_path / "s"), fingerprint="f" * 64, meta={"conditioned_on": ["label", "text"]}
+    )
+    cli._next_steps(TINY, ["store=a place"], [StageResult("system", "cached", artifact=system)])
+    seen, drawn = capsys.readouterr().out.splitlines()
+    assert shlex.split(seen.partition(": ")[2])[1:] == ["ui", TINY, "store=a place"]
+    command, source, *rest = shlex.split(drawn.partition(": ")[2])[1:]
+    assert (command, Path(source).resolve()) == ("sample", tmp_path / "s")
+    assert rest == ["--label", "NAME", "a prompt of your own", "--out", "drawn.png"]
