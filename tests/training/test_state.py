@@ -227,7 +227,8 @@ def test_tensors_go_by_the_names_of_weights() -> None:
     step(state)
     names = set(state.tensors())
     assert {"trainable/net/seen", "emas/net/gain", "optimizers/net/0/inner.2.weight/exp_avg_sq"} <= names
-    assert all(name.startswith(("trainable/net/", "emas/net/", "optimizers/net/0/", "scales/net/")) for name in names)
+    kinds = ("trainable/net/", "emas/net/", "optimizers/net/0/", "scales/net/", "best/net/")
+    assert all(name.startswith(kinds) for name in names)
 
 
 KILLED = """
