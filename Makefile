@@ -47,12 +47,12 @@ tests: $(READY)
 	@echo "== tests of whole runs"
 	OMP_NUM_THREADS=1 $(BIN)/pytest $(WHOLE)
 
-# For between two edits: no Ray, no server, no ranks as processes, nothing that takes more than ten seconds.
+# For between two edits: no Ray, no server, no ranks as processes, no pipeline, nothing that takes more than ten seconds.
 test-fast: $(READY)
 	@$(MAKE) --no-print-directory --jobs 2 lint types
 	@echo "== fast tests"
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist loadfile --no-loadscope-reorder \
-		-m 'not slow and not services' $(WHOLE:%=--ignore=%) tests
+		-m 'not slow and not services and not pipelines' $(WHOLE:%=--ignore=%) tests
 
 # One machine plays a cluster, in network namespaces; a line a claim. About half an hour, with root's rights and PostgreSQL.
 cluster: $(READY)

@@ -49,6 +49,7 @@ class Foreseeing:
     def _note(self, stage: str, status: str, progress: Progress | None) -> None:
         now = time.monotonic()
         if status == "running":
+            self.ended.discard(stage)  # a lost one is tried again
             begun = self.begun.setdefault(stage, now)
             if progress and progress.seconds_left is not None and progress.done >= SETTLED * progress.total:
                 self.ends[stage] = now + progress.seconds_left

@@ -26,16 +26,18 @@ from genpipe.pipeline import graph
 from genpipe.pipeline.plan import Planned, plan, spec_of
 from genpipe.pipeline.spec import StageSpec
 
-SERVERS = ("s3_server", "prefect_home")
-"""Fixtures that start one."""
+MARKS = {"services": ("s3_server", "prefect_home"), "pipelines": ("tiny", "pixel_tiny")}
+"""Marks of the tests that take one of these fixtures."""
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:
-    """Mark what starts a server; the slow files first, so that at the end no process waits for another's."""
+    """Mark tests by their fixtures; the slow files first, so that at the end no process waits for another's."""
     for item in items:
-        on_s3 = hasattr(item, "callspec") and item.callspec.params.get("store_uri") == "s3"
-        if on_s3 or any(name in item.fixturenames for name in SERVERS):
+        for mark, fixtures in MARKS.items():
+            if any(name in item.fixturenames for name in fixtures):
+                item.add_marker(mark)
+        if hasattr(item, "callspec") and item.callspec.params.get("store_uri") == "s3":
             item.add_marker("services")
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 

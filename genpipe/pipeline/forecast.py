@@ -73,10 +73,11 @@ def forecast(
         resources = planned.instance.cfg.resources
         seconds[planned.name] = STAGE_SECONDS
         if works[planned.name]:
-            if reached is None and (resources.gpus or not probe):
+            rate = reached.get(resources.gpus > 0)
+            if rate is None and (resources.gpus or not probe):
                 return None
             precision = planned.instance.cfg.train.precision  # type: ignore[attr-defined]
-            rate = reached or probed(threads=max(1, int(resources.cpus)), precision=precision)
+            rate = rate or probed(threads=max(1, int(resources.cpus)), precision=precision)
             seconds[planned.name] += works[planned.name] / rate
     order = longest_path_first(plans, works)
     return Forecast(plans, capacity, order, seconds, dict(seconds))
@@ -140,9 +141,9 @@ def _share(resources: Resources) -> dict[str, float]:
     return {"CPU": workers * resources.cpus, "GPU": workers * resources.gpus}
 
 
-def _reached(plans: Sequence[Planned]) -> float | None:
-    """FLOP/s of one worker in the trainings of a plan that are done: the median."""
-    rates = []
+def _reached(plans: Sequence[Planned]) -> dict[bool, float]:
+    """FLOP/s of one worker in the trainings of a plan that are done, on CPUs and on GPUs: the median of each."""
+    rates: dict[bool, list[float]] = {}
     for planned in plans:
         cfg = planned.instance.cfg
         if planned.status != "cached" or not is_training(planned.instance.stage):
@@ -151,5 +152,5 @@ def _reached(plans: Sequence[Planned]) -> float | None:
         rate = float(manifest.environment.get(RATE, 0)) if manifest else 0.0
         if rate and cfg.train.samples:  # type: ignore[attr-defined]
             flops = training_flops(planned.instance.stage, cfg, planned.inputs) / cfg.train.samples  # type: ignore[attr-defined]
-            rates.append(flops * rate / cfg.resources.max_workers)
-    return statistics.median(rates) if rates else None
+            rates.setdefault(cfg.resources.gpus > 0, []).append(flops * rate / cfg.resources.max_workers)
+    return {on_gpus: statistics.median(found) for on_gpus, found in rates.items()}

@@ -27,6 +27,7 @@ def test_a_failed_stage_leaves_the_others_work(project: Project) -> None:
     assert re.search(r"RESULT toy_line failed no such luck \(log: .*/job.log\)", output)
     assert "RESULT toy_end skipped it needs toy_data, toy_line, toy_slow" in output
     assert "Traceback" not in output, output
+    assert re.search(r"all stages: running 0/3 stages  \d\S* left", output), output
 
 
 def test_one_stage_by_hand(project: Project) -> None:
