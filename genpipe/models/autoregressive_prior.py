@@ -13,7 +13,7 @@ import torch
 from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
-from genpipe.models.layers import KeyValueCache, TransformerBlock, TransformerConfig
+from genpipe.models.layers import KeyValueCache, LayerNorm, TransformerBlock, TransformerConfig
 from genpipe.models.pca_quantizer import PrincipalCodes
 from genpipe.models.prior_conditioning import Caption, NullText, causal_mask, drop_captions, null_caption
 
@@ -78,7 +78,7 @@ class AutoregressivePrior(nn.Module):
             TransformerBlock(cfg.width, heads=cfg.heads, mlp_ratio=cfg.mlp_ratio, qk_norm=cfg.qk_norm)
             for _ in range(cfg.depth)
         )
-        self.norm = nn.LayerNorm(cfg.width)
+        self.norm = LayerNorm(cfg.width)
         self.code_out = nn.Linear(cfg.width, cfg.buckets)
 
     def forward(

@@ -25,7 +25,7 @@ from genpipe.models.contrastive import (
     softmax_loss,
     softmax_loss_in_chunks,
 )
-from genpipe.models.layers import Activation, TransformerBlock, TransformerConfig, patchify
+from genpipe.models.layers import Activation, LayerNorm, TransformerBlock, TransformerConfig, patchify
 
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -97,9 +97,9 @@ class ImageTower(nn.Module):
         self.patches = nn.Linear(3 * cfg.patch_size**2, width, bias=cfg.patch_bias)
         self.positions_1NW = nn.Parameter(width**-0.5 * torch.randn(1, with_class + cfg.patches, width))
         self.class_token_W = nn.Parameter(width**-0.5 * torch.randn(width)) if with_class else None
-        self.pre_norm = nn.LayerNorm(width, eps=eps) if cfg.image_pre_norm else nn.Identity()
+        self.pre_norm = LayerNorm(width, eps=eps) if cfg.image_pre_norm else nn.Identity()
         self.blocks = image_transformer(cfg.image)
-        self.norm = nn.LayerNorm(width, eps=eps)
+        self.norm = LayerNorm(width, eps=eps)
         self.projection = nn.Linear(width, cfg.embed_dim, bias=False)
         nn.init.normal_(self.projection.weight, std=width**-0.5)
         if cfg.pixels == "openai":  # of images in [-1, 1]
@@ -147,7 +147,7 @@ class TextTower(nn.Module):
         nn.init.normal_(self.tokens.weight, std=0.02)
         self.positions_LW = nn.Parameter(0.01 * torch.randn(context_length, width))
         self.blocks = text_transformer(cfg.text)
-        self.norm = nn.LayerNorm(width, eps=cfg.text.norm_eps)
+        self.norm = LayerNorm(width, eps=cfg.text.norm_eps)
         self.projection = nn.Linear(width, cfg.embed_dim, bias=False)
         nn.init.normal_(self.projection.weight, std=width**-0.5)
 

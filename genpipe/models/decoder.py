@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from genpipe.config import Config, by_kind
 from genpipe.models.dit import DiT, DiTConfig
-from genpipe.models.layers import TransformerBlock, TransformerConfig
+from genpipe.models.layers import LayerNorm, TransformerBlock, TransformerConfig
 from genpipe.models.prior_conditioning import NullText
 from genpipe.models.unet import UNet, UNetConfig
 
@@ -215,7 +215,7 @@ class TextTransformer(nn.Module):
             )
             for _ in range(cfg.depth)
         )
-        self.norm = nn.LayerNorm(cfg.width)
+        self.norm = LayerNorm(cfg.width)
 
     def forward(self, encodings_BLW: Tensor, text_mask_BL: Tensor) -> tuple[Tensor, Tensor]:
         """States [B, L, width] of the tokens, and that of the last that is not padding [B, width]."""

@@ -16,6 +16,7 @@ from genpipe.models.layers import (
     Activation,
     Attention,
     CrossAttention,
+    LayerNorm,
     LevelEmbedding,
     Mlp,
     Modulation,
@@ -147,7 +148,7 @@ class DiT(nn.Module):
         self.patches_in = nn.Linear(in_channels * area, width)
         self.time_in = LevelEmbedding(width)
         self.vector_in = None if vector_dim is None else nn.Linear(vector_dim, width)
-        self.context_norm = None if context_dim is None else nn.LayerNorm(context_dim)
+        self.context_norm = None if context_dim is None else LayerNorm(context_dim)
         joint_dim, own_dim = (context_dim, None) if cfg.context == "joint" else (None, context_dim)
         self.blocks = nn.ModuleList(DiTBlock(cfg, context_dim=own_dim) for _ in range(cfg.depth))
         self.modulation_out = zeroed(Modulation(width, 2 * width))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from genpipe.config import by_kind
 from genpipe.models.autoregressive_prior import AutoregressivePrior, AutoregressivePriorConfig
-from genpipe.models.layers import LevelEmbedding, TransformerBlock, TransformerConfig
+from genpipe.models.layers import LayerNorm, LevelEmbedding, TransformerBlock, TransformerConfig
 from genpipe.models.prior_conditioning import Caption, NullText, causal_mask, drop_captions, null_caption
 
 
@@ -56,7 +56,7 @@ class DiffusionPrior(nn.Module):
             TransformerBlock(cfg.width, heads=cfg.heads, mlp_ratio=cfg.mlp_ratio, qk_norm=cfg.qk_norm)
             for _ in range(cfg.depth)
         )
-        self.norm = nn.LayerNorm(cfg.width)
+        self.norm = LayerNorm(cfg.width)
         self.image_out = nn.Linear(cfg.width, embed_dim)
 
     def forward(

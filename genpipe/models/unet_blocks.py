@@ -11,7 +11,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from genpipe.models.layers import Attention, CrossAttention, Modulation, ResidualBlock, dropout, joint_mask, zeroed
+from genpipe.models.layers import (
+    Attention,
+    CrossAttention,
+    LayerNorm,
+    Modulation,
+    ResidualBlock,
+    dropout,
+    joint_mask,
+    zeroed,
+)
 
 ModulationKind = Literal["add", "scale_shift"]
 
@@ -145,13 +154,13 @@ class ContextBlock(nn.Module):
 
     def __init__(self, width: int, *, heads: int, context_dim: int) -> None:
         super().__init__()
-        self.self_norm = nn.LayerNorm(width)
+        self.self_norm = LayerNorm(width)
         self.self_attention = Attention(width, heads=heads, qk_norm=False, qkv_bias=False)
-        self.cross_norm = nn.LayerNorm(width)
+        self.cross_norm = LayerNorm(width)
         self.cross_attention = CrossAttention(
             width, heads=heads, context_dim=context_dim, qk_norm=False, qkv_bias=False
         )
-        self.mlp_norm = nn.LayerNorm(width)
+        self.mlp_norm = LayerNorm(width)
         self.mlp = GatedMlp(width)
 
     def forward(self, x_BLC: Tensor, conditions: UNetConditions) -> Tensor:

@@ -42,7 +42,7 @@ from genpipe.training.settings import TrainConfig
 from genpipe.training.statistics import Moments
 from genpipe.weights import InitialWeights, load_initial_weights, save_weights
 
-VERSION = 1
+VERSION = 2
 MAKES = "clip"
 HEADLINES = ("text_to_image_r5",)
 

@@ -29,7 +29,7 @@ from genpipe.training.objective import Batch, Metrics, ObserveTraining, Step, Va
 from genpipe.training.settings import TrainConfig
 from genpipe.weights import InitialWeights, load_initial_weights, save_weights
 
-VERSION = 1
+VERSION = 2
 MAKES = "decoder"
 HEADLINES = ("loss",)
 

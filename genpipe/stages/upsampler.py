@@ -46,7 +46,7 @@ from genpipe.training.objective import Batch, Metrics, ObserveTraining, Step, Va
 from genpipe.training.settings import TrainConfig
 from genpipe.weights import InitialWeights, load_initial_weights, load_weights, save_weights
 
-VERSION = 1
+VERSION = 2
 MAKES = "upsampler"
 HEADLINES = ("psnr", "psnr_bicubic")
 
