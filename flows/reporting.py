@@ -46,18 +46,8 @@ class StageResult:
     @property
     def missed(self) -> list[str]:
         """A sentence for each gate that its metrics miss."""
-        return [said for name, gate in self.gates.items() if (said := self._missed(name, gate))]
-
-    def _missed(self, name: str, gate: Gate) -> str:
-        if name not in self.metrics:
-            known = ", ".join(sorted(self.metrics)) or "none"
-            return f"{self.stage}: observe.gates: there is no metric {name!r}; known: {known}"
-        value = self.metrics[name]
-        if gate.min is not None and not value >= gate.min:
-            return f"{self.stage}: {name} is {value:.4g}, its gate asks for at least {gate.min:.4g}"
-        if gate.max is not None and not value <= gate.max:
-            return f"{self.stage}: {name} is {value:.4g}, its gate asks for at most {gate.max:.4g}"
-        return ""
+        said = {name: gate.missed(name, self.metrics) for name, gate in self.gates.items()}
+        return [f"{self.stage}: {sentence}" for sentence in said.values() if sentence]
 
 
 class Reporter(Protocol):

@@ -21,7 +21,7 @@ from genpipe.models.precision import Precision
 from genpipe.pipeline.graph import load_pipeline
 from genpipe.pipeline.plan import Planned
 from genpipe.pipeline.plan import plan as plan_pipeline
-from genpipe.pipeline.systems import find_system
+from genpipe.pipeline.systems import DRAWING, find_system
 from genpipe.tracking.registry import resolve
 
 __all__ = ["LoadedSystem", "load", "plan", "run"]
@@ -40,10 +40,10 @@ def load(
 ) -> LoadedSystem:
     """A trained system, in memory and ready to draw. The training data are not needed.
 
-    `source` is a store with one trained system (`runs/demo`), the URI of a system's artifact, a pipeline's YAML file
-    whose system is made (`system` names it where there are several), or a registered model (`models:/NAME@ALIAS`, of
-    the MLflow at `tracking_uri`; default: the environment variable MLFLOW_TRACKING_URI). `device` is by default the
-    GPU, if there is one; `precision` is that of matrix products.
+    `source` is a store with one trained system (`runs/demo`), the URI of a system's artifact, a release's folder, a
+    pipeline's YAML file whose system is made (`system` names it where there are several), or a registered model
+    (`models:/NAME@ALIAS`, of the MLflow at `tracking_uri`; default: the environment variable MLFLOW_TRACKING_URI).
+    `device` is by default the GPU, if there is one; `precision` is that of matrix products.
 
     Raises ValueError where there is no such system, more than one, or one whose files are damaged.
     """
@@ -82,6 +82,6 @@ def _artifact(source: str, system: str, tracking_uri: str) -> Artifact:
     if not where:
         raise ConfigError(f"{source}: in which MLflow? Set tracking_uri, or MLFLOW_TRACKING_URI in the environment")
     artifact = resolve(source, tracking_uri=where)
-    if artifact.kind != "system":
+    if artifact.kind not in DRAWING:
         raise ConfigError(f"{source}: stands for an artifact of kind {artifact.kind}, not for a system")
     return artifact

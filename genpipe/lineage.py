@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 
-from genpipe.artifacts import Artifact, read_manifest
+from genpipe.artifacts import Artifact, Manifest, read_manifest
 from genpipe.config import canonical_json
 
 SOURCES = ("shard", "autoencoder", "clip", "text_encoder")
@@ -89,3 +89,21 @@ def clips_content_behind(artifact: Artifact) -> frozenset[str]:
     made_from = (of.meta["made_from"] for of in manifest.inputs.values() if "made_from" in of.meta)
     behind = (clips_content_behind(of) for of in manifest.inputs.values() if of.kind == "system")
     return frozenset(digests["clip"] for digests in made_from if "clip" in digests).union(*behind)
+
+
+def manifests_behind(*artifacts: Artifact) -> tuple[list[Manifest], list[Artifact]]:
+    """The manifests of artifacts and of all that they were made from, each once, what was made last first.
+
+    Beside them the artifacts whose manifests are gone, of which nothing more is known.
+    """
+    queue, found, gone = list(artifacts), dict[str, Manifest](), dict[str, Artifact]()
+    for artifact in queue:
+        if artifact.fingerprint in found or artifact.fingerprint in gone:
+            continue
+        manifest = read_manifest(artifact.uri, check_files=False)
+        if manifest is None:
+            gone[artifact.fingerprint] = artifact
+        else:
+            found[artifact.fingerprint] = manifest
+            queue += manifest.inputs.values()
+    return list(found.values()), list(gone.values())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -111,6 +112,18 @@ class Gate(Config):
 
     min: float | None = Field(None, description="least value")
     max: float | None = Field(None, description="largest value")
+
+    def missed(self, name: str, metrics: Mapping[str, float]) -> str:
+        """A sentence if the metric `name` is not in the range, or not there at all; else nothing."""
+        if name not in metrics:
+            known = ", ".join(sorted(metrics)) or "none"
+            return f"observe.gates: there is no metric {name!r}; known: {known}"
+        value = metrics[name]
+        if self.min is not None and not value >= self.min:
+            return f"{name} is {value:.4g}, its gate asks for at least {self.min:.4g}"
+        if self.max is not None and not value <= self.max:
+            return f"{name} is {value:.4g}, its gate asks for at most {self.max:.4g}"
+        return ""
 
 
 class Observe(Config):

@@ -20,7 +20,8 @@ GAP = 6
 Source = Annotated[
     str,
     typer.Argument(
-        metavar="SOURCE", help="a pipeline's YAML file, a store with one system, a system's URI, or models:/NAME@ALIAS"
+        metavar="SOURCE",
+        help="a pipeline's YAML file, a store with one system, a system's URI, a release, or models:/NAME@ALIAS",
     ),
 ]
 PictureFile = Annotated[str, typer.Argument(metavar="PICTURE", help="a picture's file, may be under s3://")]

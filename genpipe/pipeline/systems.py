@@ -9,9 +9,12 @@ from genpipe.pipeline.plan import plan
 from genpipe.stage_config import UNFINGERPRINTED
 from genpipe.storage import join, open_storage
 
+DRAWING = ("system", "release")
+"""The kinds of artifact that draw pictures."""
+
 
 def find_system(source: str, *, name: str = "") -> Artifact:
-    """The committed system that a pipeline's YAML file, an artifact's URI or a store stands for.
+    """The committed system that a pipeline's YAML file, an artifact's URI or a store stands for; or a release's folder.
 
     `name` says which one where a pipeline has several. Neither the training data nor their shards need be there any
     more. Raises ConfigError where there is none, or more than one.
@@ -23,7 +26,7 @@ def find_system(source: str, *, name: str = "") -> Artifact:
     manifest = read_manifest(source)
     if manifest is None:
         return _of_store(source)
-    if manifest.artifact.kind != "system":
+    if manifest.artifact.kind not in DRAWING:
         raise ConfigError(f"{source}: is an artifact of kind {manifest.artifact.kind}, not a system; name a system's")
     return manifest.artifact
 

@@ -8,22 +8,27 @@ file with such a config and system, and an entry in `SystemConfig`.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any, Protocol
 
 import torch
 from pydantic import Tag, TypeAdapter
 from torch import Tensor
 
-from genpipe.artifacts import Artifact, ManifestError, read_manifest
+from genpipe.artifacts import Artifact, ManifestError, fetch, read_manifest
 from genpipe.config import by_kind
 from genpipe.generation.conditions import Conditions
 from genpipe.generation.drawing import Drawing
+from genpipe.generation.released import Opened, open_system
 from genpipe.generation.systems.latent import LatentConfig
 from genpipe.generation.systems.pixel import PixelConfig
 from genpipe.generation.systems.unclip import UnclipConfig
 from genpipe.lineage import check_lineage, check_made_from
 
-__all__ = ["Conditions", "System", "SystemConfig", "check_system", "load_system"]
+__all__ = ["Conditions", "System", "SystemConfig", "check_system", "load_released", "load_system"]
+
+RELEASE = "release"
+"""The kind of artifact that is a system in a folder of its own (`generation.released`)."""
 
 AnyConfig = UnclipConfig | LatentConfig | PixelConfig
 SystemConfig = Annotated[
@@ -61,13 +66,24 @@ def check_system(cfg: AnyConfig, parts: Mapping[str, Artifact]) -> dict[str, Any
 
 
 def load_system(artifact: Artifact, *, device: torch.device) -> System:
-    """A committed system with its parts in memory.
+    """A committed system, or a release of one, with its parts in memory.
 
     Raises ManifestError if it is not there, and ValueError if its parts hold other content than it was made from.
     """
+    if artifact.kind == RELEASE:
+        return load_released(fetch(artifact), device=device)
     manifest = read_manifest(artifact.uri)
     if manifest is None:
         raise ManifestError(f"{artifact.uri}: no manifest.json here, so nothing was committed")
     check_made_from({**manifest.inputs, "system": manifest.artifact})
+    return _loaded(Opened(manifest.config["model"], manifest.inputs), device=device)
+
+
+def load_released(folder: Path, *, device: torch.device) -> System:
+    """The system of a release's folder. Raises ManifestError where it holds none."""
+    return _loaded(open_system(folder), device=device)
+
+
+def _loaded(opened: Opened, *, device: torch.device) -> System:
     adapter: TypeAdapter[AnyConfig] = TypeAdapter(SystemConfig)
-    return adapter.validate_python(manifest.config["model"]).load(manifest.inputs, device=device)
+    return adapter.validate_python(opened.model).load(opened.parts, device=device)

@@ -1,0 +1,87 @@
+"""The grid of a release: drawn from what `release.json` records, here or anywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+
+from genpipe.artifacts import Artifact
+from genpipe.data.image_batches import to_uint8
+from genpipe.data.shard_dataset import ShardDataset, open_shards
+from genpipe.data.shards import NO_LABEL, SPLITS
+from genpipe.evaluation.grids import hwc, tile
+from genpipe.generation.conditions import Conditions
+from genpipe.generation.systems import System
+from genpipe.models.precision import autocast
+from genpipe.release.record import Grid, GridPrompt
+from genpipe.training.stream import seeded
+
+LOOKED_AT = 4096
+"""Samples of a split among which distinct prompts are looked for."""
+
+
+@torch.no_grad()
+def draw_grid(system: System, grid: Grid, *, device: torch.device) -> np.ndarray:
+    """uint8 [rows * size, each * size, 3]: a row for each prompt, without text, whose letters differ by machine."""
+    rows = []
+    with _exactly(grid.threads):
+        for number, prompt in enumerate(grid.prompts):
+            conditions = Conditions(
+                grid.each,
+                texts=[prompt.text] * grid.each if "text" in system.conditioned_on else None,
+                labels=[prompt.label] * grid.each if "label" in system.conditioned_on else None,
+            )
+            with autocast(device, grid.precision):
+                images = system.sample(conditions, generator=seeded(device, grid.seed, "grid", number))
+            rows.append(hwc(to_uint8(images)))
+    return tile(rows, cell=system.size)
+
+
+@contextmanager
+def _exactly(threads: int) -> Iterator[None]:
+    """With so many threads, and products of fp32 in fp32, as they were before afterwards."""
+    before = torch.get_num_threads(), torch.get_float32_matmul_precision()
+    torch.set_num_threads(threads)
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before[0])
+        torch.set_float32_matmul_precision(before[1])
+
+
+def grid_prompts(system: Artifact, samples: Artifact | None, texts: Sequence[str], *, rows: int) -> list[GridPrompt]:
+    """What the rows show: `texts` if there are some, else the first distinct prompts of the samples, else classes.
+
+    Of a system that is told nothing, `rows` rows of nothing. Raises ValueError where the system must be told a text
+    and nobody says which.
+    """
+    told: list[str] = system.meta["conditioned_on"]
+    if texts:
+        if told != ["text"]:
+            raise ValueError(f"prompts: the system is conditioned on {' and '.join(told) or 'nothing'}; leave them out")
+        return [GridPrompt(text=text, label=NO_LABEL) for text in texts]
+    if not told:
+        return [GridPrompt(text="", label=NO_LABEL)] * rows
+    if "text" not in told:
+        return [GridPrompt(text=name, label=label) for label, name in enumerate(system.meta["classes"][:rows])]
+    if samples is None:
+        raise ValueError("prompts: the grid needs some; name them, or map the samples to inputs.sample")
+    return _prompts_of(samples)[:rows]
+
+
+def _prompts_of(samples: Artifact) -> list[GridPrompt]:
+    """Distinct prompts, those of held-out subjects first: they say more about the system."""
+    found: dict[GridPrompt, None] = {}
+    for split in reversed(SPLITS):
+        if samples.meta["samples"][split]:
+            dataset = open_shards(samples, split=split)
+            found |= dict.fromkeys(_prompt(dataset, i) for i in range(min(len(dataset), LOOKED_AT)))
+    return list(found)
+
+
+def _prompt(dataset: ShardDataset, i: int) -> GridPrompt:
+    return GridPrompt(text=dataset.captions(i)[0], label=int(dataset.labels(np.asarray([i]))[0]))

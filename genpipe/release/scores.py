@@ -1,0 +1,43 @@
+"""What scores say about whether a system may be released."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from genpipe.artifacts import Manifest
+from genpipe.stage_config import Observe
+
+MEMORIZED = "memorized"
+"""The last part of the name of a share of memorized pictures (`evaluation.metrics.memorization`)."""
+
+
+def missed_gates(scores: Sequence[Manifest]) -> list[str]:
+    """A sentence for each gate that the scores miss, of those that were set when they were made."""
+    said = [
+        gate.missed(name, manifest.metrics)
+        for manifest in scores
+        for name, gate in Observe.model_validate({"gates": manifest.config["observe"]["gates"]}).gates.items()
+    ]
+    return [sentence for sentence in said if sentence]
+
+
+def memorized(scores: Sequence[Manifest]) -> dict[str, float]:
+    """The shares of pictures that are nearly training pictures, by metric; empty where none was measured."""
+    return {
+        name: value
+        for manifest in scores
+        for name, value in manifest.metrics.items()
+        if name.rpartition("/")[2] == MEMORIZED
+    }
+
+
+def check_scores(scores: Sequence[Manifest], *, max_memorized: float) -> None:
+    """Raise ValueError where a gate was missed, or more is memorized than may be."""
+    if missed := missed_gates(scores):
+        raise ValueError(f"inputs.evaluate: {'; '.join(missed)}; a system that misses a gate is not released")
+    for name, share in memorized(scores).items():
+        if not share <= max_memorized:
+            raise ValueError(
+                f"max_memorized: {name} is {share:.4g}, and {max_memorized:g} may be; train on more pictures or for "
+                "less long, or raise it if copies of training pictures may be published"
+            )
