@@ -19,7 +19,12 @@ if TYPE_CHECKING:
 @pytest.fixture
 def release(pixel_tiny: TinyPipeline, tmp_path: Path) -> Path:
     """A copy of a release, elsewhere."""
-    made = pixel_tiny.run("release", "stages.release.each=2", "stages.release.rows=2", "stages.release.inputs={}")
+    made = pixel_tiny.run(
+        "release",
+        "stages.release.each=2",
+        "stages.release.rows=2",
+        "stages.release.inputs={evaluate: null, sample: null}",
+    )
     return shutil.copytree(fetch(made), tmp_path / "release")
 
 

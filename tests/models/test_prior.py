@@ -13,7 +13,13 @@ from torch import Tensor
 
 from genpipe.config import load
 from genpipe.models.autoregressive_prior import AutoregressivePriorConfig
-from genpipe.models.interop.prior import config_from_diffusers, embed_statistics, from_diffusers, to_diffusers
+from genpipe.models.interop.prior import (
+    config_from_diffusers,
+    config_to_diffusers,
+    embed_statistics,
+    from_diffusers,
+    to_diffusers,
+)
 from genpipe.models.prior import DiffusionPrior, DiffusionPriorConfig, PriorConfig, build_prior
 from genpipe.models.prior_conditioning import Caption, causal_mask, drop_captions
 
@@ -211,6 +217,18 @@ def test_prior_transformers_weights_go_and_come_back() -> None:
     back = to_diffusers(from_diffusers(theirs, cfg), cfg, mean=mean, std=std)
     assert back.keys() == theirs.keys()
     assert all(torch.equal(back[name], theirs[name]) for name in theirs)
+
+
+def test_the_written_config_makes_the_transformer_that_was_read() -> None:
+    theirs = transformer()
+    written = config_to_diffusers(config_from_diffusers(dict(theirs.config)), embed_dim=D, text_width=D)
+    assert written.pop("_class_name") == "PriorTransformer"
+    assert written.items() <= dict(theirs.config).items()
+    type(theirs)(**written).load_state_dict(theirs.state_dict())
+    with pytest.raises(ValueError, match=r"8 and 12 wide"):
+        config_to_diffusers(config_from_diffusers(dict(theirs.config)), embed_dim=D, text_width=W)
+    with pytest.raises(ValueError, match="cannot be written as one"):
+        config_to_diffusers(SMALL, embed_dim=D, text_width=D)
 
 
 def test_weights_that_do_not_fit_are_refused() -> None:

@@ -218,6 +218,29 @@ def to_diffusers(state: Mapping[str, Tensor], cfg: LdmConfig | DeepCompressionCo
     return {name: _fitted(tensor, 2) if name.endswith(linear) else tensor for name, tensor in theirs.items()}
 
 
+def standardizing(state: Mapping[str, Tensor], *, mean: Tensor, std: Tensor) -> dict[str, Tensor]:
+    """An AutoencoderKL's state, by diffusers' names, that encodes to latents of mean 0 and deviation 1, and decodes
+    them: what decoders here draw, with a `scaling_factor` of 1.
+
+    `mean` and `std` [C] are those of the latents now. They go into the 1x1 convolutions around the latents, which are
+    added where there are none (`use_quant_conv` and `use_post_quant_conv`).
+    """
+    channels = len(mean)
+    moments = torch.cat([std, torch.ones_like(std)])  # the posterior's mean, then its log variance
+    shift = torch.cat([-mean / std, -2 * std.log()])
+    into, out = (torch.eye(size)[:, :, None, None] for size in (2 * channels, channels))
+    weight = state.get("quant_conv.weight", into)
+    bias = state.get("quant_conv.bias", torch.zeros(2 * channels))
+    post = state.get("post_quant_conv.weight", out)
+    return {
+        **state,
+        "quant_conv.weight": weight / moments[:, None, None, None],
+        "quant_conv.bias": bias / moments + shift,
+        "post_quant_conv.weight": post * std[None, :, None, None],
+        "post_quant_conv.bias": state.get("post_quant_conv.bias", torch.zeros(channels)) + post[:, :, 0, 0] @ mean,
+    }
+
+
 def _skeleton(cfg: LdmConfig | DeepCompressionConfig) -> Autoencoder:
     with torch.device("meta"):
         return build_autoencoder(cfg)

@@ -69,6 +69,25 @@ def config_from_diffusers(config: Mapping[str, Any]) -> DiffusionPriorConfig:
     )
 
 
+def config_to_diffusers(cfg: DiffusionPriorConfig, *, embed_dim: int, text_width: int) -> dict[str, Any]:
+    """What a PriorTransformer is built with for `cfg`. Raises ValueError for a prior that it cannot represent."""
+    _check_representable(cfg)
+    if embed_dim != text_width:
+        raise ValueError(
+            f"a PriorTransformer's embeddings and encodings are of one width, and these are {embed_dim} and "
+            f"{text_width} wide; it cannot be written as one"
+        )
+    return {
+        "_class_name": "PriorTransformer",
+        "num_attention_heads": cfg.heads,
+        "attention_head_dim": cfg.width // cfg.heads,
+        "num_layers": cfg.depth,
+        "embedding_dim": embed_dim,
+        "num_embeddings": cfg.text_positions,
+        "additional_embeddings": DiffusionPrior.SPECIAL,
+    }
+
+
 def from_diffusers(state: Mapping[str, Tensor], cfg: DiffusionPriorConfig) -> dict[str, Tensor]:
     """A PriorTransformer's state by our names, but for the null caption, which is the encoder's.
 
@@ -98,16 +117,20 @@ def to_diffusers(
 
     Raises ValueError for a prior that a PriorTransformer cannot represent.
     """
+    _check_representable(cfg)
+    theirs = split({**state, "query_M": state["query_M"][None]}, _names(cfg))
+    for name in ("positional_embedding", "prd_embedding"):
+        theirs[name] = theirs[name][None]
+    return {**theirs, "clip_mean": mean[None], "clip_std": std[None]}
+
+
+def _check_representable(cfg: DiffusionPriorConfig) -> None:
     representable = not cfg.qk_norm and cfg.null_text == "encoder" and cfg.text_positions
     if not (representable and cfg.time_frequencies == cfg.width and cfg.mlp_ratio == 4):
         raise ValueError(
             "a PriorTransformer has qk_norm false, null_text encoder, learned text_positions, time_frequencies as many "
             "as its width and mlp_ratio 4; a prior trained otherwise cannot be written as one"
         )
-    theirs = split({**state, "query_M": state["query_M"][None]}, _names(cfg))
-    for name in ("positional_embedding", "prd_embedding"):
-        theirs[name] = theirs[name][None]
-    return {**theirs, "clip_mean": mean[None], "clip_std": std[None]}
 
 
 def _names(cfg: DiffusionPriorConfig) -> dict[str, tuple[str, ...]]:

@@ -17,7 +17,6 @@ from genpipe.models.unet import UNet, UNetConfig
 
 _ONLY: dict[str, tuple[Any, ...]] = {
     "act_fn": ("silu", "swish"),
-    "add_attention": (True,),
     "addition_embed_type": (None,),
     "attention_type": ("default",),
     "center_input_sample": (False,),
@@ -94,6 +93,8 @@ def config_from_diffusers(config: Mapping[str, Any]) -> UNetConfig:
     if [_attends(name) for name in reversed(config["up_block_types"])] != attends:
         raise ValueError("up_block_types do not mirror down_block_types")
     kinds = {kind for kind in attends if kind}
+    if config.get("add_attention", True) != bool(kinds):
+        raise ValueError("attention in the middle alone, or everywhere else, has no counterpart here")
     if len(kinds) > 1:
         raise ValueError(f"down_block_types mixes kinds of attention: {list(config['down_block_types'])}")
     depth = config.get("transformer_layers_per_block", 1)
@@ -112,6 +113,80 @@ def config_from_diffusers(config: Mapping[str, Any]) -> UNetConfig:
         resample=_resample(config),
         groups=config["norm_num_groups"],
         **_heads(config, channels, attends),
+    )
+
+
+def config_to_diffusers(
+    cfg: UNetConfig, *, in_channels: int, out_channels: int, sample_size: int, context_dim: int | None = None
+) -> dict[str, Any]:
+    """What diffusers' class is built with for `cfg`, its name under `_class_name`: with a context
+    UNet2DConditionModel, without one UNet2DModel.
+
+    Raises ValueError for a network that neither of them is.
+    """
+    levels = [2**level in cfg.attention_at for level in range(len(cfg.widths))]
+    theirs: dict[str, Any] = {
+        "_class_name": "UNet2DModel" if context_dim is None else "UNet2DConditionModel",
+        "in_channels": in_channels,
+        "out_channels": out_channels,
+        "sample_size": sample_size,
+        "block_out_channels": cfg.widths,
+        "layers_per_block": cfg.blocks,
+        "norm_num_groups": cfg.groups,
+        "resnet_time_scale_shift": "scale_shift" if cfg.modulation == "scale_shift" else "default",
+        "attention_head_dim": _head_dim(cfg, levels),
+        **_block_types(cfg, levels, context=context_dim is not None),
+    }
+    if context_dim is None:
+        resize = "resnet" if cfg.resample == "block" else "conv"
+        theirs |= {"downsample_type": resize, "upsample_type": resize, "attn_norm_num_groups": cfg.groups}
+        theirs["add_attention"] = any(levels)
+    else:
+        theirs |= {"cross_attention_dim": context_dim, "transformer_layers_per_block": cfg.transformer_depth}
+    if _shape(config_from_diffusers(theirs)) != _shape(cfg):
+        raise ValueError(f"diffusers' {theirs['_class_name']} is never made as this U-Net is; it cannot be written")
+    return theirs
+
+
+def _block_types(cfg: UNetConfig, levels: Sequence[bool], *, context: bool) -> dict[str, Any]:
+    """The names of the blocks of each level, on the way down, in the middle and on the way up."""
+    resnet = "Resnet{0}sample" if cfg.resample == "block" else "{0}"
+    kind = {"plain": "SimpleCrossAttn{0}", "transformer": "CrossAttn{0}"}[cfg.attention] if context else "Attn{0}"
+    names = [f"{kind if attends else resnet}Block2D" for attends in levels]
+    middle = {"plain": "UNetMidBlock2DSimpleCrossAttn", "transformer": "UNetMidBlock2DCrossAttn"}
+    return {
+        "down_block_types": [name.format("Down") for name in names],
+        "up_block_types": [name.format("Up") for name in reversed(names)],
+        "mid_block_type": middle[cfg.attention] if context else "UNetMidBlock2D",
+    }
+
+
+def _head_dim(cfg: UNetConfig, levels: Sequence[bool]) -> int | list[int]:
+    """Their attention_head_dim: of transformers the heads of each level, else the one width of all heads."""
+    if cfg.attention == "transformer":
+        return cfg.heads or [cfg.heads_of(width) for width in cfg.widths]
+    attending = [width for width, attends in zip(cfg.widths, levels, strict=True) if attends]
+    found = {width // cfg.heads_of(width) for width in [*attending, *([cfg.widths[-1]] if attending else [])]}
+    if len(found) > 1:
+        raise ValueError(f"heads of the widths {sorted(found)} have no counterpart in diffusers, which has one width")
+    return found.pop() if found else cfg.head_width
+
+
+def _shape(cfg: UNetConfig) -> tuple[object, ...]:
+    """All that makes two U-Nets the same function of the same weights."""
+    depth = cfg.transformer_depth if cfg.attention == "transformer" else 1
+    heads = [cfg.heads_of(width) for level, width in enumerate(cfg.widths) if 2**level in cfg.attention_at]
+    kind = cfg.attention if cfg.attention_at else "plain"
+    return (
+        cfg.widths,
+        cfg.blocks,
+        sorted(cfg.attention_at),
+        kind,
+        depth,
+        cfg.modulation,
+        cfg.resample,
+        cfg.groups,
+        heads,
     )
 
 

@@ -20,6 +20,7 @@ from genpipe.models.interop.autoencoder import (
     config_from_diffusers,
     config_to_diffusers,
     from_diffusers,
+    standardizing,
     to_diffusers,
 )
 from genpipe.models.ldm_autoencoder import LdmConfig
@@ -94,6 +95,23 @@ def test_kl_autoencoder_is_diffusers(change: dict[str, Any]) -> None:
     torch.testing.assert_close(mean, posterior.mean, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(logvar, posterior.logvar, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(ours.decode(mean), theirs.decode(mean).sample, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("convolutions", [True, False])
+@torch.no_grad()
+def test_an_autoencoder_of_standardized_latents(convolutions: bool) -> None:
+    """The posterior as N((mean - m) / s, variance / s^2), and the same pictures of it."""
+    around = {"use_quant_conv": convolutions, "use_post_quant_conv": convolutions}
+    _, ours, cfg = pair("AutoencoderKL", {**KL, **around})
+    assert isinstance(cfg, LdmConfig)
+    mean, std = torch.tensor([0.3, -2.0, 0.0, 1.0]), torch.tensor([0.5, 3.0, 1.0, 0.01])
+    theirs = AutoencoderKL(**KL).eval()
+    theirs.load_state_dict(standardizing(to_diffusers(ours.state_dict(), cfg), mean=mean, std=std))
+    posterior = theirs.encode(images()).latent_dist
+    (m, logvar), shift, scale = ours.encode(images()), mean[:, None, None], std[:, None, None]
+    torch.testing.assert_close(posterior.mean, (m - shift) / scale, atol=1e-3, rtol=1e-4)
+    torch.testing.assert_close(posterior.logvar, logvar - 2 * scale.log(), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(theirs.decode((m - shift) / scale).sample, ours.decode(m), atol=1e-4, rtol=1e-4)
 
 
 @torch.no_grad()
