@@ -8,7 +8,10 @@ import unicodedata
 LONGEST_TEXT = 2**15
 """Characters. NFC takes time that grows with the square of a run of accents."""
 
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+CONTROL = "[\x00-\x1f\x7f-\x9f]"
+"""Characters that are none, as a regular expression in which they stand themselves: not all engines read \\x80."""
+
+_CONTROL = re.compile(CONTROL)
 _VISIBLE = re.compile(r"[^\s\u00ad\u200b-\u200f\u2028-\u202e\u2060-\u2064\ufeff]")  # no space, of whatever width
 
 

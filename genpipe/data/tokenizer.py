@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import json
 import zlib
 from collections.abc import Iterable
 from itertools import takewhile
@@ -11,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from genpipe.data.text import clean_text
+from genpipe.data.text import CONTROL, clean_text
 
 PAD, BOS, EOT = "<|pad|>", "<|startoftext|>", "<|endoftext|>"
 PAD_ID, BOS_ID, EOT_ID = 0, 1, 2
+SPECIAL = 3
 """Of tokenizers trained here. CLIP's own ends its vocabulary with start and end of text, and pads with 0."""
 
 MIN_VOCAB_SIZE = 256 + 3  # every byte and the three above
@@ -95,6 +97,41 @@ class CaptionTokenizer:
     def save(self, path: Path) -> None:
         """Write the JSON."""
         path.write_text(self._tokenizer.to_str(), "utf-8")
+
+    def to_transformers(self, folder: Path, *, context_length: int) -> None:
+        """Write it as `PreTrainedTokenizerFast` of transformers reads it, which gives the same tokens.
+
+        The special tokens of a tokenizer trained here are numbered last there, as its models expect it; see
+        `models.interop.clip.special_tokens_last`.
+        """
+        record = json.loads(self._tokenizer.to_str())
+        size = self.vocab_size
+        first = SPECIAL if self.eot_id == EOT_ID else 0
+        vocabulary = record["model"]["vocab"]
+        record["model"]["vocab"] = {token: (i - first) % size for token, i in vocabulary.items()}
+        for added in record["added_tokens"]:
+            added["id"] = (added["id"] - first) % size
+        theirs = Tokenizer.from_str(json.dumps(record))
+        cleaning = [
+            normalizers.NFC(),
+            normalizers.Replace(Regex(CONTROL), " "),
+            normalizers.Replace(Regex(r"\s+"), " "),
+            normalizers.Strip(),
+        ]
+        theirs.normalizer = normalizers.Sequence([*cleaning, theirs.normalizer])
+        ends = [(token, _id(theirs, token)) for token in (BOS, EOT)]
+        theirs.post_processor = processors.TemplateProcessing(single=f"{BOS} $A {EOT}", special_tokens=ends)
+        theirs.save(str(folder / "tokenizer.json"))
+        config = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "model_max_length": context_length,
+            "bos_token": BOS,
+            "eos_token": EOT,
+            "pad_token": PAD if theirs.token_to_id(PAD) is not None else EOT,
+            "split_special_tokens": True,
+            "clean_up_tokenization_spaces": False,
+        }
+        (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
 
     @classmethod
     def load(cls, path: Path) -> CaptionTokenizer:

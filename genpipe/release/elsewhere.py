@@ -15,8 +15,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from genpipe.artifacts import Artifact
+from genpipe.data.tokenizer import EOT_ID, CaptionTokenizer
 from genpipe.diffusion.process import DiffusionConfig, SamplerConfig
-from genpipe.generation.conditions import embed_statistics, latent_statistics
+from genpipe.generation.conditions import TOKENIZER_FILE, embed_statistics, latent_statistics
 from genpipe.generation.released import PARTS, open_system
 from genpipe.models.autoencoder import Autoencoder
 from genpipe.models.clip import CLIP
@@ -63,6 +64,8 @@ def write_elsewhere(folder: Path) -> dict[str, str]:
             told[f"{PARTS}/{role}"] = f"not there: {error}"
             continue
         _write(form, folder / FOLDER)
+        if part.kind == "clip":
+            _write_preparation(part, folder / FOLDER / form.folder)
         told[f"{PARTS}/{role}"] = f"`{FOLDER}/{form.folder}`: {form.library}' {form.name}"
     try:
         told["the whole"] = _write_pipeline(opened.model, opened.parts, forms, folder / FOLDER)
@@ -107,10 +110,21 @@ def _autoencoder(parts: Parts) -> Form:
 
 
 def _clip(parts: Parts) -> Form:
+    """CLIPModel; its tokens are numbered as `_write_preparation` writes the tokenizer."""
     module, _, sizes = _module(parts["clip"])
-    cfg = cast(CLIP, module).cfg
+    cfg, state = cast(CLIP, module).cfg, module.state_dict()
+    if sizes["eot_id"] == EOT_ID:
+        state, sizes = clip.special_tokens_last(state, sizes)
     config = {"architectures": ["CLIPModel"], **clip.config_to_transformers(cfg, sizes)}
-    return Form("clip", "transformers", config, clip.to_transformers(module.state_dict(), cfg))
+    return Form("clip", "transformers", config, clip.to_transformers(state, cfg))
+
+
+def _write_preparation(part: Artifact, folder: Path) -> None:
+    """What turns captions into tokens and pictures into pixels for a CLIPModel."""
+    module, _, sizes = _module(part)
+    tokenizer = CaptionTokenizer.load(Path(part.uri, TOKENIZER_FILE))
+    tokenizer.to_transformers(folder, context_length=sizes["context_length"])
+    _write_json(folder / "preprocessor_config.json", clip.preprocessor_to_transformers(cast(CLIP, module).cfg))
 
 
 def _prior(parts: Parts) -> Form:
@@ -160,8 +174,10 @@ def _write(form: Form, target: Path) -> None:
 
 def _write_pipeline(model: Mapping[str, Any], parts: Parts, forms: Mapping[str, Form], target: Path) -> str:
     """Write what a whole pipeline needs beside the parts; how it is called. Raises ValueError where none fits."""
-    if model["kind"] != "pixel" or "upsamplers.0" in parts:
-        raise ValueError("diffusers has no pipeline that draws as this system does")
+    if "upsamplers.0" in parts:
+        raise ValueError("diffusers has no pipeline with upsamplers like these")
+    if model["kind"] != "pixel":
+        raise ValueError("the pipelines of diffusers on latents attend to a caption's padding, or have 1,000 classes")
     if "decoder" not in forms or forms["decoder"].name != "UNet2DModel":
         raise ValueError("the pipelines on pixels of diffusers have a U-Net that is told nothing")
     diffusion = DiffusionConfig.model_validate(_module(parts["decoder"])[1]["diffusion"])

@@ -12,6 +12,7 @@ from functools import lru_cache
 from importlib import metadata
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,6 +28,7 @@ from genpipe.data.tokenizer import (
     CLIP_VOCAB_SIZE,
     EOT_ID,
     PAD_ID,
+    SPECIAL,
     CaptionTokenizer,
     clip_tokenizer,
     train_tokenizer,
@@ -70,6 +72,24 @@ def test_spaces_and_accents_of_a_prompt_make_no_difference() -> None:
     assert (tokens[0] == tokens[1]).all() and (tokens[2] == tokens[3]).all()
     with pytest.raises(ValueError, match="too long"):
         TOKENIZER.encode_batch(["a" * 2**20], context_length=16)
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    from transformers import AutoTokenizer
+
+    folder = tmp_path_factory.mktemp("tokenizer")
+    TOKENIZER.to_transformers(folder, context_length=24)
+    return AutoTokenizer.from_pretrained(folder)
+
+
+@settings(max_examples=100, deadline=None)
+@given(text=st.text(max_size=40) | st.sampled_from(["<|endoftext|> a cat", "a\x00b\tc", "\u2003a  b ", "a " * 40]))
+def test_transformers_gives_the_same_tokens_with_the_special_ones_last(exported: Any, text: str) -> None:
+    [expected] = TOKENIZER.encode_batch([text], context_length=24)
+    options = {"padding": "max_length", "truncation": True, "return_tensors": "np"}
+    [found] = exported([text], **options)["input_ids"]
+    assert (found == (expected - SPECIAL) % TOKENIZER.vocab_size).all()
 
 
 def test_lengths_before_the_cut_tell_what_is_cut() -> None:

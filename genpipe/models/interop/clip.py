@@ -11,9 +11,11 @@ from collections.abc import Mapping
 from itertools import product
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
-from genpipe.models.clip import CLIPConfig, TowerConfig
+from genpipe.data.tokenizer import SPECIAL
+from genpipe.models.clip import OPENAI_MEAN, OPENAI_STD, CLIPConfig, TowerConfig
 from genpipe.models.interop.tensors import Names, joined, split
 
 State = dict[str, Tensor]
@@ -101,7 +103,7 @@ def config_to_transformers(cfg: CLIPConfig, sizes: Sizes) -> dict[str, Any]:
     _check_published(cfg, library="transformers")
     if sizes["eot_id"] == 2:
         raise ValueError("transformers takes the largest id for the end of text where eos_token_id is 2, as it is "
-                         "with tokenizers trained here; export models of CLIP's own tokenizer")  # fmt: skip
+                         "with tokenizers trained here; use special_tokens_last first")  # fmt: skip
     text = {
         "vocab_size": sizes["vocab_size"],
         "max_position_embeddings": sizes["context_length"],
@@ -115,6 +117,33 @@ def config_to_transformers(cfg: CLIPConfig, sizes: Sizes) -> dict[str, Any]:
         "text_config": text | _tower_to_transformers(cfg.text, embed_dim=cfg.embed_dim),
         "vision_config": vision | _tower_to_transformers(cfg.image, embed_dim=cfg.embed_dim),
     }
+
+
+def preprocessor_to_transformers(cfg: CLIPConfig) -> dict[str, Any]:
+    """The `preprocessor_config.json` that gives a CLIPModel images as ours standardizes them."""
+    standard = cfg.pixels == "openai"
+    return {
+        "image_processor_type": "CLIPImageProcessor",
+        "do_resize": True,
+        "size": {"shortest_edge": cfg.image_size},
+        "do_center_crop": True,
+        "crop_size": {"height": cfg.image_size, "width": cfg.image_size},
+        "do_rescale": True,
+        "do_normalize": True,
+        "image_mean": list(OPENAI_MEAN) if standard else [0.5] * 3,
+        "image_std": list(OPENAI_STD) if standard else [0.5] * 3,
+    }
+
+
+def special_tokens_last(state: Mapping[str, Tensor], sizes: Sizes) -> tuple[State, Sizes]:
+    """The same model for a vocabulary whose `SPECIAL` first tokens come last, in their order.
+
+    The tokenizers trained here begin with padding, start and end of text; transformers and open_clip find a caption's
+    last token as that of the largest id. `CaptionTokenizer.to_transformers` numbers the tokens so.
+    """
+    assert sizes["eot_id"] == SPECIAL - 1, "a tokenizer that was trained here"
+    table = torch.roll(state["text_tower.tokens.weight"], -SPECIAL, dims=0)
+    return {**state, "text_tower.tokens.weight": table}, {**sizes, "eot_id": sizes["vocab_size"] - 1}
 
 
 def _tower_to_transformers(tower: TowerConfig, *, embed_dim: int) -> dict[str, Any]:
