@@ -186,6 +186,8 @@ def _tell_plan(removal: Removal) -> None:
     if found.made_from:
         _say("made from these shards, directly or through others:")
         console.table(("kind", "artifact"), [(artifact.kind, artifact.uri) for artifact in found.made_from])
+        if any(artifact.kind == "release" for artifact in found.made_from):
+            _say("releases may have been copied and registered: withdraw the copies, and versions of models, as well")
     else:
         _say("nothing in its store was made from these shards")
     if found.also_holding:

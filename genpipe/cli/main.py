@@ -25,6 +25,7 @@ from genpipe.cli.gallery import gallery as gallery_command
 from genpipe.cli.gc import gc as gc_command
 from genpipe.cli.init import init as init_command
 from genpipe.cli.prove import prove as prove_command
+from genpipe.cli.release import promote as promote_command
 from genpipe.cli.release import verify as verify_command
 from genpipe.cli.sample import sample as sample_command
 from genpipe.config import ConfigError
@@ -221,6 +222,7 @@ for _use in (
 ):
     app.command()(_use)
 app.command()(verify_command)
+app.command()(promote_command)
 app.command()(prove_command)
 
 

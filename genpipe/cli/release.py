@@ -1,4 +1,4 @@
-"""`genpipe verify`: whether a release is what was made."""
+"""`genpipe verify`: whether a release is what was made. `genpipe promote`: which one of a model is used."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from genpipe.cli import console
+from genpipe.config import ConfigError
 
 
 def verify(
@@ -41,6 +42,31 @@ def verify(
         tell(f"the grid: a pixel differs by up to {verdict.largest} of 255 levels, by {verdict.mean:.3g} on average")
     if not verdict.holds(tolerance=tolerance):
         raise typer.Exit(1)
+
+
+def promote(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="a registered model's name")],
+    version: Annotated[str, typer.Argument(metavar="[VERSION]", help="its number, or an alias")] = "candidate",
+    tracking_uri: Annotated[
+        str,
+        typer.Option(
+            envvar="MLFLOW_TRACKING_URI", help="the MLflow that has it, such as sqlite:///STORE/mlflow.db of a store"
+        ),
+    ] = "",
+) -> None:
+    """Make a release the champion of its model: what `models:/MODEL@champion` stands for.
+
+    Every release that a pipeline makes is registered, and is the model's candidate until a newer one is.
+
+    Example: `genpipe promote apples 3`, then `genpipe sample models:/apples@champion "a red apple"`
+    """
+    from genpipe.tracking.registry import CHAMPION
+    from genpipe.tracking.registry import promote as promote_version
+
+    if not tracking_uri:
+        raise ConfigError(f"{model}: in which MLflow? Give --tracking-uri, or set MLFLOW_TRACKING_URI")
+    artifact = promote_version(model, version, tracking_uri=tracking_uri)
+    _say(f"models:/{model}@{CHAMPION} is {artifact.uri}")
 
 
 def _say(text: str) -> None:

@@ -53,23 +53,28 @@ def _exactly(threads: int) -> Iterator[None]:
         torch.set_float32_matmul_precision(before[1])
 
 
+def check_grid_prompts(system: Artifact, texts: Sequence[str], *, sampled: bool) -> None:
+    """Raise ValueError where nobody says what the grid is to show, or `texts` say it to a system that is not told."""
+    told: list[str] = system.meta["conditioned_on"]
+    if texts and told != ["text"]:
+        raise ValueError(f"prompts: the system is conditioned on {' and '.join(told) or 'nothing'}; leave them out")
+    if "text" in told and not texts and not sampled:
+        raise ValueError("prompts: the grid needs some; name them, or map samples to inputs.sample")
+
+
 def grid_prompts(system: Artifact, samples: Artifact | None, texts: Sequence[str], *, rows: int) -> list[GridPrompt]:
     """What the rows show: `texts` if there are some, else the first distinct prompts of the samples, else classes.
 
-    Of a system that is told nothing, `rows` rows of nothing. Raises ValueError where the system must be told a text
-    and nobody says which.
+    Of a system that is told nothing, `rows` rows of nothing.
     """
     told: list[str] = system.meta["conditioned_on"]
     if texts:
-        if told != ["text"]:
-            raise ValueError(f"prompts: the system is conditioned on {' and '.join(told) or 'nothing'}; leave them out")
         return [GridPrompt(text=text, label=NO_LABEL) for text in texts]
     if not told:
         return [GridPrompt(text="", label=NO_LABEL)] * rows
     if "text" not in told:
         return [GridPrompt(text=name, label=label) for label, name in enumerate(system.meta["classes"][:rows])]
-    if samples is None:
-        raise ValueError("prompts: the grid needs some; name them, or map the samples to inputs.sample")
+    assert samples is not None, "check_grid_prompts asks for them"
     return _prompts_of(samples)[:rows]
 
 

@@ -21,14 +21,20 @@ from genpipe.lineage import check_made_from, manifests_behind
 from genpipe.models.precision import Precision, products_of
 from genpipe.release.cards import DATA_CARD, MODEL_CARD, Known, Statements, data_card, model_card
 from genpipe.release.elsewhere import write_elsewhere
-from genpipe.release.grid import draw_grid, grid_prompts
+from genpipe.release.grid import check_grid_prompts, draw_grid, grid_prompts
 from genpipe.release.record import GRID_FILE, Grid, machine_of, write_record
 from genpipe.release.scores import check_scores
-from genpipe.stage_config import StageConfig
+from genpipe.stage_config import Observe, StageConfig
 
 VERSION = 1
 MAKES = "release"
 HEADLINES = ("files", "megabytes")
+
+
+class ObserveRelease(Observe):
+    """How a release is watched, and where it is registered."""
+
+    register_as: str = Field("", description="name of the registered model in MLflow; none: the pipeline's experiment")
 
 
 class Config(StageConfig):
@@ -48,6 +54,7 @@ class Config(StageConfig):
     seed: int = Field(0, description="of the grid")
     precision: Precision = Field("fp32", description="of the grid's matrix products; fp32 is nearest elsewhere")
     diffusers: bool = Field(True, description="also write parts as diffusers and transformers load them, where they do")
+    observe: ObserveRelease = ObserveRelease()
 
 
 def roles(cfg: Config) -> dict[str, Role]:
@@ -62,8 +69,7 @@ def roles(cfg: Config) -> dict[str, Role]:
 def check_inputs(cfg: Config, inputs: Mapping[str, Artifact]) -> dict[str, Any]:
     """What the system promises. Raises ValueError where the grid lacks prompts, or has some that nobody reads."""
     system = inputs["system"]
-    if cfg.prompts or "sample" not in inputs:
-        grid_prompts(system, None, cfg.prompts, rows=0)
+    check_grid_prompts(system, cfg.prompts, sampled="sample" in inputs)
     kept = ("kind", "size", "conditioned_on", "classes", "clips")
     return {name: system.meta[name] for name in kept if name in system.meta}
 

@@ -25,13 +25,13 @@ from genpipe.stages import is_training, load_stage
 from genpipe.tracking import jsonl, pages
 from genpipe.tracking.open_runs import OpenRun
 from genpipe.tracking.recorder import Facts, File, Picture, Point, Record, Status, Steps
+from genpipe.tracking.registry import ARTIFACT, FINGERPRINT, register
 from genpipe.tracking.store import check, client_of, experiment_id_of, first_line, is_refused, redacted
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run
 
-FINGERPRINT = "genpipe.fingerprint"
 ERROR = "genpipe.error"
 DESCRIPTION = "mlflow.note.content"
 PICTURES = "samples"
@@ -157,16 +157,22 @@ class StageKeeper:
             client.set_terminated(run_id, record.status, end_time=record.milliseconds)
 
     def _complete(self, record: Status) -> None:
-        """Record the committed artifact, as a logged model if it is trained weights or a system, and end the run."""
+        """Record the committed artifact, and end the run; weights, systems and releases as logged models.
+
+        A release is registered as well: it is its model's candidate.
+        """
         client, run_id = self.client, self.run_id
         manifest = artifacts.read_manifest(self.spec.target.uri)
         if manifest is not None:
             client.log_dict(run_id, manifest.model_dump(mode="json"), "manifest.json")
             client.set_tag(run_id, "genpipe.meta", _json(manifest.artifact.meta)[:MAX_TAG])
             training = is_training(load_stage(self.spec.stage))
-            if training or manifest.artifact.kind == "system":
+            if training or manifest.artifact.kind in ("system", "release"):
                 samples = int(self.spec.config["train"]["samples"]) if training else 0
-                _log_model(client, run_id, self.spec, manifest.artifact, samples=samples)
+                model_id = _log_model(client, run_id, self.spec, manifest.artifact, samples=samples)
+                if manifest.artifact.kind == "release":
+                    name = self.spec.config["observe"]["register_as"] or self.spec.experiment
+                    register(client, name, manifest.artifact, model_id=model_id, run_id=run_id)
         _forget_error(client, client.get_run(run_id))
         client.set_terminated(run_id, "FINISHED", end_time=record.milliseconds)
 
@@ -386,15 +392,15 @@ def _models_of(client: MlflowClient, artifact: Artifact) -> list[str]:
     return [model.model_id for model in outputs.model_outputs] if outputs else []
 
 
-def _log_model(client: MlflowClient, run_id: str, spec: StageSpec, artifact: Artifact, *, samples: int) -> None:
-    """Make the committed weights or system a logged model of the run, once, as of so many training samples."""
+def _log_model(client: MlflowClient, run_id: str, spec: StageSpec, artifact: Artifact, *, samples: int) -> str:
+    """Make the committed weights or system a logged model of the run, once, as of so many training samples; its id."""
     from mlflow.entities import LoggedModelOutput
 
     run = client.get_run(run_id)
     if run.outputs and run.outputs.model_outputs:
-        return
+        return str(run.outputs.model_outputs[0].model_id)
     tags = {
-        "genpipe.artifact": artifact.uri,
+        ARTIFACT: artifact.uri,
         FINGERPRINT: artifact.fingerprint,
         "genpipe.meta": _json(artifact.meta),
     }
@@ -411,6 +417,7 @@ def _log_model(client: MlflowClient, run_id: str, spec: StageSpec, artifact: Art
     )
     client.finalize_logged_model(model.model_id, "READY")
     client.log_outputs(run_id, [LoggedModelOutput(model.model_id, samples)])
+    return str(model.model_id)
 
 
 def _tags(tags: Mapping[str, str]) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from pathlib import Path
@@ -12,13 +13,14 @@ import pytest
 import yaml
 from PIL import Image
 
-import genpipe
-from genpipe import artifacts
+from genpipe import __version__, artifacts, load
 from genpipe.artifacts import Artifact, fetch, read_manifest, sha256_file
 from genpipe.config import ConfigError
+from genpipe.data.shard_dataset import open_shards
+from genpipe.data.takedown import affected, plan_removal
 
 if TYPE_CHECKING:
-    from conftest import TinyPipeline
+    from conftest import Command, TinyPipeline
 
 PIXEL = (
     "stages.release.title=Shapes",
@@ -50,7 +52,7 @@ def test_everything_is_in_the_folder_and_hashed(pixel: Artifact) -> None:
     assert files - {"release.json", "manifest.json"} == record["files"].keys()
     assert {"system.yaml", "MODEL_CARD.md", "DATA_CARD.md", "grid.png", "parts/decoder/weights.safetensors"} <= files
     assert all(sha256_file(folder / path) == digest for path, digest in record["files"].items())
-    assert record["genpipe"] == genpipe.__version__ and record["machine"]["hardware"]
+    assert record["genpipe"] == __version__ and record["machine"]["hardware"]
     assert [prompt["text"] for prompt in record["grid"]["prompts"]] == ["bar", "circle", "cross"]
     assert Image.open(folder / "grid.png").size == (2 * 16, 3 * 16)
 
@@ -60,12 +62,12 @@ def test_a_release_draws_what_its_system_draws_without_the_store(
 ) -> None:
     """Its own store is out of reach meanwhile, so that nothing can be read there."""
     asked = {"labels": ["cross", "bar"], "seed": 3}
-    expected = [np.asarray(picture) for picture in genpipe.load(pixel_tiny.run("system").uri).sample(**asked)]
+    expected = [np.asarray(picture) for picture in load(pixel_tiny.run("system").uri).sample(**asked)]
     monkeypatch.chdir(moved)
     store = Path(pixel_tiny.store)
     hidden = store.rename(store.with_name("hidden"))
     try:
-        system = genpipe.load(moved)
+        system = load(moved)
         drawn = [np.asarray(picture) for picture in system.sample(**asked)]
     finally:
         hidden.rename(store)
@@ -93,6 +95,20 @@ def test_the_cards_say_what_the_manifests_say(pixel: Artifact, pixel_tiny: TinyP
     assert f"| `decoder/loss` | {loss:.4g} |" in model
     assert f"| `decoder/loss` | at most 10 | {loss:.4g} | yes |" in model
     assert "It was not measured" in model, "memorization is none of its metrics"
+
+
+def test_a_takedown_names_the_releases_that_have_seen_the_sample(
+    pixel: Artifact, pixel_tiny: TinyPipeline, genpipe: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also on the command line, which says that copies are not found; and release.json names the shards anywhere."""
+    monkeypatch.setattr("sys.stdin", io.StringIO("n\n"))
+    shard = pixel_tiny.run("shard")
+    key = open_shards(shard, split="train").key(0)
+    assert pixel.uri in {artifact.uri for artifact in affected(plan_removal(shard.uri, {key})).made_from}
+    (keys := tmp_path / "keys.txt").write_text(key)
+    code, said, _ = genpipe("data", "remove", shard.uri, "--keys", str(keys))
+    assert code == 130 and pixel.uri in said and "withdraw the copies" in said
+    assert json.loads((fetch(pixel) / "release.json").read_text())["made_from"]["shards"] == [shard.fingerprint]
 
 
 def test_a_missed_gate_is_refused(pixel_tiny: TinyPipeline) -> None:
@@ -127,7 +143,7 @@ def test_what_memorizes_is_refused_and_a_setting_lets_it_pass(tiny: TinyPipeline
     assert (folder / "parts/clip/tokenizer.json").exists() and (folder / "parts/upsamplers.0/model.json").exists()
     assert "- `train/memorized`: 100 % of the pictures" in (folder / "MODEL_CARD.md").read_text()
     asked = {"prompts": ["a red circle"], "seed": 5}
-    [there], [here] = genpipe.load(release.uri).sample(**asked), genpipe.load(tiny.run("system").uri).sample(**asked)
+    [there], [here] = load(release.uri).sample(**asked), load(tiny.run("system").uri).sample(**asked)
     assert np.array_equal(np.asarray(there), np.asarray(here))
 
 
