@@ -107,3 +107,12 @@ def manifests_behind(*artifacts: Artifact) -> tuple[list[Manifest], list[Artifac
             found[artifact.fingerprint] = manifest
             queue += manifest.inputs.values()
     return list(found.values()), list(gone.values())
+
+
+def fingerprints_behind(*artifacts: Artifact) -> dict[str, tuple[str, ...]]:
+    """The fingerprints of artifacts and of all that they were made from, by kind."""
+    manifests, gone = manifests_behind(*artifacts)
+    found: dict[str, tuple[str, ...]] = {}
+    for artifact in [*(manifest.artifact for manifest in manifests), *gone]:
+        found[artifact.kind] = (*found.get(artifact.kind, ()), artifact.fingerprint)
+    return found

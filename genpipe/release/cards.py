@@ -37,7 +37,7 @@ class Statements:
 
 @dataclass(frozen=True)
 class Known:
-    """What the manifests say: of the system, of its scores, and of all that both were made from."""
+    """What the manifests say: of the system, of its scores, and of all that the system was made from."""
 
     system: Manifest
     scores: Sequence[Manifest]
@@ -72,7 +72,7 @@ def model_card(
 
 def data_card(said: Statements, known: Known) -> str:
     """The data card, as Markdown: a section for each set of shards that the system was trained on."""
-    shards = [manifest for manifest in known.behind if manifest.artifact.kind == "shards"]
+    shards = [manifest for manifest in known.behind if manifest.artifact.kind in ("shards", "samples")]
     sections = [f"# Data of {said.name}", *(_shards(manifest, said.data_licenses) for manifest in shards)]
     gone = [f"- {artifact.kind} `{artifact.fingerprint[:SHORT]}`" for artifact in known.gone]
     if gone:
@@ -181,7 +181,6 @@ def _shards(manifest: Manifest, licenses: Mapping[str, str]) -> str:
         ("made", manifest.created),
         ("fingerprint", manifest.artifact.fingerprint[:SHORT]),
         *((f"{split} samples", f"{count:,}") for split, count in samples.items()),
-        ("captions", f"{manifest.metrics['captions']:,.0f}"),
         ("stored size", f"{meta['image_size']} pixels"),
         ("classes", ", ".join(meta.get("classes", ())) or "none"),
         ("takedowns behind it", str(len(meta.get("removed_from", ())))),
@@ -189,10 +188,12 @@ def _shards(manifest: Manifest, licenses: Mapping[str, str]) -> str:
     settings = [
         (f"`{key}`", _public(value)) for key, value in flatten(source).items() if value not in (None, "", [], {})
     ]
-    filters = [(f"`{key}`", _public(value)) for key, value in flatten(manifest.config["filters"]).items() if value]
+    filters = [
+        (f"`{key}`", _public(value)) for key, value in flatten(manifest.config.get("filters", {})).items() if value
+    ]
     return "\n\n".join(
         [
-            f"## Shards {manifest.artifact.fingerprint[:SHORT]}",
+            f"## {manifest.artifact.kind.capitalize()} {manifest.artifact.fingerprint[:SHORT]}",
             _table(("", ""), facts),
             "### Source",
             _table(("setting", "value"), settings),

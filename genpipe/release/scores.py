@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from genpipe.artifacts import Manifest
+from genpipe.artifacts import Artifact, Manifest, read_manifest
 from genpipe.stage_config import Observe
 
 MEMORIZED = "memorized"
@@ -31,8 +31,10 @@ def memorized(scores: Sequence[Manifest]) -> dict[str, float]:
     }
 
 
-def check_scores(scores: Sequence[Manifest], *, max_memorized: float) -> None:
-    """Raise ValueError where a gate was missed, or more is memorized than may be."""
+def check_scores(scores: Sequence[Manifest], *, system: Artifact, max_memorized: float) -> None:
+    """Raise ValueError where another system was measured, a gate was missed, or more is memorized than may be."""
+    for manifest in scores:
+        _check_measured(manifest, system)
     if missed := missed_gates(scores):
         raise ValueError(f"inputs.evaluate: {'; '.join(missed)}; a system that misses a gate is not released")
     for name, share in memorized(scores).items():
@@ -41,3 +43,15 @@ def check_scores(scores: Sequence[Manifest], *, max_memorized: float) -> None:
                 f"max_memorized: {name} is {share:.4g}, and {max_memorized:g} may be; train on more pictures or for "
                 "less long, or raise it if copies of training pictures may be published"
             )
+
+
+def _check_measured(scores: Manifest, system: Artifact) -> None:
+    """Raise ValueError if the pictures that were measured are known to be another system's."""
+    samples = scores.inputs.get("sample")
+    drawn = read_manifest(samples.uri, check_files=False) if samples is not None else None
+    drawn_by = drawn.inputs.get("system") if drawn is not None else None
+    if drawn_by is not None and drawn_by.fingerprint != system.fingerprint:
+        raise ValueError(
+            f"inputs.evaluate: {scores.artifact.uri} measured pictures of the system {drawn_by.fingerprint[:12]}, and "
+            f"this one is {system.fingerprint[:12]}; map the scores of this system"
+        )

@@ -17,7 +17,7 @@ from pydantic import Field
 from genpipe.artifacts import Artifact, Manifest, ManifestError, Role, read_manifest, several
 from genpipe.generation.released import copy_system
 from genpipe.generation.systems import load_released
-from genpipe.lineage import check_made_from, manifests_behind
+from genpipe.lineage import check_made_from, fingerprints_behind, manifests_behind
 from genpipe.models.precision import Precision, products_of
 from genpipe.release.cards import DATA_CARD, MODEL_CARD, Known, Statements, data_card, model_card
 from genpipe.release.elsewhere import write_elsewhere
@@ -76,7 +76,7 @@ def check_inputs(cfg: Config, inputs: Mapping[str, Artifact]) -> dict[str, Any]:
 
 def parts(cfg: Config, inputs: Mapping[str, Artifact]) -> list[str]:
     """One: the whole. Raises ValueError where the scores forbid it."""
-    check_scores(_scores(inputs), max_memorized=cfg.max_memorized)
+    check_scores(_scores(inputs), system=inputs["system"], max_memorized=cfg.max_memorized)
     return ["release"]
 
 
@@ -94,8 +94,7 @@ class Worker:
         """
         system = _manifest(self.inputs["system"])
         check_made_from({**system.inputs, "system": system.artifact})
-        behind, gone = manifests_behind(*self.inputs.values())
-        known = Known(system, _scores(self.inputs), behind, gone)
+        known = Known(system, _scores(self.inputs), *manifests_behind(system.artifact))
         copy_system(system.config["model"], system.inputs, out)
         elsewhere = write_elsewhere(out) if self.cfg.diffusers else {}
         grid = self._draw(out)
@@ -103,10 +102,8 @@ class Worker:
         card = model_card(said, known, grid=grid, machine=machine_of(self.device), elsewhere=elsewhere, folder=out)
         (out / MODEL_CARD).write_text(card, encoding="utf-8")
         (out / DATA_CARD).write_text(data_card(said, known), encoding="utf-8")
-        by_kind: dict[str, tuple[str, ...]] = {}
-        for artifact in [*(manifest.artifact for manifest in behind), *gone]:
-            by_kind[artifact.kind] = (*by_kind.get(artifact.kind, ()), artifact.fingerprint)
-        write_record(out, system=system.artifact.fingerprint, made_from=by_kind, grid=grid, device=self.device)
+        made_from = fingerprints_behind(*self.inputs.values())
+        write_record(out, system=system.artifact.fingerprint, made_from=made_from, grid=grid, device=self.device)
         sizes = [path.stat().st_size for path in out.rglob("*") if path.is_file()]
         return {"files": len(sizes), "bytes": sum(sizes)}
 

@@ -117,6 +117,13 @@ def test_a_missed_gate_is_refused(pixel_tiny: TinyPipeline) -> None:
         pixel_tiny.run("release", *PIXEL[:1], "stages.evaluate.part_size=7", gate)
 
 
+def test_scores_of_another_system_are_refused(pixel_tiny: TinyPipeline) -> None:
+    other = pixel_tiny.run("evaluate", "stages.system.model.decoder.steps=3", "stages.evaluate.metrics={grid: {}}",
+                           "stages.evaluate.inputs={trained: []}")  # fmt: skip
+    with pytest.raises(ValueError, match="measured pictures of the system"):
+        pixel_tiny.run("release", f"stages.release.inputs.evaluate=[{other.uri}]")
+
+
 def copies(tiny: TinyPipeline) -> Artifact:
     """The training pictures themselves, as if a system had drawn them."""
     shard = tiny.run("shard")
