@@ -20,6 +20,9 @@ from genpipe.release.scores import memorized, missed_gates
 from genpipe.stage_config import Observe
 
 MODEL_CARD, DATA_CARD = "MODEL_CARD.md", "DATA_CARD.md"
+NOTHING = (None, "", False, 0, [], {})
+"""Settings that say nothing, and are not shown."""
+
 SHORT = 12
 """Digits of a fingerprint that a person is shown."""
 
@@ -174,7 +177,7 @@ def _grid(grid: Grid, machine: Machine) -> str:
 
 
 def _shards(manifest: Manifest, licenses: Mapping[str, str]) -> str:
-    meta, source = manifest.artifact.meta, manifest.config.get("source", {})
+    meta = manifest.artifact.meta
     samples, rejected = meta["samples"], meta["rejected"]
     rejects = [(f"`{reason}`", f"{count:,}") for reason, count in rejected.items()]
     facts = [
@@ -185,12 +188,8 @@ def _shards(manifest: Manifest, licenses: Mapping[str, str]) -> str:
         ("classes", ", ".join(meta.get("classes", ())) or "none"),
         ("takedowns behind it", str(len(meta.get("removed_from", ())))),
     ]
-    settings = [
-        (f"`{key}`", _public(value)) for key, value in flatten(source).items() if value not in (None, "", [], {})
-    ]
-    filters = [
-        (f"`{key}`", _public(value)) for key, value in flatten(manifest.config.get("filters", {})).items() if value
-    ]
+    settings = _settings(manifest.config.get("source", {}))
+    filters = _settings(manifest.config.get("filters", {}))
     return "\n\n".join(
         [
             f"## {manifest.artifact.kind.capitalize()} {manifest.artifact.fingerprint[:SHORT]}",
@@ -207,6 +206,10 @@ def _shards(manifest: Manifest, licenses: Mapping[str, str]) -> str:
     )
 
 
+def _settings(block: Mapping[str, Any]) -> list[tuple[str, str]]:
+    return [(f"`{key}`", _public(value)) for key, value in flatten(block).items() if value not in NOTHING]
+
+
 def _initial(behind: Iterable[Manifest]) -> str:
     """Published weights and other files with digests that training began with."""
     rows = []
@@ -219,6 +222,10 @@ def _initial(behind: Iterable[Manifest]) -> str:
 
 def _public(value: Any) -> str:
     """A setting without what is nobody's business: folders of the machine it came from, credentials in URLs."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key}: {_public(inner)}" for key, inner in value.items() if inner not in NOTHING)
+    if isinstance(value, list | tuple):
+        return "; ".join(map(_public, value))
     if not isinstance(value, str):
         return str(value)
     if "://" in value:
