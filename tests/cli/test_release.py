@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from genpipe.artifacts import fetch
+from genpipe.storage import open_storage
 
 if TYPE_CHECKING:
     from conftest import Command, TinyPipeline
@@ -70,6 +71,21 @@ def test_a_grid_within_the_tolerance(genpipe: Command, release: Path) -> None:
     for tolerance, where in (("2", 2), ("3", 1)):
         code, *printed = genpipe("verify", str(release), "--tolerance", tolerance)
         assert code == 1 and "by up to 3 of 255 levels" in printed[where - 1], printed
+
+
+def test_a_release_under_s3(genpipe: Command, release: Path, s3_server: str, tmp_path: Path) -> None:
+    """It is drawn from and verified there; a file that is damaged there is named, and nothing of it is drawn."""
+    there = open_storage(f"s3://genpipe/{tmp_path.name}/release")
+    paths = [path for path in release.rglob("*") if path.is_file()]
+    for path in paths:
+        there.upload(path.relative_to(release).as_posix(), path)
+    code, _, error = genpipe("sample", there.uri, "--label", "cross", "--out", str(tmp_path / "grid.png"))
+    assert code == 0, error
+    code, said, error = genpipe("verify", there.uri)
+    assert code == 0 and "the same bit for bit" in said, error
+    there.write("parts/decoder/model.json", b"{}")
+    code, _, error = genpipe("verify", there.uri)
+    assert code == 1 and "parts/decoder/model.json: has 2 bytes" in error.replace("\n", " ")
 
 
 def test_lists_that_do_not_agree(genpipe: Command, release: Path) -> None:

@@ -29,6 +29,7 @@ CPU = torch.device("cpu")
 UNET = "{kind: unet, width: 16, multipliers: [1, 2], blocks: 1, attention_at: [2], head_width: 8, groups: 8}"
 DIFFUSION = "{schedule: scaled_linear, predict: eps, time_sampling: discrete, weighting: none}"
 PIXEL = (
+    "stages.decoder.train.samples=320",
     "stages.decoder.condition=none",
     f"stages.decoder.model.denoiser={UNET}",
     f"stages.decoder.diffusion={DIFFUSION}",
@@ -42,6 +43,7 @@ SHAPE = (
     "text: {width: 32, depth: 1, heads: 2, qk_norm: false}}"
 )
 LATENT = (
+    *(f"stages.{name}.train.samples=320" for name in ("autoencoder", "clip", "decoder")),
     f"stages.clip.model={SHAPE}",
     "stages.autoencoder.model={kind: ldm, width: 32, multipliers: [1, 1], blocks: 1, mid_attention: false}",
     "stages.autoencoder.model.latent_channels=4",
@@ -107,7 +109,7 @@ def test_the_card_says_where_the_parts_are_and_why_the_rest_is_not(latent: Path,
         assert f"| parts/{role} | {where} |" in text
     assert "| the whole | not there: the pipelines of diffusers on latents" in text
     assert not (latent / "diffusers/model_index.json").exists()
-    other = fetch(tiny.run("release", "stages.release.max_memorized=1", "stages.release.each=1"))
+    other = fetch(tiny.run("release", *LATENT[-2:]))
     assert not (other / "diffusers").exists(), "nothing of it has a form there"
     for role in ("autoencoder", "clip", "prior", "decoder", "upsamplers.0"):
         assert f"| parts/{role} | not there: " in told(other), role

@@ -124,14 +124,14 @@ def test_scores_of_another_system_are_refused(pixel_tiny: TinyPipeline) -> None:
         pixel_tiny.run("release", f"stages.release.inputs.evaluate=[{other.uri}]")
 
 
-def copies(tiny: TinyPipeline) -> Artifact:
+def copies(tiny: TinyPipeline, store: Path) -> Artifact:
     """The training pictures themselves, as if a system had drawn them."""
     shard = tiny.run("shard")
     identity = artifacts.identity("copies", version=1, settings={}, inputs={"shard": shard})
     fingerprint = artifacts.fingerprint(identity)
-    uri = artifacts.artifact_uri(str(tiny.store), "samples", fingerprint)
+    uri = artifacts.artifact_uri(str(store), "samples", fingerprint)
     target = Artifact(kind="samples", uri=uri, fingerprint=fingerprint, meta={**shard.meta, "clips": []})
-    folder = Path(shutil.copytree(fetch(shard), Path(tiny.store) / "copies"))
+    folder = Path(shutil.copytree(fetch(shard), store / "copies"))
     (folder / "manifest.json").unlink()
     return artifacts.commit(
         target, folder=folder, identity=identity, config={}, inputs={"shard": shard}, metrics={}, run_id=""
@@ -139,10 +139,14 @@ def copies(tiny: TinyPipeline) -> Artifact:
 
 
 @pytest.mark.slow
-def test_what_memorizes_is_refused_and_a_setting_lets_it_pass(tiny: TinyPipeline) -> None:
+def test_what_memorizes_is_refused_and_a_setting_lets_it_pass(tiny: TinyPipeline, tmp_path: Path) -> None:
     """And a text-to-image system with upsamplers, its tokenizer and prompts of its samples is released whole."""
     memorization = "stages.evaluate.metrics={memorization: {networks: [{kind: pixels}], level: 0.1}}"
-    measured = (f"stages.evaluate.inputs={{sample: {copies(tiny).uri}}}", memorization, "stages.release.each=1")
+    measured = (
+        f"stages.evaluate.inputs={{sample: {copies(tiny, tmp_path).uri}}}",
+        memorization,
+        "stages.release.each=1",
+    )
     with pytest.raises(ValueError, match="max_memorized: train/memorized is 1, and 0\\.9 may be"):
         tiny.run("release", "stages.release.max_memorized=0.9", *measured)
     release = tiny.run("release", "stages.release.max_memorized=1", *measured)
