@@ -20,7 +20,7 @@ from genpipe.release.scores import memorized, missed_gates
 from genpipe.stage_config import Observe
 
 MODEL_CARD, DATA_CARD = "MODEL_CARD.md", "DATA_CARD.md"
-NOTHING = (None, "", False, 0, [], {})
+NOTHING: tuple[Any, ...] = (None, "", False, 0, [], {})
 """Settings that say nothing, and are not shown."""
 
 SHORT = 12

@@ -18,6 +18,7 @@ from genpipe.artifacts import Artifact, fetch, read_manifest, sha256_file
 from genpipe.config import ConfigError
 from genpipe.data.shard_dataset import open_shards
 from genpipe.data.takedown import affected, plan_removal
+from genpipe.pipeline.graph import load_pipeline
 
 if TYPE_CHECKING:
     from conftest import Command, TinyPipeline
@@ -171,6 +172,13 @@ def test_what_does_not_fit_is_refused_before_anything_runs(
 ) -> None:
     with pytest.raises(ConfigError, match=named):
         pixel_tiny.plan("stages.release.each=1", *settings)
+
+
+def test_the_settings_that_come_with_genpipe_are_settings(tiny: TinyPipeline, tmp_path: Path) -> None:
+    path = tmp_path / "pipeline.yaml"
+    own = Path("configs/stage/release.yaml").resolve()
+    path.write_text(f"base: {tiny.config}\nstages: {{release: {{base: {own}}}}}\n")
+    assert load_pipeline(str(path)).instances["release"].cfg.model_dump()["title"] == "An emoji artist"
 
 
 def test_a_grid_of_texts_needs_some(tiny: TinyPipeline) -> None:
