@@ -155,7 +155,7 @@ def _parts(known: Known, folder: Path) -> str:
         rows.append(
             (f"`{PARTS}/{role}`", manifest.identity["stage"], count, seen, revision, artifact.fingerprint[:SHORT])
         )
-    return _table(("part", "made by", "parameters", "samples seen", "revision", "fingerprint"), rows)
+    return _table(("part", "made by", "parameters", "samples, at most", "revision", "fingerprint"), rows)
 
 
 def _parameters(folder: Path) -> int:

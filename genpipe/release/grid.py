@@ -82,7 +82,7 @@ def _prompts_of(samples: Artifact) -> list[GridPrompt]:
     """Distinct prompts, those of held-out subjects first: they say more about the system."""
     found: dict[GridPrompt, None] = {}
     for split in reversed(SPLITS):
-        if samples.meta["samples"][split]:
+        if samples.meta["samples"].get(split):  # there may be no combinations
             dataset = open_shards(samples, split=split)
             found |= dict.fromkeys(_prompt(dataset, i) for i in range(min(len(dataset), LOOKED_AT)))
     return list(found)
