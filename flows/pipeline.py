@@ -296,6 +296,7 @@ def _start(entry: Flow[Any, list[StageResult]], prepared: _Run, parameters: dict
         starting = threading.Thread(target=server.start, name="prefect-server")
         starting.start()  # while MLflow is looked at
         stack.callback(starting.join)
+        stack.callback(server.settle)
         records_of(prepared.pipeline.tracking_uri).check(prepared.pipeline.tracking_uri)
         starting.join()
         stack.callback(_prepared.reset, _prepared.set(prepared))

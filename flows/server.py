@@ -7,14 +7,28 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 from uuid import UUID
 
+import httpx
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
+from prefect.events import emit_event
 from prefect.exceptions import ObjectNotFound
 from prefect.settings import get_current_settings
 from prefect.states import Crashed
+
+if TYPE_CHECKING:
+    from prefect.server.api.server import SubprocessASGIServer
+
+RESTART_SECONDS = 1.0
+BACK_SECONDS = 60.0
+
+_restarts: list[int] = []
+_back = threading.Event()  # not set while a server that died is being started again
+_back.set()
 
 ENTRY = """
 import os, runpy, sys, threading, time
@@ -54,7 +68,8 @@ def check_home() -> None:
 def start() -> None:
     """Start a server for this process, unless PREFECT_API_URL names one.
 
-    It does not hear Ctrl-C, and it ends with this process, even if that is killed.
+    It does not hear Ctrl-C, and it ends with this process, even if that is killed. One that dies is started again, with
+    its port and its database: Prefect's clients wait for it.
     """
     from prefect.server.api.server import SubprocessASGIServer  # takes seconds
 
@@ -62,7 +77,41 @@ def start() -> None:
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # inherited; ours alone is to unwind
         server = SubprocessASGIServer()
         server._run_uvicorn_command = lambda: _run(server.port)
+        ended, stop = threading.Event(), server.stop
+        server.stop = lambda: (ended.set(), stop())
         server.start()
+        threading.Thread(target=_keep, args=[server, ended], name="prefect-server-keeper", daemon=True).start()
+
+
+def settle() -> None:
+    """If the server has died, wait until it is back, for a minute at most, and have it told what it missed.
+
+    Prefect's clients send that again with the next event that they send.
+    """
+    if _restarts and _back.wait(BACK_SECONDS):
+        emit_event("genpipe.server.restarted", resource={"prefect.resource.id": f"genpipe.process.{os.getpid()}"})
+
+
+def _keep(server: SubprocessASGIServer, ended: threading.Event) -> None:
+    """Start the server's process again whenever it has died and nobody has stopped it."""
+    while (process := server.server_process) is not None:
+        process.wait()
+        _back.clear()
+        if ended.wait(RESTART_SECONDS):
+            return
+        print("Prefect's server has died; it is started again", file=sys.stderr, flush=True)
+        _restarts.append(process.returncode)
+        server.server_process = process = _run(server.port)
+        while process.poll() is None and not _answers(server.api_url) and not ended.wait(RESTART_SECONDS):
+            pass
+        _back.set()
+
+
+def _answers(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/health", timeout=RESTART_SECONDS).status_code == 200
+    except httpx.HTTPError:
+        return False
 
 
 def _run(port: int) -> subprocess.Popen[bytes]:

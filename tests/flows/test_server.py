@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sqlite3
 import subprocess
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 
 import psutil
@@ -50,6 +52,35 @@ def endless():
 server.start()
 endless()
 """
+OUTLIVING = """
+import sys, time
+from pathlib import Path
+from flows import server
+from prefect import flow, task
+from prefect.client.orchestration import get_client
+
+@task
+def patient(go):
+    with get_client(sync_client=True) as client:
+        while not client.read_task_runs():  # its server hears of tasks with a delay
+            time.sleep(0.2)
+    print("waiting", flush=True)
+    while not Path(go).exists():
+        time.sleep(0.2)
+
+@task
+def after():
+    return 2
+
+@flow
+def outliving(go):
+    patient(go)
+    return after()
+
+server.start()
+print(outliving(sys.argv[1]), flush=True)
+server.settle()
+"""
 NEXT = """
 import sys
 from flows import server
@@ -81,3 +112,20 @@ def test_a_killed_run_leaves_no_server_and_the_next_one_tells_that_it_crashed(
 
     answer = subprocess.run([*command, NEXT, flow_run], env=environment, capture_output=True, text=True, cwd=tmp_path)
     assert answer.stdout.strip() == "['Running', 'Crashed'] ['Crashed']", answer.stderr
+
+
+def test_a_server_that_dies_is_started_again_and_the_flow_goes_on(tmp_path: Path, prefect_home: Path) -> None:
+    project, go = Project(tmp_path, prefect_home), tmp_path / "go"
+    command = [sys.executable, "-c", OUTLIVING, str(go)]
+    flow = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=project.environment)
+    assert flow.stdout is not None and "waiting" in flow.stdout.readline()
+    children = psutil.Process(flow.pid).children(recursive=True)
+    [server] = [process for process in children if any("create_app" in word for word in process.cmdline())]
+    server.kill()
+    go.touch()
+    assert flow.stdout.read().strip() == "2"
+    assert flow.wait(timeout=60) == 0
+    assert not survivors(children)
+    with closing(sqlite3.connect(tmp_path / "prefect" / "prefect.db")) as database:
+        assert database.execute("select state_type from task_run").fetchall() == [("COMPLETED",)] * 2
+        assert database.execute("select state_type from flow_run").fetchall() == [("COMPLETED",)]
