@@ -8,11 +8,10 @@ import numpy as np
 
 from genpipe.artifacts import Artifact
 from genpipe.data.image_batches import image_batch
-from genpipe.data.shard_dataset import ShardDataset
+from genpipe.data.shard_dataset import ShardDataset, open_splits
 from genpipe.data.shards import SPLITS
 from genpipe.evaluation.captions import first_captions, rows_with_captions
 from genpipe.evaluation.grids import hwc, labeled_grid
-from genpipe.evaluation.reference import open_splits
 
 CELL = 128
 LOOKED_AT = 4096

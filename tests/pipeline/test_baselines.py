@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import yaml
+from gallery import Gallery
 
 from genpipe.artifacts import Artifact, read_manifest
 from genpipe.config import ConfigError
@@ -17,6 +18,7 @@ from genpipe.launch.garbage import survey
 from genpipe.launch.local import run_local
 from genpipe.pipeline.baselines import with_baselines
 from genpipe.pipeline.plan import Planned, plan, resolve_uri, spec_of
+from genpipe.release.scores import missed_gates
 
 if TYPE_CHECKING:
     from conftest import TinyPipeline
@@ -49,6 +51,9 @@ def judged(tiny: TinyPipeline, *overrides: str, **gate: float) -> Judgment:
         [said] = json.loads(Path(made.uri, "scores.json").read_text())["against"].items()
         [own] = judge(made, planned.instance.cfg.observe.gates).items()
         assert said == (NUMBER, json.loads(json.dumps(own[1].as_json(NUMBER))))
+        manifest = read_manifest(made.uri)
+        assert manifest is not None, "what is worse is not released either"
+        assert missed_gates([manifest]) == ([own[1].told(NUMBER)] if own[1].missed else [])
     return judge(planned.artifact, planned.instance.cfg.observe.gates)[NUMBER]
 
 
@@ -69,8 +74,11 @@ def test_what_a_baseline_may_be(tiny: TinyPipeline, tmp_path: Path) -> None:
     file.write_text(yaml.safe_dump({"base": str(tiny.config), "store": str(tiny.store), "stages": {"shard": shard}}))
     store = tmp_path / "moved/artifacts/scores"
     shutil.copytree(scores.uri, store / Path(scores.uri).name)
-    system = tiny.run("system").uri
-    for baseline in (scores.uri, str(file), str(tmp_path / "moved"), "models:/unclip@champion", system):
+    system = tiny.run("system")
+    (tmp_path / "empty").mkdir()
+    release = Gallery(tmp_path / "releases").commit("release", tmp_path / "empty", inputs={"system": system})
+    named = (scores.uri, str(file), str(tmp_path / "moved"), "models:/unclip@champion", system.uri, release.uri)
+    for baseline in named:
         gate = gated(tiny, baseline, ALIKE).instance.cfg.observe.gates[NUMBER]
         found = read_manifest(gate.not_worse_than)
         assert found is not None and found.artifact.fingerprint == scores.fingerprint, baseline
