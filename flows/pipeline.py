@@ -39,13 +39,15 @@ from flows.foresight import Foreseeing
 from flows.reporting import Outcome, PlainReporter, Reporter, StageResult, StagesFailed
 from genpipe import artifacts
 from genpipe.config import ConfigError
+from genpipe.evaluation.comparison import judge
 from genpipe.launch import jobs, submission
 from genpipe.launch.failure import JobLost
 from genpipe.launch.lease import clear_work, may_be_held
+from genpipe.pipeline.baselines import names_needed, with_baselines
 from genpipe.pipeline.forecast import forecast
 from genpipe.pipeline.graph import Pipeline, load_pipeline
 from genpipe.pipeline.order import longest_path_first, works_of
-from genpipe.pipeline.plan import Planned, names_of, plan, spec_of
+from genpipe.pipeline.plan import Planned, plan, spec_of
 from genpipe.pipeline.spec import StageSpec
 from genpipe.storage import local_path
 from genpipe.tracking.recording import claim, pipeline_run, records_of, settle_stage, settle_store
@@ -257,6 +259,7 @@ def _result(planned: Planned, status: Outcome, *, seconds: float, job: str = "")
         planned.instance.cfg.observe.gates,
         manifest.run_id,
         why,
+        judged=judge(manifest.artifact, planned.instance.cfg.observe.gates),
     )
 
 
@@ -268,7 +271,8 @@ def _prepare(
     reporter: Reporter | None = None,
 ) -> _Run:
     pipeline = load_pipeline(path, overrides)
-    plans = plan(pipeline, only=only, resolve=lambda uri: resolve(uri, tracking_uri=pipeline.tracking_uri))
+    look_up = partial(resolve, tracking_uri=pipeline.tracking_uri)
+    plans = with_baselines(plan(pipeline, only=only, resolve=look_up), pipeline, resolve=look_up)
     by_name = {planned.name: planned for planned in plans}
     return _Run(pipeline, by_name, reporter or PlainReporter(), overrides)
 
@@ -360,7 +364,7 @@ def _run_stages(run: _Run) -> list[StageResult]:
                 tags=tags,
                 settings=dict(override.split("=", 1) for override in run.overrides),
                 files=files,
-                holds=names_of(run.plans.values()),
+                holds=names_needed(run.plans.values()),
             )
         )
         plans = list(run.plans.values())
@@ -449,6 +453,7 @@ def _row(result: StageResult) -> dict[str, Any]:
         "seconds": round(result.seconds, 1),
         "headline": result.headline,
         "missed gates": "; ".join(result.missed),
+        "held gates": "; ".join(result.held),
         "metrics": " ".join(f"{name}={value:.4g}" for name, value in result.metrics.items()),
         "run_id": result.run_id,
         "artifact": result.artifact.uri if result.artifact else "",

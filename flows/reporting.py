@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 from genpipe.artifacts import Artifact
+from genpipe.evaluation.comparison import Judgment
 from genpipe.pipeline.spec import Progress
 from genpipe.stage_config import Gate
 
@@ -18,8 +19,8 @@ Outcome = Literal["cached", "ran", "failed", "skipped"]
 class StageResult:
     """What became of one instance of a run, which `stage` names.
 
-    `headlines` are the metrics to show, `gates` the ranges that metrics must end in. `message` says why; `details` is a
-    traceback for a debugger.
+    `headlines` are the metrics to show, `gates` what metrics must come to, `judged` what came of those that are held
+    against a baseline. `message` says why; `details` is a traceback for a debugger.
     """
 
     stage: str
@@ -32,6 +33,7 @@ class StageResult:
     run_id: str = ""
     message: str = ""
     details: str = ""
+    judged: dict[str, Judgment] = field(default_factory=dict)
 
     @property
     def shown(self) -> dict[str, float]:
@@ -46,8 +48,14 @@ class StageResult:
     @property
     def missed(self) -> list[str]:
         """A sentence for each gate that its metrics miss."""
-        said = {name: gate.missed(name, self.metrics) for name, gate in self.gates.items()}
-        return [f"{self.stage}: {sentence}" for sentence in said.values() if sentence]
+        said = [gate.missed(name, self.metrics) for name, gate in self.gates.items()]
+        said += [judgment.told(name) for name, judgment in self.judged.items() if judgment.missed]
+        return [f"{self.stage}: {sentence}" for sentence in said if sentence]
+
+    @property
+    def held(self) -> list[str]:
+        """A sentence for each metric that is not worse than its baseline."""
+        return [f"{self.stage}: {of.told(name)}" for name, of in self.judged.items() if not of.missed]
 
 
 class Reporter(Protocol):

@@ -18,6 +18,7 @@ from genpipe.artifacts import Artifact
 from genpipe.config import ConfigError
 from genpipe.loaded_system import LoadedSystem
 from genpipe.models.precision import Precision
+from genpipe.pipeline.baselines import with_baselines
 from genpipe.pipeline.graph import load_pipeline
 from genpipe.pipeline.plan import Planned
 from genpipe.pipeline.plan import plan as plan_pipeline
@@ -59,7 +60,8 @@ def plan(config: str | Path, overrides: Sequence[str] = (), *, sources: bool = T
     anything that is wrong with the pipeline, and ManifestError, another, where what is committed is damaged.
     """
     pipeline = load_pipeline(str(config), overrides)
-    return plan_pipeline(pipeline, sources=sources, resolve=partial(resolve, tracking_uri=pipeline.tracking_uri))
+    look_up = partial(resolve, tracking_uri=pipeline.tracking_uri)
+    return with_baselines(plan_pipeline(pipeline, sources=sources, resolve=look_up), pipeline, resolve=look_up)
 
 
 def run(config: str | Path, overrides: Sequence[str] = (), *, reporter: Reporter | None = None) -> list[StageResult]:

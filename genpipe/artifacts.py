@@ -37,6 +37,9 @@ from genpipe.storage import (
 )
 
 MANIFEST = "manifest.json"
+CURVE = "curve.json"
+"""Beside trained weights: what validations found on the way. How often there was one changes nothing about them."""
+
 PARTS = "_parts/"
 ROLLS = f"{PARTS}rolls/"
 ROLL = 1000

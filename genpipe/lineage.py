@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 
-from genpipe.artifacts import Artifact, Manifest, read_manifest
+from genpipe.artifacts import CURVE, Artifact, Manifest, read_manifest
 from genpipe.config import canonical_json
 
 SOURCES = ("shard", "autoencoder", "clip", "text_encoder")
@@ -13,7 +13,7 @@ SOURCES = ("shard", "autoencoder", "clip", "text_encoder")
 
 
 def content_digest(artifact: Artifact) -> str:
-    """The sha256 (hex) over the content of a committed artifact: every file but its pictures.
+    """The sha256 (hex) over the content of a committed artifact: every file but its pictures and its held-out curve.
 
     A fingerprint says how something was made. Training the same again on other hardware gives other weights under
     the same fingerprint, and they do not understand what was cached with the first. Raises ValueError if it is gone.
@@ -21,7 +21,7 @@ def content_digest(artifact: Artifact) -> str:
     manifest = read_manifest(artifact.uri, check_files=False)
     if manifest is None:
         raise ValueError(f"{artifact.uri}: is no committed artifact (any more); make it again with `genpipe run`")
-    files = {file.path: file.sha256 for file in manifest.files if not file.path.endswith(".png")}
+    files = {file.path: file.sha256 for file in manifest.files if not file.path.endswith((".png", CURVE))}
     return hashlib.sha256(canonical_json(files).encode()).hexdigest()
 
 

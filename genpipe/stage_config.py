@@ -108,10 +108,26 @@ class Resources(Config):
 
 
 class Gate(Config):
-    """The range that a metric must end in; a run whose metrics miss a gate fails."""
+    """What a metric must come to; a run whose metrics miss a gate fails.
+
+    `not_worse_than` holds it against a baseline, picture by picture: it is missed where the 95 % interval of the
+    difference lies beyond `margin` on the worse side.
+    """
 
     min: float | None = Field(None, description="least value")
     max: float | None = Field(None, description="largest value")
+    not_worse_than: str = Field(
+        "",
+        description="a baseline: the URI of other scores or of a system that was measured, a store or another "
+        "pipeline's YAML file with scores, or a registered model such as models:/NAME@champion",
+    )
+    margin: float = Field(0.0, ge=0, description="by how much worse than the baseline it may be")
+
+    @model_validator(mode="after")
+    def _margin_is_of_a_baseline(self) -> Gate:
+        if self.margin and not self.not_worse_than:
+            raise ValueError("margin says how much worse than a baseline is allowed: set not_worse_than, too")
+        return self
 
     def missed(self, name: str, metrics: Mapping[str, float]) -> str:
         """A sentence if the metric `name` is not in the range, or not there at all; else nothing."""

@@ -183,6 +183,32 @@ def test_a_killed_rank_and_a_change_of_the_decoder(project: tuple[Project, str])
     assert max(point.step for point in reached) == 4000
 
 
+def test_a_gate_against_the_first_scores(project: tuple[Project, str]) -> None:
+    """What is drawn with one step more passes; what is drawn by a decoder that has hardly trained fails the run."""
+    made, _ = project
+    baseline, *_ = made.manifests("evaluate")
+    uri, client = baseline.artifact.uri, made.client()
+    gate = f'stages.evaluate.observe.gates={{"train/self_cosine": {{"not_worse_than": "{uri}"}}}}'
+    code, output = made.run("run", settings=[gate, "stages.system.model.decoder.steps=5"])
+    assert code == 0, output
+    held = re.search(rf"^evaluate: train/self_cosine differs by .* 95 % interval .* from {uri}$", output, re.MULTILINE)
+    assert held, output
+    parent, stage = (runs[0] for runs in (_parents(made, client), made.runs(client, "evaluate")))
+    summary = Path(client.download_artifacts(parent.info.run_id, "summary.json"))
+    assert held[0] in {row["held gates"] for row in json.loads(summary.read_text())["stages"]}
+    told = json.loads(Path(client.download_artifacts(stage.info.run_id, "scores.json")).read_text())["against"]
+    assert told["train/self_cosine"]["baseline"] == uri and not told["train/self_cosine"]["missed"]
+    code, output = made.run("run", settings=[gate, "stages.decoder.train.samples=16"])
+    assert code == 1 and "gate missed: evaluate: train/self_cosine differs by -" in " ".join(output.split()), output
+
+
+def _parents(project: Project, client: MlflowClient) -> list[Run]:
+    """The runs of the pipeline, the last one first."""
+    experiment = client.get_experiment_by_name("tiny")
+    assert experiment is not None
+    return list(client.search_runs([experiment.experiment_id], "tags.`genpipe.config` != ''"))
+
+
 def _cmdline(process: psutil.Process) -> list[str]:
     try:
         return process.cmdline()

@@ -21,6 +21,7 @@ from genpipe.cli import console
 from genpipe.cli import data as data_commands
 from genpipe.cli import deploy as deploy_commands
 from genpipe.cli import uses as use_commands
+from genpipe.cli.compare import compare as compare_command
 from genpipe.cli.gallery import gallery as gallery_command
 from genpipe.cli.gc import gc as gc_command
 from genpipe.cli.init import init as init_command
@@ -210,6 +211,7 @@ def check(configs: Annotated[list[str], typer.Argument(metavar="CONFIG...", help
         raise ConfigError("\n".join(faults))
 
 
+app.command("compare")(compare_command)
 app.command("gc")(gc_command)
 app.command()(sample_command)
 app.command("gallery")(gallery_command)
@@ -352,6 +354,8 @@ def _summary(results: Sequence[StageResult]) -> int:
             for picture in sorted(open_storage(result.artifact.uri).list(), key=lambda entry: entry.key):
                 if picture.key.endswith(".png"):
                     console.out.print(f"{result.artifact.uri}/{picture.key}", highlight=False, soft_wrap=True)
+    for sentence in (sentence for result in results for sentence in result.held):
+        console.out.print(sentence, highlight=False, soft_wrap=True)
     missed = [message for result in results for message in result.missed]
     for message in missed:
         console.problem(f"gate missed: {message}")

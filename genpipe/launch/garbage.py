@@ -27,8 +27,9 @@ from genpipe import artifacts
 from genpipe.artifacts import MANIFEST, PARTS, Manifest
 from genpipe.config import ConfigError
 from genpipe.launch.lease import LEASE, Holder, Watch, find_holder, seized
+from genpipe.pipeline.baselines import names_needed, with_baselines
 from genpipe.pipeline.graph import Pipeline, load_pipeline
-from genpipe.pipeline.plan import READERS, names_of, plan
+from genpipe.pipeline.plan import READERS, plan
 from genpipe.pipeline.spec import StageSpec, sqlite_uri
 from genpipe.storage import Storage, join, local_path, open_storage
 from genpipe.tracking.open_runs import all_open, is_alive
@@ -166,7 +167,8 @@ def _reasons(
     reasons: dict[str, str] = {}
     for pipeline in pipelines:
         look_up = partial(resolve, tracking_uri=pipeline.tracking_uri)
-        for path in _both(names_of(plan(pipeline, resolve=look_up))):
+        plans = with_baselines(plan(pipeline, resolve=look_up), pipeline, resolve=look_up)
+        for path in _both(names_needed(plans)):
             reasons[path] = f"in the plan of {pipeline.source}"
     models = {key: model for uri in _registries(store, pipelines, manifests) for key, model in registered(uri).items()}
     for path, manifest in manifests.items():

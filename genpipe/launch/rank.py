@@ -13,21 +13,26 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from genpipe.artifacts import CURVE
 from genpipe.launch import lease, stopping
 from genpipe.launch.process import set_up_process
 from genpipe.launch.run_stage import commit
 from genpipe.launch.watchdog import Watched
 from genpipe.pipeline.code import check_code
+from genpipe.pipeline.curves import Band, Curve, Expectation, curve_text, read_curve
 from genpipe.pipeline.forecast import RATE
 from genpipe.pipeline.spec import Progress, StageSpec, read_progress, write_progress
 from genpipe.stages import load_stage
-from genpipe.storage import join
+from genpipe.storage import join, open_storage
 from genpipe.tracking.recording import attach
 from genpipe.training.background import Background
 from genpipe.training.checkpoint_store import CheckpointStore
 from genpipe.training.loop import Interrupted, train
 from genpipe.training.parallel import unsharded
 from genpipe.training.runtime import Phase
+
+HELDOUT = "heldout/"
+"""What the loop puts before the names of held-out metrics."""
 
 
 def train_rank(
@@ -81,6 +86,7 @@ def train_rank(
             rt.enter("export")
             with tempfile.TemporaryDirectory() as folder, torch.no_grad():
                 meta = stage.export(objective, cfg, spec.inputs, Path(folder))
+                Path(folder, CURVE).write_text(curve_text(rt.curve))
                 commit(
                     spec,
                     folder=Path(folder),
@@ -109,11 +115,18 @@ class RankRuntime:
     telling: Background = field(default_factory=Background)
     reports: tuple[tuple[float, int], ...] = ()
     """The times of the first report of this attempt and of the last, and the samples seen then."""
+    curve: Curve = field(default_factory=dict)
+    expected: Expectation = field(default_factory=lambda: Expectation(()))
+    astray: frozenset[str] = frozenset()
+    """The held-out metrics that have left what was expected of them."""
 
     def __enter__(self) -> RankRuntime:
         self.run = attach(self.spec, self.run_id) if self.rank == 0 else None
         before = read_progress(self.spec.work) if self.rank == 0 else None
         self.note = before.note if before else ""
+        if self.rank == 0:
+            self.curve = read_curve(self.spec.work)
+            self._expect()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -121,10 +134,21 @@ class RankRuntime:
         if self.run:
             self.run.close()
 
+    def _expect(self) -> None:
+        """Look for runs of like settings; a store that is away, or what is damaged there, is not to stop a training."""
+        try:
+            self.expected = Expectation.of(self.spec)
+        except (OSError, ValueError) as error:
+            print(f"nothing is expected of the held-out curve: {error}", flush=True)
+
     def log(self, metrics: dict[str, float], *, samples_seen: int) -> None:
-        """Record metrics in the run, and progress in the work folder."""
+        """Record metrics in the run, and progress in the work folder; say where held-out ones are not as expected."""
         assert self.run is not None, "only rank 0 logs"
         self.run.log(metrics, samples_seen=samples_seen)
+        found = {name.removeprefix(HELDOUT): of for name, of in metrics.items() if name.startswith(HELDOUT)}
+        if found:
+            self.curve[samples_seen] = found
+            self._hold_against_others(found, samples_seen=samples_seen)
         rate = metrics.get("samples_per_second")
         if rate is not None:
             self.reports = (*self.reports[:1], (time.monotonic(), samples_seen))
@@ -136,6 +160,22 @@ class RankRuntime:
             return {}
         (begun, first), (ended, last) = self.reports
         return {RATE: f"{(last - first) / (ended - begun):.4g}"}
+
+    def _hold_against_others(self, found: dict[str, float], *, samples_seen: int) -> None:
+        """Record the bands of a stage's headlines, and tell of one that is left, or come back to, once."""
+        assert self.run is not None, "only rank 0 logs"
+        headlines = load_stage(self.spec.stage).HEADLINES
+        bands = {name: band for name in found if name in headlines and (band := self.expected.at(name, samples_seen))}
+        for name, band in bands.items():
+            ends = {"low": band.low, "mean": band.mean, "high": band.high}
+            self.run.log({f"expected/{name}_{end}": of for end, of in ends.items()}, samples_seen=samples_seen)
+        astray = frozenset(name for name, band in bands.items() if not band.low <= found[name] <= band.high)
+        changed = [name for name in bands if (name in astray) != (name in self.astray)]
+        self.astray = astray
+        if changed:
+            self.note = "; ".join(_told(name, found[name], bands[name], samples_seen) for name in changed)
+            self.log_event(self.note, samples_seen=samples_seen)
+            self._tell(Progress(done=samples_seen, total=self.total, note=self.note))
 
     def _tell(self, progress: Progress) -> None:
         """Write progress beside the training, which a slow store, or one that is full or away, is not to hold up."""
@@ -181,3 +221,14 @@ class RankRuntime:
         assert self.run is not None, "only rank 0 commits"
         self.run.flush()
         lease.check(self.spec)
+        if self.curve:
+            open_storage(self.spec.work).write(CURVE, curve_text(self.curve).encode())
+
+
+def _told(name: str, value: float, band: Band, samples_seen: int) -> str:
+    """A sentence on a held-out metric that has left its band, or come back to it."""
+    inside = "as" if band.low <= value <= band.high else "not as"
+    return (
+        f"after {samples_seen:,} samples held-out {name} is {value:.4g}, {inside} expected "
+        f"({band.low:.4g} to {band.high:.4g}, by {band.runs} runs of like settings)"
+    )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -67,11 +67,6 @@ def plan(
             inputs = _inputs(pipeline, instance, known, resolve)
             known[name] = plan_instance(pipeline, instance, inputs, sources=sources)
     return list(known.values())
-
-
-def names_of(plans: Iterable[Planned]) -> list[str]:
-    """The names of all artifacts that some instances take or make."""
-    return sorted({each.name for planned in plans for each in (planned.artifact, *planned.inputs.values())})
 
 
 def _inputs(

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 
 from genpipe.artifacts import Artifact, Manifest, read_manifest
+from genpipe.evaluation.comparison import SCORES
 from genpipe.stage_config import Observe
+from genpipe.storage import open_storage
 
 MEMORIZED = "memorized"
 """The last part of the name of a share of memorized pictures (`evaluation.metrics.memorization`)."""
@@ -18,7 +21,15 @@ def missed_gates(scores: Sequence[Manifest]) -> list[str]:
         for manifest in scores
         for name, gate in Observe.model_validate({"gates": manifest.config["observe"]["gates"]}).gates.items()
     ]
-    return [sentence for sentence in said if sentence]
+    return [*(sentence for sentence in said if sentence), *(told for of in scores for told in _worse(of))]
+
+
+def _worse(scores: Manifest) -> list[str]:
+    """A sentence for each number that was worse than its baseline when it was measured."""
+    if SCORES not in {file.path for file in scores.files}:
+        return []
+    record = json.loads(open_storage(scores.artifact.uri).read(SCORES))
+    return [of["told"] for of in record["against"].values() if of["missed"]]
 
 
 def memorized(scores: Sequence[Manifest]) -> dict[str, float]:

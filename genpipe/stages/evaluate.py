@@ -5,20 +5,33 @@ It knows neither how the pictures came to be nor any other stage: it takes what 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import torch
 from pydantic import Field, StringConstraints, field_validator
 
-from genpipe.artifacts import Artifact, Role, fetch, read_manifest
+from genpipe.artifacts import Artifact, Role, fetch, find, read_manifest
 from genpipe.data.loader import sample_batches
+from genpipe.data.shards import Split
+from genpipe.evaluation.captions import first_captions
+from genpipe.evaluation.comparison import (
+    SCORES,
+    baseline_values,
+    check_same_pictures,
+    interval,
+    is_scores,
+    judge,
+)
 from genpipe.evaluation.metrics import MetricConfig
 from genpipe.evaluation.metrics.features import FeatureMetric, Features, FeatureSet, FeatureWorker, parts_of_sets
 from genpipe.evaluation.metrics.metric import Evaluation, Measure, Metric
+from genpipe.evaluation.per_sample import PerSample, values_of
 from genpipe.lineage import content_digest
 from genpipe.models.precision import autocast, products_of
 from genpipe.stage_config import StageConfig
@@ -27,7 +40,7 @@ from genpipe.storage import Storage, join, open_storage
 from genpipe.training.stream import seeded, to_device
 from genpipe.weights import load_weights
 
-VERSION = 3
+VERSION = 4
 MAKES = "scores"
 HEADLINES = (
     "train/recall_at_10",
@@ -88,6 +101,7 @@ def check_inputs(cfg: Config, inputs: Mapping[str, Artifact]) -> dict[str, Any]:
             near = get_close_matches(gate, known, n=1)
             remedy = f"did you mean {near[0]!r}?" if near else f"they give {', '.join(known) or 'none'}"
             raise ValueError(f"observe.gates: the metrics give no number {gate!r}; {remedy}")
+    _check_baselines(cfg, inputs)
     return {}
 
 
@@ -146,6 +160,7 @@ def merge_parts(
         else:
             found = metric.merge(by_name[name], open_storage(join(made.uri, prefix)) if prefix else made)
         numbers |= {prefix + number: value for number, value in found.items()}
+    (out / SCORES).write_text(json.dumps(_scores(cfg, numbers, made, out), indent=1, sort_keys=True))
     return [{"numbers": numbers, "protocol": _protocol(cfg, inputs, features)}]
 
 
@@ -184,6 +199,55 @@ def validate(artifact: Artifact, device: torch.device) -> dict[str, float]:
         moved = (to_device(batch, device) for batch in batches)
         found: dict[str, float] = objective.validate(moved, seeded(device, cfg.train.seed, "validate")).metrics
     return found
+
+
+def _scores(cfg: Config, numbers: Mapping[str, float], made: Storage, out: Path) -> dict[str, Any]:
+    """What `SCORES` says."""
+    own = open_storage(str(out))
+    places = {entry.key: storage for storage in (made, own) for entry in storage.list()}
+    values = values_of((storage, key) for key, storage in places.items())
+    intervals = {name: asdict(interval(of)) for name, of in values.items()}
+    judged = judge(values, {name: gate for name, gate in cfg.observe.gates.items() if is_scores(gate.not_worse_than)})
+    return {
+        "numbers": {name: {"value": value, **intervals.get(name, {})} for name, value in numbers.items()},
+        "against": {name: of.as_json(name) for name, of in judged.items()},
+    }
+
+
+def _check_baselines(cfg: Config, inputs: Mapping[str, Artifact]) -> None:
+    """Raise ValueError where a number cannot be held against a baseline, or not against this one.
+
+    A baseline that has not been looked up yet, such as a registered model, is not asked for anything.
+    """
+    kept = _per_sample(cfg)
+    for name, gate in cfg.observe.gates.items():
+        if not gate.not_worse_than:
+            continue
+        where = f"observe.gates.{name}.not_worse_than"
+        if name not in kept:
+            raise ValueError(
+                f"{where}: {name} is a number of whole sets, not the mean of a value of each picture, so that pictures "
+                f"cannot be compared one by one; use min and max, or a gate on {', '.join(kept) or 'another metric'}"
+            )
+        if (split := kept[name]) and find(inputs["sample"].uri) and is_scores(gate.not_worse_than):
+            of = _evaluation(cfg, inputs)
+            if split in of.samples:
+                keys = first_captions(of.samples[split], range(len(of.samples[split])))
+                try:
+                    seeds = frozenset() if of.seed is None else frozenset({of.seed})
+                    check_same_pictures(keys, seeds, baseline_values(gate.not_worse_than, name))
+                except ValueError as error:
+                    raise ValueError(f"{where} ({gate.not_worse_than}): {error}") from None
+
+
+def _per_sample(cfg: Config) -> dict[str, Split | None]:
+    """The numbers that have a value of each picture, and the split of the generated ones; None: of real pictures."""
+    return {
+        _prefix(name, metric) + number: cast(Split, number.partition("/")[0]) if "sample" in metric.roles() else None
+        for name, metric in _metrics(cfg)
+        if isinstance(metric, PerSample)
+        for number in metric.per_sample()
+    }
 
 
 def _metrics(cfg: Config) -> Iterator[tuple[str, Metric | FeatureMetric]]:

@@ -74,7 +74,7 @@ def _table(record: PipelineRecord, link: RunLink) -> str:
         stage, run_id = row["stage"], row.get("run_id", "")
         name = f"[{stage}]({link(run_id)})" if run_id else stage
         why = row.get("message") if row["status"] != "cached" else ""
-        said = "; ".join(filter(None, (row.get("headline"), row.get("missed gates"), why)))
+        said = "; ".join(filter(None, (row.get("headline"), row.get("missed gates"), row.get("held gates"), why)))
         seconds = duration(row.get("seconds", 0.0)) if row["status"] == "ran" else ""
         lines.append(f"| {name} | {row['status']} | {seconds} | {_cell(said)} |")
     return "\n".join(lines)

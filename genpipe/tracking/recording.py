@@ -24,6 +24,7 @@ import numpy as np
 
 from genpipe import artifacts
 from genpipe.artifacts import Artifact
+from genpipe.evaluation.comparison import SCORES
 from genpipe.pipeline.presence import Presence, heartbeat
 from genpipe.pipeline.spec import StageSpec
 from genpipe.stages import is_training, load_stage
@@ -123,7 +124,7 @@ class StageRun:
         self.recorder.put([Status("RUNNING", _now())])
 
     def finish(self, artifact: Artifact) -> None:
-        """Record the committed artifact, its metrics and its pictures, and end the run; may be repeated."""
+        """Record the committed artifact, its metrics, pictures and scores, and end the run; may be repeated."""
         manifest = artifacts.read_manifest(artifact.uri)
         assert manifest is not None, f"nothing is committed at {artifact.uri}"
         training = is_training(load_stage(self.spec.stage))
@@ -131,7 +132,7 @@ class StageRun:
         storage = open_storage(artifact.uri)
         with tempfile.TemporaryDirectory() as folder:
             for file in manifest.files:
-                if file.path.endswith(".png"):
+                if file.path.endswith(".png") or file.path == SCORES:
                     path = Path(folder, Path(file.path).name)
                     storage.download(file.path, path)
                     self.log_file(path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ from pydantic import ValidationError
 from genpipe import artifacts
 from genpipe.artifacts import Artifact
 from genpipe.config import ConfigError
+from genpipe.evaluation.per_sample import read_values
 from genpipe.lineage import content_digest
 from genpipe.stages import evaluate
 from genpipe.stages.evaluate import Config
@@ -127,6 +129,59 @@ def test_a_gate_must_name_a_number_that_is_given(inputs: dict[str, Artifact]) ->
         with pytest.raises(ValueError, match=re.escape(name)) as error:
             gated(name)
         assert "observe.gates" in str(error.value) and remedy in str(error.value)
+
+
+def test_values_of_pictures_are_kept_whose_means_are_the_numbers(inputs: dict[str, Artifact], tmp_path: Path) -> None:
+    """Of every metric that has some, with the intervals of the numbers in `scores.json`."""
+    gallery, captions = Gallery(tmp_path / "store"), [*CAPTIONS, *(f"other {i}" for i in range(12))]
+    of = pictures(range(24), captions)
+    shard = gallery.shards({"train": of[:12], "heldout": of[12:]})
+    halves = {"train": (unit(12, seed=0), unit(12, seed=1)), "heldout": (unit(12, seed=2), unit(12, seed=3))}
+    given = {
+        **inputs,
+        "shard": shard,
+        "judge_features": gallery.features(shard, inputs["judge"], halves),  # type: ignore[arg-type]
+        "autoencoder": gallery.autoencoder(kind="folded", patch_size=2, width=16, multipliers=[1], latent_channels=4),
+    }
+    metrics = {
+        "retrieval": {"recall_at": [2, 9]},
+        "mine": {"kind": "nearest_real", "network": {"kind": "pixels"}},
+        "memorization": {"networks": [{"kind": "pixels"}], "level": 0.2},
+        "reconstruction": {"pictures": 9},
+        "grid": {},
+    }
+    cfg = config(metrics, part_size=4)
+    found = run(cfg, given, tmp_path / "out")
+    made = tmp_path / "all"  # as a launcher commits it
+    shutil.copytree(tmp_path / "out/made", made)
+    shutil.copytree(tmp_path / "out", made, ignore=shutil.ignore_patterns("made", "[0-9]*"), dirs_exist_ok=True)
+    values = read_values(gallery.commit("scores", made))
+    assert values.keys() == {
+        *(f"train/{name}_at_{k}" for name in ("recall", "ceiling") for k in (2, 9)),
+        *("train/cosine", "mine/train/nearest_real_pixels", "train/memorized"),
+        *("reconstruction/psnr", "reconstruction/ssim"),
+    }
+    told = json.loads((tmp_path / "out/scores.json").read_text())["numbers"]
+    assert told.keys() == found.keys()
+    for name, of_number in values.items():
+        assert of_number.values.mean() == pytest.approx(found[name]), name
+        assert told[name]["low"] <= told[name]["value"] <= told[name]["high"]
+        assert told[name]["pictures"] == len(of_number.keys) == (9 if "reconstruction" in name else 10)
+    assert values["train/cosine"].keys == CAPTIONS[:10]
+    assert told["pool"] == {"value": 24}
+
+
+def test_a_baseline_is_of_numbers_with_values_of_pictures(inputs: dict[str, Artifact]) -> None:
+    metrics = {"retrieval": {"recall_at": [10]}, "far": {"kind": "frechet", "network": {"kind": "clip"}}}
+
+    def gated(name: str) -> None:
+        cfg = config(metrics, observe={"gates": {name: {"not_worse_than": "models:/system@champion"}}})
+        evaluate.check_inputs(cfg, given(cfg, inputs))
+
+    gated("train/recall_at_10")
+    for name in ("far/train/frechet_clip_256", "pool", "train/cosine_unrelated"):
+        with pytest.raises(ValueError, match=f"{re.escape(name)}.not_worse_than: .* a number of whole sets"):
+            gated(name)
 
 
 def test_settings_say_what_is_wrong_with_them() -> None:

@@ -25,11 +25,13 @@ from genpipe.artifacts import Artifact, Role
 from genpipe.config import Config
 from genpipe.data.image_batches import image_batch
 from genpipe.data.shards import SPLITS, Split
+from genpipe.evaluation.captions import first_captions
 from genpipe.evaluation.grids import hwc, labeled_grid
 from genpipe.evaluation.metrics.feature_networks import AnyNetwork, Network
 from genpipe.evaluation.metrics.features import Features, FeatureSet, chosen_rows
 from genpipe.evaluation.metrics.metric import REFERENCE, SAMPLE, Evaluation
 from genpipe.evaluation.neighbors import nearest
+from genpipe.evaluation.per_sample import Better, write_values
 
 CELL = 128
 
@@ -87,6 +89,10 @@ class MemorizationConfig(Config):
         of_split = ["memorized", *(f"copying_z_{_name(network)}" for network in self.networks)]
         return ["memorized_heldout", *(f"{split}/{name}" for split in SPLITS for name in of_split)]
 
+    def per_sample(self) -> dict[str, Better]:
+        """Whether each picture is as near as a copy."""
+        return {f"{split}/memorized": "lower" for split in SPLITS}
+
     def check_inputs(self, inputs: Mapping[str, Artifact]) -> None:
         """Raise ValueError if a network may not be used."""
         for network in self.networks:
@@ -121,6 +127,15 @@ class MemorizationConfig(Config):
             found = [self._of_samples(features, evaluation, network, split) for network in self.networks]
             p = np.stack([_p(of.distance, among.distance) for of, among in zip(found, null, strict=True)]).max(0)
             metrics[f"{split}/memorized"] = float((p <= self.level).mean())
+            write_values(
+                out,
+                f"memorization-{split}",
+                {f"{split}/memorized": p <= self.level},
+                better=self.per_sample(),
+                keys=first_captions(evaluation.samples[split], range(len(p))),
+                rows=range(len(p)),
+                seed=evaluation.seed,
+            )
             for network, of, among in zip(self.networks, found, null, strict=True):
                 metrics[f"{split}/copying_z_{_name(network)}"] = copying_z(of.distance, among.distance)
             near = np.sum([of.distance / among.scale for of, among in zip(found, null, strict=True)], axis=0)

@@ -1,6 +1,7 @@
 """What a metric is: settings that say what is needed, which parts there are, and how a part is measured.
 
-A metric is one file: a Config that is a `Metric`, and an entry in the union `MetricConfig`.
+A metric is one file: a Config that is a `Metric`, and an entry in the union `MetricConfig`. One with numbers that are
+means over pictures is a `per_sample.PerSample`, too, so that they can be compared picture by picture.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from genpipe.artifacts import Artifact, Role
+from genpipe.artifacts import Artifact, Role, read_manifest
 from genpipe.data.image_batches import image_batch, to_float
 from genpipe.data.shard_dataset import ShardDataset, open_splits
 from genpipe.data.shards import Split
@@ -89,6 +90,12 @@ class Evaluation:
     def reference(self) -> Reference:
         """The real pictures."""
         return Reference(open_splits(self.inputs["shard"]))
+
+    @cached_property
+    def seed(self) -> int | None:
+        """What the generated pictures' noise was drawn with; None where the stage `sample` did not draw them."""
+        manifest = read_manifest(self.inputs["sample"].uri, check_files=False)
+        return manifest.config.get("seed") if manifest and manifest.identity["stage"] == "sample" else None
 
     @property
     def size(self) -> int:

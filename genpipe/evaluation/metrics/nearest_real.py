@@ -18,10 +18,12 @@ from genpipe.artifacts import Artifact, Role
 from genpipe.config import Config
 from genpipe.data.shard_dataset import ShardDataset
 from genpipe.data.shards import NO_LABEL, SPLITS, Split
+from genpipe.evaluation.captions import first_captions
 from genpipe.evaluation.metrics.feature_networks import Network, named
 from genpipe.evaluation.metrics.features import Features, FeatureSet, chosen_rows
 from genpipe.evaluation.metrics.metric import REFERENCE, SAMPLE, Evaluation, check_classes
 from genpipe.evaluation.neighbors import nearest
+from genpipe.evaluation.per_sample import Better, write_values
 from genpipe.evaluation.reference import check_matched
 
 PIECE = 1024
@@ -51,6 +53,10 @@ class NearestRealConfig(Config):
     def names(self, inputs: Mapping[str, Artifact]) -> list[str]:
         """All three of each split."""
         return [f"{split}/{named('nearest_real', self.network)}{end}" for split in SPLITS for end in ENDS]
+
+    def per_sample(self) -> dict[str, Better]:
+        """Whether each picture's nearest real one is right."""
+        return {f"{split}/{named('nearest_real', self.network)}": "higher" for split in SPLITS}
 
     def check_inputs(self, inputs: Mapping[str, Artifact]) -> None:
         """Raise ValueError if the network may not be used, or if classes are asked for that are others, or none."""
@@ -85,6 +91,15 @@ class NearestRealConfig(Config):
             rows = np.arange(features.count(self.network, "sample", split))
             right, counts = self._compare(features, evaluation, split, rows, real=False)
             metrics |= {name: right.mean(), f"{name}_chance": counts.mean() / len(evaluation.reference)}
+            write_values(
+                out,
+                f"nearest_real-{split}",
+                {name: right},
+                better=self.per_sample(),
+                keys=first_captions(evaluation.samples[split], range(len(rows))),
+                rows=range(len(rows)),
+                seed=evaluation.seed,
+            )
             of_split = len(evaluation.reference.range_of(split))
             if of_split:
                 right, counts = self._compare(

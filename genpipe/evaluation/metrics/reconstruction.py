@@ -19,6 +19,7 @@ from genpipe.evaluation.fidelity import frechet_distance
 from genpipe.evaluation.metrics.features import moments_of_files, save_features
 from genpipe.evaluation.metrics.metric import REFERENCE, Evaluation, Measure, Partial, check_file, part_of
 from genpipe.evaluation.networks import inception_features, load_inception, load_lpips
+from genpipe.evaluation.per_sample import Better, write_values
 from genpipe.evaluation.reconstruction import reconstruction_scores
 from genpipe.models.autoencoder import Autoencoder
 from genpipe.models.lpips import SMALLEST
@@ -50,6 +51,11 @@ class ReconstructionConfig(Config):
         """Those whose networks are given."""
         given = {"psnr": True, "ssim": True, "lpips": self.lpips, "rfid_*": self.inception}
         return [f"reconstruction/{name}" for name, network in given.items() if network]
+
+    def per_sample(self) -> dict[str, Better]:
+        """All of each picture, but no distance of two sets."""
+        better: dict[str, Better] = {"psnr": "higher", "ssim": "higher", "lpips": "lower"}
+        return {f"reconstruction/{name}": of for name, of in better.items() if name != "lpips" or self.lpips}
 
     def check_inputs(self, inputs: Mapping[str, Artifact]) -> None:
         """Raise ValueError for pictures that are too small for LPIPS, and for files of networks that are others."""
@@ -88,7 +94,7 @@ class _Measure:
     """The autoencoder and the networks that judge it."""
 
     def __init__(self, cfg: ReconstructionConfig, evaluation: Evaluation) -> None:
-        self.evaluation = evaluation
+        self.cfg, self.evaluation = cfg, evaluation
         artifact, device = evaluation.inputs["autoencoder"], evaluation.device
         self.model = cast(Autoencoder, load_weights(fetch(artifact), kind="autoencoder", device=device).module)
         self.size: int = artifact.meta["image_size"]
@@ -99,18 +105,30 @@ class _Measure:
     def __call__(self, part: str, out: Path) -> Partial:
         split, rows = part_of(part)
         of_split = self.evaluation.reference.range_of(split)
-        sums: dict[str, float] = {}
+        found: dict[str, list[Tensor]] = {}
+        keys: list[str] = []
         features: dict[str, list[Tensor]] = {side: [] for side in SIDES}
         for batch in self.evaluation.batches(rows):
             chosen = order(batch, n=len(of_split), seed=0)
             real = self.evaluation.originals(np.asarray(chosen) + of_split.start, size=self.size)
             recon = self.model.decode(self.model.encode(real)[0], fp32=True)
-            for name, values in reconstruction_scores(recon, real, lpips=self.lpips).items():
-                sums[name] = sums.get(name, 0.0) + float(values.double().sum())
+            keys += [self.evaluation.reference.datasets[split].key(int(row)) for row in chosen]
+            for name, values_B in reconstruction_scores(recon, real, lpips=self.lpips).items():
+                found.setdefault(name, []).append(values_B.double().cpu())
             if self.inception is not None:
                 for side, images in zip(SIDES, (real, recon), strict=True):
                     features[side].append(inception_features(self.inception, images))
         if self.inception is not None:
             for side, batches in features.items():
                 save_features(out / f"{side}-{rows.start:09d}.npy", batches)
-        return {"pictures": len(rows), "sums": sums}
+        values = {name: torch.cat(batches) for name, batches in found.items()}
+        write_values(
+            out,
+            f"reconstruction-{split}-{rows.start:09d}",
+            {f"reconstruction/{name}": of.numpy() for name, of in values.items()},
+            better=self.cfg.per_sample(),
+            keys=keys,
+            rows=rows,
+            seed=None,
+        )
+        return {"pictures": len(rows), "sums": {name: float(of.sum()) for name, of in values.items()}}

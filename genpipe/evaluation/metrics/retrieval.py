@@ -33,6 +33,7 @@ from genpipe.evaluation.metrics.judge import (
     judge_roles,
 )
 from genpipe.evaluation.metrics.metric import REFERENCE, SAMPLE, Evaluation, Measure, Partial, part_of
+from genpipe.evaluation.per_sample import Better, write_values
 from genpipe.evaluation.reference import Matches, check_matched
 from genpipe.evaluation.retrieval import BLOCK, Chunk, chunked_ranks
 from genpipe.evaluation.validation import cosine
@@ -67,6 +68,11 @@ class RetrievalConfig(Config):
         measured = [f"{name}_at_{k}" for name in ("recall", "ceiling") for k in self.recall_at]
         named = [PREFIX[self.judge] + name for name in (*measured, "cosine", "cosine_unrelated")]
         return ["pool", *(f"{split}/{name}" for split in SPLITS for name in (*named, "pictures"))]
+
+    def per_sample(self) -> dict[str, Better]:
+        """Whether each caption is found, and the cosine of each pair."""
+        named = [*(f"{name}_at_{k}" for name in ("recall", "ceiling") for k in self.recall_at), "cosine"]
+        return {f"{split}/{PREFIX[self.judge]}{name}": "higher" for split in SPLITS for name in named}
 
     def check_inputs(self, inputs: Mapping[str, Artifact]) -> None:
         """Raise ValueError unless the features are of this reference by this CLIP, and the CLIP may judge."""
@@ -125,12 +131,22 @@ class _Measure:
         check_matched(originals, prompts, setting="metrics.retrieval")
         drawn, real = self._drawn(part), self._real(originals)
         ranks = self._ranks(torch.cat([drawn, real]), matches).view(2, -1)
-        sums: dict[str, float] = {
-            f"{name}_at_{k}": int((of < k).sum())
+        values = {
+            f"{name}_at_{k}": (of < k).double()
             for name, of in zip(("recall", "ceiling"), ranks, strict=True)
             for k in self.cfg.recall_at
         }
-        sums["cosine"] = float(cosine(drawn, real).double().sum())
+        values["cosine"] = cosine(drawn, real).double()
+        sums = {name: float(of.sum()) for name, of in values.items()}
+        write_values(
+            out,
+            f"retrieval-{split}-{rows.start:09d}",
+            {f"{split}/{PREFIX[self.cfg.judge]}{name}": of.cpu().numpy() for name, of in values.items()},
+            better=self.cfg.per_sample(),
+            keys=prompts,
+            rows=rows,
+            seed=self.evaluation.seed,
+        )
         vectors = {name: embeds.double().sum(0).tolist() for name, embeds in (("drawn", drawn), ("real", real))}
         return {"split": split, "pictures": len(rows), "pool": len(reference), "sums": sums, **vectors}
 
