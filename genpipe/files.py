@@ -17,9 +17,10 @@ FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class DiskFull(OSError):
-    """There is no room for what is to be written."""
+    """There is no room for what is to be written, at `where`."""
 
     def __init__(self, where: str) -> None:
+        self.where = where
         super().__init__(
             f"{where}: no space left; make room there, then give the same command again, which goes on from what was "
             "finished"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from genpipe import artifacts
 from genpipe.launch import lease, stopping
 from genpipe.launch.process import set_up_process
 from genpipe.launch.run_stage import commit
@@ -21,13 +23,16 @@ from genpipe.pipeline.code import check_code
 from genpipe.pipeline.forecast import RATE
 from genpipe.pipeline.spec import Progress, StageSpec, read_progress, write_progress
 from genpipe.stages import load_stage
-from genpipe.storage import join
+from genpipe.storage import join, may_pass
 from genpipe.tracking.recording import attach
 from genpipe.training.background import Background
 from genpipe.training.checkpoint_store import CheckpointStore
 from genpipe.training.loop import Interrupted, train
 from genpipe.training.parallel import unsharded
 from genpipe.training.runtime import Phase
+
+COMMIT_PAUSES = (1.0, 4.0, 16.0, *[60.0] * 10)
+POLL_SECONDS = 0.2
 
 
 def train_rank(
@@ -79,16 +84,42 @@ def train_rank(
         objective = unsharded(objective, lambda: stage.objective(cfg, spec.inputs, device), rank=rank)
         if rank == 0:
             rt.enter("export")
-            with tempfile.TemporaryDirectory() as folder, torch.no_grad():
-                meta = stage.export(objective, cfg, spec.inputs, Path(folder))
-                commit(
-                    spec,
-                    folder=Path(folder),
-                    meta=meta,
-                    metrics=result.metrics,
-                    environment={**rt.environment, **rt.pace()},
-                    run_id=run_id,
-                )
+
+            def finish() -> None:
+                with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+                    meta = stage.export(objective, cfg, spec.inputs, Path(folder))
+                    commit(
+                        spec,
+                        folder=Path(folder),
+                        meta=meta,
+                        metrics=result.metrics,
+                        environment={**rt.environment, **rt.pace()},
+                        run_id=run_id,
+                    )
+
+            _insisting(spec, finish, should_stop=rt.should_stop)
+
+
+def _insisting(spec: StageSpec, finish: Callable[[], None], *, should_stop: Callable[[], bool]) -> None:
+    """Export and commit, again after pauses where a disk is full or the store away: all of the training is at stake.
+
+    Not where somebody wants the stage to stop: the next attempt goes on from a checkpoint.
+    """
+    for tries, pause in enumerate((*COMMIT_PAUSES, 0.0)):
+        try:
+            if tries and artifacts.committed(spec.target):  # only the answer was lost
+                return None
+            return finish()
+        except OSError as error:
+            if not pause or not may_pass(error):
+                raise
+            print(f"{spec.name}: not committed, trying again in {pause:.0f} s: {error}", file=sys.stderr, flush=True)
+            until = time.monotonic() + pause
+            while time.monotonic() < until:
+                if should_stop():
+                    raise
+                time.sleep(POLL_SECONDS)
+    raise AssertionError("the last try returns or raises")
 
 
 @dataclass
@@ -117,6 +148,7 @@ class RankRuntime:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.enter("end")
         self.telling.wait()  # the work folder is about to be deleted
         if self.run:
             self.run.close()

@@ -74,6 +74,7 @@ def compile_if_right(
     compiler for this machine, all stays eager: an event of the run says why, and its environment (`compiled`). A run
     that has trained eagerly, because of this, goes on so when it is resumed.
     """
+    rt.enter("compile")
     if state.compiled:
         size = cfg.micro_batch(rt.world_size)
         weights = cfg.source_weights

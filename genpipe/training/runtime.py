@@ -10,7 +10,9 @@ import torch
 
 from genpipe.training.checkpoint_store import CheckpointStore
 
-Phase = Literal["start", "compile", "data", "forward", "backward", "optimizer", "validation", "checkpoint", "export"]
+Phase = Literal[
+    "start", "compile", "data", "forward", "backward", "optimizer", "validation", "checkpoint", "export", "end"
+]
 """What a rank is busy with. The pass through a micro-batch and the update are quick; all others may take their time."""
 
 

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from genpipe.data.loader import skip_ranges
+from genpipe.files import DiskFull
 from genpipe.models.precision import Products
 from genpipe.training.background import Background
 from genpipe.training.best import Best
@@ -28,6 +29,9 @@ from genpipe.training.slices import local_piece, share_of
 
 GRACE_SECONDS = 10.0
 """For a checkpoint under way, when training fails."""
+
+MOST_FAILED, MOST_SECONDS = 3, 1800.0
+"""Training gives up once so many checkpoints on end could not be written, and none for so long: it works for nothing."""
 
 RECORD = ("samples_seen", "step", "products", "compiled")
 """The fields of the state that a checkpoint holds as JSON, beside those of `guard` and `best`."""
@@ -64,6 +68,16 @@ class TrainState:
     write_seconds: float = 0.0
     """How long the last checkpoint took in all, until it was committed."""
 
+    newest: int = 0
+    """Samples seen of the newest checkpoint that is committed, as far as this rank knows: rank 0 does."""
+
+    fault: str = ""
+    """Why the last checkpoint could not be written; empty if it could, or is not written yet."""
+
+    failed: int = 0
+    """Checkpoints on end that could not be written."""
+
+    _written_at: float = field(default_factory=time.monotonic)
     _attempt: int = 0
     _saved: int = 0
     _snapshot: Snapshot = field(default_factory=Snapshot)
@@ -118,10 +132,10 @@ class TrainState:
         """Copy the state aside and have it committed as a checkpoint in the background; every rank calls it.
 
         Waits for the checkpoint before, if that is still being written. One that cannot be written (a full disk, a
-        storage that is away) is an event of the run, not an error; anything else that goes wrong in the background is
-        raised by the next `save` or `wait`.
+        storage that is away) is an event of the run, and a `fault`, not an error; anything else that goes wrong in the
+        background is raised by the next `save` or `wait`.
         """
-        self.wait()
+        self.wait(rt)
         begun = time.monotonic()
         share = share_of(self.tensors(), rank=rt.rank, world_size=rt.world_size)
         record = {key: getattr(self, key) for key in RECORD} | {"guard": self.guard.state_dict()}
@@ -134,19 +148,40 @@ class TrainState:
         self._background.start(lambda: self._write(rt, name, metrics, begun), name="checkpoint")
         self.stall_seconds = time.monotonic() - begun
 
-    def wait(self) -> None:
-        """Return when the last checkpoint is committed, or has failed."""
+    def wait(self, rt: Runtime) -> None:
+        """Return when the last checkpoint is committed, or has failed, however slow its storage is."""
+        rt.enter("checkpoint")
         self._background.wait()
 
+    @property
+    def hopeless(self) -> bool:
+        """Whether checkpoints have failed so often, and for so long, that training should not go on: rank 0 knows."""
+        return self.failed >= MOST_FAILED and time.monotonic() - self._written_at > MOST_SECONDS
+
+    def give_up(self, rt: Runtime) -> None:
+        """Raise OSError, on every rank, with why checkpoints cannot be written, which rank 0 knows."""
+        failed, newest, fault = agreed(rt, (self.failed, self.newest, self.fault))
+        raise OSError(
+            f"the last {failed} checkpoints could not be written, the newest that could is that of {newest:,} samples: "
+            f"{fault}"
+        )
+
+    def newest_of_all(self, rt: Runtime) -> tuple[int, str]:
+        """Samples seen of the newest committed checkpoint, and why there is none of now, if so; every rank calls it."""
+        self.wait(rt)
+        newest, fault = agreed(rt, (self.newest, self.fault))
+        return newest, fault
+
     @contextmanager
-    def checkpoints_finished(self) -> Iterator[None]:
+    def checkpoints_finished(self, rt: Runtime) -> Iterator[None]:
         """Leave the block with no checkpoint under way: it is awaited, or after an error given some seconds at most."""
         try:
             yield
         except BaseException:
+            rt.enter("checkpoint")
             self._background.cancel(grace_seconds=GRACE_SECONDS)
             raise
-        self.wait()
+        self.wait(rt)
 
     def resume(self, rt: Runtime) -> bool:
         """Go on from the newest intact checkpoint, the same on every rank; False if there is none.
@@ -154,13 +189,14 @@ class TrainState:
         Ranks and their sharding may be others than those that wrote it. Damaged ones are passed over, and said so in
         the run. Raises ValueError where a checkpoint's tensors are not those of this model.
         """
-        self.wait()
+        self.wait(rt)
         names, self._attempt = agreed(rt, _found(rt) if rt.rank == 0 else None)
         for name in names:
             faults = _gathered(rt, rt.checkpoints.fault(name, rank=rt.rank, world_size=rt.world_size))
             fault = next((fault for fault in faults if fault), None)
             if fault is None:
                 self._load(rt.checkpoints.open(name))
+                self.newest = samples_of(name)
                 return True
             rt.checkpoints.damaged.add(name)
             if rt.rank == 0:
@@ -178,11 +214,16 @@ class TrainState:
                 metrics=metrics,
                 canceled=self._background.canceled,
             )
-            self.write_seconds = time.monotonic() - begun
+            self.newest, self.fault, self.failed = samples_of(name), "", 0
+            self._written_at = time.monotonic()
+            self.write_seconds = self._written_at - begun
         except Canceled:
             pass
         except OSError as error:
-            told = f"a checkpoint could not be written, training goes on: {error}"
+            full = isinstance(error, DiskFull)
+            self.fault = f"{error.where}: no space left; make room there" if full else str(error)
+            self.failed += 1
+            told = f"a checkpoint could not be written, training goes on: {self.fault}"
             if rt.rank == 0:
                 rt.log_event(told, samples_seen=samples_of(name))
             else:
