@@ -111,7 +111,7 @@ def open_storage(uri: str) -> Storage:
 
 
 def may_pass(error: OSError) -> bool:
-    """Whether what a storage does not do now it may do soon: it cannot be reached, is full, or its device has trouble."""
+    """Whether what a storage does not do now it may do soon: it is away, full, or its device has trouble."""
     passing = (ConnectionError, TimeoutError, DiskFull)
     return isinstance(error, passing) or error.errno in (errno.EIO, *FULL)
 

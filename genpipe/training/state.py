@@ -31,7 +31,7 @@ GRACE_SECONDS = 10.0
 """For a checkpoint under way, when training fails."""
 
 MOST_FAILED, MOST_SECONDS = 3, 1800.0
-"""Training gives up once so many checkpoints on end could not be written, and none for so long: it works for nothing."""
+"""Training gives up once so many checkpoints on end could not be written, and none for so long: it is for nothing."""
 
 RECORD = ("samples_seen", "step", "products", "compiled")
 """The fields of the state that a checkpoint holds as JSON, beside those of `guard` and `best`."""

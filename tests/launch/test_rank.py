@@ -59,6 +59,6 @@ def test_a_commit_waits_for_room_unless_it_is_to_stop(
     if works:
         rank._insisting(spec, finish, should_stop=lambda: stops)
     else:
-        with pytest.raises(DiskFull, match="^/store: no space left; make room there"):
+        with pytest.raises(DiskFull, match=r"^/store: no space left; make room there"):
             rank._insisting(spec, finish, should_stop=lambda: stops)
     assert finished == [False] * tries + [True] * works

@@ -241,15 +241,13 @@ def test_a_stop_whose_checkpoint_cannot_be_written_says_where_a_new_run_goes_on(
     with pytest.raises(Interrupted):
         train_small(stream(), FolderRuntime(tmp_path, stop_at=16), steps=9, log_every=1)
     again = FolderRuntime(tmp_path, stop_at=24)
-    with full_disk(), pytest.raises(Interrupted, match="goes on from .* as the checkpoint could not be") as stopped:
+    with full_disk(), pytest.raises(Interrupted, match=r"goes on from .* as the checkpoint could not be") as stopped:
         train_small(stream(), again, steps=9, log_every=1)
     assert [stopped.value.samples_seen] == again.saved()[-1:]
     assert str(stopped.value).endswith("could not be written: [Errno 27] File too large")
 
 
-def test_training_gives_up_where_no_checkpoint_can_be_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_training_gives_up_where_no_checkpoint_can_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(state, "MOST_SECONDS", 0.0)
     rt = FolderRuntime(tmp_path)
     told = "last 3 checkpoints could not be written, the newest that could is that of 0 samples: .*too large"
