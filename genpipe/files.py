@@ -27,6 +27,12 @@ class DiskFull(OSError):
         )
 
 
+def may_pass(error: OSError) -> bool:
+    """Whether what a storage does not do now it may do soon: it is away, full, or its device has trouble."""
+    passing = (ConnectionError, TimeoutError, DiskFull)
+    return isinstance(error, passing) or error.errno in (errno.EIO, *FULL)
+
+
 @contextmanager
 def telling_full(where: str = "") -> Iterator[None]:
     """Raise DiskFull in the place of an OSError of the block that says so, naming `where` or the error's own file."""

@@ -6,7 +6,6 @@ region and endpoint of S3 come from the usual AWS settings (AWS_ENDPOINT_URL nam
 
 from __future__ import annotations
 
-import errno
 import io
 import os
 import shutil
@@ -20,7 +19,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 
 from typing_extensions import override
 
-from genpipe.files import FULL, TEMPORARY, DiskFull, beside, link, replacing, write_through
+from genpipe.files import TEMPORARY, beside, link, replacing, write_through
 from genpipe.s3_client import s3_client
 
 T = TypeVar("T")
@@ -108,12 +107,6 @@ def open_storage(uri: str) -> Storage:
         scheme = uri.split("://")[0]
         raise ValueError(f"{uri}: storage of kind {scheme!r} is not supported; use a folder or s3://bucket/prefix")
     return LocalStorage(uri)
-
-
-def may_pass(error: OSError) -> bool:
-    """Whether what a storage does not do now it may do soon: it is away, full, or its device has trouble."""
-    passing = (ConnectionError, TimeoutError, DiskFull)
-    return isinstance(error, passing) or error.errno in (errno.EIO, *FULL)
 
 
 def read_file(uri: str) -> bytes:

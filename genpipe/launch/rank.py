@@ -9,12 +9,14 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from genpipe import artifacts
+from genpipe.files import may_pass
 from genpipe.launch import lease, stopping
 from genpipe.launch.process import set_up_process
 from genpipe.launch.run_stage import commit
@@ -23,8 +25,9 @@ from genpipe.pipeline.code import check_code
 from genpipe.pipeline.forecast import RATE
 from genpipe.pipeline.spec import Progress, StageSpec, read_progress, write_progress
 from genpipe.stages import load_stage
-from genpipe.storage import join, may_pass
+from genpipe.storage import join
 from genpipe.tracking.recording import attach
+from genpipe.training.averages import AverageStore
 from genpipe.training.background import Background
 from genpipe.training.checkpoint_store import CheckpointStore
 from genpipe.training.loop import Interrupted, train
@@ -60,6 +63,7 @@ def train_rank(
         best=cfg.observe.keep_best,
         before_commit=lambda: rt.before_checkpoint(),
     )
+    averages = AverageStore(spec.target.uri, fence=partial(lease.check, spec))
     watched = Watched(spec.work, rank=rank, world_size=world_size, seconds=cfg.resources.hang_seconds)
     with ExitStack() as stack:
         rt = RankRuntime(
@@ -69,6 +73,7 @@ def train_rank(
             world_size=world_size,
             device=device,
             checkpoints=checkpoints,
+            averages=averages,
             total=cfg.train.samples,
             should_stop=stack.enter_context(stopping.listening(spec, rank=rank, notice=notice)),
             enter=stack.enter_context(watched).enter,
@@ -91,6 +96,7 @@ def train_rank(
                     commit(
                         spec,
                         folder=Path(folder),
+                        parts=averages.parts() if cfg.train.ema_snapshots else (),
                         meta=meta,
                         metrics=result.metrics,
                         environment={**rt.environment, **rt.pace()},
@@ -132,6 +138,7 @@ class RankRuntime:
     world_size: int
     device: torch.device
     checkpoints: CheckpointStore
+    averages: AverageStore
     total: int
     should_stop: Callable[[], bool]
     enter: Callable[[Phase], None]

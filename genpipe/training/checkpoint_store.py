@@ -20,7 +20,8 @@ from pydantic import Field
 from genpipe import artifacts
 from genpipe.artifacts import Artifact, FileEntry, ManifestError
 from genpipe.config import Config
-from genpipe.storage import Storage, join, may_pass, open_storage
+from genpipe.files import may_pass
+from genpipe.storage import Storage, join, open_storage
 from genpipe.training.checkpoint import Checkpoint, Snapshot
 
 T = TypeVar("T")
@@ -121,7 +122,7 @@ class CheckpointStore:
         storage = open_storage(join(self.uri, name))
         begun = time.monotonic()
         try:
-            _insisting(lambda: _put_part(storage, snapshot, rank=rank), canceled=canceled)
+            insisting(lambda: _put_part(storage, snapshot, rank=rank), canceled=canceled)
             if rank == 0:
                 patience = max(PATIENCE_SECONDS, PATIENCE * (time.monotonic() - begun))
                 self._commit_all(storage, name, world_size, metrics, patience=patience, canceled=canceled)
@@ -145,10 +146,10 @@ class CheckpointStore:
     ) -> None:
         """Wait for the other ranks' parts, commit them, and delete what is not to be kept."""
         until = time.monotonic() + patience
-        _insisting(lambda: _wait_for_parts(storage, world_size, until=until, canceled=canceled), canceled=canceled)
-        _insisting(lambda: self._commit(name, world_size=world_size, metrics=metrics), canceled=canceled)
+        insisting(lambda: _wait_for_parts(storage, world_size, until=until, canceled=canceled), canceled=canceled)
+        insisting(lambda: self._commit(name, world_size=world_size, metrics=metrics), canceled=canceled)
         try:
-            _insisting(self._thin_out, canceled=canceled)
+            insisting(self._thin_out, canceled=canceled)
         except OSError as error:  # this one is there; the next one tries again
             print(f"{self.uri}: old checkpoints could not be deleted: {error}", flush=True)
 
@@ -233,7 +234,7 @@ def _wait_for_parts(storage: Storage, world_size: int, *, until: float, canceled
         pause = min(2 * pause, longest)
 
 
-def _insisting(action: Callable[[], T], *, canceled: threading.Event) -> T:
+def insisting(action: Callable[[], T], *, canceled: threading.Event) -> T:
     """The action's result, tried again after pauses where the storage cannot be reached, is full or keeps failing."""
     for pause in RETRY_SECONDS:
         try:

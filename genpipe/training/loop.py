@@ -60,7 +60,7 @@ def train(
             "train.sam_rho moves a rank's weights by its own micro-batch, which sharded ones cannot; set "
             "resources.shard_over to 1"
         )
-    state = TrainState.fresh(objective.trainable, cfg)
+    state = TrainState.fresh(objective.trainable, cfg, offload=resources.offload_averages)
     resumed = state.resume(rt)
     if not resumed:
         state.products = _agreed_products(cfg, rt)
@@ -105,6 +105,9 @@ def train(
                 with meter.aside():
                     ended = keep_if_best(objective, parallel, data, cfg, rt, state, log=not again)
                 validated, last, report_due = True, ended, report_due or ended
+            if cfg.ema_snapshots and (last or _due(cfg.ema_snapshots.every, before, state.samples_seen)):
+                with meter.aside():
+                    state.keep_averages(rt)
             if validation_due:
                 with meter.aside():
                     state.heldout = check(log_at=state.samples_seen).metrics
@@ -210,7 +213,7 @@ def _step(
         parallel.zero_grad(name)
         objective.after_step()
         held.put_back(skip=skip)
-        state.emas[name].update()
+        state.update_averages(name)
         means = {key: torch.stack([some[key].float() for some in measured]).mean() for key in measured[0]}
         state.guard.note(name, active=active, samples_seen=state.samples_seen, loss=means["loss"], skip=bad)
         means |= {"grad_norm": norm} | ({"loss_scale": scale} if isinstance(scale, Tensor) else {})

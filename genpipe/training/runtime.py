@@ -8,6 +8,7 @@ from typing import Literal, Protocol
 import numpy as np
 import torch
 
+from genpipe.training.averages import AverageStore
 from genpipe.training.checkpoint_store import CheckpointStore
 
 Phase = Literal[
@@ -27,6 +28,9 @@ class Runtime(Protocol):
     device: torch.device
     checkpoints: CheckpointStore
     """The checkpoints of this training, and this rank's way to put one there."""
+
+    averages: AverageStore
+    """The averages of this training that are kept, and rank 0's way to keep one."""
 
     round_seconds: float
     """How long ranks go on before they tell one another of stops and checkpoints that are due; 0: every step."""

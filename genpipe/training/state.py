@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,10 +16,11 @@ from torch import Tensor, nn
 from genpipe.data.loader import skip_ranges
 from genpipe.files import DiskFull
 from genpipe.models.precision import Products
+from genpipe.training.averages import Average
 from genpipe.training.background import Background
 from genpipe.training.best import Best
 from genpipe.training.checkpoint import Checkpoint, Snapshot
-from genpipe.training.checkpoint_store import Canceled, name_of, samples_of
+from genpipe.training.checkpoint_store import Canceled, insisting, name_of, samples_of
 from genpipe.training.ema import Ema
 from genpipe.training.guard import Guard
 from genpipe.training.loss_scale import LossScale
@@ -50,6 +52,9 @@ class TrainState:
     guard: Guard
     best: Best | None = None
     """The weights that validated best, where `train.best` asks for them."""
+
+    tracked: dict[str, list[Ema]] = field(default_factory=dict)
+    """By module, further averages that are kept for afterwards."""
 
     samples_seen: int = 0
     step: int = 0
@@ -84,15 +89,18 @@ class TrainState:
     _background: Background = field(default_factory=Background)
 
     @classmethod
-    def fresh(cls, trainable: dict[str, nn.Module], cfg: TrainConfig) -> TrainState:
-        """The state before the first step: each module's optimizers as `cfg` says, averages of the first weights."""
+    def fresh(cls, trainable: dict[str, nn.Module], cfg: TrainConfig, *, offload: bool = False) -> TrainState:
+        """The state before the first step: each module's optimizers as `cfg` says, averages of the first weights.
+
+        The averages are in host memory if they are to be offloaded.
+        """
+        average = partial(Ema, decay=cfg.ema_decay, offloaded=offload)
+        widths = cfg.ema_snapshots.sigma_rel if cfg.ema_snapshots else ()
         return cls(
             trainable=trainable,
             optimizers={name: build_optimizers(module, cfg.of(name).optim) for name, module in trainable.items()},
-            emas={
-                name: Ema(module, decay=cfg.ema_decay, sigma_rel=cfg.ema_sigma_rel)
-                for name, module in trainable.items()
-            },
+            emas={name: average(module, sigma_rel=cfg.ema_sigma_rel) for name, module in trainable.items()},
+            tracked={name: [average(module, sigma_rel=s) for s in widths] for name, module in trainable.items()},
             scales={name: LossScale(_device(module)) for name, module in trainable.items()},
             guard=Guard(cfg.guard, global_batch_size=cfg.global_batch_size),
             best=Best(cfg.best, trainable) if cfg.best else None,
@@ -111,7 +119,7 @@ class TrainState:
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor of the state by its name, in the same order on every rank.
 
-        `trainable/MODULE/WEIGHT`, `emas/MODULE/WEIGHT`, and `optimizers/MODULE/0/WEIGHT/exp_avg` of an optimizer that
+        `trainable/MODULE/WEIGHT`, `emas/MODULE/WEIGHT`, `tracked/MODULE/WIDTH/WEIGHT`, and `optimizers/MODULE/0/WEIGHT/exp_avg` of an optimizer that
         has made a step: what belongs to a weight goes by its name, not by its place in a group.
         """
         found = self._kept()
@@ -122,6 +130,11 @@ class TrainState:
                         assert isinstance(value, Tensor), f"{prefix}{name}/{key} is a tensor"
                         found[f"{prefix}{name}/{key}"] = value
         return found
+
+    def update_averages(self, name: str) -> None:
+        """Take the weights of a module into its averages, after an optimizer step."""
+        for ema in (self.emas[name], *self.tracked[name]):
+            ema.update()
 
     @property
     def saving(self) -> bool:
@@ -152,6 +165,21 @@ class TrainState:
         """Return when the last checkpoint is committed, or has failed, however slow its storage is."""
         rt.enter("checkpoint")
         self._background.wait()
+
+    def keep_averages(self, rt: Runtime) -> None:
+        """Copy the tracked averages aside and have rank 0 keep them in the background; every rank calls it.
+
+        They are there before a checkpoint that is saved later. Those that cannot be written are an event of the run.
+        """
+        self.wait(rt)
+        found = [
+            Average(name, ema.sigma_rel or 0.0, ema.updates, ema.gathered(keep=rt.rank == 0))
+            for name, emas in self.tracked.items()
+            for ema in emas
+        ]
+        if rt.rank == 0:
+            work = partial(self._write_averages, rt, found, self.samples_seen)
+            self._background.start(work, name="averages")
 
     @property
     def hopeless(self) -> bool:
@@ -197,11 +225,28 @@ class TrainState:
             if fault is None:
                 self._load(rt.checkpoints.open(name))
                 self.newest = samples_of(name)
+                self._rewind_averages(rt)
                 return True
             rt.checkpoints.damaged.add(name)
             if rt.rank == 0:
                 rt.log_event(f"passed over a damaged checkpoint: {fault}", samples_seen=samples_of(name))
+        self._rewind_averages(rt)
         return False
+
+    def _rewind_averages(self, rt: Runtime) -> None:
+        """Forget averages that are newer than the state: of steps that are done again, perhaps otherwise."""
+        if rt.rank == 0 and any(self.tracked.values()):
+            rt.averages.rewind(self.samples_seen)
+
+    def _write_averages(self, rt: Runtime, averages: list[Average], samples_seen: int) -> None:
+        """Keep averages, in the background."""
+        try:
+            put = partial(rt.averages.put, averages, samples_seen=samples_seen)
+            insisting(put, canceled=self._background.canceled)
+        except Canceled:
+            pass
+        except OSError as error:
+            rt.log_event(f"averages could not be written, training goes on: {error}", samples_seen=samples_seen)
 
     def _write(self, rt: Runtime, name: str, metrics: dict[str, float], begun: float) -> None:
         """Put this rank's part in place, in the background."""
@@ -240,8 +285,7 @@ class TrainState:
         states = [_optimizer_state(checkpoint, *found) for found in self._optimizers()]
         tensors = kept | {name: tensor for by_name, _ in states for name, tensor in by_name.items()}
         checkpoint.load({name: local_piece(tensor) for name, tensor in tensors.items()})
-        for module, ema in self.emas.items():
-            prefix = f"emas/{module}/"
+        for prefix, ema in self._averages():
             ema.load_state_dict({name.removeprefix(prefix): t for name, t in kept.items() if name.startswith(prefix)})
         for (_, _, optimizer), (_, state) in zip(self._optimizers(), states, strict=True):
             optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
@@ -251,13 +295,21 @@ class TrainState:
         found: dict[str, Tensor] = {}
         for name, module in self.trainable.items():
             found |= {f"trainable/{name}/{key}": tensor for key, tensor in module.state_dict().items()}
-        for name, ema in self.emas.items():
-            found |= {f"emas/{name}/{key}": tensor for key, tensor in ema.state_dict().items()}
+        for prefix, ema in self._averages():
+            found |= {f"{prefix}{key}": tensor for key, tensor in ema.state_dict().items()}
         for name, scale in self.scales.items():
             found |= {f"scales/{name}/{key}": tensor for key, tensor in scale.tensors().items()}
         if self.best:
             found |= {f"best/{key}": tensor for key, tensor in self.best.tensors().items()}
         return found
+
+    def _averages(self) -> Iterator[tuple[str, Ema]]:
+        """Every average, with the prefix of its tensors' names."""
+        for name, ema in self.emas.items():
+            yield f"emas/{name}/", ema
+        for name, emas in self.tracked.items():
+            for ema in emas:
+                yield f"tracked/{name}/{ema.sigma_rel:g}/", ema
 
     def _optimizers(self) -> Iterator[tuple[str, nn.Module, torch.optim.Optimizer]]:
         """Every optimizer, with the prefix of its tensors' names and the module whose weights it has."""

@@ -13,6 +13,7 @@ from genpipe.launch import rank
 from genpipe.launch.local import run_local
 from genpipe.launch.rank import RankRuntime
 from genpipe.pipeline.spec import read_progress
+from genpipe.training.averages import AverageStore
 from genpipe.training.checkpoint_store import CheckpointStore
 
 
@@ -26,6 +27,7 @@ def test_progress_that_cannot_be_written_is_no_failure(tmp_path: Path, capfd: py
         world_size=1,
         device=torch.device("cpu"),
         checkpoints=CheckpointStore(f"{spec.work}/checkpoints"),
+        averages=AverageStore(spec.target.uri),
         total=80,
         should_stop=lambda: False,
         enter=lambda phase: None,

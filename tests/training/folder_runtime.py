@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from genpipe.pipeline.spec import StageSpec
 from genpipe.stage_config import Resources
 from genpipe.stages import load_stage
+from genpipe.training.averages import AverageStore
 from genpipe.training.checkpoint_store import CheckpointStore, samples_of
 from genpipe.training.loop import train
 from genpipe.training.objective import Objective, Validation
@@ -42,9 +43,11 @@ class FolderRuntime:
     round_seconds: float = 0.1
     step: int = STEP
     checkpoints: CheckpointStore = field(init=False)
+    averages: AverageStore = field(init=False)
 
     def __post_init__(self) -> None:
         self.checkpoints = CheckpointStore(str(self.work / "checkpoints"))
+        self.averages = AverageStore(str(self.work / "artifact"))
 
     def log(self, metrics: dict[str, float], *, samples_seen: int) -> None:
         assert self.rank == 0, "only rank 0 logs"

@@ -198,7 +198,7 @@ def test_a_storage_that_is_away_is_tried_again(monkeypatch: pytest.MonkeyPatch, 
             raise ConnectionError("503")
         return "done"
 
-    insist: Callable[[], str] = lambda: checkpoint_store._insisting(action, canceled=threading.Event())  # noqa: E731
+    insist: Callable[[], str] = lambda: checkpoint_store.insisting(action, canceled=threading.Event())  # noqa: E731
     if works:
         assert insist() == "done"
     else:
