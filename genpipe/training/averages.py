@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from genpipe import artifacts
 from genpipe.artifacts import ASIDE, Artifact, Manifest
 from genpipe.storage import Storage, join, open_storage
 from genpipe.training.ema import WIDEST, gamma_of
-from genpipe.weights import WEIGHTS_FILE
+from genpipe.weights import WEIGHTS_FILE, save_tensors
 
 FOLDER = f"{ASIDE}averages/"
 CLOSE = 0.05
@@ -63,7 +63,7 @@ class AverageStore:
             for module, sigma_rel, updates, weights in averages:
                 told = {"module": module, "sigma_rel": sigma_rel, "updates": updates, "samples_seen": samples_seen}
                 file = below / f"{samples_seen:015d}-{module}-{sigma_rel:g}.safetensors"
-                save_file(dict(weights), file, metadata={"average": json.dumps(told)})
+                save_tensors(weights, file, metadata={"average": json.dumps(told)})
             artifacts.add_part(self.uri, _part(samples_seen), Path(folder), {}, fence=self.fence)
 
     def rewind(self, samples_seen: int) -> None:
@@ -181,8 +181,10 @@ def _commit_with(manifest: Manifest, averaged: Mapping[str, Tensor], *, sigma_re
                 storage.download(file.path, Path(folder, file.path))
         state = load_file(Path(folder, WEIGHTS_FILE))
         if unlike := sorted(n for n, t in averaged.items() if n not in state or state[n].shape != t.shape):
-            raise ValueError(f"{source.uri}: its averages are of other weights than {WEIGHTS_FILE}, such as {unlike[0]}")
-        save_file({**state, **averaged}, Path(folder, WEIGHTS_FILE))
+            raise ValueError(
+                f"{source.uri}: its averages are of other weights than {WEIGHTS_FILE}, such as {unlike[0]}"
+            )
+        save_tensors({**state, **averaged}, Path(folder, WEIGHTS_FILE))
         return artifacts.commit(
             target,
             folder=Path(folder),
