@@ -386,9 +386,9 @@ def cache_folder(artifact: Artifact) -> Path:
 def fetch(artifact: Artifact) -> Path:
     """The artifact's files as a local folder: itself if it is local, else a copy in the cache.
 
-    Files below `aside/` stay away. The cache is `GENPIPE_CACHE` (default `~/.cache/genpipe`), one folder a fingerprint. A copy is complete or absent,
-    and is made by one process of a machine while the others wait; one that was cut off goes on with the files that it
-    lacks. Each file's sha256 is checked as it arrives (ManifestError).
+    The cache is `GENPIPE_CACHE` (default `~/.cache/genpipe`), one folder a fingerprint. A copy is complete but for what
+    is below `aside/`, or absent, and is made by one process of a machine while the others wait; one that was cut off
+    goes on with the files that it lacks. Each file's sha256 is checked as it arrives (ManifestError).
     """
     here = local_path(artifact.uri)
     if here is not None:

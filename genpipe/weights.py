@@ -64,7 +64,7 @@ def save_weights(
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path, *, metadata: Mapping[str, str] | None = None) -> None:
-    """Write a safetensors file. Raises OSError where there is no room for it, which the library has its own error for."""
+    """Write a safetensors file. Raises OSError where there is no room for it; the library has an error of its own."""
     try:
         save_file(dict(tensors), path, metadata=dict(metadata or {}) or None)
     except SafetensorError as error:

@@ -64,8 +64,9 @@ def cost_of(stage: ModuleType, cfg: Any, inputs: Mapping[str, Artifact]) -> Cost
     `flops` are those of a sample, forward and backward of every part (a product and its sum are two), as
     `torch.utils.flop_counter` counts them: matrix products, convolutions, attention. `memory` holds weights,
     gradients, the optimizer's state and the averages, of which a rank has its shards where `resources.shard_over` says
-    so, and no averages where `resources.offload_averages` does; `gathered`, what sharding adds while blocks are computed; and what else is alive at the peak of a micro-batch,
-    with attention in blocks as on a GPU. What libraries reserve comes on top.
+    so, and no averages where `resources.offload_averages` does; `gathered`, what sharding adds while blocks are
+    computed; and what else is alive at the peak of a micro-batch, with attention in blocks as on a GPU. What libraries
+    reserve comes on top.
 
     Raises ValueError where the ranks do not fit `resources.shard_over`.
     """

@@ -96,8 +96,8 @@ def combination(
     up to one, so that weights that stand still come out as they are: the paper's do so only nearly where snapshots are
     few. The error is the norm of the difference of the profiles by that of the one that is wanted.
     """
-    t, gamma = np.float64(updates), np.float64([gamma_of(sigma) for sigma in sigmas_rel])
-    wanted = np.float64([at]), np.float64([gamma_of(sigma_rel)])
+    t, gamma = np.array(updates, dtype=float), np.array([gamma_of(sigma) for sigma in sigmas_rel])
+    wanted = np.array([float(at)]), np.array([gamma_of(sigma_rel)])
     among = inner_product(t[:, None], gamma[:, None], t[None, :], gamma[None, :])
     with_wanted = inner_product(t, gamma, *wanted)
     ones = np.ones((len(t), 1))
@@ -135,8 +135,8 @@ def reconstruct(source: str, *, sigma_rel: float) -> tuple[Artifact, float]:
     shares, error = combination(updates, widths, at=max(updates), sigma_rel=sigma_rel)
     if error > CLOSE:
         raise ValueError(
-            f"{source}: its {len(kept)} averages come no closer than {error:.0%} to the width {sigma_rel:g}; choose one "
-            "that is closer to theirs, or train with more of them (train.ema_snapshots)"
+            f"{source}: its {len(kept)} averages come no closer than {error:.0%} to the width {sigma_rel:g}; choose "
+            "one that is closer to theirs, or train with more of them (train.ema_snapshots)"
         )
     averaged = _sum(storage, dict(zip(kept, shares.tolist(), strict=True)))
     return _commit_with(manifest, averaged, sigma_rel=sigma_rel), error
@@ -181,9 +181,7 @@ def _commit_with(manifest: Manifest, averaged: Mapping[str, Tensor], *, sigma_re
                 storage.download(file.path, Path(folder, file.path))
         state = load_file(Path(folder, WEIGHTS_FILE))
         if unlike := sorted(n for n, t in averaged.items() if n not in state or state[n].shape != t.shape):
-            raise ValueError(
-                f"{source.uri}: its averages are of other weights than {WEIGHTS_FILE}, such as {unlike[0]}"
-            )
+            raise ValueError(f"{source.uri}: {WEIGHTS_FILE} has no {unlike[0]} of the shape that its averages have")
         save_tensors({**state, **averaged}, Path(folder, WEIGHTS_FILE))
         return artifacts.commit(
             target,

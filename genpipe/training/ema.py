@@ -45,7 +45,7 @@ class Ema:
         self.gamma = None if sigma_rel is None else gamma_of(sigma_rel)
         self.updates = 0
         self.device = next((p.device for p in module.parameters()), torch.device("cpu"))
-        self.offloaded = offloaded and self.device.type != "cpu"
+        self.offloaded = offloaded
         copy = in_host_memory if self.offloaded else torch.clone
         self.shadow = {name: copy(p.detach()) for name, p in module.named_parameters()}
 
@@ -110,5 +110,5 @@ class Ema:
 
     def _settle(self) -> None:
         """Wait for what is on its way to host memory."""
-        if self.offloaded:
+        if self.offloaded and self.device.type == "cuda":
             torch.cuda.synchronize(self.device)

@@ -119,8 +119,9 @@ class TrainState:
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor of the state by its name, in the same order on every rank.
 
-        `trainable/MODULE/WEIGHT`, `emas/MODULE/WEIGHT`, `tracked/MODULE/WIDTH/WEIGHT`, and `optimizers/MODULE/0/WEIGHT/exp_avg` of an optimizer that
-        has made a step: what belongs to a weight goes by its name, not by its place in a group.
+        `trainable/MODULE/WEIGHT`, `emas/MODULE/WEIGHT`, `tracked/MODULE/WIDTH/WEIGHT`, and of an optimizer that has
+        made a step `optimizers/MODULE/0/WEIGHT/exp_avg`: what belongs to a weight goes by its name, not by its place in
+        a group.
         """
         found = self._kept()
         for prefix, module, optimizer in self._optimizers():
@@ -265,8 +266,8 @@ class TrainState:
         except Canceled:
             pass
         except OSError as error:
-            full = isinstance(error, DiskFull)
-            self.fault = f"{error.where}: no space left; make room there" if full else str(error)
+            full = f"{error.where}: no space left; make room there" if isinstance(error, DiskFull) else ""
+            self.fault = full or str(error)
             self.failed += 1
             told = f"a checkpoint could not be written, training goes on: {self.fault}"
             if rt.rank == 0:
