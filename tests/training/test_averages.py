@@ -14,8 +14,10 @@ from safetensors.torch import load_file
 from small_objective import G, stream, train_small
 from test_guard import Deaf
 from torch import nn
+from typer.testing import CliRunner
 
 from genpipe import artifacts
+from genpipe.cli.main import app
 from genpipe.launch.local import run_local
 from genpipe.training.averages import combination, inner_product, reconstruct
 from genpipe.training.ema import Ema, gamma_of
@@ -158,6 +160,8 @@ def test_weights_of_a_width_are_those_of_a_run_with_it(tiny: TinyPipeline) -> No
     change = max((wanted[name] - last[name]).abs().max().item() for name in wanted)
     off = max((wanted[name] - found[name]).abs().max().item() for name in wanted)
     assert off < 0.05 * change
+    said = CliRunner().invoke(app, ["ema", source.uri, "--sigma-rel", "0.08", "--sigma-rel", "0.1"])
+    assert said.exit_code == 0 and made.uri in said.output and len(said.output.split()) > 6
     with pytest.raises(ValueError, match=r"its 32 averages come no closer than \d+% to the width 0.01; choose one"):
         reconstruct(source.uri, sigma_rel=0.01)
     with pytest.raises(ValueError, match=r"has no averages of its prior; train with train\.ema_snapshots"):
