@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import resource
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -117,3 +121,16 @@ def sgd(module: nn.Module, _: object) -> list[torch.optim.Optimizer]:
     optimizer = torch.optim.SGD(module.parameters(), lr=SGD_RATE, fused=True)
     optimizer.param_groups[0]["peak_lr"] = SGD_RATE
     return [optimizer]
+
+
+@contextmanager
+def full_disk() -> Iterator[None]:
+    """No file of this process may have more than 1,000 bytes: a write beyond that is an error, as on a full disk."""
+    usual = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, usual[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, usual)
+        signal.signal(signal.SIGXFSZ, handler)

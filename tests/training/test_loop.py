@@ -13,10 +13,9 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from folder_runtime import CPU, SGD_RATE, FolderRuntime, build, sgd, train_stage, weights
+from folder_runtime import CPU, SGD_RATE, FolderRuntime, build, full_disk, sgd, train_stage, weights
 from safetensors.torch import load_file
 from small_objective import stream, train_small
-from test_state import full_disk
 
 from genpipe.data.order import order
 from genpipe.pipeline.spec import StageSpec

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
-import resource
+import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -17,12 +16,14 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from folder_runtime import FolderRuntime
+from folder_runtime import FolderRuntime, full_disk
+from rank_processes import lose_checkpoints
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+from toybox import free_port
 
 from genpipe.storage import open_storage
 from genpipe.training import state as state_module
@@ -158,19 +159,6 @@ def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1])
 
 
-@contextmanager
-def full_disk() -> Iterator[None]:
-    """No file of this process may have more than 1,000 bytes: a write beyond that is an error, as on a full disk."""
-    usual = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, usual[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, usual)
-        signal.signal(signal.SIGXFSZ, handler)
-
-
 def test_a_failed_write_is_told_and_the_next_one_is_made(rt: FolderRuntime) -> None:
     state = built(width=32)
     assert not state.resume(rt)
@@ -208,6 +196,19 @@ def test_training_is_hopeless_once_checkpoints_fail_often_and_for_long(
         monkeypatch.undo()
     with pytest.raises(OSError, match=r"last 3 checkpoints could not be written, .* that of 10 samples: .*too large"):
         state.give_up(rt)
+
+
+@pytest.mark.slow
+def test_ranks_that_lose_their_checkpoints_say_the_same(tmp_path: Path) -> None:
+    """They stop, or give up, together, and know of the newest that there is."""
+    mp.spawn(lose_checkpoints, args=(str(tmp_path), free_port()), nprocs=2)
+    first, second = (json.loads((tmp_path / f"said-{rank}").read_text()) for rank in range(2))
+    assert first == second
+    stopped, without, gave_up = first
+    told = re.fullmatch(r"Interrupted: stopped at (\d+) samples; a new run goes on from there", stopped)
+    assert told
+    assert re.fullmatch(rf"Interrupted: stopped at \d+ samples; .* from {told[1]} samples, as .*: .*too large", without)
+    assert re.fullmatch(rf"OSError: the last \d+ checkpoints .* that of {told[1]} samples: .*too large", gave_up)
 
 
 def test_another_error_of_the_background_is_raised(rt: FolderRuntime) -> None:
