@@ -78,7 +78,12 @@ def start() -> None:
         server = SubprocessASGIServer()
         server._run_uvicorn_command = lambda: _run(server.port)
         ended, stop = threading.Event(), server.stop
-        server.stop = lambda: (ended.set(), stop())
+
+        def stop_for_good() -> None:
+            ended.set()
+            stop()
+
+        server.stop = stop_for_good  # which it has the interpreter call at the end
         server.start()
         threading.Thread(target=_keep, args=[server, ended], name="prefect-server-keeper", daemon=True).start()
 

@@ -41,6 +41,8 @@ CURVE = "curve.json"
 """Beside trained weights: what validations found on the way. How often there was one changes nothing about them."""
 
 PARTS = "_parts/"
+ASIDE = "aside/"
+"""Files of an artifact that `fetch` leaves where they are: large ones, which hardly anybody wants."""
 ROLLS = f"{PARTS}rolls/"
 ROLL = 1000
 """Markers that go into one file together, once somebody has read as many one by one."""
@@ -284,6 +286,11 @@ def mark_part(storage: Storage, part: str, files: Iterable[FileEntry], stats: Ma
     storage.write(_marker(part), canonical_json(record).encode())
 
 
+def forget_part(uri: str, part: str) -> None:
+    """Take a finished part back. Its files count no more, and go when the artifact is committed without them."""
+    open_storage(uri).delete(_marker(part))
+
+
 def missing_parts(uri: str, parts: Iterable[str]) -> list[str]:
     """Those of `parts` that an unfinished artifact does not hold yet, in order; no marker is read for that."""
     there = {entry.key for entry in open_storage(uri).list(PARTS)}
@@ -382,9 +389,9 @@ def cache_folder(artifact: Artifact) -> Path:
 def fetch(artifact: Artifact) -> Path:
     """The artifact's files as a local folder: itself if it is local, else a copy in the cache.
 
-    The cache is `GENPIPE_CACHE` (default `~/.cache/genpipe`), one folder a fingerprint. A copy is complete or absent,
-    and is made by one process of a machine while the others wait; one that was cut off goes on with the files that it
-    lacks. Each file's sha256 is checked as it arrives (ManifestError).
+    The cache is `GENPIPE_CACHE` (default `~/.cache/genpipe`), one folder a fingerprint. A copy is complete but for what
+    is below `aside/`, or absent, and is made by one process of a machine while the others wait; one that was cut off
+    goes on with the files that it lacks. Each file's sha256 is checked as it arrives (ManifestError).
     """
     here = local_path(artifact.uri)
     if here is not None:
@@ -401,7 +408,7 @@ def fetch(artifact: Artifact) -> Path:
             raise ManifestError(f"{artifact.uri}: no {MANIFEST} here, so nothing was committed")
         staging.mkdir(parents=True, exist_ok=True)
         try:
-            _copy(artifact.uri, manifest.files, staging)
+            _copy(artifact.uri, [file for file in manifest.files if not file.path.startswith(ASIDE)], staging)
         except ManifestError:  # what was committed is damaged, so that the rest of it is of no use either
             shutil.rmtree(staging)
             raise

@@ -17,13 +17,20 @@ FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class DiskFull(OSError):
-    """There is no room for what is to be written."""
+    """There is no room for what is to be written, at `where`."""
 
     def __init__(self, where: str) -> None:
+        self.where = where
         super().__init__(
             f"{where}: no space left; make room there, then give the same command again, which goes on from what was "
             "finished"
         )
+
+
+def may_pass(error: OSError) -> bool:
+    """Whether what a storage does not do now it may do soon: it is away, full, or its device has trouble."""
+    passing = (ConnectionError, TimeoutError, DiskFull)
+    return isinstance(error, passing) or error.errno in (errno.EIO, *FULL)
 
 
 @contextmanager

@@ -61,6 +61,10 @@ class Resources(Config):
         description="compute the activations of blocks again in the backward pass instead of keeping them: less "
         "memory, a fifth to a third more time",
     )
+    offload_averages: bool = Field(
+        False,
+        description="keep the averages of weights in main memory: less on the GPU, where each passes through at a step",
+    )
     loader_threads: int = Field(1, ge=1, description="threads that read and decode batches in each worker")
     loader_processes: int = Field(0, ge=0, description="processes that do so instead of the threads; 0: threads")
     checkpoint_seconds: float | None = Field(

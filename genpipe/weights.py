@@ -7,12 +7,15 @@ the data decided, and what a user of the weights must know (diffusion settings, 
 from __future__ import annotations
 
 import json
+import os
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
 from pydantic import Field, TypeAdapter
+from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -55,9 +58,20 @@ def save_weights(
 ) -> None:
     """Write `module` (fp32, contiguous) and how to build it; `extra` must be JSON values."""
     state = {name: tensor.detach().float().cpu().contiguous() for name, tensor in module.state_dict().items()}
-    save_file(state, folder / WEIGHTS_FILE)
+    save_tensors(state, folder / WEIGHTS_FILE)
     record = {"kind": kind, "config": config.model_dump(mode="json"), "sizes": sizes, "extra": extra}
     (folder / RECORD_FILE).write_text(json.dumps(record, indent=1), encoding="utf-8")
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path, *, metadata: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file. Raises OSError where there is no room for it; the library has an error of its own."""
+    try:
+        save_file(dict(tensors), path, metadata=dict(metadata or {}) or None)
+    except SafetensorError as error:
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
 
 
 def load_weights(folder: Path, *, kind: str, device: torch.device) -> Weights:

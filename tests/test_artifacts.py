@@ -138,9 +138,13 @@ def test_a_flipped_byte_is_found(store_uri: str, tmp_path: Path, cache: Path) ->
 
 def test_a_remote_artifact_is_copied_once(s3_server: str, tmp_path: Path, cache: Path) -> None:
     uri = f"s3://genpipe/{tmp_path.name}"
-    made = committed(uri, write_folder(tmp_path / "made", FILES))
+    files = write_folder(tmp_path / "made", FILES)
+    (files / artifacts.ASIDE).mkdir()
+    (files / artifacts.ASIDE / "large").write_bytes(bytes(1000))
+    made = committed(uri, files)
     folder = artifacts.fetch(made)
     assert folder == cache / "thing" / made.fingerprint
+    assert {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()} == set(FILES)
     open_storage(uri).delete_all()
     assert artifacts.fetch(made) == folder
     with pytest.raises(ManifestError, match="nothing was committed"):

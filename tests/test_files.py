@@ -7,9 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
-from genpipe.files import DiskFull
+from genpipe.files import DiskFull, may_pass
 from genpipe.storage import LocalStorage
+from genpipe.weights import save_tensors
 
 
 @pytest.fixture
@@ -39,3 +41,15 @@ def test_a_full_disk_says_where_it_is_and_leaves_what_was_there(
     assert (full / "old").read_bytes() == bytes(128 * 2**10)
     assert [entry.key for entry in storage.list()] == ["old"]
     assert not list(full.rglob("*.part"))
+
+
+def test_weights_that_find_no_room_may_find_it_later(full: Path) -> None:
+    with pytest.raises(OSError, match="No space left") as error:
+        save_tensors({"weight": torch.zeros(200, 2**8)}, full / "weights.safetensors")
+    assert may_pass(error.value) and error.value.filename == str(full / "weights.safetensors")
+
+
+def test_what_may_pass() -> None:
+    passing = [ConnectionError(), TimeoutError(), DiskFull("/store"), OSError(5, "EIO"), OSError(122, "EDQUOT")]
+    lasting = [PermissionError(13, "EACCES"), FileNotFoundError(2, "ENOENT"), OSError("whatever"), OSError(27, "EFBIG")]
+    assert [may_pass(error) for error in passing + lasting] == [True] * 5 + [False] * 4

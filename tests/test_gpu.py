@@ -15,6 +15,7 @@ import torch.distributed as dist
 from conftest import TinyPipeline
 from folder_runtime import FolderRuntime, train_stage, weights
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 
 from genpipe.artifacts import read_manifest
 from genpipe.models.autoencoder import build_autoencoder
@@ -24,7 +25,9 @@ from genpipe.models.ldm_autoencoder import LdmConfig
 from genpipe.models.precision import products_of
 from genpipe.pipeline.costs import cost_of
 from genpipe.stage_config import Resources
+from genpipe.training.ema import Ema
 from genpipe.training.loop import Interrupted
+from genpipe.training.sharding import local
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")]
 
@@ -133,6 +136,28 @@ def test_memory_is_what_the_gpu_allocates(tmp_path: Path) -> None:
         memory_ranks.steps_as_the_loop_takes_them(cfg, FolderRuntime(tmp_path, device=GPU))
         workspace = 32 * 2**20  # at the most, of cuBLAS
         assert 0.95 * planned < torch.cuda.max_memory_allocated(GPU) - before < 1.05 * planned + workspace
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_averages_in_host_memory_have_the_same_bits(tmp_path: Path, sharded: bool) -> None:
+    """Pinned, with more tensors under way than are waited for; as those of FSDP, too."""
+    dist.init_process_group("nccl", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
+    try:
+        module = nn.Sequential(*(nn.Linear(1000, 1000, device=GPU) for _ in range(20)))
+        if sharded:
+            fully_shard(module)
+        there, away = Ema(module, decay=0.9), Ema(module, decay=0.9, offloaded=True)
+        assert all(local(shadow).is_pinned() for shadow in away.shadow.values())
+        for _ in range(5):
+            with torch.no_grad():
+                for p in module.parameters():
+                    local(p.detach()).normal_()
+            there.update()
+            away.update()
+        one, other = there.gathered(keep=True), away.gathered(keep=True)
+    finally:
+        dist.destroy_process_group()
+    assert [name for name in one if not torch.equal(one[name], other[name])] == []
 
 
 def test_sharded_training_on_one_gpu_is_training(gpu_pipeline: TinyPipeline, tmp_path: Path) -> None:

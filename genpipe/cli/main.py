@@ -22,6 +22,7 @@ from genpipe.cli import data as data_commands
 from genpipe.cli import deploy as deploy_commands
 from genpipe.cli import uses as use_commands
 from genpipe.cli.compare import compare as compare_command
+from genpipe.cli.ema import ema as ema_command
 from genpipe.cli.gallery import gallery as gallery_command
 from genpipe.cli.gc import gc as gc_command
 from genpipe.cli.init import init as init_command
@@ -226,6 +227,7 @@ for _use in (
 app.command()(verify_command)
 app.command()(promote_command)
 app.command()(prove_command)
+app.command("ema")(ema_command)
 
 
 @app.command()

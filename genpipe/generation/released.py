@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import yaml
 from pydantic import Field, ValidationError
 
-from genpipe.artifacts import Artifact, ManifestError, fetch, read_manifest
+from genpipe.artifacts import ASIDE, Artifact, ManifestError, fetch, read_manifest
 from genpipe.config import Config
 from genpipe.storage import check_key
 
@@ -38,7 +38,9 @@ class Opened(NamedTuple):
 
 
 def copy_system(model: Mapping[str, Any], parts: Mapping[str, Artifact], folder: Path) -> None:
-    """Write `system.yaml` and copies of the parts into `folder`; their pictures, made for people, stay behind.
+    """Write `system.yaml` and copies of the parts into `folder`.
+
+    Their pictures, which are made for people, stay behind, and so does what lies aside, which nothing draws with.
 
     Raises ManifestError for a part that is not committed.
     """
@@ -49,7 +51,7 @@ def copy_system(model: Mapping[str, Any], parts: Mapping[str, Artifact], folder:
             raise ManifestError(f"{artifact.uri}: the system's {role} is not committed (any more); make it again")
         source, path = fetch(artifact), f"{PARTS}/{role}"
         for file in manifest.files:
-            if not file.path.endswith(".png"):
+            if not file.path.endswith(".png") and not file.path.startswith(ASIDE):
                 target = folder / path / file.path
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(source / file.path, target)

@@ -28,6 +28,7 @@ from genpipe.launch.local import LocalLauncher
 from genpipe.launch.process import set_up_process
 from genpipe.pipeline.spec import StageSpec
 from genpipe.stages import load_stage
+from genpipe.training.averages import AverageStore
 from genpipe.training.checkpoint import Checkpoint
 from genpipe.training.checkpoint_store import CheckpointStore
 from genpipe.training.loop import Interrupted, train
@@ -206,6 +207,7 @@ class _ProofRuntime:
     world_size: int
     device: torch.device
     checkpoints: CheckpointStore
+    averages: AverageStore
     round_seconds: float = 0.0
     logged: int = 0
     """The last step that was logged, which rank 0 does after each."""
@@ -253,6 +255,7 @@ def run_rank(job: Job) -> None:
         world_size=launcher.world_size,
         device=launcher.device,
         checkpoints=CheckpointStore(job.work),
+        averages=AverageStore(f"{job.work}-averages"),
     )
     observe = cfg.observe.model_copy(update={"log_every": 1, "validate_every": 0})
     resources = cfg.resources.model_copy(update={"checkpoint_seconds": ALWAYS if job.victim else NEVER})

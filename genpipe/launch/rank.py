@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import sys
 import tempfile
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from genpipe import artifacts
 from genpipe.artifacts import CURVE
+from genpipe.files import may_pass
 from genpipe.launch import lease, stopping
 from genpipe.launch.process import set_up_process
 from genpipe.launch.run_stage import commit
@@ -25,6 +29,7 @@ from genpipe.pipeline.spec import Progress, StageSpec, read_progress, write_prog
 from genpipe.stages import load_stage
 from genpipe.storage import join, open_storage
 from genpipe.tracking.recording import attach
+from genpipe.training.averages import AverageStore
 from genpipe.training.background import Background
 from genpipe.training.checkpoint_store import CheckpointStore
 from genpipe.training.loop import Interrupted, train
@@ -33,6 +38,9 @@ from genpipe.training.runtime import Phase
 
 HELDOUT = "heldout/"
 """What the loop puts before the names of held-out metrics."""
+
+COMMIT_PAUSES = (1.0, 4.0, 16.0, *[60.0] * 10)
+POLL_SECONDS = 0.2
 
 
 def train_rank(
@@ -60,6 +68,7 @@ def train_rank(
         best=cfg.observe.keep_best,
         before_commit=lambda: rt.before_checkpoint(),
     )
+    averages = AverageStore(spec.target.uri, fence=partial(lease.check, spec))
     watched = Watched(spec.work, rank=rank, world_size=world_size, seconds=cfg.resources.hang_seconds)
     with ExitStack() as stack:
         rt = RankRuntime(
@@ -69,6 +78,7 @@ def train_rank(
             world_size=world_size,
             device=device,
             checkpoints=checkpoints,
+            averages=averages,
             total=cfg.train.samples,
             should_stop=stack.enter_context(stopping.listening(spec, rank=rank, notice=notice)),
             enter=stack.enter_context(watched).enter,
@@ -84,17 +94,44 @@ def train_rank(
         objective = unsharded(objective, lambda: stage.objective(cfg, spec.inputs, device), rank=rank)
         if rank == 0:
             rt.enter("export")
-            with tempfile.TemporaryDirectory() as folder, torch.no_grad():
-                meta = stage.export(objective, cfg, spec.inputs, Path(folder))
-                Path(folder, CURVE).write_text(curve_text(rt.curve))
-                commit(
-                    spec,
-                    folder=Path(folder),
-                    meta=meta,
-                    metrics=result.metrics,
-                    environment={**rt.environment, **rt.pace()},
-                    run_id=run_id,
-                )
+
+            def finish() -> None:
+                with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+                    meta = stage.export(objective, cfg, spec.inputs, Path(folder))
+                    Path(folder, CURVE).write_text(curve_text(rt.curve))
+                    commit(
+                        spec,
+                        folder=Path(folder),
+                        parts=averages.parts() if cfg.train.ema_snapshots else (),
+                        meta=meta,
+                        metrics=result.metrics,
+                        environment={**rt.environment, **rt.pace()},
+                        run_id=run_id,
+                    )
+
+            _insisting(spec, finish, should_stop=rt.should_stop)
+
+
+def _insisting(spec: StageSpec, finish: Callable[[], None], *, should_stop: Callable[[], bool]) -> None:
+    """Export and commit, again after pauses where a disk is full or the store away: all of the training is at stake.
+
+    Not where somebody wants the stage to stop: the next attempt goes on from a checkpoint.
+    """
+    for tries, pause in enumerate((*COMMIT_PAUSES, 0.0)):
+        try:
+            if tries and artifacts.committed(spec.target):  # only the answer was lost
+                return None
+            return finish()
+        except OSError as error:
+            if not pause or not may_pass(error):
+                raise
+            print(f"{spec.name}: not committed, trying again in {pause:.0f} s: {error}", file=sys.stderr, flush=True)
+            until = time.monotonic() + pause
+            while time.monotonic() < until:
+                if should_stop():
+                    raise
+                time.sleep(POLL_SECONDS)
+    raise AssertionError("the last try returns or raises")
 
 
 @dataclass
@@ -107,6 +144,7 @@ class RankRuntime:
     world_size: int
     device: torch.device
     checkpoints: CheckpointStore
+    averages: AverageStore
     total: int
     should_stop: Callable[[], bool]
     enter: Callable[[Phase], None]
@@ -130,6 +168,7 @@ class RankRuntime:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.enter("end")
         self.telling.wait()  # the work folder is about to be deleted
         if self.run:
             self.run.close()

@@ -126,10 +126,9 @@ class Report:
     def describe(self) -> str:
         """For people: which rank, where, in what state, and what it was doing."""
         state = f", {self.state}" if self.state else ""
-        return (
-            f"rank {self.rank} (process {self.pid} on {self.host}{state}) made no progress for {self.seconds:.0f} s in "
-            f"its {self.phase} phase"
-        )
+        seconds, phase = f"for {self.seconds:.0f} s", f"in its {self.phase} phase"
+        done = f"made no progress {seconds} {phase}" if self.hung else f"has been {phase} {seconds}"
+        return f"rank {self.rank} (process {self.pid} on {self.host}{state}) {done}"
 
 
 @dataclass
@@ -193,6 +192,7 @@ class _Watchdog:
         self.poll = min(POLL_SECONDS, settings.seconds / LOOKS)
         self.others = _Others(self.storage, settings.world_size, patience=settings.seconds / 2)
         self.beat = 0
+        self.told = -1
         self.asked = time.monotonic()
         self.alarm = False
 
@@ -231,6 +231,9 @@ class _Watchdog:
         )
         self.storage.write(self.mine, json.dumps(asdict(report)).encode())
         if not hung:
+            if seconds >= limit and self.told != entered:
+                self.told = entered
+                print(f"{report.describe()}, which may take its time", file=sys.stderr, flush=True)
             return
         late = seconds >= 2 * limit
         blamed = behind(self.others.fresh(), mine.world_size, give_up=late)

@@ -64,8 +64,9 @@ def cost_of(stage: ModuleType, cfg: Any, inputs: Mapping[str, Artifact]) -> Cost
     `flops` are those of a sample, forward and backward of every part (a product and its sum are two), as
     `torch.utils.flop_counter` counts them: matrix products, convolutions, attention. `memory` holds weights,
     gradients, the optimizer's state and the averages, of which a rank has its shards where `resources.shard_over` says
-    so; `gathered`, what sharding adds while blocks are computed; and what else is alive at the peak of a micro-batch,
-    with attention in blocks as on a GPU. What libraries reserve comes on top.
+    so, and no averages where `resources.offload_averages` does; `gathered`, what sharding adds while blocks are
+    computed; and what else is alive at the peak of a micro-batch, with attention in blocks as on a GPU. What libraries
+    reserve comes on top.
 
     Raises ValueError where the ranks do not fit `resources.shard_over`.
     """
@@ -81,6 +82,7 @@ def cost_of(stage: ModuleType, cfg: Any, inputs: Mapping[str, Artifact]) -> Cost
     frozen = _frozen(objective)
     share = _Share(objective, ranks=cfg.resources.shards(cfg.resources.min_workers))
     held = sum(share.held(p) for module in objective.trainable.values() for p in module.parameters())
+    averages = 1 + (len(train.ema_snapshots.sigma_rel) if train.ema_snapshots else 0)
     return Cost(
         parameters=parameters,
         frozen=frozen,
@@ -92,7 +94,7 @@ def cost_of(stage: ModuleType, cfg: Any, inputs: Mapping[str, Artifact]) -> Cost
                 optimizer_bytes(module, train.of(name).optim, held=share.held)
                 for name, module in objective.trainable.items()
             ),
-            "averages": BYTES * held,
+            "averages": 0 if cfg.resources.offload_averages else BYTES * held * averages,
             "gathered": BYTES * share.gathered(),
             "activations": max((peak for _, peak in steps.values()), default=0),
         },

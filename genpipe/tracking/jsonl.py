@@ -7,8 +7,10 @@ that does not answer, too: a line `handed_in` says that it has got all that is a
 
 from __future__ import annotations
 
+import fcntl
 import io
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -21,6 +23,7 @@ import numpy as np
 from PIL import Image
 
 from genpipe import artifacts
+from genpipe.files import DiskFull
 from genpipe.pipeline.spec import StageSpec
 from genpipe.storage import join, local_path, open_storage, read_file
 from genpipe.tracking.open_runs import OpenRun
@@ -120,12 +123,17 @@ class StageKeeper:
         return {"error": record.error}
 
     def _append(self, lines: Sequence[Mapping[str, Any]]) -> None:
-        """Append lines in one write; none ends the line that is there."""
+        """Append lines, all or none, in one write; none ends the line that is there. Raises DiskFull."""
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode() or b"\n"
         if (folder := local_path(self.uri)) is not None:
             folder.mkdir(parents=True, exist_ok=True)
             with (folder / FILE).open("ab", buffering=0) as file:
-                file.write(text)
+                with suppress(OSError):  # of file systems that have no locks
+                    fcntl.flock(file, fcntl.LOCK_EX)
+                end = file.seek(0, os.SEEK_END)
+                if file.write(text) < len(text):
+                    file.truncate(end)
+                    raise DiskFull(str(folder))
             return
         self.storage.write(FILE, _read(self.spec) + text)
 

@@ -20,6 +20,7 @@ from pydantic import Field
 from genpipe import artifacts
 from genpipe.artifacts import Artifact, FileEntry, ManifestError
 from genpipe.config import Config
+from genpipe.files import may_pass
 from genpipe.storage import Storage, join, open_storage
 from genpipe.training.checkpoint import Checkpoint, Snapshot
 
@@ -115,26 +116,42 @@ class CheckpointStore:
     ) -> None:
         """Put this rank's part in place; rank 0 then waits for the others' and commits. Every rank calls it.
 
-        A storage that cannot be reached is tried again some times. Raises OSError where it failed, here or (on rank 0)
-        at another rank, and Canceled once `canceled` is set.
+        A storage that cannot be reached, or is full, is tried again some times. Raises OSError where it failed, here or
+        (on rank 0) at another rank, and Canceled once `canceled` is set; rank 0 then deletes what is there of it.
         """
         storage = open_storage(join(self.uri, name))
         begun = time.monotonic()
         try:
-            _insisting(lambda: _put_part(storage, snapshot, rank=rank), canceled=canceled)
+            insisting(lambda: _put_part(storage, snapshot, rank=rank), canceled=canceled)
+            if rank == 0:
+                patience = max(PATIENCE_SECONDS, PATIENCE * (time.monotonic() - begun))
+                self._commit_all(storage, name, world_size, metrics, patience=patience, canceled=canceled)
         except OSError as error:
-            if rank:
-                with suppress(OSError):  # it was worth a try; rank 0 does not wait forever
+            with suppress(OSError):  # it was worth a try; rank 0 does not wait forever
+                if rank:
                     storage.write(f"{FAILED}{rank}", f"rank {rank}: {error}".encode())
+                elif not artifacts.read_manifest(storage.uri, check_files=False):
+                    storage.delete_all()  # there may be no room for the next one beside it
             raise
-        if rank == 0:
-            patience = max(PATIENCE_SECONDS, PATIENCE * (time.monotonic() - begun))
-            _insisting(
-                lambda: _wait_for_parts(storage, world_size, until=time.monotonic() + patience, canceled=canceled),
-                canceled=canceled,
-            )
-            _insisting(lambda: self._commit(name, world_size=world_size, metrics=metrics), canceled=canceled)
-            _insisting(self._thin_out, canceled=canceled)
+
+    def _commit_all(
+        self,
+        storage: Storage,
+        name: str,
+        world_size: int,
+        metrics: Mapping[str, float],
+        *,
+        patience: float,
+        canceled: threading.Event,
+    ) -> None:
+        """Wait for the other ranks' parts, commit them, and delete what is not to be kept."""
+        until = time.monotonic() + patience
+        insisting(lambda: _wait_for_parts(storage, world_size, until=until, canceled=canceled), canceled=canceled)
+        insisting(lambda: self._commit(name, world_size=world_size, metrics=metrics), canceled=canceled)
+        try:
+            insisting(self._thin_out, canceled=canceled)
+        except OSError as error:  # this one is there; the next one tries again
+            print(f"{self.uri}: old checkpoints could not be deleted: {error}", flush=True)
 
     def _commit(self, name: str, *, world_size: int, metrics: Mapping[str, float]) -> None:
         uri = join(self.uri, name)
@@ -217,12 +234,14 @@ def _wait_for_parts(storage: Storage, world_size: int, *, until: float, canceled
         pause = min(2 * pause, longest)
 
 
-def _insisting(action: Callable[[], T], *, canceled: threading.Event) -> T:
-    """The action's result, tried again after pauses where the storage cannot be reached or keeps failing."""
+def insisting(action: Callable[[], T], *, canceled: threading.Event) -> T:
+    """The action's result, tried again after pauses where the storage cannot be reached, is full or keeps failing."""
     for pause in RETRY_SECONDS:
         try:
             return action()
-        except (ConnectionError, TimeoutError):
+        except OSError as error:
+            if not may_pass(error):
+                raise
             if canceled.wait(pause):
                 raise Canceled from None
     return action()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._dynamo.backends.registry import lookup_backend
 
 from genpipe.data.loader import Data, sample_batches
 from genpipe.models.blocks import blocks_of
@@ -35,14 +37,34 @@ SMALL, NEGLIGIBLE = 1e-2, 1e-4
 gradient is (of a bias before a norm, say)."""
 
 
-def compile_blocks(objective: Objective) -> None:
-    """Have every block of the trained networks (`models.blocks`) compiled when it is first called.
+class _OrEagerly:
+    """The compiler, and eager execution of what it fails at: no rank leaves a pass in which others wait for it."""
+
+    def __init__(self) -> None:
+        self.fault = ""
+        """What the last failure said."""
+
+    def __call__(self, graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+        try:
+            compiled: Callable[..., Any] = lookup_backend(BACKEND)(graph, inputs)
+            return compiled
+        except Exception as error:  # of a compiler, which may fail in any way: none of them stops training
+            said = (str(error).strip() or "no reason").splitlines()[0]
+            self.fault = f"the compiler failed: {type(error).__name__}: {said}"
+            print(f"{self.fault}; what it failed at is executed eagerly", file=sys.stderr, flush=True)
+            return graph.forward
+
+
+def compile_blocks(objective: Objective) -> _OrEagerly:
+    """Have every block of the trained networks (`models.blocks`) compiled when it is first called; by what.
 
     Weights and their names stay as they are.
     """
+    compiler = _OrEagerly()
     for module in objective.trainable.values():
         for block in blocks_of(module):
-            block.compile(backend=BACKEND)
+            block.compile(backend=compiler)
+    return compiler
 
 
 def run_eagerly(objective: Objective) -> None:
@@ -74,11 +96,12 @@ def compile_if_right(
     compiler for this machine, all stays eager: an event of the run says why, and its environment (`compiled`). A run
     that has trained eagerly, because of this, goes on so when it is resumed.
     """
+    rt.enter("compile")
     if state.compiled:
         size = cfg.micro_batch(rt.world_size)
         weights = cfg.source_weights
         batch = next(sample_batches(data.train, count=size, batch_size=size, weights=weights, repeat=True))
-        fault = _on_any_rank(_fault(objective, parallel, to_device(batch, rt.device), cfg, rt, state), rt)
+        fault = _fault(objective, parallel, to_device(batch, rt.device), cfg, rt, state)
         state.compiled = fault is None
         told = f"no: {fault}" if fault else "yes"
     else:
@@ -94,7 +117,7 @@ def compile_if_right(
 def _fault(
     objective: Objective, parallel: Parallel, batch: Batch, cfg: TrainConfig, rt: Runtime, state: TrainState
 ) -> str | None:
-    """What is wrong with the gradients of compiled blocks; None if nothing is."""
+    """What is wrong with the gradients of compiled blocks, on any rank; None if nothing is."""
     if not any(blocks_of(module) for module in objective.trainable.values()):
         return "the networks of this stage have no blocks"
     torch._dynamo.config.recompile_limit = RECOMPILED
@@ -109,13 +132,11 @@ def _fault(
     for name in names:
         eager = found(name)
         with unobserved(objective):
-            compile_blocks(objective)
-            try:
-                compiled = found(name)
-            except Exception as error:  # of a compiler, which may fail in any way: none of them stops training
-                return f"the compiler failed: {' '.join(str(error).split(chr(10))[:2])}"
-        if fault := disagreement(eager, compiled, tolerance=TOLERANCE[state.products]):
-            return f"{name}: {fault}"
+            compiler = compile_blocks(objective)
+            compiled = found(name)
+        told = disagreement(eager, compiled, tolerance=TOLERANCE[state.products])
+        if fault := _on_any_rank(compiler.fault or (f"{name}: {told}" if told else None), rt):
+            return fault
     return None
 
 

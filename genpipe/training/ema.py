@@ -1,4 +1,4 @@
-"""Exponential moving average of weights."""
+"""Averages of weights over a training, updated step by step."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from genpipe.training.sharding import local
+from genpipe.training.sharding import in_host_memory, local, whole, whole_from_host
 
 WIDEST = 12**-0.5
 """The width of the average of all steps alike, which that of a power function approaches."""
@@ -32,15 +32,22 @@ class Ema:
 
     The decay of step k is min(decay, (1 + k) / (10 + k)), so that the first weights do not linger; with `sigma_rel` it
     is that of a power-function average of this width. Buffers are the module's own. Shadows are kept in the parameters'
-    own dtype and device, and sharded as they are.
+    own dtype, sharded as they are, and on their device, or if they are to be `offloaded` in host memory: each then
+    passes through the device in an update, which gives the same bits.
     """
 
-    def __init__(self, module: nn.Module, *, decay: float, sigma_rel: float | None = None) -> None:
+    def __init__(
+        self, module: nn.Module, *, decay: float, sigma_rel: float | None = None, offloaded: bool = False
+    ) -> None:
         self.module = module
         self.decay = decay
+        self.sigma_rel = sigma_rel
         self.gamma = None if sigma_rel is None else gamma_of(sigma_rel)
         self.updates = 0
-        self.shadow = {name: p.detach().clone() for name, p in module.named_parameters()}
+        self.device = next((p.device for p in module.parameters()), torch.device("cpu"))
+        self.offloaded = offloaded
+        copy = in_host_memory if self.offloaded else torch.clone
+        self.shadow = {name: copy(p.detach()) for name, p in module.named_parameters()}
 
     @torch.no_grad()
     def update(self) -> None:
@@ -48,9 +55,14 @@ class Ema:
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         if self.gamma is not None:
             decay = (1 - 1 / (self.updates + 1)) ** (self.gamma + 1)
-        live = dict(self.module.named_parameters())
+        weights = dict(self.module.named_parameters())
+        live = [local(weights[name].detach()) for name in self.shadow]
         shadow = [local(shadow) for shadow in self.shadow.values()]
-        torch._foreach_lerp_(shadow, [local(live[name].detach()) for name in self.shadow], 1 - decay)
+        if self.offloaded:
+            for host, weight in zip(shadow, live, strict=True):
+                host.copy_(host.to(self.device, non_blocking=True).lerp_(weight, 1 - decay), non_blocking=True)
+        else:
+            torch._foreach_lerp_(shadow, live, 1 - decay)
         self.updates += 1
 
     @contextmanager
@@ -65,6 +77,7 @@ class Ema:
     @torch.no_grad()
     def swap(self) -> None:
         """Exchange the module's weights and the averaged ones."""
+        self._settle()
         for name, p in self.module.named_parameters():
             weights, shadow = local(p.detach()), local(self.shadow[name])
             live = weights.clone()
@@ -73,6 +86,7 @@ class Ema:
 
     def state_dict(self) -> dict[str, Tensor]:
         """The averaged weights by name, and the number of updates."""
+        self._settle()
         return {**self.shadow, "__updates__": torch.tensor(self.updates)}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
@@ -80,3 +94,21 @@ class Ema:
         self.updates = int(state["__updates__"])
         for name, shadow in self.shadow.items():
             shadow.copy_(state[name])
+
+    def gathered(self, *, keep: bool) -> dict[str, Tensor]:
+        """Copies of the averaged weights by name, whole and in host memory, which all ranks must call.
+
+        Those who do not `keep` them get none.
+        """
+        self._settle()
+        found: dict[str, Tensor] = {}
+        for name, shadow in self.shadow.items():
+            tensor = whole_from_host(shadow, self.device) if self.offloaded else whole(shadow)
+            if keep:
+                found[name] = tensor.to("cpu", copy=True)
+        return found
+
+    def _settle(self) -> None:
+        """Wait for what is on its way to host memory."""
+        if self.offloaded and self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)

@@ -50,8 +50,8 @@ def train(
     A step whose loss or gradient is not finite is skipped; see `cfg.guard` for what a run of them leads to.
 
     Raises ValueError where `cfg.trainable` names a module that the objective does not train; FloatingPointError when
-    numbers stop being finite for good, before such weights are saved; Interrupted when the runtime asked for a stop,
-    after a checkpoint.
+    numbers stop being finite for good, before such weights are saved; OSError when checkpoints could not be written for
+    long; Interrupted when the runtime asked for a stop, after a checkpoint.
     """
     cfg.check_trainable(objective.trainable)
     parallel = spread(objective, rt, resources)
@@ -60,7 +60,7 @@ def train(
             "train.sam_rho moves a rank's weights by its own micro-batch, which sharded ones cannot; set "
             "resources.shard_over to 1"
         )
-    state = TrainState.fresh(objective.trainable, cfg)
+    state = TrainState.fresh(objective.trainable, cfg, offload=resources.offload_averages)
     resumed = state.resume(rt)
     if not resumed:
         state.products = _agreed_products(cfg, rt)
@@ -73,11 +73,11 @@ def train(
     peak_flops = 1e9 * gflops(rt.device, DTYPES[state.products])
     meter = Meter(rt, global_batch_size=cfg.global_batch_size, peak_flops=peak_flops)
     held = HeldBuffers(objective.trainable.values())
-    agreement = Agreement(rt, flags=2)
+    agreement = Agreement(rt, flags=3)
     check = partial(validate, objective, parallel, data, cfg, rt, state, heldout_samples=observe.heldout_samples)
     saved_at, validated, due = time.monotonic(), False, False  # since the last checkpoint
     ended = False
-    with state.checkpoints_finished(), ExitStack() as stream:
+    with state.checkpoints_finished(rt), ExitStack() as stream:
         batches, damage = open_stream(stream, data, cfg, rt, resources, state)
         while state.step < cfg.steps and not ended:
             before = state.samples_seen
@@ -87,7 +87,9 @@ def train(
             )
             late = time.monotonic() - saved_at > interval or bool(validated and observe.keep_best)
             asks = rt.rank == 0 and late and not (due or state.saving)  # clocks differ: rank 0's counts
-            stop, agreed = agreement.ask(rt.should_stop(), asks)
+            stop, agreed, hopeless = agreement.ask(rt.should_stop(), asks, rt.rank == 0 and state.hopeless)
+            if hopeless and not stop:
+                state.give_up(rt)
             due = due or agreed
             last, again = state.step == cfg.steps, state.samples_seen <= state.guard.judged
             quiet = last or stop or again
@@ -103,6 +105,9 @@ def train(
                 with meter.aside():
                     ended = keep_if_best(objective, parallel, data, cfg, rt, state, log=not again)
                 validated, last, report_due = True, ended, report_due or ended
+            if cfg.ema_snapshots and (last or _due(cfg.ema_snapshots.every, before, state.samples_seen)):
+                with meter.aside():
+                    state.keep_averages(rt)
             if validation_due:
                 with meter.aside():
                     state.heldout = check(log_at=state.samples_seen).metrics
@@ -119,13 +124,11 @@ def train(
                 checkpoint_stall_seconds=state.stall_seconds,
             )
             if not last and (stop or (due and not state.guard.in_a_run)):
-                rt.enter("checkpoint")
                 with meter.aside():
                     state.save(rt)
                 saved_at, validated, due = time.monotonic(), False, False
             if not last and stop:
-                state.wait()
-                raise Interrupted(state.samples_seen)
+                raise Interrupted(state.samples_seen, *state.newest_of_all(rt))
         agreement.close()
     run_eagerly(objective)
     log_at = state.samples_seen
@@ -143,10 +146,14 @@ def train(
 
 
 class Interrupted(KeyboardInterrupt):
-    """Training was asked to stop and did, with its checkpoint at `samples_seen` written: no error, and no result."""
+    """Training was asked to stop at `at` samples and did: no error, and no result.
 
-    def __init__(self, samples_seen: int) -> None:
-        super().__init__(f"stopped at {samples_seen:,} samples; a new run goes on from there")
+    The newest checkpoint is that of `samples_seen`: of the same moment, unless it could not be written (`fault`).
+    """
+
+    def __init__(self, at: int, samples_seen: int, fault: str = "") -> None:
+        there = f"{samples_seen:,} samples, as the checkpoint could not be written: {fault}" if fault else "there"
+        super().__init__(f"stopped at {at:,} samples; a new run goes on from {there}")
         self.samples_seen = samples_seen
 
 
@@ -206,7 +213,7 @@ def _step(
         parallel.zero_grad(name)
         objective.after_step()
         held.put_back(skip=skip)
-        state.emas[name].update()
+        state.update_averages(name)
         means = {key: torch.stack([some[key].float() for some in measured]).mean() for key in measured[0]}
         state.guard.note(name, active=active, samples_seen=state.samples_seen, loss=means["loss"], skip=bad)
         means |= {"grad_norm": norm} | ({"loss_scale": scale} if isinstance(scale, Tensor) else {})

@@ -25,7 +25,7 @@ def roll_back(state: TrainState, verdict: Verdict, rt: Runtime) -> None:
             f"{len(earlier)} other parts of the data are skipped already; lower train.optim.lr or train.grad_clip, set "
             "train.precision=fp32, or raise train.guard.rollbacks (the last checkpoint is from before this)"
         )
-    state.wait()
+    state.wait(rt)
     if rt.rank == 0:
         rt.checkpoints.rewind(verdict.window[0])
     if not state.resume(rt):

@@ -8,9 +8,12 @@ from typing import Literal, Protocol
 import numpy as np
 import torch
 
+from genpipe.training.averages import AverageStore
 from genpipe.training.checkpoint_store import CheckpointStore
 
-Phase = Literal["start", "compile", "data", "forward", "backward", "optimizer", "validation", "checkpoint", "export"]
+Phase = Literal[
+    "start", "compile", "data", "forward", "backward", "optimizer", "validation", "checkpoint", "export", "end"
+]
 """What a rank is busy with. The pass through a micro-batch and the update are quick; all others may take their time."""
 
 
@@ -25,6 +28,9 @@ class Runtime(Protocol):
     device: torch.device
     checkpoints: CheckpointStore
     """The checkpoints of this training, and this rank's way to put one there."""
+
+    averages: AverageStore
+    """The averages of this training that are kept, and rank 0's way to keep one."""
 
     round_seconds: float
     """How long ranks go on before they tell one another of stops and checkpoints that are due; 0: every step."""

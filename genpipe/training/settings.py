@@ -54,6 +54,21 @@ class BestConfig(Config):
     )
 
 
+class EmaSnapshots(Config):
+    """Power-function averages that are kept with the weights, to make those of other widths from when it is over."""
+
+    every: int = Field(gt=0, description="samples between snapshots; the last one is taken at the end")
+    sigma_rel: tuple[Annotated[float, Field(gt=0, lt=WIDEST)], ...] = Field(
+        (0.05, 0.1), min_length=1, description="widths, as shares of the training so far; each is one more average"
+    )
+
+    @model_validator(mode="after")
+    def _widths_differ(self) -> EmaSnapshots:
+        if len({f"{width:g}" for width in self.sigma_rel}) < len(self.sigma_rel):
+            raise ValueError(f"sigma_rel: {self.sigma_rel}; name each width once")
+        return self
+
+
 class TrainConfig(Config):
     """One training run. Progress is counted in samples, so that batch size and ranks may change."""
 
@@ -80,6 +95,9 @@ class TrainConfig(Config):
         gt=0,
         lt=WIDEST,
         description="width of a power-function average, as a share of the training so far, instead of ema_decay",
+    )
+    ema_snapshots: EmaSnapshots | None = Field(
+        None, description="averages from which `genpipe ema` makes weights of any width afterwards; none: none are kept"
     )
     precision: Precision = Field("auto", description="of matrix products; auto: bf16 where the hardware is fast at it")
     seed: int = Field(0, description="of the order of the data and of all noise")

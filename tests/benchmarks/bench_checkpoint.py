@@ -78,7 +78,7 @@ def run(rank: int, world_size: int, name: str, folder: str, pairs: int) -> None:
     state.resume(rt)
     step(state)
     state.save(rt)  # once, so that its memory is there
-    state.wait()
+    state.wait(rt)
 
     def ours() -> None:
         state.save(rt)
@@ -94,7 +94,7 @@ def run(rank: int, world_size: int, name: str, folder: str, pairs: int) -> None:
         for contender in turns.sample(["ours", "torch.save"], 2):
             step(state)
             stalls[contender].append(longest(ours if contender == "ours" else torchs, world_size))
-            state.wait()
+            state.wait(rt)
         writes.append(state.write_seconds)
     if rank == 0:
         parameters = sum(p.numel() for p in state.trainable["model"].parameters())

@@ -9,10 +9,13 @@ import pytest
 import torch
 from toybox import Toys
 
+from genpipe.files import DiskFull
+from genpipe.launch import rank
 from genpipe.launch.local import run_local
 from genpipe.launch.rank import RankRuntime
 from genpipe.pipeline.curves import read_curve
 from genpipe.pipeline.spec import Progress, StageSpec, read_progress, write_progress
+from genpipe.training.averages import AverageStore
 from genpipe.training.checkpoint_store import CheckpointStore
 
 
@@ -32,6 +35,7 @@ def runtime_of(spec: StageSpec) -> RankRuntime:
         world_size=1,
         device=torch.device("cpu"),
         checkpoints=CheckpointStore(f"{spec.work}/checkpoints"),
+        averages=AverageStore(spec.target.uri),
         total=80,
         should_stop=lambda: False,
         enter=lambda phase: None,
@@ -92,3 +96,24 @@ def test_progress_that_cannot_be_written_is_no_failure(tmp_path: Path, capfd: py
     assert "progress could not be written" in capfd.readouterr().out
     progress = read_progress(spec.work)
     assert progress is not None and progress.done == 40, "written by the end of the block"
+
+
+@pytest.mark.parametrize(("tries", "stops", "works"), [(2, False, True), (3, False, False), (1, True, False)])
+def test_a_commit_waits_for_room_unless_it_is_to_stop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tries: int, stops: bool, works: bool
+) -> None:
+    monkeypatch.setattr(rank, "COMMIT_PAUSES", (0.01, 0.01))
+    spec = (toys := Toys(tmp_path)).line(run_local(toys.spec("toy_data", parts=1)))
+    finished: list[bool] = []
+
+    def finish() -> None:
+        finished.append(len(finished) == tries)
+        if not finished[-1]:
+            raise DiskFull("/store")
+
+    if works:
+        rank._insisting(spec, finish, should_stop=lambda: stops)
+    else:
+        with pytest.raises(DiskFull, match=r"^/store: no space left; make room there"):
+            rank._insisting(spec, finish, should_stop=lambda: stops)
+    assert finished == [False] * tries + [True] * works

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import time
 from pathlib import Path
 
 import pytest
-from local_ranks import Line, statuses
+from local_ranks import BATCH, STEPS, Line, statuses
+from toybox import wait_for
 
 from genpipe.launch.watchdog import HANGS, Report, behind, last_hang
+from genpipe.pipeline.spec import read_progress
 
 LIMIT = 3.0
 RESOURCES = {"resources": {"hang_seconds": LIMIT}, "observe": {"log_every": 10}}
@@ -67,6 +70,26 @@ def test_a_rank_that_waits_for_its_data_does_not_hang_nor_do_those_that_wait_for
         assert [process.poll() for process in ranks] == [None, None]
         stall.unlink()
         assert statuses(ranks) == [0, 0]
+
+
+@pytest.mark.slow
+def test_a_rank_that_waits_for_its_checkpoint_to_be_written_does_not_hang(tmp_path: Path) -> None:
+    """At the end of training, in a store that takes its time with large files."""
+    slow = tmp_path / "slow"
+    resources = {"hang_seconds": LIMIT, "checkpoint_seconds": 0.5}
+    line = Line(tmp_path, slow_while=str(slow), resources=resources, observe={"log_every": 10})
+    with line.ranks() as ranks:
+        line.wait_until_it_trains()
+        slow.touch()
+        wait_for(lambda: (progress := read_progress(line.spec.work)) and progress.done == STEPS * BATCH)
+        time.sleep(4 * LIMIT)
+        assert ranks[0].poll() is None
+        slow.unlink()
+        assert statuses(ranks) == [0]
+        said = ranks[0].communicate()[1]
+    told = re.findall(r"rank 0 \(.*\) has been in its checkpoint phase for (\d+) s, which may take its time", said)
+    assert len(told) == 1 and int(told[0]) >= LIMIT
+    assert not Path(line.spec.work, HANGS).exists()
 
 
 def report(rank: int, *, entered: int, hung: bool = True, state: str = "") -> Report:

@@ -105,6 +105,10 @@ def test_parameters_and_what_follows_from_them() -> None:
     fixed = {"weights": count + found.frozen, "gradients": count, "optimizer": 2 * count, "averages": count}
     assert {name: found.memory[name] for name in fixed} == {name: 4 * numbers for name, numbers in fixed.items()}
     assert found.peak == sum(found.memory.values())
+    assert cost(ema_snapshots={"every": 100}).memory["averages"] == 4 * 3 * count, "one, and those of two widths"
+    offloaded = config()
+    offloaded.resources = Resources(workers=2, offload_averages=True)
+    assert cost_of(stage(5), offloaded, {}).memory == found.memory | {"averages": 0}
     assert cost(sam_rho=0.1).memory["weights"] == 4 * (2 * count + found.frozen)
 
 

@@ -8,8 +8,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from folder_runtime import full_disk
 from toybox import Toys
 
+from genpipe.files import DiskFull
 from genpipe.launch.local import run_local
 from genpipe.pipeline.spec import StageSpec
 from genpipe.storage import open_storage
@@ -70,6 +72,19 @@ def test_a_resumed_run_goes_on_after_a_line_that_was_cut_off(store_uri: str, tmp
     second.open()
     second.write([Point("a", 2.0, 4000, 16), Point("a", 3.0, 5000, 24)])
     assert [record.step for record in kept(spec) if isinstance(record, Point)] == [8, 16, 24]
+
+
+def test_lines_that_find_no_room_are_written_once_when_they_do(tmp_path: Path) -> None:
+    """A write is cut short where the disk is full: what is there of it goes, so that it can be repeated."""
+    spec = spec_in(str(tmp_path / "store"), tmp_path)
+    keeper, lines = StageKeeper(spec), [Point("a", float(k), 1000 * k, 8 * k) for k in range(1, 31)]
+    keeper.open()
+    keeper.write(lines[:5])
+    with full_disk(), pytest.raises(DiskFull, match=r"runs/.*: no space left"):
+        keeper.write(lines[5:])
+    assert [line["samples_seen"] for line in records(spec)] == [8, 16, 24, 32, 40]
+    keeper.write(lines[5:])
+    assert [line["samples_seen"] for line in records(spec)] == [8 * k for k in range(1, 31)]
 
 
 def test_what_is_kept_is_what_was_written_until_it_is_handed_in(store_uri: str, tmp_path: Path) -> None:

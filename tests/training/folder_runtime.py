@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import resource
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,6 +16,7 @@ from torch import Tensor, nn
 from genpipe.pipeline.spec import StageSpec
 from genpipe.stage_config import Resources
 from genpipe.stages import load_stage
+from genpipe.training.averages import AverageStore
 from genpipe.training.checkpoint_store import CheckpointStore, samples_of
 from genpipe.training.loop import train
 from genpipe.training.objective import Objective, Validation
@@ -42,9 +47,11 @@ class FolderRuntime:
     round_seconds: float = 0.1
     step: int = STEP
     checkpoints: CheckpointStore = field(init=False)
+    averages: AverageStore = field(init=False)
 
     def __post_init__(self) -> None:
         self.checkpoints = CheckpointStore(str(self.work / "checkpoints"))
+        self.averages = AverageStore(str(self.work / "artifact"))
 
     def log(self, metrics: dict[str, float], *, samples_seen: int) -> None:
         assert self.rank == 0, "only rank 0 logs"
@@ -114,3 +121,16 @@ def sgd(module: nn.Module, _: object) -> list[torch.optim.Optimizer]:
     optimizer = torch.optim.SGD(module.parameters(), lr=SGD_RATE, fused=True)
     optimizer.param_groups[0]["peak_lr"] = SGD_RATE
     return [optimizer]
+
+
+@contextmanager
+def full_disk() -> Iterator[None]:
+    """No file of this process may have more than 1,000 bytes: a write beyond that is an error, as on a full disk."""
+    usual = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, usual[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, usual)
+        signal.signal(signal.SIGXFSZ, handler)

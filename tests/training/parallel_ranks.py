@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from genpipe.models.layers import TransformerBlock
 from genpipe.pipeline.spec import StageSpec
 from genpipe.stage_config import Resources
 from genpipe.stages import load_stage
-from genpipe.training.loop import train
+from genpipe.training.loop import Interrupted, train
 from genpipe.training.muon import Muon
 from genpipe.training.objective import Batch, Metrics, ObserveTraining, Step, Validation
 from genpipe.training.optim import AdamW, build_optimizers, clip_gradients
@@ -112,7 +112,9 @@ def collate(indices: np.ndarray, positions: np.ndarray) -> Batch:
 DATA = Data(SampleSet(SAMPLES, collate), SampleSet(8, collate))
 
 
-def train_toy(rt: FolderRuntime, *, noise: bool, shard_over: int | str = 1, **settings: Any) -> dict[str, Any]:
+def train_toy(
+    rt: FolderRuntime, *, noise: bool, shard_over: int | str = 1, offload_averages: bool = False, **settings: Any
+) -> dict[str, Any]:
     """Four steps; the weights, and what was seen, logged and validated."""
     cfg = TrainConfig.model_validate(
         {
@@ -122,7 +124,8 @@ def train_toy(rt: FolderRuntime, *, noise: bool, shard_over: int | str = 1, **se
         }
     )
     objective, observe = Toy(noise), ObserveTraining(log_every=1, validate_every=2 * BATCH, heldout_samples=8)
-    result = train(objective, DATA, cfg, rt, Resources.model_validate({"shard_over": shard_over}), observe)
+    resources = Resources.model_validate({"shard_over": shard_over, "offload_averages": offload_averages})
+    result = train(objective, DATA, cfg, rt, resources, observe)
     plain = unsharded(objective, lambda: Toy(noise), rank=rt.rank)
     found = weights(plain) if rt.rank == 0 else {}
     return {"weights": found, "seen": objective.seen, "logged": rt.logged, "metrics": result.metrics}
@@ -187,6 +190,33 @@ def train_together(
         spec = StageSpec.model_validate_json(text)
         rt = FolderRuntime(Path(folder, name), rank=rank, world_size=ranks)
         torch.save(train_sharded(spec, rt), Path(folder, f"{name}-{rank}.pt"))
+    dist.destroy_process_group()
+
+
+STEPS = 8
+LEG: dict[str, Any] = {
+    **{"noise": True, "micro_batch_size": 4, "samples": STEPS * BATCH},
+    "ema_snapshots": {"every": 2 * BATCH, "sigma_rel": [0.1]},
+}
+
+
+def train_in_turns(rank: int, ranks: int, folder: str, turns: Sequence[tuple[str, int | str, bool]]) -> None:
+    """One of several processes: (folder of the run, shards, whether to stop on the way), one turn after the other.
+
+    What a turn gave is left as FOLDER-RANK.pt; the last one of a run counts.
+    """
+    faulthandler.dump_traceback_later(PATIENCE, exit=True)
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet-{ranks}", rank=rank, world_size=ranks)
+    for name, shard_over, stops in turns:
+        stop_at = 4 * BATCH if stops else None
+        settings = {**LEG, "shard_over": shard_over, "offload_averages": name.endswith("offloaded")}
+        rt = FolderRuntime(Path(folder, name), stop_at=stop_at, rank=rank, world_size=ranks, round_seconds=0.0)
+        try:
+            torch.save(train_toy(rt, **settings), Path(folder, f"{name}-{rank}.pt"))
+            assert not stops
+        except Interrupted as stopped:
+            assert stops and 2 * BATCH < stopped.samples_seen < STEPS * BATCH
     dist.destroy_process_group()
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import math
 import os
 import time
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from folder_runtime import FolderRuntime, build, sgd, train_stage, weights
+from folder_runtime import FolderRuntime, build, full_disk, sgd, train_stage, weights
 from small_objective import G, Small, stream, train_small
 from torch import nn
 
@@ -23,12 +26,16 @@ from genpipe.data.order import order_of
 from genpipe.data.shard_dataset import ShardDataset
 from genpipe.launch.local import run_local
 from genpipe.pipeline.spec import StageSpec
+from genpipe.training import compile as compiling
 from genpipe.training import loop, state
 from genpipe.training.agreement import Agreement
 from genpipe.training.bad_samples import Damage
+from genpipe.training.loop import Interrupted
 
 RANKS = 2
 SAMPLES = 60
+PATIENCE = 100.0
+"""Seconds after which a process that waits for others says where, and ends."""
 
 
 def train_recorded(spec: StageSpec, rt: FolderRuntime) -> dict[str, Any]:
@@ -129,6 +136,44 @@ def train_small_ranks(rank: int, folder: str) -> None:
     rt = FolderRuntime(Path(folder, "together"), rank=rank, world_size=RANKS)
     torch.save(train_small(stream(bad), rt, **settings), Path(folder, f"{rank}.pt"))
     assert rank or (rt.logged[24 * G]["rollbacks"] == 1 and rt.logged[24 * G]["skipped_steps"] == 2)
+    dist.destroy_process_group()
+
+
+def lose_checkpoints(rank: int, folder: str, port: int) -> None:
+    """One of two processes: a stop with its checkpoint, then one without, then training without any; what each says."""
+    faulthandler.dump_traceback_later(PATIENCE, exit=True)
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=RANKS)
+    state.MOST_SECONDS = 0.0
+    settings: dict[str, Any] = {"steps": 300, "log_every": 1, "micro_batch_size": 2, "build": Plain}
+    said = []
+    for stop_at, limit, seconds in ((16, nullcontext(), 1e9), (28, full_disk(), 1e9), (None, full_disk(), 1e-9)):
+        rt = FolderRuntime(Path(folder), stop_at, rank=rank, world_size=RANKS, round_seconds=0.0)
+        with limit, pytest.raises((Interrupted, OSError)) as ended:
+            train_small(stream(), rt, checkpoint_seconds=seconds, **settings)
+        said.append(f"{type(ended.value).__name__}: {ended.value}")
+    Path(folder, f"said-{rank}").write_text(json.dumps(said))
+    dist.destroy_process_group()
+
+
+COMPILED: dict[str, Any] = {"steps": 6, "micro_batch_size": 2, "optim": {"kind": "adamw", "lr": 0.01, "eps": 1e-3}}
+
+
+def compile_small_ranks(rank: int, folder: str, cases: Mapping[str, tuple[Sequence[Any], int | str]]) -> None:
+    """One of two processes, each with compilers of its own: train, and leave what was said and the weights.
+
+    By the name of a case: the compiler of each rank, and over how many they shard.
+    """
+    faulthandler.dump_traceback_later(PATIENCE, exit=True)
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=RANKS)
+    for name, (backends, shard_over) in cases.items():
+        torch._dynamo.reset()
+        compiling.BACKEND = backends[rank]
+        rt = FolderRuntime(Path(folder, name), rank=rank, world_size=RANKS)
+        tensors = train_small(stream(), rt, build=Plain, compile=True, shard_over=shard_over, **COMPILED)
+        found = {"weights": tensors, "events": rt.events, "told": rt.environment.get("compiled")}
+        torch.save(found, Path(folder, f"{name}-{rank}.pt"))
     dist.destroy_process_group()
 
 

@@ -16,6 +16,7 @@ from genpipe.stage_config import Resources
 from genpipe.training.loop import train
 from genpipe.training.objective import Metrics, ObserveTraining, Step, Validation
 from genpipe.training.settings import TrainConfig
+from genpipe.training.sharding import whole
 
 G = 4
 """Samples of a step."""
@@ -92,12 +93,15 @@ def train_small(
     checkpoint_seconds: float | None = 1e9,
     build: Callable[[], Small] = Small,
     compile: bool = False,
+    shard_over: int | str = 1,
     **settings: Any,
 ) -> dict[str, Tensor]:
     """Train at a constant rate, without an average, and return the tensors left in the model."""
     objective = build()
     fixed = {"decay": "constant", "ema_decay": 0.0, "precision": "fp32", "optim": {"kind": "adamw", "lr": 0.01}}
     cfg = TrainConfig.model_validate({"samples": steps * G, "global_batch_size": G, **fixed, **settings})
-    resources = Resources(checkpoint_seconds=checkpoint_seconds, compile=compile)
+    resources = Resources.model_validate(
+        {"checkpoint_seconds": checkpoint_seconds, "compile": compile, "shard_over": shard_over}
+    )
     train(objective, data, cfg, rt, resources, ObserveTraining(log_every=log_every, heldout_samples=8))
-    return {name: tensor.clone() for name, tensor in objective.model.state_dict().items()}
+    return {name: whole(tensor).clone() for name, tensor in objective.model.state_dict().items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from genpipe.files import DiskFull
 from genpipe.storage import open_storage
 from genpipe.training import checkpoint_store
 from genpipe.training.checkpoint import Snapshot
@@ -112,20 +114,44 @@ def test_a_damaged_one_neither_counts_nor_outlives_the_next(tmp_path: Path) -> N
     assert kept(store) == [10, 15]
 
 
-def test_a_rank_that_fails_says_so_to_rank_0(tmp_path: Path) -> None:
-    class FullDisk(Snapshot):
-        def write(self, path: Path) -> tuple[int, str]:
-            raise OSError(28, "No space left on device")
+class FullDisk(Snapshot):
+    """Of one number, to be written to a disk that has no room for it at so many tries."""
 
+    def __init__(self, tries: int) -> None:
+        super().__init__()
+        self.copy(share_of({"weight": torch.ones(1)}, rank=0, world_size=1), {}, device=torch.device("cpu"))
+        self.tries = tries
+
+    def write(self, path: Path) -> tuple[int, str]:
+        self.tries -= 1
+        if self.tries < 0:
+            return super().write(path)
+        path.write_bytes(bytes(10))
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_disk_that_is_full_for_a_moment_costs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint_store, "RETRY_SECONDS", (0.01, 0.01))
+    store, nobody = CheckpointStore(str(tmp_path)), threading.Event()
+    name = name_of(10, attempt=1, count=1)
+    store.put(name, FullDisk(tries=2), rank=0, world_size=1, metrics={}, canceled=nobody)
+    assert kept(store) == [10] and store.fault(name, rank=0, world_size=1) is None
+    with pytest.raises(DiskFull, match=f"^{tmp_path}/.*: no space left"):
+        store.put(name_of(20, attempt=1, count=2), FullDisk(9), rank=0, world_size=1, metrics={}, canceled=nobody)
+    assert [path.name for path in tmp_path.iterdir()] == [name], "nothing is left of the other"
+
+
+def test_a_rank_that_fails_says_so_to_rank_0(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint_store, "RETRY_SECONDS", ())
     store = CheckpointStore(str(tmp_path))
     with ThreadPoolExecutor(1) as other:
         waiting = other.submit(put, store, 10, rank=0, world_size=2)
         name = name_of(10, attempt=1, count=10)
         with pytest.raises(OSError, match=r"(?i)no space left"):
-            store.put(name, FullDisk(), rank=1, world_size=2, metrics={}, canceled=threading.Event())
+            store.put(name, FullDisk(1), rank=1, world_size=2, metrics={}, canceled=threading.Event())
         with pytest.raises(OSError, match=r"(?i)rank 1: .*no space left"):
             waiting.result()
-    assert store.names() == []
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_rank_that_says_nothing_is_not_waited_for_forever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,9 +160,10 @@ def test_a_rank_that_says_nothing_is_not_waited_for_forever(tmp_path: Path, monk
     store = CheckpointStore(str(tmp_path))
     with pytest.raises(OSError, match="2 of 3 ranks did not put their parts in place"):
         put(store, 10, world_size=3)
-    assert store.names() == []
+    assert not list(tmp_path.iterdir()), "there may be no room for the next one beside it"
+    put(store, 10, rank=1, world_size=3)
     put(store, 20)
-    assert kept(store) == [20] and len(list(tmp_path.iterdir())) == 1, "what it left is deleted with the next"
+    assert kept(store) == [20] and len(list(tmp_path.iterdir())) == 1, "what a late rank left is deleted with the next"
 
 
 def test_a_canceled_one_is_none(tmp_path: Path) -> None:
@@ -171,7 +198,7 @@ def test_a_storage_that_is_away_is_tried_again(monkeypatch: pytest.MonkeyPatch, 
             raise ConnectionError("503")
         return "done"
 
-    insist: Callable[[], str] = lambda: checkpoint_store._insisting(action, canceled=threading.Event())  # noqa: E731
+    insist: Callable[[], str] = lambda: checkpoint_store.insisting(action, canceled=threading.Event())  # noqa: E731
     if works:
         assert insist() == "done"
     else:

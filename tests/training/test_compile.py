@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+import torch.multiprocessing as mp
 from folder_runtime import CPU, FolderRuntime
+from rank_processes import COMPILED, Plain, compile_small_ranks
 from small_objective import G, Small, stream, train_small
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
@@ -42,6 +44,7 @@ def failing(graph: torch.fx.GraphModule, _: Any) -> Callable[..., Any]:
     raise OSError("no compiler here\nand more that nobody wants to read")
 
 
+BROKEN = "no: the compiler failed: OSError: no compiler here"
 RIGHT: Any = aot_autograd(fw_compiler=as_is, bw_compiler=as_is)
 WRONG: Any = aot_autograd(fw_compiler=as_is, bw_compiler=with_gradients_of_zero)
 
@@ -79,7 +82,7 @@ def test_blocks_whose_gradients_are_right_are_compiled(tmp_path: Path, monkeypat
     ("backend", "told"),
     [
         (WRONG, "no: small: compiled code gives 0.weight a gradient of zero, where its norm is "),
-        (failing, "no: the compiler failed: backend='failing' raised: OSError: no compiler here"),
+        (failing, BROKEN),
     ],
 )
 def test_wrong_gradients_and_missing_compilers_leave_training_eager(
@@ -99,6 +102,33 @@ def test_wrong_gradients_and_missing_compilers_leave_training_eager(
     found = train_small(stream(), resumed, steps=8, compile=True)
     assert resumed.environment["compiled"] == "no: not when this training began"
     assert same(found, train_small(stream(), FolderRuntime(tmp_path / "eager"), steps=8))
+
+
+COMPILERS = {
+    "both right": ((RIGHT, RIGHT), "yes"),
+    "rank 1 fails": ((RIGHT, failing), BROKEN),
+    "rank 0 fails": ((failing, RIGHT), BROKEN),
+    "rank 1 is wrong": ((RIGHT, WRONG), "no: small: compiled code gives "),
+}
+
+
+@pytest.mark.slow
+def test_ranks_compile_or_do_not_alike(tmp_path: Path) -> None:
+    """Whatever the compiler of one of them does, none waits for ever, and they learn what one rank learns."""
+    cases = {
+        f"{name}, {shard_over}": (backends, shard_over)
+        for name, (backends, _) in COMPILERS.items()
+        for shard_over in (1, "all")
+    }
+    mp.spawn(compile_small_ranks, args=(str(tmp_path), cases), nprocs=2)
+    alone = train_small(stream(), FolderRuntime(tmp_path / "alone"), build=Plain, **COMPILED)
+    for case in cases:
+        told = COMPILERS[case.partition(",")[0]][1]
+        first, second = (torch.load(tmp_path / f"{case}-{rank}.pt", weights_only=True) for rank in range(2))
+        assert first["told"].startswith(told) and len(first["events"]) == (told != "yes"), case
+        assert same(first["weights"], second["weights"]), case
+        for name, tensor in alone.items():
+            torch.testing.assert_close(first["weights"][name], tensor, atol=1e-5, rtol=1e-5, msg=f"{case}: {name}")
 
 
 class Upsampling(ResidualBlock):

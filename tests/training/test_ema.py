@@ -77,6 +77,22 @@ def test_swapping_gives_the_average_and_gives_the_weights_back() -> None:
     torch.testing.assert_close(module.weight, torch.full_like(module.weight, 1.9))
 
 
+def test_an_average_in_host_memory_has_the_same_bits() -> None:
+    module = nn.Linear(5, 3)
+    there, away = Ema(module, decay=0.9), Ema(module, decay=0.9, offloaded=True)
+    for _ in range(5):
+        with torch.no_grad():
+            module.weight.normal_()
+        there.update()
+        away.update()
+    one, other = there.state_dict(), away.gathered(keep=True)
+    assert all(torch.equal(one[name], other[name]) for name in other) and away.gathered(keep=False) == {}
+    with there.swapped():
+        averaged = module.weight.clone()
+    with away.swapped():
+        assert torch.equal(module.weight, averaged)
+
+
 def test_a_restored_average_goes_on_as_the_first_would() -> None:
     module = linear(0.0)
     first = Ema(module, decay=0.9)

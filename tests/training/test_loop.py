@@ -13,8 +13,9 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from folder_runtime import CPU, SGD_RATE, FolderRuntime, build, sgd, train_stage, weights
+from folder_runtime import CPU, SGD_RATE, FolderRuntime, build, full_disk, sgd, train_stage, weights
 from safetensors.torch import load_file
+from small_objective import stream, train_small
 
 from genpipe.data.order import order
 from genpipe.pipeline.spec import StageSpec
@@ -233,6 +234,25 @@ def test_numbers_that_are_not_finite_stop_training_unsaved(tiny: TinyPipeline, t
         tensors = load_file(file)
         assert all(t.isfinite().all() for name, t in tensors.items() if name.startswith("trainable/upsampler/"))
         assert any(name.startswith("trainable/upsampler/") for name in tensors)
+
+
+def test_a_stop_whose_checkpoint_cannot_be_written_says_where_a_new_run_goes_on(tmp_path: Path) -> None:
+    with pytest.raises(Interrupted):
+        train_small(stream(), FolderRuntime(tmp_path, stop_at=16), steps=9, log_every=1)
+    again = FolderRuntime(tmp_path, stop_at=24)
+    with full_disk(), pytest.raises(Interrupted, match=r"goes on from .* as the checkpoint could not be") as stopped:
+        train_small(stream(), again, steps=9, log_every=1)
+    assert [stopped.value.samples_seen] == again.saved()[-1:]
+    assert str(stopped.value).endswith("could not be written: [Errno 27] File too large")
+
+
+def test_training_gives_up_where_no_checkpoint_can_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(state, "MOST_SECONDS", 0.0)
+    rt = FolderRuntime(tmp_path)
+    told = "last 3 checkpoints could not be written, the newest that could is that of 0 samples: .*too large"
+    with full_disk(), pytest.raises(OSError, match=told):
+        train_small(stream(), rt, steps=200, log_every=50, checkpoint_seconds=1e-9)
+    assert len(rt.events) == 3
 
 
 def test_validation_and_checkpoints_leave_training_as_it_is(tiny: TinyPipeline, tmp_path: Path) -> None:

@@ -9,9 +9,10 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 from folder_runtime import FolderRuntime
-from parallel_ranks import BATCH, Toy, muon_steps, train_together, train_toy
+from parallel_ranks import BATCH, LEG, Toy, muon_steps, train_in_turns, train_together, train_toy
+from safetensors.torch import load_file
 from test_ranks import STAGES, largest_difference, spec_of
-from torch import nn
+from torch import Tensor, nn
 
 from genpipe.pipeline.spec import StageSpec
 from genpipe.stage_config import Resources
@@ -121,6 +122,48 @@ def test_every_stage_learns_the_same_sharded(tiny: TinyPipeline, tmp_path: Path)
         [one], [two, _] = Together(1, tmp_path / "one").results(stage), Together(2, tmp_path / "two").results(stage)
         assert largest_difference(one["weights"], two["weights"]) < 1e-5, stage
         assert two["metrics"] == pytest.approx(one["metrics"], rel=1e-3, abs=1e-4)
+
+
+TURNS: dict[int, list[tuple[str, int | str, bool]]] = {
+    2: [
+        ("fsdp", "all", False),
+        *[("fsdp-offloaded", "all", True), ("fsdp-offloaded", "all", False)],
+        *[("fsdp-cut", "all", True), ("fsdp-cut", "all", False)],
+        *[("fsdp-to-ddp", "all", True), ("fsdp-to-ddp", 1, False)],
+        *[("ddp-to-fsdp", 1, True), ("ddp-to-fsdp", "all", False)],
+        *[("fsdp-to-4", "all", True), ("ddp-to-4", 1, True)],
+    ],
+    4: [("fsdp-to-4", "all", False), ("ddp-to-4", 2, False)],
+}
+"""By the number of ranks: the run, over how many it is sharded, and whether it stops on the way."""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_runs_go_on_sharded_or_not_and_on_more_ranks(tmp_path: Path) -> None:
+    """FSDP stopped and resumed is FSDP to the last bit, wherever its averages are; in another layout it learns what
+    one process learns.
+    """
+    for ranks, turns in TURNS.items():
+        mp.spawn(train_in_turns, args=(ranks, str(tmp_path), turns), nprocs=ranks)
+    alone_rt = FolderRuntime(tmp_path / "alone")
+    alone = train_toy(alone_rt, **LEG)["weights"]
+    straight = torch.load(tmp_path / "fsdp-0.pt", weights_only=True)["weights"]
+    for name in {name for turns in TURNS.values() for name, _, _ in turns}:
+        found = torch.load(tmp_path / f"{name}-0.pt", weights_only=True)["weights"]
+        assert largest_difference(found, alone) < 1e-5, name
+        if name in ("fsdp-cut", "fsdp-offloaded"):
+            assert largest_difference(found, straight) == 0.0
+        kept, expected = (_averages(FolderRuntime(tmp_path / run)) for run in (name, "fsdp"))
+        assert kept.keys() == expected.keys() == _averages(alone_rt).keys() and len(kept) == 8
+        assert all(largest_difference(kept[file], expected[file]) < 1e-5 for file in kept), name
+        if name in ("fsdp-cut", "fsdp-offloaded"):
+            assert all(largest_difference(kept[file], expected[file]) == 0.0 for file in kept), name
+
+
+def _averages(rt: FolderRuntime) -> dict[str, dict[str, Tensor]]:
+    """The averages that a run kept, by their files."""
+    return {path.name: load_file(path) for path in Path(rt.averages.uri).rglob("*.safetensors")}
 
 
 def test_training_moves_the_weights(alone: dict[str, dict[str, Any]]) -> None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
-import resource
+import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -17,14 +16,17 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from folder_runtime import FolderRuntime
+from folder_runtime import FolderRuntime, full_disk
+from rank_processes import lose_checkpoints
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+from toybox import free_port
 
 from genpipe.storage import open_storage
+from genpipe.training import state as state_module
 from genpipe.training.checkpoint_store import CheckpointStore
 from genpipe.training.settings import BestConfig, TrainConfig
 from genpipe.training.state import TrainState
@@ -134,7 +136,7 @@ def take_over(rt: FolderRuntime, kind: Kind, *, turn: int) -> None:
         state.samples_seen += 1
     state.save(rt)
     step(state)  # the optimizer takes what was loaded; what is written is from before
-    state.wait()
+    state.wait(rt)
     told = ["passed over a damaged checkpoint"] if turn == DAMAGED and rt.rank == 0 else []
     assert [event.partition(":")[0] for event in rt.events] == told
 
@@ -157,35 +159,56 @@ def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1])
 
 
-@contextmanager
-def full_disk() -> Iterator[None]:
-    """No file of this process may have more than 1,000 bytes: a write beyond that is an error, as on a full disk."""
-    usual = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, usual[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, usual)
-        signal.signal(signal.SIGXFSZ, handler)
-
-
 def test_a_failed_write_is_told_and_the_next_one_is_made(rt: FolderRuntime) -> None:
     state = built(width=32)
     assert not state.resume(rt)
     step(state)
     with full_disk():
         state.save(rt)
-        state.wait()
-    assert rt.saved() == []
+        state.wait(rt)
+    assert rt.saved() == [] and (state.failed, state.newest_of_all(rt)) == (1, (0, state.fault))
     [told] = rt.events
     assert told.startswith("a checkpoint could not be written, training goes on: ") and "File too large" in told
     step(state)
     state.save(rt)
-    state.wait()
+    state.wait(rt)
     assert rt.saved() == [20] and len(rt.events) == 1
+    assert (state.failed, state.newest_of_all(rt)) == (0, (20, ""))
     again = built(width=32, seed=1)
     assert again.resume(rt) and same(whole(again), whole(state))
+
+
+def test_training_is_hopeless_once_checkpoints_fail_often_and_for_long(
+    rt: FolderRuntime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = built(width=32)
+    step(state)
+    state.save(rt)
+    state.wait(rt)
+    step(state)
+    for count in range(1, 4):
+        with full_disk():
+            state.save(rt)
+            state.wait(rt)
+        assert not state.hopeless, "half an hour has not passed"
+        monkeypatch.setattr(state_module, "MOST_SECONDS", 0.0)
+        assert state.hopeless == (count == 3)
+        monkeypatch.undo()
+    with pytest.raises(OSError, match=r"last 3 checkpoints could not be written, .* that of 10 samples: .*too large"):
+        state.give_up(rt)
+
+
+@pytest.mark.slow
+def test_ranks_that_lose_their_checkpoints_say_the_same(tmp_path: Path) -> None:
+    """They stop, or give up, together, and know of the newest that there is."""
+    mp.spawn(lose_checkpoints, args=(str(tmp_path), free_port()), nprocs=2)
+    first, second = (json.loads((tmp_path / f"said-{rank}").read_text()) for rank in range(2))
+    assert first == second
+    stopped, without, gave_up = first
+    told = re.fullmatch(r"Interrupted: stopped at (\d+) samples; a new run goes on from there", stopped)
+    assert told
+    assert re.fullmatch(rf"Interrupted: stopped at \d+ samples; .* from {told[1]} samples, as .*: .*too large", without)
+    assert re.fullmatch(rf"OSError: the last \d+ checkpoints .* that of {told[1]} samples: .*too large", gave_up)
 
 
 def test_another_error_of_the_background_is_raised(rt: FolderRuntime) -> None:
@@ -205,7 +228,7 @@ def test_another_error_of_the_background_is_raised(rt: FolderRuntime) -> None:
 
 def test_a_checkpoint_under_way_is_finished_when_training_fails(rt: FolderRuntime) -> None:
     state = built(width=64)
-    with pytest.raises(FloatingPointError), state.checkpoints_finished():
+    with pytest.raises(FloatingPointError), state.checkpoints_finished(rt):
         step(state)
         state.save(rt)
         raise FloatingPointError
@@ -239,7 +262,7 @@ from test_state import built, step
 state, rt = built(width=1500), FolderRuntime(Path(sys.argv[1]))
 state.resume(rt)
 state.save(rt)
-state.wait()
+state.wait(rt)
 step(state)
 state.save(rt)
 while not list(rt.work.glob("checkpoints/*/*.part")):
@@ -272,7 +295,7 @@ def test_checkpoints_on_s3(s3_server: str, rt: FolderRuntime) -> None:
     for _ in range(3):
         step(state)
         state.save(rt)
-    state.wait()
+    state.wait(rt)
     assert rt.saved() == [20, 30] and rt.events == []
     rt.checkpoints = CheckpointStore(rt.checkpoints.uri)
     again = built(seed=1)

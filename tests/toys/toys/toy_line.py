@@ -5,7 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from genpipe.artifacts import Artifact, Role, fetch
 from genpipe.data.loader import Data, SampleSet
 from genpipe.stage_config import StageConfig
+from genpipe.training.checkpoint import Snapshot
 from genpipe.training.objective import Batch, Metrics, ObserveTraining, Step, Validation
 from genpipe.training.settings import TrainConfig
 
@@ -33,6 +35,7 @@ class Config(StageConfig):
     fail_while: str = ""
     hang_while: str = ""
     stall_while: str = ""
+    slow_while: str = ""
     train: TrainConfig
     observe: ObserveTraining = ObserveTraining()
 
@@ -64,7 +67,18 @@ def example_batch(cfg: Config, inputs: Mapping[str, Artifact], *, batch_size: in
 
 
 def objective(cfg: Config, inputs: Mapping[str, Artifact], device: torch.device) -> Objective:
+    if cfg.slow_while and device.type != "meta":
+        Snapshot.write = partialmethod(_write_slowly, Snapshot.write, cfg.slow_while)  # type: ignore[method-assign]
     return Objective(cfg, device)
+
+
+def _write_slowly(
+    snapshot: Snapshot, write: Callable[[Snapshot, Path], tuple[int, str]], slow_while: str, path: Path
+) -> tuple[int, str]:
+    """As to a store that takes small files at once, and large ones in its own time."""
+    while os.path.exists(slow_while):
+        time.sleep(0.1)
+    return write(snapshot, path)
 
 
 def _last_rank() -> bool:
