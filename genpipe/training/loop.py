@@ -53,13 +53,8 @@ def train(
     numbers stop being finite for good, before such weights are saved; OSError when checkpoints could not be written for
     long; Interrupted when the runtime asked for a stop, after a checkpoint.
     """
-    cfg.check_trainable(objective.trainable)
     parallel = spread(objective, rt, resources)
-    if cfg.sam_rho and parallel.together:
-        raise ValueError(
-            "train.sam_rho moves a rank's weights by its own micro-batch, which sharded ones cannot; set "
-            "resources.shard_over to 1"
-        )
+    cfg.check_trainable(objective.trainable, sharded=parallel.together)
     state = TrainState.fresh(objective.trainable, cfg, offload=resources.offload_averages)
     resumed = state.resume(rt)
     if not resumed:
@@ -131,13 +126,9 @@ def train(
                 raise Interrupted(state.samples_seen, *state.newest_of_all(rt))
         agreement.close()
     run_eagerly(objective)
-    log_at = state.samples_seen
-    if state.best:
-        if not ended:
-            keep_if_best(objective, parallel, data, cfg, rt, state, log=True)
-        state.best.put_back(objective.trainable, state.emas)
-        log_at = state.best.samples_seen
-    result = check(log_at=log_at)
+    if state.best and not ended:
+        keep_if_best(objective, parallel, data, cfg, rt, state, log=True)
+    result = check(log_at=state.take_best(objective.trainable))
     if rt.rank == 0:
         rt.log_environment(facts(state))
     for ema in state.emas.values():

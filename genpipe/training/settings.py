@@ -127,8 +127,13 @@ class TrainConfig(Config):
         """Steps of the run between updates of the trainable module `name`."""
         return self.trainable.get(name, TrainableConfig()).every
 
-    def check_trainable(self, names: Iterable[str]) -> None:
-        """Raise ValueError if `trainable` names a module that is not among those that are trained."""
+    def check_trainable(self, names: Iterable[str], *, sharded: bool = False) -> None:
+        """Raise ValueError for names of modules that are not trained, and for what sharded weights cannot do."""
+        if self.sam_rho and sharded:
+            raise ValueError(
+                "train.sam_rho moves a rank's weights by its own micro-batch, which sharded ones cannot; set "
+                "resources.shard_over to 1"
+            )
         names = list(names)
         if unknown := [name for name in self.trainable if name not in names]:
             raise ValueError(

@@ -106,6 +106,13 @@ class TrainState:
             best=Best(cfg.best, trainable) if cfg.best else None,
         )
 
+    def take_best(self, trainable: dict[str, nn.Module]) -> int:
+        """Make the averages those that validated best, where these are kept; how many samples they have seen."""
+        if self.best is None:
+            return self.samples_seen
+        self.best.put_back(trainable, self.emas)
+        return self.best.samples_seen
+
     def advance(self) -> None:
         """Count a step, and pass over the data that is skipped."""
         self.samples_seen += self.guard.global_batch_size

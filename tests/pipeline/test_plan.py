@@ -80,6 +80,7 @@ RESOURCES = {
     "loader_processes": 2,
     "shard_over": 2,
     "recompute_blocks": True,
+    "offload_averages": True,
     "compile": True,
     "checkpoint_seconds": 1.0,
     "failure_hours": 2.0,
