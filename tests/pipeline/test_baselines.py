@@ -95,10 +95,10 @@ def test_a_baseline_is_needed_as_long_as_a_plan_names_it(tiny: TinyPipeline) -> 
 
 def test_baselines_that_do_not_fit_are_refused_by_the_plan(tiny: TinyPipeline, tmp_path: Path) -> None:
     scores, clip = tiny.run("evaluate").uri, tiny.run("clip").uri
-    tiny.run("sample", seed := "stages.sample.seed=1")
+    tiny.run("sample", seed := "stages.sample.seed=11")  # which no other test measures in this store
     tiny.run("sample", fewer := "stages.sample.prompts.train=9")
     for baseline, told, overrides in (
-        (scores, "drawn with seed 1, the baseline with 0", [seed]),
+        (scores, "drawn with seed 11, the baseline with 0", [seed]),
         (scores, "9 pictures, the baseline's are 16, and they are of other prompts", [fewer]),
         (str(tmp_path / "store"), "neither a pipeline's YAML file, nor scores", []),
         (clip, "stands for an artifact of kind clip, neither scores nor a system", []),
