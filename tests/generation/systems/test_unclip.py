@@ -76,7 +76,7 @@ def test_prompts_are_encoded_as_the_features_were(system: UnclipSystem, tiny: Ti
     cached = Text.from_cache(features.text(rows, np.zeros_like(rows)))
     fresh = system.encode_text([f" {shards.captions(int(i))[0]}\t" for i in rows])
     assert torch.equal(cached.text_mask, fresh.text_mask)
-    close: dict[str, Any] = {"atol": 1e-2, "rtol": 1e-2}  # the cache is float16, of bf16 products where they are fast
+    close: dict[str, Any] = {"atol": 2e-2, "rtol": 1e-2}  # the cache is of bf16 products where they are fast
     torch.testing.assert_close(cached.embed, fresh.embed, **close)
     torch.testing.assert_close(cached.encodings[cached.text_mask], fresh.encodings[fresh.text_mask], **close)
 
