@@ -191,13 +191,14 @@ def test_a_gate_against_the_first_scores(project: tuple[Project, str]) -> None:
     gate = f'stages.evaluate.observe.gates={{"train/self_cosine": {{"not_worse_than": "{uri}"}}}}'
     code, output = made.run("run", settings=[gate, "stages.system.model.decoder.steps=5"])
     assert code == 0, output
-    held = re.search(rf"^evaluate: train/self_cosine differs by .*95 % interval.* from {re.escape(uri)}$", output, re.MULTILINE)
+    told = rf"^evaluate: train/self_cosine differs by .*95 % interval.* from {re.escape(uri)}$"
+    held = re.search(told, output, re.MULTILINE)
     assert held, output
     parent, stage = (runs[0] for runs in (_parents(made, client), made.runs(client, "evaluate")))
     summary = Path(client.download_artifacts(parent.info.run_id, "summary.json"))
     assert held[0] in {row["held gates"] for row in json.loads(summary.read_text())["stages"]}
-    told = json.loads(Path(client.download_artifacts(stage.info.run_id, "scores.json")).read_text())["against"]
-    assert told["train/self_cosine"]["baseline"] == uri and not told["train/self_cosine"]["missed"]
+    against = json.loads(Path(client.download_artifacts(stage.info.run_id, "scores.json")).read_text())["against"]
+    assert against["train/self_cosine"]["baseline"] == uri and not against["train/self_cosine"]["missed"]
     code, output = made.run("run", settings=[gate, "stages.decoder.train.samples=16"])
     assert code == 1 and "gate missed: evaluate: train/self_cosine differs by -" in " ".join(output.split()), output
 
