@@ -22,6 +22,7 @@ from genpipe.config import ConfigError
 from genpipe.data.prefetch import prefetched
 from genpipe.launch import stopping
 from genpipe.launch.lease import LeaseLost, leave
+from genpipe.launch.process import end_process
 from genpipe.launch.rank import train_rank
 from genpipe.launch.run_stage import PartWorker, execute, parts_at_once
 from genpipe.launch.stopping import StageStopped
@@ -140,7 +141,4 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    status = main(sys.argv[1:])
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)  # taken down by the interpreter, a process group can abort its rank, whose work is committed
+    end_process(main(sys.argv[1:]))

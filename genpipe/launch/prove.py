@@ -25,7 +25,7 @@ import torch
 
 from genpipe.config import Config
 from genpipe.launch.local import LocalLauncher
-from genpipe.launch.process import set_up_process
+from genpipe.launch.process import end_process, set_up_process
 from genpipe.pipeline.spec import StageSpec
 from genpipe.stages import load_stage
 from genpipe.training.averages import AverageStore
@@ -269,3 +269,4 @@ def run_rank(job: Job) -> None:
 
 if __name__ == "__main__":
     run_rank(Job.model_validate_json(Path(sys.argv[1]).read_text()))
+    end_process(0)

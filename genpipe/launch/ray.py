@@ -25,6 +25,7 @@ from genpipe.launch import lease, stopping
 from genpipe.launch.failure import BEGUN, JobLost, StageError, first_line, read_failure, report_failure
 from genpipe.launch.local_ray import TUNING
 from genpipe.launch.placement import needs_of
+from genpipe.launch.process import end_process
 from genpipe.launch.stopping import StageStopped, Stopped
 from genpipe.launch.watchdog import last_hang
 from genpipe.pipeline.spec import Progress, StageSpec, write_progress
@@ -404,7 +405,4 @@ def _stop_driver(signum: int, frame: FrameType | None) -> None:
 
 if __name__ == "__main__":
     # By its own name, so that what is sent to workers is found there by reference.
-    status = importlib.import_module("genpipe.launch.ray").drive(*sys.argv[1:])
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)  # all is committed, and taking the interpreter down would add seconds to every stage
+    end_process(importlib.import_module("genpipe.launch.ray").drive(*sys.argv[1:]))
