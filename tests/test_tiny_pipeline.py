@@ -20,7 +20,7 @@ from PIL import Image
 from genpipe.artifacts import Manifest, read_manifest
 from genpipe.stages import load_stage
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 CONFIG = "configs/pipeline/tiny.yaml"
 STAGES = ["shard", "autoencoder", "clip", "features", "decoder", "prior", "upsampler", "system", "sample", "evaluate"]
