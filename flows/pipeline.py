@@ -395,8 +395,8 @@ def _run_stages(run: _Run) -> list[StageResult]:
             raise
         notify.tell(pipeline.cfg.notify, pipeline=pipeline.cfg.name, run=str(flow_run.name), results=results)
         rows = [_row(result) for result in results]
-        trained = [result for result in results if result.stage != "system"]  # MLflow has metrics of machines there
-        headlines = {f"{result.stage}/{name}": value for result in trained for name, value in result.shown.items()}
+        told = [result for result in results if result.stage != "system"]  # where MLflow has metrics of machines
+        headlines = {f"{result.stage}/{name}": value for result in told for name, value in result.shown.items()}
         parent.summarize(rows, metrics=headlines, images=_images(results))
         create_table_artifact(rows, key="genpipe-stages", description=f"MLflow run {parent.run_id}")
     if any(result.status == "failed" for result in results):

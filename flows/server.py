@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from prefect.server.api.server import SubprocessASGIServer
 
 RESTART_SECONDS = 1.0
+MOST_RESTARTS = 5
+"""A server that dies more often in one run cannot work, and its clients are to say so."""
 BACK_SECONDS = 60.0
 
 _restarts: list[int] = []
@@ -98,8 +100,8 @@ def settle() -> None:
 
 
 def _keep(server: SubprocessASGIServer, ended: threading.Event) -> None:
-    """Start the server's process again whenever it has died and nobody has stopped it."""
-    while (process := server.server_process) is not None:
+    """Start the server's process again when it has died and nobody has stopped it, `MOST_RESTARTS` times."""
+    while len(_restarts) < MOST_RESTARTS and (process := server.server_process) is not None:
         process.wait()
         _back.clear()
         if ended.wait(RESTART_SECONDS):
