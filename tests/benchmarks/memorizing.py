@@ -46,7 +46,6 @@ stages:
   system: {{model: {{kind: pixel, decoder: {{steps: 25}}}}}}
   sample: {{prompts: {{kind: none, count: 256}}, batch_size: 64}}
   evaluate:
-    inputs: {{trained: [decoder]}}
     metrics: {{memorization: {{networks: [{{kind: pixels}}], level: {level}}}}}
 """
 

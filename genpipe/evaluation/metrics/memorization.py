@@ -54,7 +54,9 @@ class MemorizationConfig(Config):
 
     In the features of every one of `networks`, so give two that see different things. `SPLIT/memorized` is that share,
     `memorized_heldout` that of the held-out pictures by the same rule, each against the others: what to expect of
-    pictures that are no copies, at most `level`. `SPLIT/copying_z_NETWORK` is how many deviations the distances lie
+    pictures that are no copies, at most `level`. `SPLIT/copied` estimates the share that lies nearer to training
+    pictures than held-out ones would, blurred and damaged copies among them (Storey 2002, 1 - pi_0 at lambda 0.5 of
+    the `p` below): in expectation 0 or less, so cut off, of what is drawn as new. `SPLIT/copying_z_NETWORK` is how many deviations the distances lie
     above those of held-out pictures (Meehan et al. 2020): far below 0 where training pictures are copied.
 
     `memorization.parquet` has the nearest training picture of every generated one, its distance, and the `p` of it,
@@ -86,7 +88,7 @@ class MemorizationConfig(Config):
 
     def names(self, inputs: Mapping[str, Artifact]) -> list[str]:
         """All of them."""
-        of_split = ["memorized", *(f"copying_z_{_name(network)}" for network in self.networks)]
+        of_split = ["memorized", "copied", *(f"copying_z_{_name(network)}" for network in self.networks)]
         return ["memorized_heldout", *(f"{split}/{name}" for split in SPLITS for name in of_split)]
 
     def per_sample(self) -> dict[str, Better]:
@@ -127,6 +129,7 @@ class MemorizationConfig(Config):
             found = [self._of_samples(features, evaluation, network, split) for network in self.networks]
             p = np.stack([_p(of.distance, among.distance) for of, among in zip(found, null, strict=True)]).max(0)
             metrics[f"{split}/memorized"] = float((p <= self.level).mean())
+            metrics[f"{split}/copied"] = copied(p)
             write_values(
                 out,
                 f"memorization-{split}",
@@ -179,6 +182,15 @@ class MemorizationConfig(Config):
         captions = [f"p {p[row]:.2g}: {dataset.captions(int(row))[0]}" for row in rows]
         pictures = list(zip(*map(hwc, columns.values()), strict=True))
         return labeled_grid(pictures, captions=captions, columns=list(columns), cell=max(CELL, size))
+
+
+def copied(p: np.ndarray) -> float:
+    """The share of [N] that is not as far from training pictures as held-out ones, by its p, in [0, 1].
+
+    Of pictures that are, p is even over (0, 1], so that twice those above a half are all of them (Storey 2002, eq. 6).
+    Its standard deviation is at most 1 / sqrt(N).
+    """
+    return max(0.0, 1.0 - 2.0 * float((p > 0.5).mean()))
 
 
 def copying_z(drawn: np.ndarray, heldout: np.ndarray) -> float:

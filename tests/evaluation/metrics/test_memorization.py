@@ -16,7 +16,7 @@ from scripted import PLAIN, Projection, network_file
 
 from genpipe.artifacts import Artifact
 from genpipe.evaluation.metrics import memorization
-from genpipe.evaluation.metrics.memorization import MemorizationConfig, copying_z
+from genpipe.evaluation.metrics.memorization import MemorizationConfig, copied, copying_z
 
 TRAIN, HELDOUT = list(range(60)), list(range(60, 110))
 COPIED, FRESH = [7, 41, 12, 3], list(range(200, 212))
@@ -74,6 +74,23 @@ def test_only_copies_have_a_far_statistic(
         assert found["copies"][f"heldout/copying_z_{network}"] < -5
         assert abs(found["fresh"][f"heldout/copying_z_{network}"]) < 3
     assert found["copies"]["heldout/memorized"] == 1 and found["fresh"]["heldout/memorized"] <= 0.1
+    assert found["copies"]["heldout/copied"] == 1 and found["fresh"]["heldout/copied"] < 0.5
+
+
+def test_damaged_copies_are_copied_though_not_nearly_training_pictures(
+    gallery: Gallery, shard: Artifact, cfg: MemorizationConfig, tmp_path: Path
+) -> None:
+    """As near as noise lets them be: no nearer than the nearest held-out picture, but nearer than most."""
+    of = gallery.shards({"train": named(TRAIN[:40], noise=40)}, kind="samples", name="damaged")
+    found = measured(cfg, {"shard": shard, "sample": of}, tmp_path)
+    assert found["train/copied"] > 0.9 and found["train/memorized"] < 0.9
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.8])
+def test_the_share_of_copies_is_that_of_a_mix(share: float) -> None:
+    draws = np.random.default_rng(0)
+    p = np.where(draws.random(20_000) < share, draws.uniform(0, 0.2, 20_000), draws.random(20_000))
+    assert copied(p) == pytest.approx(share, abs=0.03)
 
 
 def test_the_null_distribution_is_that_of_held_out_pictures(
