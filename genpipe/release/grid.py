@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import zip_longest
 
 import numpy as np
 import torch
@@ -79,13 +80,14 @@ def grid_prompts(system: Artifact, samples: Artifact | None, texts: Sequence[str
 
 
 def _prompts_of(samples: Artifact) -> list[GridPrompt]:
-    """Distinct prompts, those of held-out subjects first: they say more about the system."""
-    found: dict[GridPrompt, None] = {}
+    """Distinct prompts, of each split in turn, those of held-out subjects first: they say more about the system."""
+    by_split = []
     for split in reversed(SPLITS):
         if samples.meta["samples"].get(split):  # there may be no combinations
             dataset = open_shards(samples, split=split)
-            found |= dict.fromkeys(_prompt(dataset, i) for i in range(min(len(dataset), LOOKED_AT)))
-    return list(found)
+            by_split.append([_prompt(dataset, i) for i in range(min(len(dataset), LOOKED_AT))])
+    in_turn = (prompt for prompts in zip_longest(*by_split) for prompt in prompts if prompt is not None)
+    return list(dict.fromkeys(in_turn))
 
 
 def _prompt(dataset: ShardDataset, i: int) -> GridPrompt:

@@ -26,7 +26,7 @@ from genpipe.release.record import GRID_FILE, Grid, machine_of, write_record
 from genpipe.release.scores import check_scores
 from genpipe.stage_config import Observe, StageConfig
 
-VERSION = 1
+VERSION = 2
 MAKES = "release"
 HEADLINES = ("files", "megabytes")
 
