@@ -32,6 +32,13 @@ def _shared(cpus: Any) -> Any:
     return max(1, cores() // 2) if cpus == "auto" else cpus
 
 
+class ValidatorResources(Config):
+    """What the process takes that validates beside the ranks; what else it asks for is what each of them does."""
+
+    cpus: float = Field(1.0, gt=0, description="CPU cores that are kept for it")
+    gpus: float = Field(0.0, ge=0, description="GPUs of it, as the workers have some or none")
+
+
 class Resources(Config):
     """How a stage is run, never what comes out of it: left out of the fingerprint."""
 
@@ -79,6 +86,11 @@ class Resources(Config):
         300.0, gt=0, description="for which a rank may be stuck in a pass before its group starts anew; null: for ever"
     )
     max_failures: int = Field(3, ge=0, description="worker losses that training, or one part, survives")
+    validation: ValidatorResources | None = Field(
+        None,
+        description="of a process of its own that validates while training goes on, on Ray; null: rank 0 does, and the "
+        "others wait",
+    )
 
     def shards(self, ranks: int) -> int:
         """How many of `ranks` training ranks share one copy. Raises ValueError if groups of them do not come out even.
@@ -99,6 +111,31 @@ class Resources(Config):
         if not 1 <= self.min_workers <= self.max_workers:
             raise ValueError(f"workers: {self.workers}; give a number from 1 on, or [least, most]")
         return self
+
+    @model_validator(mode="after")
+    def _validator_is_of_the_same_kind(self) -> Resources:
+        if self.validation and bool(self.validation.gpus) != bool(self.gpus):
+            raise ValueError(
+                f"validation.gpus: {self.validation.gpus:g}, where each worker has {self.gpus:g}; on another kind of "
+                "device validation finds other numbers: give GPUs to both or to none"
+            )
+        return self
+
+    @property
+    def validator(self) -> Resources | None:
+        """What the process that validates beside the ranks is run with, if there is one."""
+        if self.validation is None:
+            return None
+        own = {"workers": 1, "cpus": self.validation.cpus, "gpus": self.validation.gpus, "validation": None}
+        return self.model_copy(update=own)
+
+    def taken(self, workers: int) -> dict[str, float]:
+        """CPUs and GPUs, by Ray's names, that so many workers take, and the process that validates beside them."""
+        beside = self.validation
+        return {
+            "CPU": workers * self.cpus + (beside.cpus if beside else 0.0),
+            "GPU": workers * self.gpus + (beside.gpus if beside else 0.0),
+        }
 
     @property
     def min_workers(self) -> int:

@@ -320,7 +320,7 @@ def _costs(plans: Sequence[Planned], *, mfu: float, peak_tflops: float, price: f
         "parameters": [f"{sum(cost.parameters.values()) / 1e6:,.2f} M" for cost in costs.values()],
         "GFLOP a sample": [f"{cost.flops / 1e9:,.3g}" for cost in costs.values()],
         "samples": [f"{cost.samples:,}" for cost in costs.values()],
-        "workers": [str(cost.workers) for cost in costs.values()],
+        "workers": [f"{cost.workers}{'' if cost.validator is None else ' + 1'}" for cost in costs.values()],
     }
     to_run = {p.name for p in plans if p.status == "run"}
     works = {p.name: 0.0 for p in plans}

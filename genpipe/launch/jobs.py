@@ -122,8 +122,7 @@ class Cluster:
             yield
             return
         workers = self._that_fit(stage, resources)
-        needs = {"CPU": workers * resources.cpus, "GPU": workers * resources.gpus}
-        with self.turns.take(needs, order=order) as granted:
+        with self.turns.take(resources.taken(workers), order=order) as granted:
             if not granted:
                 raise Stopped(f"{stage} was stopped before it began")
             yield
@@ -166,14 +165,15 @@ class Cluster:
 
     def _that_fit(self, stage: str, resources: Resources) -> int:
         """Workers that the local Ray can run at once. Raises ValueError if they are too few."""
-        fit = resources.max_workers
+        fit, beside = resources.max_workers, resources.taken(0)
         for kind, each in (("CPU", resources.cpus), ("GPU", resources.gpus)):
             there = self.capacity.get(kind, 0.0)
-            fit = min(fit, int(there / each)) if each else fit
-            if resources.min_workers * each > there:
+            fit = min(fit, int((there - beside[kind]) / each)) if each else fit
+            if resources.taken(resources.min_workers)[kind] > there:
+                validator = f" and {beside[kind]:g} for validation" if beside[kind] else ""
                 raise ValueError(
-                    f"stages.{stage}.resources: {resources.min_workers} workers x {each:g} {kind}s do not fit this "
-                    f"machine, which has {there:g}; lower them, or set ray.address to a cluster"
+                    f"stages.{stage}.resources: {resources.min_workers} workers x {each:g} {kind}s{validator} do not "
+                    f"fit this machine, which has {there:g}; lower them, or set ray.address to a cluster"
                 )
         if needs_of(resources).keys() - {"CPU", "GPU"}:
             check_places(stage, resources, nodes_of(self.client), least=1)

@@ -51,6 +51,8 @@ class LocalLauncher:
     def train(self, spec: StageSpec, run_id: str) -> None:
         """Train as this process's rank, with the ranks that torchrun started beside it."""
         if self.rank == 0:
+            if spec.config["resources"]["validation"]:
+                print(f"{spec.name}: only Ray starts a process for resources.validation; rank 0 validates", flush=True)
             self.lead(trains=True)
             stopping.withdraw(spec)
         train_rank(spec, run_id, rank=self.rank, world_size=self.world_size, device=self.device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from genpipe.stage_config import Resources
 
@@ -26,21 +27,52 @@ def needs_of(resources: Resources) -> dict[str, float]:
     return {name: amount for name, amount in needs.items() if amount}
 
 
+def options_of(resources: Resources) -> dict[str, Any]:
+    """What a worker takes, as Ray names it of a task or an actor."""
+    needs = needs_of(resources)
+    named: dict[str, Any] = {"num_cpus": needs.pop("CPU"), "num_gpus": needs.pop("GPU", None)}
+    if "memory" in needs:
+        named["memory"] = needs.pop("memory")
+    if resources.placement:
+        named["scheduling_strategy"] = {"PACK": "DEFAULT", "SPREAD": "SPREAD"}[resources.placement]
+    return {**named, **({"resources": needs} if needs else {})}
+
+
 def places(needs: Mapping[str, float], nodes: Sequence[Node]) -> int:
     """How many workers the nodes take at once, each on one of them, while nobody else is there."""
     return sum(min(int(node.get(name, 0.0) / amount + 1e-9) for name, amount in needs.items()) for node in nodes)
 
 
 def check_places(stage: str, resources: Resources, nodes: Sequence[Node], *, least: int) -> None:
-    """Raise ValueError where the nodes could never run `least` workers, with what each asks for and what there is."""
-    needs = needs_of(resources)
-    if (there := places(needs, nodes)) >= least:
-        return
-    found = f"{there} of {least} workers fit" if there else "no node has room for one worker"
-    raise ValueError(
-        f"stages.{stage}.resources: a worker takes {_described(needs)}, and {found}; there are {inventory(nodes)}. "
-        "Lower them, correct their names, add nodes, or set ray.autoscales if nodes come when they are asked for"
-    )
+    """Raise ValueError where the nodes could never run `least` workers, with what each asks for and what there is.
+
+    If `resources` ask for a process that validates beside them, it needs a place as well.
+    """
+    needs, taken, found = needs_of(resources), "", ""
+    there = places(needs, nodes)
+    if there < least:
+        found = f"{there} of {least} workers fit" if there else "no node has room for one worker"
+    elif resources.validator:
+        taken = f", the process that validates beside them {_described(needs_of(resources.validator))}"
+        if places_beside(resources, nodes) < least:
+            found = f"no node has room for it beside {least} worker{'s' if least > 1 else ''}"
+    if found:
+        raise ValueError(
+            f"stages.{stage}.resources: a worker takes {_described(needs)}{taken}, and {found}; there are "
+            f"{inventory(nodes)}. Lower them, correct their names, add nodes, or set ray.autoscales if nodes come when "
+            "they are asked for"
+        )
+
+
+def places_beside(resources: Resources, nodes: Sequence[Node]) -> int:
+    """How many workers the nodes take at once beside the process that validates, on the node that suits it best."""
+    assert resources.validator is not None, "there is such a process"
+    beside, found = needs_of(resources.validator), 0
+    for i, node in enumerate(nodes):
+        if places(beside, [node]):
+            left = {name: amount - beside.get(name, 0.0) for name, amount in node.items()}
+            found = max(found, places(needs_of(resources), [*nodes[:i], left, *nodes[i + 1 :]]))
+    return found
 
 
 def inventory(nodes: Sequence[Node]) -> str:

@@ -31,6 +31,7 @@ from genpipe.stages import load_stage
 from genpipe.training.averages import AverageStore
 from genpipe.training.checkpoint import Checkpoint
 from genpipe.training.checkpoint_store import CheckpointStore
+from genpipe.training.handover import HandOverStore
 from genpipe.training.loop import Interrupted, train
 from genpipe.training.runtime import Phase
 
@@ -208,6 +209,7 @@ class _ProofRuntime:
     device: torch.device
     checkpoints: CheckpointStore
     averages: AverageStore
+    handovers: HandOverStore
     round_seconds: float = 0.0
     logged: int = 0
     """The last step that was logged, which rank 0 does after each."""
@@ -256,6 +258,7 @@ def run_rank(job: Job) -> None:
         device=launcher.device,
         checkpoints=CheckpointStore(job.work),
         averages=AverageStore(f"{job.work}-averages"),
+        handovers=HandOverStore(f"{job.work}-handovers"),
     )
     observe = cfg.observe.model_copy(update={"log_every": 1, "validate_every": 0})
     resources = cfg.resources.model_copy(update={"checkpoint_seconds": ALWAYS if job.victim else NEVER})

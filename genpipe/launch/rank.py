@@ -21,6 +21,7 @@ from genpipe.files import may_pass
 from genpipe.launch import lease, stopping
 from genpipe.launch.process import set_up_process
 from genpipe.launch.run_stage import commit
+from genpipe.launch.validator import hand_over_store
 from genpipe.launch.watchdog import Watched
 from genpipe.pipeline.code import check_code
 from genpipe.pipeline.curves import Band, Curve, Expectation, curve_text, read_curve
@@ -32,6 +33,7 @@ from genpipe.tracking.recording import attach
 from genpipe.training.averages import AverageStore
 from genpipe.training.background import Background
 from genpipe.training.checkpoint_store import CheckpointStore
+from genpipe.training.handover import HandOverStore
 from genpipe.training.loop import Interrupted, train
 from genpipe.training.parallel import unsharded
 from genpipe.training.runtime import Phase
@@ -51,11 +53,13 @@ def train_rank(
     world_size: int,
     device: torch.device,
     notice: Callable[[], str] = str,
+    attended: bool = False,
 ) -> None:
     """What every rank of a training stage does; rank 0 also exports, records and commits.
 
-    `notice` says who takes this rank's machine away, once somebody does. Raises StageStopped, on every rank, where the
-    stage was asked to stop: it has its checkpoint, and rank 0 has answered the request.
+    `notice` says who takes this rank's machine away, once somebody does; `attended` whether a validator is beside the
+    ranks (`launch/validator.py`). Raises StageStopped, on every rank, where the stage was asked to stop: it has its
+    checkpoint, and rank 0 has answered the request.
     """
     check_code(spec)
     stage = load_stage(spec.stage)
@@ -69,6 +73,7 @@ def train_rank(
         before_commit=lambda: rt.before_checkpoint(),
     )
     averages = AverageStore(spec.target.uri, fence=partial(lease.check, spec))
+    handovers = hand_over_store(spec, attended=attended)
     watched = Watched(spec.work, rank=rank, world_size=world_size, seconds=cfg.resources.hang_seconds)
     with ExitStack() as stack:
         rt = RankRuntime(
@@ -79,6 +84,7 @@ def train_rank(
             device=device,
             checkpoints=checkpoints,
             averages=averages,
+            handovers=handovers,
             total=cfg.train.samples,
             should_stop=stack.enter_context(stopping.listening(spec, rank=rank, notice=notice)),
             enter=stack.enter_context(watched).enter,
@@ -145,6 +151,7 @@ class RankRuntime:
     device: torch.device
     checkpoints: CheckpointStore
     averages: AverageStore
+    handovers: HandOverStore
     total: int
     should_stop: Callable[[], bool]
     enter: Callable[[Phase], None]
@@ -214,7 +221,8 @@ class RankRuntime:
         if changed:
             self.note = "; ".join(_told(name, found[name], bands[name], samples_seen) for name in changed)
             self.log_event(self.note, samples_seen=samples_seen)
-            self._tell(Progress(done=samples_seen, total=self.total, note=self.note))
+            done = max([samples_seen, *(at for _, at in self.reports)])  # what was validated elsewhere comes late
+            self._tell(Progress(done=done, total=self.total, note=self.note))
 
     def _tell(self, progress: Progress) -> None:
         """Write progress beside the training, which a slow store, or one that is full or away, is not to hold up."""

@@ -24,8 +24,9 @@ from genpipe import artifacts
 from genpipe.launch import lease, stopping
 from genpipe.launch.failure import BEGUN, JobLost, StageError, first_line, read_failure, report_failure
 from genpipe.launch.local_ray import TUNING
-from genpipe.launch.placement import needs_of
+from genpipe.launch.placement import needs_of, options_of
 from genpipe.launch.process import end_process
+from genpipe.launch.ray_validator import ranks_beside, validator
 from genpipe.launch.stopping import StageStopped, Stopped
 from genpipe.launch.watchdog import last_hang
 from genpipe.pipeline.spec import Progress, StageSpec, write_progress
@@ -64,13 +65,15 @@ class RayLauncher:
         where it is this driver that is to stop, or somebody cancels the stage.
         """
         stopping.withdraw(spec)
-        while artifacts.committed(spec.target) is None:
-            with _insisting(spec) as told, _obeying(spec, grace=CANCEL_SECONDS):
-                stopped = self._fit(spec, run_id)
-            assert stopped is not None or artifacts.committed(spec.target), "ranks end with an artifact or on request"
-            if stopped is not None and (told or stopped.reason == "cancelled"):
-                raise StageStopped(stopped)
-            stopping.withdraw(spec)  # each rank hears of a preemption, and may say so after the others stopped
+        with validator(spec):
+            while artifacts.committed(spec.target) is None:
+                with _insisting(spec) as told, _obeying(spec, grace=CANCEL_SECONDS):
+                    stopped = self._fit(spec, run_id)
+                done = artifacts.committed(spec.target)
+                assert stopped is not None or done, "ranks end with an artifact or on request"
+                if stopped is not None and (told or stopped.reason == "cancelled"):
+                    raise StageStopped(stopped)
+                stopping.withdraw(spec)  # each rank hears of a preemption, and may say so after the others stopped
 
     def _fit(self, spec: StageSpec, run_id: str) -> Stopped | None:
         """Train to the end, or until the ranks stop on request."""
@@ -84,7 +87,7 @@ class RayLauncher:
             _train_rank,
             train_loop_config={"spec": spec.model_dump(mode="json"), "run_id": run_id, "job": self.job},
             scaling_config=ScalingConfig(
-                num_workers=resources.workers,
+                num_workers=ranks_beside(resources),
                 elastic_resize_monitor_interval_s=GROW_SECONDS,
                 use_gpu=resources.gpus > 0,
                 resources_per_worker=needs_of(resources),
@@ -131,7 +134,7 @@ class RayLauncher:
                 enable_true_multi_threading=at_once > 1,
             ),
             batch_size=1,
-            **_remote_args(resources),
+            **options_of(resources),
         )
         stopping.withdraw(spec)
         started = time.monotonic()
@@ -157,17 +160,6 @@ class RayLauncher:
         failure = read_failure(spec.work, self.job)
         if failure is not None and not failure.infrastructure:
             raise StageError(failure.message, details=failure.traceback)
-
-
-def _remote_args(resources: Resources) -> dict[str, Any]:
-    """What Ray Data asks for each actor with."""
-    needs = needs_of(resources)
-    named: dict[str, Any] = {"num_cpus": needs.pop("CPU"), "num_gpus": needs.pop("GPU", None)}
-    if "memory" in needs:
-        named["memory"] = needs.pop("memory")
-    if resources.placement:
-        named["scheduling_strategy"] = {"PACK": "DEFAULT", "SPREAD": "SPREAD"}[resources.placement]
-    return {**named, **({"resources": needs} if needs else {})}
 
 
 def _infrastructure() -> tuple[type[Exception], ...]:
@@ -248,6 +240,7 @@ def _train_rank(config: dict[str, Any]) -> dict[str, Any] | None:
                 world_size=context.get_world_size(),
                 device=ray.train.torch.get_device(),
                 notice=_preemption_notice,
+                attended=spec.config["resources"]["validation"] is not None,
             )
     except StageStopped as stop:
         return stop.stopped.model_dump(mode="json")

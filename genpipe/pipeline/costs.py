@@ -47,6 +47,8 @@ class Cost:
     memory: dict[str, int]
     samples: int
     workers: int
+    validator: float | None = None
+    """GPUs of the process that validates beside the workers, by those of one of them; None where there is none."""
 
     @property
     def peak(self) -> int:
@@ -54,8 +56,9 @@ class Cost:
         return sum(self.memory.values())
 
     def gpu_hours(self, *, mfu: float, peak_tflops: float) -> float:
-        """Hours of one GPU for the whole training, if it does a share `mfu` of its peak."""
-        return self.flops * self.samples / (mfu * peak_tflops * 1e12) / 3600
+        """Hours of one GPU for the whole training, if it does a share `mfu` of its peak; a validator's are added."""
+        hours = self.flops * self.samples / (mfu * peak_tflops * 1e12) / 3600
+        return hours * (1 + (self.validator or 0.0) / self.workers)
 
 
 def cost_of(stage: ModuleType, cfg: Any, inputs: Mapping[str, Artifact]) -> Cost:
@@ -100,6 +103,7 @@ def cost_of(stage: ModuleType, cfg: Any, inputs: Mapping[str, Artifact]) -> Cost
         },
         samples=train.samples,
         workers=cfg.resources.max_workers,
+        validator=cfg.resources.validation.gpus / (cfg.resources.gpus or 1.0) if cfg.resources.validation else None,
     )
 
 

@@ -18,7 +18,6 @@ from genpipe.models.precision import DTYPES, Precision, gflops, products_of
 from genpipe.pipeline.costs import training_flops
 from genpipe.pipeline.order import longest_path_first
 from genpipe.pipeline.plan import Planned
-from genpipe.stage_config import Resources
 from genpipe.stages import is_training
 
 STAGE_SECONDS = 10.0
@@ -49,7 +48,7 @@ class Forecast:
     def total(self) -> float:
         """Seconds until all has ended, if each stage begins as soon as its inputs and its share are there."""
         needs = {p.name: [n for n in p.instance.needs if n in self.left] for p in self.plans if p.name in self.left}
-        shares = {p.name: _share(p.instance.cfg.resources) for p in self.plans if p.name in self.left}
+        shares = {p.name: _share(p) for p in self.plans if p.name in self.left}
         return makespan(self.left, needs=needs, shares=shares, capacity=self.capacity, order=self.order,
                         begun=self.running)  # fmt: skip
 
@@ -136,9 +135,9 @@ def _take(free: dict[str, float], share: Mapping[str, float], *, sign: int) -> N
             free[kind] += sign * amount
 
 
-def _share(resources: Resources) -> dict[str, float]:
-    workers = resources.max_workers
-    return {"CPU": workers * resources.cpus, "GPU": workers * resources.gpus}
+def _share(planned: Planned) -> dict[str, float]:
+    resources = planned.instance.cfg.resources
+    return resources.taken(resources.max_workers)
 
 
 def _reached(plans: Sequence[Planned]) -> dict[bool, float]:

@@ -101,6 +101,7 @@ def plan_instance(
             cfg.train.check_ranks(ranks)  # type: ignore[attr-defined]
             for count in ranks:
                 cfg.resources.shards(count)
+        _check_validator(cfg, training=is_training(stage))
         promised = stage.check_inputs(cfg, inputs)
         source = _source_digest(instance, sources=sources)
     except ValueError as error:
@@ -139,6 +140,25 @@ def spec_of(
         pipeline_run_id=pipeline_run_id,
         links=dict(links or {}),
     )
+
+
+def _check_validator(cfg: Any, *, training: bool) -> None:
+    """Raise ValueError where `resources.validation` is for a process that has nothing to do, or is waited for."""
+    if cfg.resources.validation is None:
+        return
+    if not training:
+        raise ValueError("resources.validation: this stage trains nothing that could be validated; leave it out")
+    if not cfg.observe.validate_every:
+        raise ValueError(
+            "resources.validation: observe.validate_every is 0, so that the only validation is the last one, which is "
+            "rank 0's; set observe.validate_every, or leave out resources.validation"
+        )
+    for setting, given in (("train.best", cfg.train.best), ("observe.keep_best", cfg.observe.keep_best)):
+        if given:
+            raise ValueError(
+                f"resources.validation: {setting} decides by what validation finds, so training waits for it; leave "
+                "out one of the two"
+            )
 
 
 def _source_digest(instance: Instance, *, sources: bool) -> str:

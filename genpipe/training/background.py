@@ -28,11 +28,15 @@ class Background:
         self._thread = threading.Thread(target=self._run, args=(work,), name=name, daemon=True)
         self._thread.start()
 
+    def join(self) -> None:
+        """Return when no work is under way, on any thread; what it raised is left to the next `start` or `wait`."""
+        if thread := self._thread:
+            thread.join()
+
     def wait(self) -> None:
         """Return when no work is under way."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+        self.join()
+        self._thread = None
         error, self._error = self._error, None
         if error is not None:
             raise error

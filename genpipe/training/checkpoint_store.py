@@ -100,6 +100,13 @@ class CheckpointStore:
         kept = [name for name in intact if samples_of(name) <= samples_seen]
         self._delete_all_but(set(kept or intact[-1:]))
 
+    def delete(self, name: str) -> None:
+        """Delete a checkpoint, if it is there."""
+        storage = open_storage(self.uri)
+        storage.delete(f"{name}/{artifacts.MANIFEST}")  # first, so that no half of one is taken for damaged
+        storage.delete_all(f"{name}/")
+        self._deleted.add(name)  # some S3 servers go on listing its folder
+
     def clear(self) -> None:
         """Delete what attempts that were cut off left: everything that is not committed."""
         self._delete_all_but(set(self.names()))
@@ -185,9 +192,7 @@ class CheckpointStore:
         storage = open_storage(self.uri)
         for name in list(storage.folders()):
             if name not in kept | self._deleted:
-                storage.delete(f"{name}/{artifacts.MANIFEST}")  # first, so that no half of one is taken for damaged
-                storage.delete_all(f"{name}/")
-                self._deleted.add(name)  # some S3 servers go on listing its folder
+                self.delete(name)
 
 
 def name_of(samples_seen: int, *, attempt: int, count: int) -> str:

@@ -84,10 +84,14 @@ class Ema:
             weights.copy_(shadow)
             shadow.copy_(live)
 
+    def weights(self) -> dict[str, Tensor]:
+        """The averaged weights by name, as they are kept."""
+        self._settle()
+        return self.shadow
+
     def state_dict(self) -> dict[str, Tensor]:
         """The averaged weights by name, and the number of updates."""
-        self._settle()
-        return {**self.shadow, "__updates__": torch.tensor(self.updates)}
+        return {**self.weights(), "__updates__": torch.tensor(self.updates)}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Go on from what `state_dict` gave."""

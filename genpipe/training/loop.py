@@ -21,6 +21,7 @@ from genpipe.models.precision import DTYPES, Products, autocast, gflops, product
 from genpipe.stage_config import Resources
 from genpipe.training.agreement import Agreement
 from genpipe.training.compile import compile_if_right, run_eagerly
+from genpipe.training.deferred import Deferred
 from genpipe.training.guard import HeldBuffers, spread_if_bad
 from genpipe.training.interval import checkpoint_interval
 from genpipe.training.meter import Meter
@@ -34,7 +35,7 @@ from genpipe.training.sharpness import sharpened
 from genpipe.training.state import TrainState
 from genpipe.training.stream import open_stream, seeded, to_device
 from genpipe.training.trial import step_flops
-from genpipe.training.validation import keep_if_best, validate
+from genpipe.training.validation import keep_if_best, record, validate
 
 
 def train(
@@ -70,6 +71,8 @@ def train(
     held = HeldBuffers(objective.trainable.values())
     agreement = Agreement(rt, flags=3)
     check = partial(validate, objective, parallel, data, cfg, rt, state, heldout_samples=observe.heldout_samples)
+    deferred = Deferred(rt, state, check)
+    deferred.resume()
     saved_at, validated, due = time.monotonic(), False, False  # since the last checkpoint
     ended = False
     with state.checkpoints_finished(rt), ExitStack() as stream:
@@ -105,10 +108,14 @@ def train(
                     state.keep_averages(rt)
             if validation_due:
                 with meter.aside():
-                    state.heldout = check(log_at=state.samples_seen).metrics
+                    if not deferred.hand_over():
+                        found = check(samples_seen=state.samples_seen)
+                        record(found, rt, samples_seen=state.samples_seen)
+                        state.heldout = found.metrics
                 validated = True
             if not report_due:
                 continue
+            deferred.poll()
             # This raises where too much data is damaged, so it comes before a checkpoint.
             meter.report(
                 state,
@@ -128,7 +135,11 @@ def train(
     run_eagerly(objective)
     if state.best and not ended:
         keep_if_best(objective, parallel, data, cfg, rt, state, log=True)
-    result = check(log_at=state.take_best(objective.trainable))
+    validated_at = state.take_best(objective.trainable)
+    begun = time.monotonic()
+    result = check(samples_seen=validated_at)
+    deferred.finish(seconds=time.monotonic() - begun)
+    record(result, rt, samples_seen=validated_at)
     if rt.rank == 0:
         rt.log_environment(facts(state))
     for ema in state.emas.values():

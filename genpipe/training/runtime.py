@@ -10,6 +10,7 @@ import torch
 
 from genpipe.training.averages import AverageStore
 from genpipe.training.checkpoint_store import CheckpointStore
+from genpipe.training.handover import HandOverStore
 
 Phase = Literal[
     "start", "compile", "data", "forward", "backward", "optimizer", "validation", "checkpoint", "export", "end"
@@ -31,6 +32,9 @@ class Runtime(Protocol):
 
     averages: AverageStore
     """The averages of this training that are kept, and rank 0's way to keep one."""
+
+    handovers: HandOverStore
+    """Averages of this training that a process beside the ranks validates, if there is one, and what it finds."""
 
     round_seconds: float
     """How long ranks go on before they tell one another of stops and checkpoints that are due; 0: every step."""

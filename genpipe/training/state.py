@@ -82,6 +82,9 @@ class TrainState:
     failed: int = 0
     """Checkpoints on end that could not be written."""
 
+    handing: Background = field(default_factory=Background)
+    """Hands averages over to be validated elsewhere, before a checkpoint that is saved later is committed."""
+
     _written_at: float = field(default_factory=time.monotonic)
     _attempt: int = 0
     _saved: int = 0
@@ -163,11 +166,14 @@ class TrainState:
         if self.best:
             record["best"] = self.best.state_dict()
         self._snapshot.copy(share, record, device=rt.device)
-        name = name_of(self.samples_seen, attempt=self._attempt, count=self._saved)
-        self._saved += 1
-        metrics = dict(self.heldout)
+        name, metrics = self.new_name(), dict(self.heldout)
         self._background.start(lambda: self._write(rt, name, metrics, begun), name="checkpoint")
         self.stall_seconds = time.monotonic() - begun
+
+    def new_name(self) -> str:
+        """A name for what is saved now, the same on every rank, that is never given again."""
+        self._saved += 1
+        return name_of(self.samples_seen, attempt=self._attempt, count=self._saved - 1)
 
     def wait(self, rt: Runtime) -> None:
         """Return when the last checkpoint is committed, or has failed, however slow its storage is."""
@@ -215,6 +221,7 @@ class TrainState:
             yield
         except BaseException:
             rt.enter("checkpoint")
+            self.handing.cancel(grace_seconds=GRACE_SECONDS)
             self._background.cancel(grace_seconds=GRACE_SECONDS)
             raise
         self.wait(rt)
@@ -258,6 +265,7 @@ class TrainState:
 
     def _write(self, rt: Runtime, name: str, metrics: dict[str, float], begun: float) -> None:
         """Put this rank's part in place, in the background."""
+        self.handing.join()
         try:
             rt.checkpoints.put(
                 name,

@@ -53,6 +53,19 @@ def test_too_few_places_are_refused_with_all_that_there_is() -> None:
     assert inventory([{"disk": 2.0}]) == "1 node with 2 disk"
 
 
+def test_the_process_that_validates_needs_a_place_beside_the_workers() -> None:
+    asked = {"cpus": 2, "gpus": 4, "accelerator_type": "H100", "validation": {"cpus": 90, "gpus": 1}}
+    check_places("prior", Resources.model_validate(asked), [SMALL, BIG, BIG], least=3)
+    with pytest.raises(ValueError) as refused:
+        check_places("prior", Resources.model_validate(asked), [SMALL, BIG, BIG], least=4)
+    assert str(refused.value).startswith(
+        "stages.prior.resources: a worker takes 2 CPU, 4 GPU (H100), the process that validates beside them 90 CPU, "
+        "1 GPU (H100), and no node has room for it beside 4 workers; there are 1 node with 8 CPU"
+    )
+    with pytest.raises(ValueError, match="no node has room for it beside 1 worker;"):
+        check_places("prior", Resources.model_validate(asked | {"validation": {"gpus": 9}}), [BIG, BIG], least=1)
+
+
 def test_none_of_it_is_in_the_fingerprint() -> None:
     from genpipe import config
     from genpipe.stage_config import UNFINGERPRINTED, StageConfig

@@ -17,6 +17,7 @@ from genpipe.pipeline.curves import read_curve
 from genpipe.pipeline.spec import Progress, StageSpec, read_progress, write_progress
 from genpipe.training.averages import AverageStore
 from genpipe.training.checkpoint_store import CheckpointStore
+from genpipe.training.handover import HandOverStore
 
 
 def quick(store: Path) -> Toys:
@@ -36,6 +37,7 @@ def runtime_of(spec: StageSpec) -> RankRuntime:
         device=torch.device("cpu"),
         checkpoints=CheckpointStore(f"{spec.work}/checkpoints"),
         averages=AverageStore(spec.target.uri),
+        handovers=HandOverStore(f"{spec.work}/validations"),
         total=80,
         should_stop=lambda: False,
         enter=lambda phase: None,

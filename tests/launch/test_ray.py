@@ -439,6 +439,16 @@ def test_what_does_not_fit_is_said_at_once(ray: Cluster, toys: Toys) -> None:
         raise AssertionError("it was let in")
 
 
+def test_a_turn_has_room_for_the_process_that_validates(ray: Cluster) -> None:
+    own = Cluster(ray.client, runtime_env={}, capacity={"CPU": 4.0, "GPU": 0.0})
+    asked = {"workers": (1, 9), "validation": {"cpus": 1.5}}
+    with own.turn("first", Resources.model_validate(asked), order=0):
+        assert own.turns.free["CPU"] == 0.5, "two workers and the validator"
+    refused = pytest.raises(ValueError, match=r"3 workers x 1 CPUs and 1.5 for validation do not fit this machine")
+    with refused, own.turn("first", Resources.model_validate(asked | {"workers": 3}), order=0):
+        raise AssertionError("it was let in")
+
+
 def test_a_turn_ends_when_the_run_is_interrupted(ray: Cluster) -> None:
     own = Cluster(ray.client, runtime_env={}, capacity={"CPU": 1.0, "GPU": 0.0})
     with own.turn("first", Resources(cpus=1), order=0):

@@ -96,7 +96,8 @@ def test_nothing_in_resources_or_observe_changes_a_fingerprint(tiny: TinyPipelin
     overrides = []
     for name, planned in before.items():
         cfg = planned.instance.cfg
-        assert RESOURCES.keys() == type(cfg.resources).model_fields.keys(), "a new resource is to be tried here"
+        tried = RESOURCES.keys() | {"validation"}  # see below: it does not go with `keep_best`
+        assert tried == type(cfg.resources).model_fields.keys(), "a new resource is to be tried here"
         overrides += [f"stages.{name}.resources.{setting}={value}" for setting, value in RESOURCES.items()]
         for setting, value in cfg.observe.model_dump().items():
             if isinstance(value, int):
@@ -432,3 +433,20 @@ def test_a_step_must_divide_over_every_number_of_ranks_that_is_allowed(tiny: Tin
         tiny.plan(sizes, "stages.prior.resources.workers=[2, 5]")
     with pytest.raises(ConfigError, match=r"resources.*workers: \(4, 2\); give a number from 1 on, or \[least, most\]"):
         tiny.plan("stages.prior.resources.workers=[4, 2]")
+
+
+def test_a_validator_is_asked_for_where_it_has_something_to_do(tiny: TinyPipeline) -> None:
+    beside = ("stages.prior.observe.validate_every=64", "stages.prior.resources.validation={cpus: 2}")
+    planned = tiny.plan(*beside)["prior"]
+    assert planned.instance.cfg.resources.taken(3) == {"CPU": 5.0, "GPU": 0.0}
+    assert planned.artifact.fingerprint == tiny.plan()["prior"].artifact.fingerprint
+    refused = {
+        "observe.validate_every is 0": "stages.prior.observe.validate_every=0",
+        "train.best decides by what validation finds": "stages.prior.train.best={every: 64}",
+        "observe.keep_best decides by what validation finds": "stages.prior.observe.keep_best={metric: loss}",
+        r"0, where each worker has 1; on another kind of device": "stages.prior.resources.gpus=1",
+        "this stage trains nothing": "stages.shard.resources.validation={}",
+    }
+    for said, setting in refused.items():
+        with pytest.raises(ConfigError, match=said):
+            tiny.plan(*beside, setting)

@@ -18,6 +18,7 @@ from genpipe.stage_config import Resources
 from genpipe.stages import load_stage
 from genpipe.training.averages import AverageStore
 from genpipe.training.checkpoint_store import CheckpointStore, samples_of
+from genpipe.training.handover import HandOverStore
 from genpipe.training.loop import train
 from genpipe.training.objective import Objective, Validation
 from genpipe.training.runtime import Phase
@@ -48,10 +49,12 @@ class FolderRuntime:
     step: int = STEP
     checkpoints: CheckpointStore = field(init=False)
     averages: AverageStore = field(init=False)
+    handovers: HandOverStore = field(init=False)
 
     def __post_init__(self) -> None:
         self.checkpoints = CheckpointStore(str(self.work / "checkpoints"))
         self.averages = AverageStore(str(self.work / "artifact"))
+        self.handovers = HandOverStore(str(self.work / "validations"))
 
     def log(self, metrics: dict[str, float], *, samples_seen: int) -> None:
         assert self.rank == 0, "only rank 0 logs"

@@ -6,6 +6,7 @@ import faulthandler
 import json
 import math
 import os
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -17,6 +18,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from folder_runtime import FolderRuntime, build, full_disk, sgd, train_stage, weights
+from parallel_ranks import BATCH, DATA, Toy, train_toy
 from small_objective import G, Small, stream, train_small
 from torch import nn
 
@@ -27,10 +29,12 @@ from genpipe.data.shard_dataset import ShardDataset
 from genpipe.launch.local import run_local
 from genpipe.pipeline.spec import StageSpec
 from genpipe.training import compile as compiling
-from genpipe.training import loop, state
+from genpipe.training import deferred, loop, state
 from genpipe.training.agreement import Agreement
 from genpipe.training.bad_samples import Damage
+from genpipe.training.handover import HandOverStore
 from genpipe.training.loop import Interrupted
+from genpipe.training.settings import TrainConfig
 
 RANKS = 2
 SAMPLES = 60
@@ -175,6 +179,37 @@ def compile_small_ranks(rank: int, folder: str, cases: Mapping[str, tuple[Sequen
         found = {"weights": tensors, "events": rt.events, "told": rt.environment.get("compiled")}
         torch.save(found, Path(folder, f"{name}-{rank}.pt"))
     dist.destroy_process_group()
+
+
+def defer_toys(rank: int, folder: str) -> None:
+    """One of two processes: train the toy sharded, and leave what was logged of validations by who validates."""
+    faulthandler.dump_traceback_later(PATIENCE, exit=True)
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=RANKS)
+    for case in ("loop", "beside", "left"):
+        rt = FolderRuntime(Path(folder, case), rank=rank, world_size=RANKS)
+        rt.handovers.attended = case != "loop"
+        deferred.PATIENCE_SECONDS = deferred.PATIENCE = 0.0 if case == "left" else 50.0
+        thread = threading.Thread(target=validate_toy, args=(rt.handovers,), daemon=True)
+        if case == "beside" and rank == 0:
+            thread.start()
+        train_toy(rt, noise=False, shard_over="all")
+        heldout = {at: values["heldout/loss"] for at, values in rt.logged.items() if "heldout/loss" in values}
+        assert rank or rt.events == ["the validator has found nothing for 0 s; the ranks validate what is left"] * (
+            case == "left"
+        )
+        if rank == 0:
+            torch.save(heldout, Path(folder, f"{case}.pt"))
+    dist.destroy_process_group()
+
+
+def validate_toy(store: HandOverStore) -> None:
+    """Validate the first hand-over of the toy."""
+    toy = Toy(noise=False)
+    while not (waiting := store.waiting()):
+        time.sleep(0.02)
+    cfg = TrainConfig(samples=BATCH, global_batch_size=BATCH)
+    deferred.answer(store, waiting[0], toy, DATA, cfg, device=torch.device("cpu"), heldout_samples=8)
 
 
 class Plain(Small):

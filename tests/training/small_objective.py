@@ -90,6 +90,7 @@ def train_small(
     *,
     steps: int,
     log_every: int = 4,
+    validate_every: int = 0,
     checkpoint_seconds: float | None = 1e9,
     build: Callable[[], Small] = Small,
     compile: bool = False,
@@ -103,5 +104,6 @@ def train_small(
     resources = Resources.model_validate(
         {"checkpoint_seconds": checkpoint_seconds, "compile": compile, "shard_over": shard_over}
     )
-    train(objective, data, cfg, rt, resources, ObserveTraining(log_every=log_every, heldout_samples=8))
+    observe = ObserveTraining(log_every=log_every, validate_every=validate_every, heldout_samples=8)
+    train(objective, data, cfg, rt, resources, observe)
     return {name: whole(tensor).clone() for name, tensor in objective.model.state_dict().items()}
