@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,7 @@ from genpipe.launch.failure import JobLost
 from genpipe.launch.jobs import Cluster
 from genpipe.launch.local import run_local
 from genpipe.pipeline.curves import read_curve
-from genpipe.pipeline.spec import Progress, StageSpec
+from genpipe.pipeline.spec import StageSpec
 from genpipe.tracking import jsonl
 
 pytestmark = pytest.mark.slow
@@ -70,22 +73,36 @@ def alone(toys: Toys, data: Artifact, tmp_path: Path) -> list[tuple[int, float]]
     return validations(spec)
 
 
-def kill_first(killed: list[psutil.Process], *, after: int = 0) -> Any:
-    """What kills the first validator that there is, once training has come so far."""
+@contextmanager
+def struck(strike: Callable[[psutil.Process], None]) -> Iterator[list[psutil.Process]]:
+    """In the block the first validator that there is, as soon as it begins, and so before it has imported torch.
 
-    def report(progress: Progress | None) -> None:
-        if not killed and progress and progress.done >= after and (found := validators()):
-            found[0].kill()
-            killed.extend(found)
+    `strike` is called with it; it is in the list then.
+    """
+    found, ended = list[psutil.Process](), threading.Event()
 
-    return report
+    def watch() -> None:
+        while not found and not ended.wait(0.02):
+            with suppress(psutil.NoSuchProcess):  # any of Ray's, while they are looked through
+                for process in validators()[:1]:
+                    strike(process)
+                    found.append(process)
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield found
+    finally:
+        ended.set()
+        thread.join()
 
 
 def test_a_killed_validator_goes_on_and_finds_what_rank_0_finds(
     ray: Cluster, toys: Toys, data: Artifact, alone: list[tuple[int, float]]
 ) -> None:
-    spec, killed = line(toys, data), list[psutil.Process]()
-    ray.run(spec, report=kill_first(killed))
+    spec = line(toys, data)
+    with struck(psutil.Process.kill) as killed:
+        ray.run(spec, report=lambda progress: None)
     assert killed and validations(spec) == alone
     assert pictures(spec) == [at for at, _ in alone]
     assert events(spec) == [], "the ranks had nothing to do for it"
@@ -96,8 +113,9 @@ def test_a_killed_validator_goes_on_and_finds_what_rank_0_finds(
 def test_ranks_do_without_a_validator_that_is_given_up(
     ray: Cluster, toys: Toys, data: Artifact, alone: list[tuple[int, float]]
 ) -> None:
-    spec, killed = line(toys, data, max_failures=0), list[psutil.Process]()
-    ray.run(spec, report=kill_first(killed))
+    spec = line(toys, data, max_failures=0)
+    with struck(psutil.Process.kill) as killed:
+        ray.run(spec, report=lambda progress: None)
     assert killed and validations(spec) == alone
     [told] = events(spec)
     assert "the validator was lost or failed 1 times" in told and "the ranks validate" in told
@@ -106,17 +124,15 @@ def test_ranks_do_without_a_validator_that_is_given_up(
 def test_a_validator_ends_with_its_driver_and_the_next_one_has_another(
     ray: Cluster, toys: Toys, data: Artifact, alone: list[tuple[int, float]]
 ) -> None:
-    spec, found = line(toys, data), list[psutil.Process]()
+    spec = line(toys, data)
 
-    def kill_driver(progress: Progress | None) -> None:
-        if progress and progress.done >= 2 * EVERY and (there := validators()) and not found:
-            found.extend(there)
-            for process in psutil.process_iter(["cmdline"]):
-                if f"{spec.work}/spec.json" in (process.info["cmdline"] or ()):
-                    process.kill()
+    def kill_driver(validator: psutil.Process) -> None:
+        for process in psutil.process_iter(["cmdline"]):
+            if f"{spec.work}/spec.json" in (process.info["cmdline"] or ()):
+                process.kill()
 
-    with pytest.raises(JobLost):
-        ray.run(spec, report=kill_driver)
+    with struck(kill_driver) as found, pytest.raises(JobLost):
+        ray.run(spec, report=lambda progress: None)
     assert found and survivors(found) == []
     ray.run(spec, report=lambda progress: None)
     assert validations(spec) == alone
