@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import pickle
 import threading
@@ -15,6 +14,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ranks import forkserver
 
 from genpipe.data.block_cache import (
     OPEN_FILES,
@@ -159,7 +159,7 @@ def read_at_random(uri: str, folder: str, seed: int) -> None:
 
 def test_processes_share_a_cache_that_is_too_small_for_them(storage: CountingStorage, tmp_path: Path) -> None:
     """They give up one another's blocks all the time, and always read what is right."""
-    context = multiprocessing.get_context("spawn")
+    context = forkserver()
     arguments = [(storage.uri, str(tmp_path / "cache"), seed) for seed in range(2)]
     workers = [context.Process(target=read_at_random, args=each) for each in arguments]
     for worker in workers:
@@ -189,7 +189,7 @@ def read_all_blocks(uri: str, folder: str, begin: Any) -> None:
 
 
 def test_processes_that_want_a_block_at_once_fetch_it_once(storage: CountingStorage, tmp_path: Path) -> None:
-    context = multiprocessing.get_context("spawn")
+    context = forkserver()
     begin = context.Barrier(3)
     arguments = (storage.uri, str(tmp_path / "cache"), begin)
     workers = [context.Process(target=read_all_blocks, args=arguments) for _ in range(3)]
@@ -213,7 +213,7 @@ def read_a_block(uri: str, folder: str) -> None:
 
 
 def test_a_process_that_dies_while_it_fetches_a_block_holds_nobody_up(storage: CountingStorage, tmp_path: Path) -> None:
-    context = multiprocessing.get_context("spawn")
+    context = forkserver()
     worker = context.Process(target=read_a_block, args=(storage.uri, str(tmp_path / "cache")))
     worker.start()
     remote = files(storage, BlockCache(tmp_path / "cache", max_bytes=10**6, block_bytes=BLOCK))

@@ -19,6 +19,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ranks import run_ranks
 
 from genpipe.data.image_batches import Images
 from genpipe.data.images import encode
@@ -354,7 +355,7 @@ def run_rank(rank: int, folder: str, ranks: int) -> None:
 @pytest.mark.services
 def test_uneven_shards_never_hang_a_collective(folder: Path) -> None:
     """Eleven samples in shards of 1, 7 and 3, on two ranks, past the end of two epochs."""
-    mp.spawn(run_rank, args=(str(folder), 2), nprocs=2)
+    run_ranks(run_rank, str(folder), 2, ranks=2)
     values = [20 * (8 if i == 7 else i) for i in order(np.arange(32), n=11, seed=5).tolist()]
     expected = [values[at] + values[at + 1] for at in range(0, 32, 2)]
     assert [Path(folder, f"totals-{rank}").read_text() for rank in (0, 1)] == [repr(expected)] * 2

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from hypothesis import given
 from hypothesis import strategies as st
+from ranks import run_ranks
 from torch import Tensor
 
 from genpipe.models import quantizer
@@ -228,7 +228,7 @@ def run_rank(rank: int, folder: str) -> None:
 @pytest.mark.services
 def test_ranks_move_the_codes_as_one_process(tmp_path: Path) -> None:
     """Bitwise alike on the ranks, and as one process that sees all micro-batches, revived codes too."""
-    mp.spawn(run_rank, args=(str(tmp_path),), nprocs=RANKS)
+    run_ranks(run_rank, str(tmp_path), ranks=RANKS)
     for update in ("ema", "gradient"):
         first, second = (torch.load(tmp_path / f"{update}-{rank}.pt", weights_only=True) for rank in range(RANKS))
         alone = step_of(grid(batch=8), seeds=[0, 1, 2, 3], update=update).state_dict()

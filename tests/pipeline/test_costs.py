@@ -11,7 +11,7 @@ from typing import Any
 import memory_ranks
 import pytest
 import torch
-import torch.multiprocessing as mp
+from ranks import run_ranks
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -185,7 +185,7 @@ def test_memory_is_what_torch_allocates(tmp_path: Path) -> None:
 
     gloo copies what it sends, which a GPU would not; how many copies of a sharded run are there at once is luck.
     """
-    mp.spawn(memory_ranks.measure_peaks, args=(2, str(tmp_path), SPREADS), nprocs=2)
+    run_ranks(memory_ranks.measure_peaks, 2, str(tmp_path), SPREADS, ranks=2)
     for rank in range(2):
         peaks = json.loads((tmp_path / f"peaks-{rank}.json").read_text())
         for name, resources in SPREADS.items():

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from folder_runtime import FolderRuntime, build, sgd, train_stage, weights
 from published_lpips import converted, published
+from ranks import run_ranks
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -204,7 +204,7 @@ def trained(spec: StageSpec, folder: str, *, rank: int | None = None) -> dict[st
 @pytest.mark.services
 def test_two_ranks_train_codebook_and_discriminator_as_one(tiny: TinyPipeline, tmp_path: Path) -> None:
     spec = spec_of(tiny, GAN, VQ)
-    mp.spawn(run_rank, args=(spec.model_dump_json(), str(tmp_path)), nprocs=RANKS)
+    run_ranks(run_rank, spec.model_dump_json(), str(tmp_path), ranks=RANKS)
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(RANKS))
     torch.set_float32_matmul_precision("highest")
     alone = trained(spec, str(tmp_path))

@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
-import torch.multiprocessing as mp
 from folder_runtime import FolderRuntime
 from rank_processes import RANKS, agree
+from ranks import run_ranks
 
 from genpipe.training.agreement import Agreement
 
@@ -16,7 +16,7 @@ from genpipe.training.agreement import Agreement
 @pytest.mark.services
 @pytest.mark.parametrize("round_seconds", [0.0, 0.05])
 def test_all_see_at_the_same_step_what_one_raised(tmp_path: Path, round_seconds: float) -> None:
-    mp.spawn(agree, args=(str(tmp_path), round_seconds), nprocs=RANKS)
+    run_ranks(agree, str(tmp_path), round_seconds, ranks=RANKS)
     (first, rounds), (second, _) = (json.loads((tmp_path / f"seen-{rank}").read_text()) for rank in range(RANKS))
     assert first == second
     if round_seconds:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch.multiprocessing as mp
 from rank_processes import SAMPLES, Outcome, count_damage
+from ranks import run_ranks
 
 from genpipe.data.images import encode
 from genpipe.data.order import order
@@ -24,7 +24,7 @@ def test_ranks_count_together_and_stop_together(tmp_path: Path) -> None:
             image = b"nothing" if i in DAMAGED else encode(np.full((8, 8, 3), i, np.uint8), format="png")
             facts = {"group": "g", "format": "png", "height": 8, "width": 8, "captions": ["c"], "meta": {}}
             writer.write(f"key-{i}", image=image, **facts)  # type: ignore[arg-type]
-    mp.spawn(count_damage, args=(str(tmp_path),), nprocs=2)
+    run_ranks(count_damage, str(tmp_path), ranks=2)
     outcomes = [Outcome(**json.loads((tmp_path / f"outcome-{rank}").read_text())) for rank in (0, 1)]
 
     read = order(np.arange(SAMPLES), n=SAMPLES, seed=0)

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from folder_runtime import CPU, FolderRuntime
 from rank_processes import COMPILED, Plain, compile_small_ranks
+from ranks import run_ranks
 from small_objective import G, Small, stream, train_small
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
@@ -120,7 +120,7 @@ def test_ranks_compile_or_do_not_alike(tmp_path: Path) -> None:
         for name, (backends, _) in COMPILERS.items()
         for shard_over in (1, "all")
     }
-    mp.spawn(compile_small_ranks, args=(str(tmp_path), cases), nprocs=2)
+    run_ranks(compile_small_ranks, str(tmp_path), cases, ranks=2)
     alone = train_small(stream(), FolderRuntime(tmp_path / "alone"), build=Plain, **COMPILED)
     for case in cases:
         told = COMPILERS[case.partition(",")[0]][1]

@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from folder_runtime import STEP, FolderRuntime
 from rank_processes import train_small_ranks
+from ranks import run_ranks
 from safetensors.torch import load_file
 from small_objective import G, Small, stream, train_small
 from torch import Tensor
 
+from genpipe.data.loader import Data
 from genpipe.training.guard import RECENT, Guard
 from genpipe.training.loop import Interrupted
 from genpipe.training.settings import GuardConfig
@@ -91,23 +92,32 @@ def test_one_loss_far_off_is_no_reason_to_go_back(tmp_path: Path) -> None:
     assert one.logged[150 * G]["rollbacks"] == 0
 
 
+Straight = tuple[Data, FolderRuntime, dict[str, Tensor]]
+
+
+@pytest.fixture(scope="module", params=[("x", NAN), ("offset", 1e6)])
+def straight(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Straight:
+    """A stream with a run of bad steps, and a single one before; and a training on it that nothing stopped."""
+    torch.set_float32_matmul_precision("highest")
+    data = stream({3: ("x", NAN), **dict.fromkeys((141, 142, 143), request.param)})
+    rt = FolderRuntime(tmp_path_factory.mktemp("straight"))
+    return data, rt, train_small(data, rt, steps=160, **THREE)
+
+
 @pytest.mark.parametrize("stop_after", [100, 139, 141, 142, 143, 144, 150])
-@pytest.mark.parametrize("trouble", [("x", NAN), ("offset", 1e6)])
-def test_a_resumed_run_comes_to_the_same_verdict(tmp_path: Path, trouble: tuple[str, float], stop_after: int) -> None:
-    """Stopped before, in, and after a run of bad steps, and looked at more often; a single one comes before."""
-    bad = {3: ("x", NAN), **dict.fromkeys((141, 142, 143), trouble)}
-    straight = FolderRuntime(tmp_path / "straight")
-    expected = train_small(stream(bad), straight, steps=160, **THREE)
+def test_a_resumed_run_comes_to_the_same_verdict(tmp_path: Path, straight: Straight, stop_after: int) -> None:
+    """Stopped before, in, and after the run of bad steps, and looked at more often."""
+    data, alone, expected = straight
     first = FolderRuntime(tmp_path / "cut", stop_at=(stop_after - 1) * G + STEP)
     second = FolderRuntime(tmp_path / "cut")
     with pytest.raises(Interrupted):
-        train_small(stream(bad), first, steps=160, log_every=1, **THREE)
+        train_small(data, first, steps=160, log_every=1, **THREE)
     assert max(first.saved()) == (stop_after * G if stop_after != 144 else G), "at once where training went back to"
-    found = train_small(stream(bad), second, steps=160, **THREE)
+    found = train_small(data, second, steps=160, **THREE)
     assert same(found, expected)
-    assert second.environment == straight.environment
+    assert second.environment == alone.environment
     assert second.logged[160 * G]["rollbacks"] == 1
-    assert second.logged[160 * G]["skipped_steps"] == straight.logged[160 * G]["skipped_steps"] == 1
+    assert second.logged[160 * G]["skipped_steps"] == alone.logged[160 * G]["skipped_steps"] == 1
 
 
 def test_training_goes_back_a_bounded_number_of_times(tmp_path: Path) -> None:
@@ -157,7 +167,7 @@ def feed(guard: Guard, step: int, loss: float, active: tuple[str, ...] = ("one",
 @pytest.mark.services
 def test_all_ranks_skip_alike(tmp_path: Path) -> None:
     """What only one rank meets, none applies; and a run of it takes both back."""
-    mp.spawn(train_small_ranks, args=(str(tmp_path),), nprocs=2)
+    run_ranks(train_small_ranks, str(tmp_path), ranks=2)
     first, second, alone = (torch.load(tmp_path / f"{who}.pt", weights_only=True) for who in ("0", "1", "alone"))
     assert same(first, second)
     for name, tensor in alone.items():

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from folder_runtime import CPU, FolderRuntime, build, weights
+from ranks import run_ranks
 from small_objective import G, Small, stream, train_small
 
 from genpipe.stages import load_stage
@@ -62,6 +63,11 @@ def test_the_shares_of_the_time_are_its_parts(tmp_path: Path) -> None:
 
 
 def test_the_peak_of_memory_is_that_of_the_process() -> None:
+    """Of a new one, which has not much yet."""
+    run_ranks(double_the_peak, ranks=1)
+
+
+def double_the_peak(rank: int) -> None:
     before = peak_memory(CPU)
     assert 2**26 < before < 2**40, "in bytes"
     filled = np.ones(before // 4, dtype=np.float64)  # twice as many bytes

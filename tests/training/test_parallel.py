@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from folder_runtime import FolderRuntime
 from parallel_ranks import BATCH, LEG, Toy, muon_steps, train_in_turns, train_together, train_toy
+from ranks import run_ranks
 from safetensors.torch import load_file
 from test_ranks import STAGES, largest_difference, spec_of
 from torch import Tensor, nn
@@ -60,7 +60,7 @@ def together(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     folder = tmp_path_factory.mktemp("together")
     spreads = SPREADS[request.param].items()
     toys = {f"{name}-{case}": {**CASES[case], "shard_over": over} for name, over in spreads for case in CASES}
-    mp.spawn(train_together, args=(request.param, str(folder), toys, {}), nprocs=request.param)
+    run_ranks(train_together, request.param, str(folder), toys, {}, ranks=request.param)
     return Together(request.param, folder)
 
 
@@ -116,8 +116,8 @@ def test_every_stage_learns_the_same_sharded(tiny: TinyPipeline, tmp_path: Path)
     texts = {stage: spec.model_dump_json() for stage, spec in specs.items()}
     (tmp_path / "two").mkdir()
     (tmp_path / "one").mkdir()
-    mp.spawn(train_together, args=(2, str(tmp_path / "two"), {}, texts), nprocs=2)
-    mp.spawn(train_together, args=(1, str(tmp_path / "one"), {}, texts), nprocs=1)
+    run_ranks(train_together, 2, str(tmp_path / "two"), {}, texts, ranks=2)
+    run_ranks(train_together, 1, str(tmp_path / "one"), {}, texts, ranks=1)
     for stage in STAGES:
         [one], [two, _] = Together(1, tmp_path / "one").results(stage), Together(2, tmp_path / "two").results(stage)
         assert largest_difference(one["weights"], two["weights"]) < 1e-5, stage
@@ -145,7 +145,7 @@ def test_runs_go_on_sharded_or_not_and_on_more_ranks(tmp_path: Path) -> None:
     one process learns.
     """
     for ranks, turns in TURNS.items():
-        mp.spawn(train_in_turns, args=(ranks, str(tmp_path), turns), nprocs=ranks)
+        run_ranks(train_in_turns, ranks, str(tmp_path), turns, ranks=ranks)
     alone_rt = FolderRuntime(tmp_path / "alone")
     alone = train_toy(alone_rt, **LEG)["weights"]
     straight = torch.load(tmp_path / "fsdp-0.pt", weights_only=True)["weights"]

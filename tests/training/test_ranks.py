@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from folder_runtime import FolderRuntime
 from rank_processes import RANKS, train_recorded, train_stages
+from ranks import run_ranks
 from torch import Tensor
 
 from genpipe import artifacts
@@ -47,7 +47,7 @@ def specs(tiny: TinyPipeline) -> dict[str, StageSpec]:
 def folder(specs: dict[str, StageSpec], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What two processes left that trained every stage together."""
     folder = tmp_path_factory.mktemp("ranks")
-    mp.spawn(train_stages, args=({s: spec.model_dump_json() for s, spec in specs.items()}, str(folder)), nprocs=RANKS)
+    run_ranks(train_stages, {s: spec.model_dump_json() for s, spec in specs.items()}, str(folder), ranks=RANKS)
     return folder
 
 

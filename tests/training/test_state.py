@@ -15,9 +15,9 @@ from typing import Literal
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from folder_runtime import FolderRuntime, full_disk
 from rank_processes import lose_checkpoints
+from ranks import run_ranks
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -144,7 +144,7 @@ def take_over(rt: FolderRuntime, kind: Kind, *, turn: int) -> None:
 @pytest.mark.slow
 def test_other_ranks_sharded_or_not_go_on_from_the_same_bits(tmp_path: Path) -> None:
     """Plain on 2 -> sharded over 4 -> sharded twice over 2 -> sharded over 2 -> one process -> plain on 4."""
-    mp.spawn(pass_on, args=(str(tmp_path),), nprocs=4)
+    run_ranks(pass_on, str(tmp_path), ranks=4)
     newest = FolderRuntime(tmp_path).checkpoints.names()[0]
     sizes = [path.stat().st_size for path in (tmp_path / "checkpoints" / newest).glob("*.safetensors")]
     assert len(sizes) == 4 and max(sizes) < sum(sizes) / 2, "each wrote its share"
@@ -201,7 +201,7 @@ def test_training_is_hopeless_once_checkpoints_fail_often_and_for_long(
 @pytest.mark.slow
 def test_ranks_that_lose_their_checkpoints_say_the_same(tmp_path: Path) -> None:
     """They stop, or give up, together, and know of the newest that there is."""
-    mp.spawn(lose_checkpoints, args=(str(tmp_path), free_port()), nprocs=2)
+    run_ranks(lose_checkpoints, str(tmp_path), free_port(), ranks=2)
     first, second = (json.loads((tmp_path / f"said-{rank}").read_text()) for rank in range(2))
     assert first == second
     stopped, without, gave_up = first
