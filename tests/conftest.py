@@ -24,7 +24,8 @@ from genpipe.cli import main as cli
 from genpipe.launch.local import run_local
 from genpipe.pipeline import graph
 from genpipe.pipeline.plan import Planned, plan, spec_of
-from genpipe.pipeline.spec import StageSpec
+from genpipe.pipeline.spec import StageSpec, sqlite_uri
+from genpipe.tracking import store
 
 MARKS = {"services": ("s3_server", "prefect_home"), "pipelines": ("tiny", "pixel_tiny")}
 """Marks of the tests that take one of these fixtures."""
@@ -143,6 +144,14 @@ def prefect_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     command = [sys.executable, "-m", "prefect", "server", "database", "upgrade", "--yes"]
     subprocess.run(command, env=os.environ | {"PREFECT_HOME": str(home)}, check=True, capture_output=True)
     return home
+
+
+@pytest.fixture(scope="session")
+def mlflow_tables(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An MLflow database with its tables, which take seconds to make, and nothing in them; tests copy it."""
+    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
+    store.check(sqlite_uri(path))
+    return path
 
 
 @pytest.fixture(scope="session")

@@ -139,10 +139,12 @@ def test_without_a_server_there_is_a_sentence(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_a_worker_runs_a_deployment_and_a_cancel_stops_its_job(server: str, tmp_path: Path, prefect_home: Path) -> None:
+def test_a_worker_runs_a_deployment_and_a_cancel_stops_its_job(
+    server: str, tmp_path: Path, prefect_home: Path, mlflow_tables: Path
+) -> None:
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     with local_head(os.environ | TUNING | {"PATH": path, "PYTHONPATH": str(TOYS)}) as head:
-        project = Project(tmp_path, prefect_home, ray={"address": head.address})
+        project = Project(tmp_path, prefect_home, mlflow_tables, ray={"address": head.address})
         environment = project.environment | {
             "PREFECT_API_URL": server,
             "PYTHONPATH": f"{TOYS}:{os.environ.get('PYTHONPATH', '')}",

@@ -29,8 +29,7 @@ SLOW = {
 
 
 @pytest.mark.parametrize(("sent", "stage"), [(signal.SIGINT, "toy_line"), (signal.SIGTERM, "toy_data")])
-def test_nothing_survives_the_command(tmp_path: Path, prefect_home: Path, sent: signal.Signals, stage: str) -> None:
-    project = Project(tmp_path, prefect_home)
+def test_nothing_survives_the_command(project: Project, sent: signal.Signals, stage: str) -> None:
     if stage == "toy_line":
         project.make_data()
     process = project.start(*SLOW[stage], stage=stage)
@@ -52,8 +51,7 @@ def test_nothing_survives_the_command(tmp_path: Path, prefect_home: Path, sent: 
     assert not list((project.store / "artifacts" / stage).glob("*/manifest.json"))
 
 
-def test_a_killed_run_leaves_nothing_and_the_next_one_ends_its_records(tmp_path: Path, prefect_home: Path) -> None:
-    project = Project(tmp_path, prefect_home)
+def test_a_killed_run_leaves_nothing_and_the_next_one_ends_its_records(project: Project) -> None:
     project.make_data()
     slow = ["stages.toy_line.step_seconds=0.1", "stages.toy_line.train.samples=600"]
     slow += ["stages.toy_line.resources.checkpoint_seconds=1"]
@@ -92,8 +90,10 @@ def head() -> Iterator[Head]:
         yield found
 
 
-def test_a_new_run_adopts_what_a_dead_one_left_on_the_cluster(tmp_path: Path, prefect_home: Path, head: Head) -> None:
-    project = Project(tmp_path, prefect_home, ray={"address": head.address})
+def test_a_new_run_adopts_what_a_dead_one_left_on_the_cluster(
+    tmp_path: Path, prefect_home: Path, mlflow_tables: Path, head: Head
+) -> None:
+    project = Project(tmp_path, prefect_home, mlflow_tables, ray={"address": head.address})
     project.make_data()
     project.environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": head.token}
     client = connect(head.address, token=head.token)

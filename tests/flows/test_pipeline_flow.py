@@ -14,8 +14,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
 @pytest.fixture(scope="module")
-def project(tmp_path_factory: pytest.TempPathFactory, prefect_home: Path) -> Project:
-    project = Project(tmp_path_factory.mktemp("project"), prefect_home)
+def project(tmp_path_factory: pytest.TempPathFactory, prefect_home: Path, mlflow_tables: Path) -> Project:
+    project = Project(tmp_path_factory.mktemp("project"), prefect_home, mlflow_tables)
     project.make_data()
     return project
 

@@ -18,8 +18,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 ROOT = Path(__file__).parent.parent.parent
 
 
-def test_a_home_that_cannot_be_written_is_named_within_seconds(tmp_path: Path, prefect_home: Path) -> None:
-    project = Project(tmp_path, prefect_home)
+def test_a_home_that_cannot_be_written_is_named_within_seconds(project: Project) -> None:
     project.environment["HOME"] = "/nonexistent"
     del project.environment["PREFECT_HOME"]
     begun = time.monotonic()
@@ -96,10 +95,8 @@ print([state.name for state in states][-2:], [task.state.name for task in tasks]
 """
 
 
-def test_a_killed_run_leaves_no_server_and_the_next_one_tells_that_it_crashed(
-    tmp_path: Path, prefect_home: Path
-) -> None:
-    environment = Project(tmp_path, prefect_home).environment | {"PYTHONPATH": str(ROOT)}
+def test_a_killed_run_leaves_no_server_and_the_next_one_tells_that_it_crashed(project: Project, tmp_path: Path) -> None:
+    environment = project.environment | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c"]
     process = subprocess.Popen([*command, FLOW], env=environment, stdout=subprocess.PIPE, text=True, cwd=tmp_path)
     assert process.stdout is not None
@@ -114,8 +111,8 @@ def test_a_killed_run_leaves_no_server_and_the_next_one_tells_that_it_crashed(
     assert answer.stdout.strip() == "['Running', 'Crashed'] ['Crashed']", answer.stderr
 
 
-def test_a_server_that_dies_is_started_again_and_the_flow_goes_on(tmp_path: Path, prefect_home: Path) -> None:
-    project, go = Project(tmp_path, prefect_home), tmp_path / "go"
+def test_a_server_that_dies_is_started_again_and_the_flow_goes_on(project: Project, tmp_path: Path) -> None:
+    go = tmp_path / "go"
     command = [sys.executable, "-c", OUTLIVING, str(go)]
     flow = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=project.environment)
     assert flow.stdout is not None and "waiting" in flow.stdout.readline()

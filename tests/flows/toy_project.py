@@ -25,12 +25,12 @@ LINE = {
 
 
 class Project:
-    """A pipeline of toys in a folder, with a Prefect home of its own, which begins as a copy of `prefect_home`."""
+    """A pipeline of toys in a folder, with a Prefect home and an MLflow of its own, which begin as copies."""
 
     started: ClassVar[list[subprocess.Popen[bytes]]] = []
     """By all projects: a test that fails leaves its run to `conftest.py`."""
 
-    def __init__(self, folder: Path, prefect_home: Path, **settings: object) -> None:
+    def __init__(self, folder: Path, prefect_home: Path, mlflow_tables: Path, **settings: object) -> None:
         self.folder = folder
         self.config = folder / "toy.yaml"
         self.store = folder / "store"
@@ -39,6 +39,8 @@ class Project:
         stages = {"toy_data": {"kind": "toys.toy_data", "parts": 2}} | lines
         self.config.write_text(yaml.safe_dump({"name": "toy", "store": str(self.store), "stages": stages} | settings))
         shutil.copytree(prefect_home, folder / "prefect")
+        self.store.mkdir()
+        shutil.copy(mlflow_tables, self.store / "mlflow.db")
         self.environment = os.environ | {
             "PREFECT_HOME": str(folder / "prefect"),
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
