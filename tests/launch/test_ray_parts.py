@@ -1,20 +1,21 @@
-"""Data stages on a real Ray whose workers take several parts at a time."""
+"""Data stages on a real Ray, of workers that take a part or several at a time."""
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 from stages.test_features import features_of
-from toybox import Toys
+from toybox import Toys, artifact_of, wait_for
 
 from genpipe import artifacts
 from genpipe.launch.failure import StageError
-from genpipe.launch.jobs import Cluster
+from genpipe.launch.jobs import Cluster, Stopped
 from genpipe.launch.local import run_local
-from genpipe.pipeline.spec import StageSpec
+from genpipe.pipeline.spec import Progress, StageSpec
 
 if TYPE_CHECKING:
     from conftest import TinyPipeline
@@ -28,6 +29,57 @@ def run(ray: Cluster, spec: StageSpec) -> str:
 
 def digests(spec: StageSpec) -> dict[str, str]:
     return {file.path: file.sha256 for file in artifacts.verify(spec.target.uri).files}
+
+
+def test_every_part_is_mapped_once_though_an_actor_is_killed(ray_on_s3: Cluster, toys: Toys, tmp_path: Path) -> None:
+    """Without a shared folder: parts, and the record of what was begun, are in S3."""
+    toys.store = f"s3://genpipe/{tmp_path.name}"
+    spec = toys.spec("toy_data", parts=5, die_once=str(tmp_path / "died"), resources={"workers": 2})
+    seen: list[Progress | None] = []
+    job = ray_on_s3.run(spec, report=seen.append)
+    assert (tmp_path / "died").exists()
+    manifest = artifacts.verify(spec.target.uri)
+    assert manifest.environment["attempt"] == job, "a lost actor costs its part only"
+    assert {file.path for file in manifest.files} == {*(f"part-{n}.npy" for n in range(5)), "preview.png"}
+    assert manifest.artifact.meta["samples"] == 500
+    assert seen[0] is None, "no progress before the job has begun"
+
+
+def test_a_part_that_always_kills_its_actor_is_given_up_and_named(ray: Cluster, toys: Toys) -> None:
+    spec = toys.spec("toy_data", parts=2, deadly="part-1", resources={"max_failures": 1})
+    with pytest.raises(StageError, match=r"^part-1 has killed its worker 2 times.*resources.max_failures \(log: "):
+        run(ray, spec)
+
+
+def test_a_failing_part_is_named(ray: Cluster, toys: Toys) -> None:
+    spec = toys.spec("toy_data", parts=2, fail="part-1")
+    with pytest.raises(StageError, match=r"^part-1 cannot be read; replace the file \(log: "):
+        run(ray, spec)
+
+
+def test_an_interrupted_part_has_not_failed(ray: Cluster, toys: Toys, tmp_path: Path) -> None:
+    """With no failure allowed, so that counting the interruption as one would end it."""
+    pause = tmp_path / "pause"
+    pause.touch()
+    spec = toys.spec("toy_data", parts=1, wait_while=str(pause), resources={"max_failures": 0})
+    own = Cluster(ray.client, runtime_env={}, capacity=ray.capacity)
+    stopped: list[Exception] = []
+
+    def submit() -> None:
+        try:
+            run(own, spec)
+        except Stopped as error:
+            stopped.append(error)
+
+    thread = threading.Thread(target=submit)
+    thread.start()
+    wait_for(lambda: list(Path(spec.work).glob("begun/*/part-0/*")))
+    own.interrupt(stop_jobs=True)
+    thread.join(20)
+    assert stopped
+    pause.unlink()
+    run(ray, spec)
+    assert artifact_of(spec).meta["samples"] == 100
 
 
 def test_what_a_killed_actor_had_is_mapped_again_one_by_one_and_nothing_else(
