@@ -38,14 +38,13 @@ imports: $(READY)
 	@echo "== import rules"
 	$(BIN)/lint-imports
 
-# What starts a Ray or a Prefect of its own wants the machine for itself.
+# What starts a Ray or a Prefect of its own.
 WHOLE := tests/flows tests/launch tests/chaos
 
+# Three at a time on two cores: one of them mostly waits for a Ray, a server or a process that it has killed.
 tests: $(READY)
 	@echo "== tests"
-	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(WHOLE:%=--ignore=%)
-	@echo "== tests of whole runs"
-	OMP_NUM_THREADS=1 $(BIN)/pytest $(WHOLE)
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
 
 # For between two edits: no Ray, no server, no ranks as processes, no pipeline, nothing that takes more than ten seconds.
 test-fast: $(READY)

@@ -33,14 +33,20 @@ MARKS = {"services": ("s3_server", "prefect_home"), "pipelines": ("tiny", "pixel
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:
-    """Mark tests by their fixtures; the slow files first, so that at the end no process waits for another's."""
+    """Mark tests by their fixtures; the slow files first, so that at the end no process waits for another's.
+
+    Of those, the ones that are given the most time.
+    """
+    most: dict[Path, float] = {}
     for item in items:
         for mark, fixtures in MARKS.items():
             if any(name in item.fixturenames for name in fixtures):
                 item.add_marker(mark)
         if hasattr(item, "callspec") and item.callspec.params.get("store_uri") == "s3":
             item.add_marker("services")
-    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+        if given := item.get_closest_marker("timeout"):
+            most[item.path] = max(most.get(item.path, 0.0), given.args[0])
+    items.sort(key=lambda item: (item.get_closest_marker("slow") is None, -most.get(item.path, 0.0)))
 
 
 torch.set_num_threads(1)
