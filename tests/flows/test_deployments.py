@@ -10,6 +10,7 @@ from datetime import datetime
 from io import StringIO
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import pytest
 import yaml
@@ -153,18 +154,18 @@ def test_a_worker_runs_a_deployment_and_a_cancel_stops_its_job(
         }
         worker = subprocess.Popen(
             [sys.executable, "-m", "prefect", "worker", "start", "--pool", "genpipe", "--type", "process"],
-            env=environment,
+            env=environment | {"PREFECT_WORKER_QUERY_SECONDS": "1"},  # between two looks for runs; ten otherwise
             stdout=(tmp_path / "worker").open("w"),
             stderr=subprocess.STDOUT,
         )
         try:
             genpipe(environment, "deploy", str(project.config))
-            first = run_to_end(environment)
+            first = end_of(genpipe(environment, "deploy", "--now", "toy").split()[-1])
             assert first.state_name == "Completed", (tmp_path / "worker").read_text()
             made = sorted(project.store.glob("artifacts/*/*/manifest.json"))
             assert len(made) == 4
             before = {manifest: manifest.stat().st_mtime_ns for manifest in made}
-            assert run_to_end(environment).state_name == "Completed"
+            assert end_of(deployments.start("toy")).state_name == "Completed"
             assert {manifest: manifest.stat().st_mtime_ns for manifest in made} == before, "nothing is made again"
 
             slow = ["stages.toy_line.step_seconds=0.1", "stages.toy_line.train.samples=4000"]
@@ -190,14 +191,14 @@ def genpipe(environment: dict[str, str], *arguments: str) -> str:
     return done.stdout
 
 
-def run_to_end(environment: dict[str, str]) -> FlowRun:
-    identity = genpipe(environment, "deploy", "--now", "toy").split()[-1]
+def end_of(identity: UUID | str) -> FlowRun:
+    """A flow run once it has ended."""
     with get_client(sync_client=True) as client:
         wait_for(lambda: _ended(client, identity), seconds=240)
         return client.read_flow_run(identity)  # type: ignore[arg-type]
 
 
-def _ended(client: SyncPrefectClient, identity: str) -> bool:
+def _ended(client: SyncPrefectClient, identity: UUID | str) -> bool:
     state = client.read_flow_run(identity).state  # type: ignore[arg-type]
     return state is not None and state.is_final()
 
