@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,11 +28,17 @@ from genpipe.tracking.recording import pipeline_run
 
 
 @pytest.fixture
-def toys(store_uri: str, tmp_path: Path) -> Toys:
+def toys(store_uri: str, recorded: Toys) -> Toys:
+    recorded.store = store_uri
+    return recorded
+
+
+@pytest.fixture
+def recorded(tmp_path: Path, mlflow_tables: Path) -> Toys:
+    """Toys in a store with an MLflow of its own."""
     (tmp_path / "store").mkdir()
-    toys = Toys(tmp_path / "store")
-    toys.store = store_uri
-    return toys
+    shutil.copy(mlflow_tables, tmp_path / "store/mlflow.db")
+    return Toys(tmp_path / "store")
 
 
 def pipeline(toys: Toys, folder: Path, **data: object) -> Pipeline:
@@ -127,10 +134,9 @@ def test_an_attempt_elsewhere_that_fell_silent_long_ago_holds_nothing(
 
 
 @pytest.fixture
-def registry(tmp_path: Path) -> Iterator[tuple[Toys, StageSpec, StageSpec]]:
-    """A registered line on its data, in a store with an MLflow of its own, and another line."""
-    (tmp_path / "store").mkdir()
-    toys = Toys(tmp_path / "store")
+def registry(recorded: Toys) -> Iterator[tuple[Toys, StageSpec, StageSpec]]:
+    """A registered line on its data, and another line."""
+    toys = recorded
     data = run_local(toys.spec("toy_data"))
     line, other = toys.line(data, samples=8), toys.line(data, samples=12)
     artifact = run_local(line)
@@ -165,8 +171,8 @@ def test_a_registered_model_stays_with_all_that_it_was_made_from(
         artifacts.verify(artifact.uri)
 
 
-def test_what_was_deployed_stays(tmp_path: Path) -> None:
-    toys = Toys(tmp_path / "store")
+def test_what_was_deployed_stays(recorded: Toys, tmp_path: Path) -> None:
+    toys = recorded
     spec = toys.spec("toy_data", parts=1)
     run_local(spec)
     published = Path(toys.store, "deployments/0123/toy.yaml")
@@ -178,8 +184,8 @@ def test_what_was_deployed_stays(tmp_path: Path) -> None:
         survey(toys.store, days=0)
 
 
-def test_what_cannot_be_known_is_refused(tmp_path: Path, genpipe: Command) -> None:
-    toys = Toys(tmp_path / "store")
+def test_what_cannot_be_known_is_refused(recorded: Toys, tmp_path: Path, genpipe: Command) -> None:
+    toys = recorded
     spec = toys.spec("toy_data")
     run_local(spec)
     Path(toys.store, "mlflow.db").rename(tmp_path / "elsewhere.db")
@@ -201,16 +207,18 @@ def test_whatever_interrupts_a_deletion_an_artifact_is_whole_or_absent(
 ) -> None:
     """Stopped after every number of deleted files: nothing trusts what is left, and the next one finishes."""
     deleted = LocalStorage.delete
+    toys = Toys(tmp_path / "store")
+    toys.tracking_uri = "jsonl"
+    whole, begun = toys.spec("toy_data", parts=2), toys.spec("toy_data", parts=3)
+    line = toys.line(run_local(whole), samples=8)
+    run_local(line)
+    begun.write()
+    PartWorker(begun)("part-0")
+    shutil.copytree(toys.store, tmp_path / "before")
     steps = 0
     while True:
-        toys = Toys(tmp_path / str(steps))
-        toys.tracking_uri = "jsonl"
-        whole, begun = toys.spec("toy_data", parts=2), toys.spec("toy_data", parts=3)
-        run_local(whole)
-        line = toys.line(artifacts.verify(whole.target.uri).artifact, samples=8)
-        run_local(line)
-        begun.write()
-        PartWorker(begun)("part-0")
+        shutil.rmtree(toys.store)
+        shutil.copytree(tmp_path / "before", toys.store)
         left = steps
 
         def delete_or_die(self: LocalStorage, key: str) -> None:

@@ -80,7 +80,7 @@ with cluster() as local:
 
 
 def test_a_local_ray_and_its_jobs_end_with_a_killed_submitter(toys: Toys) -> None:
-    """Whose folder of temporary files has a longer path than a socket's may be."""
+    """Whose folder of temporary files has a path that is too long for sockets below it."""
     with tempfile.TemporaryDirectory(prefix="as-long-as-that-of-a-user-of-macos-", ignore_cleanup_errors=True) as long:
         spec = toys.spec("toy_data", parts=2, seconds=60.0)
         command = [sys.executable, "-c", SUBMITTER, spec.write()]
