@@ -146,6 +146,7 @@ def test_a_worker_runs_a_deployment_and_a_cancel_stops_its_job(
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     with local_head(os.environ | TUNING | {"PATH": path, "PYTHONPATH": str(TOYS)}) as head:
         project = Project(tmp_path, prefect_home, mlflow_tables, ray={"address": head.address})
+        project.make_data()
         environment = project.environment | {
             "PREFECT_API_URL": server,
             "PYTHONPATH": f"{TOYS}:{os.environ.get('PYTHONPATH', '')}",

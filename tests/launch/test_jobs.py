@@ -12,7 +12,6 @@ from toybox import Toys, artifact_of
 import genpipe
 from genpipe import artifacts
 from genpipe.launch.failure import StageError
-from genpipe.launch.local import run_local
 from genpipe.pipeline.code import code_digest
 from genpipe.pipeline.spec import StageSpec
 from genpipe.stage_config import Resources
@@ -52,16 +51,19 @@ def test_a_package_that_the_nodes_lack_is_named(node: Node, tmp_path: Path) -> N
 
 
 def test_the_checkout_travels_and_the_cluster_runs_it(node: Node, tmp_path: Path) -> None:
-    """With the user's package, to the driver, the actors and the ranks."""
+    """With the user's package, to the driver, the actors and the ranks, which have what they ask for by name."""
     toys = Toys(tmp_path)
     data = planned(toys.spec("toy_data", parts=2))
     run(node, data, carries_code=True)
-    line = planned(toys.line(artifact_of(data), samples=8))
+    line = planned(toys.line(artifact_of(data), samples=8, resources=NAMED | {"placement": "SPREAD"}))
     run(node, line, carries_code=True)
     for spec in (data, line):
         environment = artifacts.verify(spec.target.uri).environment
         assert environment["code"] == code_digest(spec.stage)
         assert (environment["version"], environment["git_revision"]) == (genpipe.__version__, "1111-dirty")
+    answer = node.cluster().client._do_request("GET", "/api/v0/placement_groups?detail=true").json()
+    bundles = [bundle["unit_resources"] for group in answer["data"]["result"]["result"] for bundle in group["bundles"]]
+    assert {"CPU": 0.5, "scratch": 1.5, "accelerator_type:H100": 0.001, "memory": 2.0**29} in bundles
 
 
 PLACES = """
@@ -134,12 +136,3 @@ def test_nothing_of_the_submitters_machine_travels_but_its_code(
         assert meta[process]["revision"] == "1111-dirty"
         assert str(node.folder / "installed") not in meta[process]["genpipe"] != genpipe.__file__
     assert meta["actor"]["given"] == {"CPU": 0.5, "scratch": 1.5, "accelerator_type:H100": 0.001, "memory": 2.0**29}
-
-
-def test_ranks_have_what_they_ask_for_by_name(node: Node, tmp_path: Path) -> None:
-    toys = Toys(tmp_path)
-    data = run_local(toys.spec("toy_data"))
-    run(node, planned(toys.line(data, samples=8, resources=NAMED | {"placement": "SPREAD"})), carries_code=True)
-    answer = node.cluster().client._do_request("GET", "/api/v0/placement_groups?detail=true").json()
-    bundles = [bundle["unit_resources"] for group in answer["data"]["result"]["result"] for bundle in group["bundles"]]
-    assert {"CPU": 0.5, "scratch": 1.5, "accelerator_type:H100": 0.001, "memory": 2.0**29} in bundles
