@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
+from functools import partial
 
 import torch
 from PIL import Image
@@ -17,11 +17,13 @@ from genpipe.data.shards import NO_LABEL
 from genpipe.data.text import clean_text, is_visible
 from genpipe.diffusion.process import SamplerConfig, check_sampler
 from genpipe.generation.conditions import Conditions
+from genpipe.generation.drawing import draft as draw_draft
 from genpipe.generation.drawing import enlarged
 from genpipe.generation.image_to_image import redraw
 from genpipe.generation.inpainting import inpaint
 from genpipe.generation.interpolation import from_caption, interpolate
 from genpipe.generation.outpainting import bordered, outpaint
+from genpipe.generation.picking import Draw, pick
 from genpipe.generation.pictures import Picture, read_hole, read_picture, square
 from genpipe.generation.principal import basis_of, doubling, reconstruct
 from genpipe.generation.prompts import Prompt
@@ -37,14 +39,6 @@ from genpipe.training.stream import seeded
 BATCH_SIZE = 16
 
 OnPicture = Callable[[Image.Image], None]
-
-
-class Draw(Protocol):
-    """Draws the system's pictures [B, 3, size, size] in [-1, 1] of a batch of conditions."""
-
-    def __call__(self, conditions: Conditions, *, generator: torch.Generator) -> Tensor:
-        """As the system's own `sample`."""
-        ...
 
 
 class LoadedSystem:
@@ -82,6 +76,8 @@ class LoadedSystem:
         steps: int | None = None,
         guidance_scale: float | None = None,
         batch_size: int = BATCH_SIZE,
+        numbers: Sequence[int] | None = None,
+        draft: bool = False,
         on_picture: OnPicture | None = None,
     ) -> list[Image.Image]:
         """Draw `each` pictures of every prompt, in the order of the prompts, as RGB images of `size` pixels.
@@ -93,13 +89,24 @@ class LoadedSystem:
         its prompt, label, seed, number and the system's fingerprint, as texts; `on_picture` is called with each as soon
         as it is drawn.
 
-        Raises ValueError for what the system is not conditioned on, for what it must be told and is not, and for
-        settings that do not fit it.
+        Of the pictures that the rest asks for, counted from 0, `numbers` are drawn alone, in the order of the numbers:
+        those that are worth it of many that were seen, say as a `draft`, which is what the decoder makes, without the
+        upsamplers. They are the same but for rounding (`generation.picking.pick`).
+
+        Raises ValueError for what the system is not conditioned on, for what it must be told and is not, for settings
+        that do not fit it, and for numbers of which there are no pictures.
         """
         system = self._drawing(steps, guidance_scale)
-        asked = [prompt for prompt in self._asked(prompts, labels) for _ in range(each)]
         return self._drawn(
-            asked, system.sample, system, negative=negative, seed=seed, batch_size=batch_size, on_picture=on_picture
+            [prompt for prompt in self._asked(prompts, labels) for _ in range(each)],
+            partial(draw_draft, system) if draft else system.sample,
+            system,
+            negative=negative,
+            seed=seed,
+            batch_size=batch_size,
+            numbers=numbers,
+            facts={"use": "draft"} if draft else None,
+            on_picture=on_picture,
         )
 
     @torch.no_grad()
@@ -348,23 +355,34 @@ class LoadedSystem:
         seed: int,
         batch_size: int,
         negative: str = "",
+        numbers: Sequence[int] | None = None,
         facts: Mapping[str, str] | None = None,
         on_picture: OnPicture | None = None,
     ) -> list[Image.Image]:
-        """The pictures that `draw` makes of what is asked, batch by batch. Raises ValueError."""
+        """The pictures that `draw` makes of what is asked, batch by batch, or those with `numbers`. Raises ValueError.
+
+        A batch is drawn as it is, or of some of its pictures as `pick` draws them.
+        """
         if min(len(asked), batch_size) < 1:
             raise ValueError(f"each and batch_size are 1 or more, not {len(asked)} and {batch_size}")
         self._check_negative(negative, system)
+        wanted = _wanted(numbers, of=len(asked))
         pictures: list[Image.Image] = []
         for first in range(0, len(asked), batch_size):
             batch = asked[first : first + batch_size]
-            generator = seeded(self.device, seed, first)
+            rows = [row for row in range(len(batch)) if first + row in wanted]
+            if not rows:
+                continue
+            conditions, generator = self._conditions(batch, negative), seeded(self.device, seed, first)
             with autocast(self.device, self._products):
-                images = draw(self._conditions(batch, negative), generator=generator)
-            for prompt, array in zip(batch, to_uint8(images).permute(0, 2, 3, 1).cpu().numpy(), strict=True):
+                if len(rows) == len(batch):
+                    images = draw(conditions, generator=generator)
+                else:
+                    images = pick(draw, conditions, rows, generator=generator)
+            for row, array in zip(rows, to_uint8(images).permute(0, 2, 3, 1).cpu().numpy(), strict=True):
                 picture = Image.fromarray(array)
                 told = {**(facts or {}), "negative": negative}
-                picture.info = self._info(prompt, seed=seed, number=len(pictures), facts=told)
+                picture.info = self._info(batch[row], seed=seed, number=first + row, facts=told)
                 pictures.append(picture)
                 if on_picture is not None:
                     on_picture(picture)
@@ -453,3 +471,15 @@ class LoadedSystem:
         known = {"prompt": prompt.text, "label": label, **facts, "seed": str(seed), "number": str(number)}
         known["system"] = self.artifact.fingerprint
         return {name: text for name, text in known.items() if text}
+
+
+def _wanted(numbers: Sequence[int] | None, *, of: int) -> set[int]:
+    """The numbers of the pictures that are to be drawn, of so many. Raises ValueError for one that none of them has."""
+    if numbers is None:
+        return set(range(of))
+    if not numbers:
+        raise ValueError("numbers: name at least one picture, or leave it out for all of them")
+    for number in numbers:
+        if not 0 <= number < of:
+            raise ValueError(f"numbers: there is no picture {number}; {of} are asked for, numbered from 0")
+    return set(numbers)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -20,7 +21,12 @@ from genpipe.cli.pictures import (
     say_written,
     write_grid,
     write_numbered,
+    write_row,
 )
+from genpipe.config import ConfigError
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 GRID_ROWS = 64
 
@@ -44,6 +50,14 @@ def sample(
     steps: Steps = None,
     guidance: Guidance = None,
     batch_size: BatchSize = None,
+    draft: Annotated[bool, typer.Option("--draft", help="leave the pictures as the decoder makes them, small")] = False,
+    pick: Annotated[
+        list[int] | None,
+        typer.Option("--pick", min=0, help="draw this picture alone, by its number in the grid; may be repeated"),
+    ] = None,
+    variations: Annotated[
+        int | None, typer.Option("--vary", min=1, help="draw so many variations of the one that is picked instead")
+    ] = None,
 ) -> None:
     """Draw pictures of prompts with a trained system. The training data are not needed.
 
@@ -51,9 +65,15 @@ def sample(
     `00000.png` and so on, whose text fields have its prompt, seed and the system's fingerprint; the grid is then in the
     folder and shows the first 64 prompts.
 
+    Look at many as a `--draft`, without the upsamplers; then ask again with `--pick` and their numbers: the same
+    pictures are drawn, enlarged, and no others. `--vary` draws variations of the picked one, as `genpipe vary` does.
+
     Examples: `genpipe sample configs/pipeline/demo.yaml "a red apple, drawn in twemoji style" --out apple.png`,
-    `genpipe sample runs/demo --prompts prompts.txt --each 1 --out pictures`
+    `genpipe sample runs/demo --prompts prompts.txt --each 1 --out pictures`,
+    `genpipe sample runs/demo "a red apple" --each 16 --draft`, then `... --each 16 --pick 3 --out apple.png`
     """
+    if variations is not None and (len(pick or []) != 1 or draft):
+        raise ConfigError("--vary: say of which picture, with one --pick, and leave out --draft")
     folder = folder_of(out)
     texts = list(prompts or [])
     if prompt_file:
@@ -64,7 +84,8 @@ def sample(
     from genpipe import api
     from genpipe.loaded_system import BATCH_SIZE
 
-    drawn = api.load(source, system=system).sample(
+    loaded = api.load(source, system=system)
+    drawn = loaded.sample(
         texts,
         labels=labels or [],
         negative=negative,
@@ -73,11 +94,24 @@ def sample(
         steps=steps,
         guidance_scale=guidance,
         batch_size=batch_size or BATCH_SIZE,
-        on_picture=None if folder is None else partial(write_numbered, folder=folder),
+        numbers=pick or None,
+        draft=draft or variations is not None,
+        on_picture=None if folder is None or pick else partial(write_numbered, folder=folder),
     )
+    if variations is not None:
+        drawn = loaded.vary(drawn[0], each=variations, seed=seed, steps=steps, guidance_scale=guidance)
+    if pick:
+        write_row(drawn, out, folder)
+        return
     shown = drawn if folder is None else drawn[: GRID_ROWS * each]
     rows = [shown[i : i + each] for i in range(0, len(shown), each)]
-    captions = [row[0].info.get("prompt", row[0].info.get("label", "")) for row in rows]
     grid = out if folder is None else folder / GRID
-    write_grid(rows, grid, captions=captions, columns=[""] * each)
+    write_grid(rows, grid, captions=[_caption(row) for row in rows], columns=[""] * each)
     say_written(grid, len(drawn) if folder else 0)
+
+
+def _caption(row: Sequence[Image.Image]) -> str:
+    """What a row of the grid shows, after the numbers of its pictures."""
+    first, last = (row[place].info for place in (0, -1))
+    numbers = first["number"] if len(row) == 1 else f"{first['number']} to {last['number']}"
+    return ": ".join(filter(None, (numbers, first.get("prompt", first.get("label")))))

@@ -16,6 +16,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from genpipe.diffusion.noise import normal
 from genpipe.diffusion.parameterizations import SIGMA_DATA
 from genpipe.diffusion.schedules import Schedule, alpha_sigma, expand_like, steps_of, time_at
 from genpipe.diffusion.variance import Posterior, analytic_variance, interpolated_log_variance, posterior
@@ -216,7 +217,7 @@ def needs(generator: torch.Generator | None, *, because: str) -> None:
 
 def drawn(x: Tensor, generator: torch.Generator | None) -> Tensor:
     """Standard normal noise of the shape of x, fp32."""
-    return torch.randn(x.shape, generator=generator, device=x.device)
+    return normal(tuple(x.shape), generator, device=x.device)
 
 
 def denoised(denoise: Denoise, x: Tensor, level: Level) -> Tensor:

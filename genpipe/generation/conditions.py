@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from genpipe.data.shards import NO_LABEL
 
 TOKENIZER_FILE = "tokenizer.json"
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -35,12 +36,21 @@ class Conditions:
         for given in (self.texts, self.labels, self.negative):
             assert given is None or len(given) == self.count, "one for each picture"
 
+    def at(self, rows: Sequence[int]) -> Conditions:
+        """Those of the pictures at these places."""
+        texts, labels, negative = _at(self.texts, rows), _at(self.labels, rows), _at(self.negative, rows)
+        return Conditions(len(rows), texts=texts, labels=labels, negative=negative)
+
     def opposite(self) -> Conditions | None:
         """The negative texts as what is asked for, without labels; None where there are none."""
         if self.negative is None:
             return None
         labels = None if self.labels is None else [NO_LABEL] * self.count
         return Conditions(self.count, texts=self.negative, labels=labels)
+
+
+def _at(given: Sequence[T] | None, rows: Sequence[int]) -> list[T] | None:
+    return None if given is None else [given[row] for row in rows]
 
 
 class Text(NamedTuple):

@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from genpipe.diffusion.noise import restarted
 from genpipe.diffusion.process import DiffusionConfig, Model, SamplerConfig
 from genpipe.generation.cascade import Cascade
 from genpipe.generation.conditions import Conditions, Given, Statistics
@@ -79,15 +80,20 @@ def told(system: Drawing, conditions: Conditions, *, generator: torch.Generator)
     given, opposite = system.given(conditions, generator=generator), conditions.opposite()
     if opposite is None:
         return given, None
-    again = torch.Generator(generator.device).manual_seed(generator.initial_seed())
-    return given, system.given(opposite, generator=again)
+    return given, system.given(opposite, generator=restarted(generator))
+
+
+@torch.no_grad()
+def draft(system: Drawing, conditions: Conditions, *, generator: torch.Generator) -> Tensor:
+    """The decoder's pictures, which no upsampler has seen yet, fp32 [B, 3, S, S] in [-1, 1], S the base size."""
+    given, negative = told(system, conditions, generator=generator)
+    return draw_given(system, given, count=conditions.count, negative=negative, generator=generator)
 
 
 @torch.no_grad()
 def draw(system: Drawing, conditions: Conditions, *, generator: torch.Generator) -> list[Tensor]:
     """The pictures as the decoder and then each upsampler makes them, fp32 [B, 3, size, size] in [-1, 1]."""
-    given, negative = told(system, conditions, generator=generator)
-    images = draw_given(system, given, count=conditions.count, negative=negative, generator=generator)
+    images = draft(system, conditions, generator=generator)
     return [images, *system.cascade.enlarge(images, generator=generator)]
 
 

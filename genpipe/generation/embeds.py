@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from genpipe.diffusion.guidance import guided
+from genpipe.diffusion.noise import choices, integers, normal
 from genpipe.diffusion.process import DiffusionConfig, Model, SamplerConfig, denoiser, sample, with_guidance
 from genpipe.generation.conditions import Statistics, Text
 from genpipe.models.autoregressive_prior import AutoregressivePrior
@@ -97,7 +98,7 @@ def _draw(
     model: Model, text: Text, *, diffusion: DiffusionConfig, sampler: SamplerConfig, generator: torch.Generator
 ) -> Tensor:
     """Standardized embeddings [B, D] from a diffusion prior that has its captions bound."""
-    noise = torch.randn(text.embed.shape, generator=generator, device=text.embed.device)
+    noise = normal(tuple(text.embed.shape), generator, device=text.embed.device)
     return sample(denoiser(model, diffusion), noise, sampler, diffusion=diffusion, generator=generator)
 
 
@@ -111,7 +112,7 @@ def draw_codes(prior: AutoregressivePrior, text: Text, *, guidance_scale: float,
     """
     cfg, device, count = prior.cfg, text.embed.device, len(text.embed)
     lowest = int(cfg.dot_above * cfg.dot_buckets)
-    dot_B = torch.randint(lowest, cfg.dot_buckets, (count,), generator=generator, device=device)
+    dot_B = integers(lowest, cfg.dot_buckets, (count,), generator, device=device)
     times = 1 if guidance_scale == 1.0 else 2  # the captions, then without them
     many = text.repeated(times)
     logits, drawing = prior.start(
@@ -133,4 +134,4 @@ def _choose(logits: Tensor, guidance_scale: float, *, generator: torch.Generator
     if guidance_scale != 1.0:
         cond, uncond = logits.chunk(2)
         logits = guided(cond, uncond, scale=guidance_scale)
-    return logits.softmax(-1).multinomial(1, generator=generator).squeeze(1)
+    return choices(logits.softmax(-1), generator)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from genpipe.data.shards import NO_LABEL
+from genpipe.diffusion.noise import normal
 from genpipe.diffusion.process import DiffusionConfig, Model, SamplerConfig, denoiser, sample, with_guidance
 from genpipe.generation.conditions import Given, Text
 from genpipe.models.decoder import Decoder
@@ -113,5 +114,5 @@ def sample_latents(
         device=generator.device,
         negative=negative,
     )
-    noise = torch.randn(shape, generator=generator, device=generator.device)
+    noise = normal(shape, generator, device=generator.device)
     return sample(denoiser(model, diffusion), noise, sampler, diffusion=diffusion, generator=generator)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from genpipe.diffusion.noise import normal
 from genpipe.diffusion.process import DiffusionConfig, Model, SamplerConfig, denoiser, sample
 from genpipe.diffusion.schedules import add_noise
 from genpipe.generation.conditions import Statistics
@@ -129,7 +130,7 @@ def upsample(
     level = large.new_full((len(large),), noise_aug)
     noisy = augment(large, level=level, generator=generator)
     shape = (len(large), space.channels(large.shape[1]), side, side)
-    noise = torch.randn(shape, generator=generator, device=large.device)
+    noise = normal(shape, generator, device=large.device)
     model = in_pieces(upsampler, noisy, level=level)
     x0 = sample(denoiser(model, diffusion), noise, sampler, diffusion=diffusion, generator=generator)
     return space.decode(x0, low_res=large).clamp(-1, 1)
@@ -168,5 +169,5 @@ def in_pieces(
 
 def augment(images: Tensor, *, level: Tensor, generator: torch.Generator) -> Tensor:
     """Gaussian noise augmentation of level [B] in [0, 1], variance preserving (cosine schedule)."""
-    noise = torch.randn(images.shape, generator=generator, device=images.device)
+    noise = normal(tuple(images.shape), generator, device=images.device)
     return add_noise(images, noise=noise, t=level, schedule="cosine")

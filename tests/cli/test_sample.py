@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from genpipe import api
+
 if TYPE_CHECKING:
     from conftest import Command, TinyPipeline
 
@@ -126,6 +128,31 @@ def test_a_folder_gets_each_picture_with_what_is_known_of_it(
         assert picture.size == (32, 32) and contains(grid, np.asarray(picture)), i
 
 
+def test_one_of_many_drafts_is_kept(genpipe: Command, tiny: TinyPipeline, tmp_path: Path) -> None:
+    """Its number is where the grid shows it; alone it is the picture that all of them drawn in full had there."""
+    uri, asked = tiny.run("system").uri, ("a red circle", "a blue bar", "--each", "3", "--seed", "3")
+    names = ("drafts", "all", "one.png", "varied.png")
+    drafts, whole, one, varied = (tmp_path / name for name in names)
+    for arguments in (
+        ("--draft", "--out", str(drafts)),
+        ("--out", str(whole)),
+        ("--pick", "4", "--out", str(one)),
+        ("--pick", "4", "--vary", "2", "--out", str(varied)),
+    ):
+        code, _, error = genpipe("sample", uri, *asked, *arguments)
+        assert code == 0, error
+    assert Image.open(drafts / "00004.png").size == (16, 16)
+    kept = Image.open(one)
+    assert (kept.info["prompt"], kept.info["number"], kept.size) == ("a blue bar", "4", (32, 32))
+    everything = [np.asarray(Image.open(whole / f"0000{i}.png")).astype(int) for i in range(6)]
+    gaps = [np.abs(picture - np.asarray(kept)).max() for picture in everything]
+    assert gaps[4] <= 1 < min(gaps[:4] + gaps[5:]), "rounding aside"
+    row = np.asarray(Image.open(varied))
+    picture = Image.open(drafts / "00004.png")
+    expected = [np.asarray(each) for each in api.load(uri).vary(picture, each=2, seed=3)]
+    assert np.abs(row[:, :32].astype(int) - expected[0]).max() <= 4 and row.shape == (32, 70, 3)
+
+
 def contains(grid: np.ndarray, picture: np.ndarray) -> bool:
     """Whether a picture lies somewhere in a grid, pixel for pixel."""
     windows = np.lib.stride_tricks.sliding_window_view(grid, picture.shape)
@@ -143,6 +170,9 @@ def contains(grid: np.ndarray, picture: np.ndarray) -> bool:
         (("a bar", " "), ("prompts[1]", "empty")),
         (("a bar", "--steps", "0"), ("--steps",)),
         (("a bar", "--label", "cross"), ("labels", "conditioned on text")),
+        (("a bar", "--pick", "4"), ("numbers: there is no picture 4",)),
+        (("a bar", "--vary", "2"), ("--vary", "--pick")),
+        (("a bar", "--pick", "1", "--vary", "2", "--draft"), ("--vary", "--draft")),
         ((), ("prompts", "required")),
     ],
 )
