@@ -52,12 +52,9 @@ def folder_of(out: Path) -> Path | None:
 
 def write_picture(picture: Image.Image, path: Path) -> None:
     """One picture, with what is known of it in the PNG's text fields."""
-    from PIL.PngImagePlugin import PngInfo
+    from genpipe.generation.pictures import png_file
 
-    fields = PngInfo()
-    for name, text in picture.info.items():
-        fields.add_text(str(name), text)
-    picture.save(path, pnginfo=fields)
+    path.write_bytes(png_file(picture))
 
 
 def write_numbered(picture: Image.Image, folder: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageOps
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from genpipe.data.image_batches import cut, to_float
@@ -56,6 +57,15 @@ def read_hole(picture: Picture, mask: Picture | None, *, size: int, device: torc
     if not found.any():
         raise ValueError(missing)
     return found
+
+
+def png_file(picture: Image.Image) -> bytes:
+    """A picture as a PNG, with what its `info` says in the file's text fields."""
+    fields, out = PngInfo(), io.BytesIO()
+    for name, text in picture.info.items():
+        fields.add_text(str(name), text)
+    picture.save(out, "png", pnginfo=fields)
+    return out.getvalue()
 
 
 def _alpha(picture: Picture) -> np.ndarray:

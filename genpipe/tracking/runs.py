@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -23,6 +24,7 @@ from genpipe.pipeline.spec import StageSpec
 from genpipe.stage_config import UNFINGERPRINTED
 from genpipe.stages import is_training, load_stage
 from genpipe.tracking import jsonl, pages
+from genpipe.tracking.flavor import write_flavor
 from genpipe.tracking.open_runs import OpenRun
 from genpipe.tracking.recorder import Facts, File, Picture, Point, Record, Status, Steps
 from genpipe.tracking.registry import ARTIFACT, FINGERPRINT, register
@@ -415,6 +417,10 @@ def _log_model(client: MlflowClient, run_id: str, spec: StageSpec, artifact: Art
         params=params,
         model_type="genpipe",
     )
+    if artifact.kind == "release":
+        with tempfile.TemporaryDirectory() as folder:
+            made = write_flavor(artifact, Path(folder), model_id=model.model_id, run_id=run_id)
+            client.log_model_artifacts(model.model_id, str(made))
     client.finalize_logged_model(model.model_id, "READY")
     client.log_outputs(run_id, [LoggedModelOutput(model.model_id, samples)])
     return str(model.model_id)
