@@ -48,12 +48,16 @@ class PerSample(Protocol):
 
 @dataclass(frozen=True)
 class Values:
-    """The values of one number, float64 [N], in the order of the pictures, and the prompt of each, [N]."""
+    """The values of one number, float64 [N], in the order of the pictures, and the prompt of each, [N].
+
+    `rows` are the pictures' places among those of their split, [N].
+    """
 
     better: Better
     keys: Sequence[str]
     seeds: frozenset[int]
     values: np.ndarray
+    rows: Sequence[int] = ()
 
     @cached_property
     def pictures(self) -> dict[tuple[str, int], float]:
@@ -132,4 +136,5 @@ def _by_number(table: pa.Table) -> Iterator[tuple[str, Values]]:
     for number in table["number"].unique().to_pylist():
         own = table.filter(pc.equal(table["number"], number)).sort_by("row")
         seeds = frozenset(own["seed"].drop_null().unique().to_pylist())
-        yield number, Values(own["better"][0].as_py(), own["key"].to_pylist(), seeds, own["value"].to_numpy())
+        better, keys, rows = own["better"][0].as_py(), own["key"].to_pylist(), own["row"].to_pylist()
+        yield number, Values(better, keys, seeds, own["value"].to_numpy(), rows)

@@ -18,8 +18,10 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from genpipe.config import ConfigError
-from genpipe.gallery.drawn import Drawings
+from genpipe.evaluation.drawn import Drawings
+from genpipe.gallery.history import behind
 from genpipe.loaded_system import LoadedSystem
+from genpipe.tracking.progress_pictures import Series
 
 HOST = "127.0.0.1"
 POLICY = (
@@ -51,8 +53,11 @@ class Ask(BaseModel):
     eta: Annotated[float, Field(ge=0, le=1)] = 1.0
 
 
-def make_app(system: LoadedSystem, drawings: Drawings) -> FastAPI:
-    """The application, for loopback alone: it answers no other host name, so no web page elsewhere reaches it."""
+def make_app(system: LoadedSystem, drawings: Drawings, training: Sequence[Series] = ()) -> FastAPI:
+    """The application, for loopback alone: it answers no other host name, so no web page elsewhere reaches it.
+
+    `drawings` are what the system has drawn before, `training` what its parts drew while they were trained.
+    """
     app = FastAPI(title="genpipe gallery", docs_url=None, redoc_url=None, openapi_url=None)
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=[HOST, "localhost"])
     turn = threading.Lock()
@@ -74,6 +79,7 @@ def make_app(system: LoadedSystem, drawings: Drawings) -> FastAPI:
             "steps": sampler.steps,
             "guidance": sampler.guidance_scale,
             "device": str(system.device),
+            "made_from": [asdict(made) for made in behind(system.artifact)],
         }
 
     @app.get("/pictures")
@@ -90,6 +96,20 @@ def make_app(system: LoadedSystem, drawings: Drawings) -> FastAPI:
         data, _ = drawings.training(number, _known(which, len(there)))
         return _image(data)
 
+    @app.get("/training")
+    def series() -> list[dict[str, Any]]:
+        return [
+            {"artifact": each.manifest.artifact.uri, "name": each.name, "samples_seen": list(each.pictures)}
+            for each in training
+        ]
+
+    @app.get("/training/{number}/{samples_seen}")
+    def progress(number: int, samples_seen: int) -> Response:
+        pictures = training[_known(number, len(training))].pictures
+        if samples_seen not in pictures:
+            raise HTTPException(404, f"there is no picture after {samples_seen} samples")
+        return _image(pictures[samples_seen]())
+
     @app.post("/draw")
     def draw(ask: Ask) -> list[dict[str, Any]]:
         with turn:  # one at a time: each has the whole machine
@@ -103,7 +123,7 @@ def make_app(system: LoadedSystem, drawings: Drawings) -> FastAPI:
     return app
 
 
-def serve(system: LoadedSystem, drawings: Drawings, *, port: int) -> None:
+def serve(system: LoadedSystem, drawings: Drawings, training: Sequence[Series], *, port: int) -> None:
     """Serve the page on loopback until interrupted. Raises ConfigError where the port is taken."""
     import uvicorn
 
@@ -114,7 +134,7 @@ def serve(system: LoadedSystem, drawings: Drawings, *, port: int) -> None:
         except OSError as error:
             raise ConfigError(f"--port {port}: {error.strerror}; name another with --port") from None
     print(f"the gallery is on http://{HOST}:{port} (Ctrl-C ends it)", flush=True)
-    uvicorn.run(make_app(system, drawings), host=HOST, port=port, log_level="warning")
+    uvicorn.run(make_app(system, drawings, training), host=HOST, port=port, log_level="warning")
 
 
 def uses_of(system: LoadedSystem) -> list[str]:

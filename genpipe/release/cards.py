@@ -16,6 +16,7 @@ from genpipe.artifacts import Artifact, Manifest
 from genpipe.config import flatten
 from genpipe.generation.released import PARTS
 from genpipe.release.record import GRID_FILE, Grid, Machine
+from genpipe.release.samples_page import SAMPLES_FILE
 from genpipe.release.scores import memorized, missed_gates
 from genpipe.stage_config import Observe
 
@@ -68,7 +69,7 @@ def model_card(
         "## Parts": _parts(known, folder),
         "## Samplers": _fenced(known.system.config["model"]),
         "## In other libraries": _table(("part", "where"), elsewhere.items()) if elsewhere else "Nothing was written.",
-        "## Grid": _grid(grid, machine),
+        "## Grid": _grid(grid, machine, samples=(folder / SAMPLES_FILE).exists()),
     }
     return "\n\n".join(f"{title}\n\n{text}" for title, text in sections.items()) + "\n"
 
@@ -167,13 +168,14 @@ def _parameters(folder: Path) -> int:
     return count
 
 
-def _grid(grid: Grid, machine: Machine) -> str:
+def _grid(grid: Grid, machine: Machine, *, samples: bool) -> str:
     rows = [f"1. {prompt.text or 'nothing'}" for prompt in grid.prompts]
     drawn = (
         f"Seed {grid.seed}, {grid.each} pictures a row, products in {grid.precision}, {grid.threads} threads, torch "
         f"{machine.torch}, {machine.hardware}. The rows:"
     )
-    return "\n".join([f"![The grid]({GRID_FILE})", "", drawn, "", *rows])
+    more = ["", f"More pictures, and what metrics say of each: [{SAMPLES_FILE}]({SAMPLES_FILE})"] if samples else []
+    return "\n".join([f"![The grid]({GRID_FILE})", "", drawn, "", *rows, *more])
 
 
 def _shards(manifest: Manifest, licenses: Mapping[str, str]) -> str:

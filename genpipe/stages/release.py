@@ -1,7 +1,8 @@
 """release: a system and its scores to one folder that draws by itself, says what it is, and can be verified.
 
 A data stage of one part. The folder holds copies of the parts' weights (`parts/ROLE`), how they draw (`system.yaml`),
-a grid, a model card, a data card, what other libraries load (`diffusers/`), and the sha256 of all of it.
+a grid, pictures of its samples on a page, a model card, a data card, what other libraries load (`diffusers/`), and the
+sha256 of all of it.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from PIL import Image
 from pydantic import Field
 
 from genpipe.artifacts import Artifact, Manifest, ManifestError, Role, read_manifest, several
+from genpipe.evaluation.drawn import Drawings
 from genpipe.generation.released import copy_system
 from genpipe.generation.systems import load_released
 from genpipe.lineage import check_made_from, fingerprints_behind, manifests_behind
@@ -23,6 +25,7 @@ from genpipe.release.cards import DATA_CARD, MODEL_CARD, Known, Statements, data
 from genpipe.release.elsewhere import write_elsewhere
 from genpipe.release.grid import check_grid_prompts, draw_grid, grid_prompts
 from genpipe.release.record import GRID_FILE, Grid, machine_of, write_record
+from genpipe.release.samples_page import about_system, write_samples_page
 from genpipe.release.scores import check_scores
 from genpipe.stage_config import Observe, StageConfig
 
@@ -53,6 +56,10 @@ class Config(StageConfig):
     each: int = Field(4, ge=1, description="pictures of a row")
     seed: int = Field(0, description="of the grid")
     precision: Precision = Field("fp32", description="of the grid's matrix products; fp32 is nearest elsewhere")
+    samples: int = Field(64, ge=0, description="pictures of each split on samples.html; none where none are mapped")
+    training_pictures: bool = Field(
+        False, description="show the training pictures nearest to them, too, which are then part of the release"
+    )
     diffusers: bool = Field(True, description="also write parts as diffusers and transformers load them, where they do")
     observe: ObserveRelease = ObserveRelease()
 
@@ -99,6 +106,7 @@ class Worker:
         elsewhere = write_elsewhere(out) if self.cfg.diffusers else {}
         grid = self._draw(out)
         said = self._statements()
+        self._show_samples(known, out)
         card = model_card(said, known, grid=grid, machine=machine_of(self.device), elsewhere=elsewhere, folder=out)
         (out / MODEL_CARD).write_text(card, encoding="utf-8")
         (out / DATA_CARD).write_text(data_card(said, known), encoding="utf-8")
@@ -120,6 +128,20 @@ class Worker:
         pictures = draw_grid(load_released(out, device=self.device), grid, device=self.device)
         Image.fromarray(pictures).save(out / GRID_FILE)
         return grid
+
+    def _show_samples(self, known: Known, out: Path) -> None:
+        """Write the page of what the system has drawn, if samples of its own are there."""
+        samples = _manifest(self.inputs["sample"]) if "sample" in self.inputs and self.cfg.samples else None
+        drawn_by = samples.inputs.get("system") if samples is not None else None
+        if samples is None or drawn_by is None or drawn_by.fingerprint != known.system.artifact.fingerprint:
+            return
+        write_samples_page(
+            out,
+            Drawings.of_samples(samples, known.scores),
+            most=self.cfg.samples,
+            training=self.cfg.training_pictures,
+            about=about_system(self.cfg.title, known.system, known.behind),
+        )
 
     def _statements(self) -> Statements:
         cfg = self.cfg

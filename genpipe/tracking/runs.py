@@ -26,6 +26,7 @@ from genpipe.stages import is_training, load_stage
 from genpipe.tracking import jsonl, pages
 from genpipe.tracking.flavor import write_flavor
 from genpipe.tracking.open_runs import OpenRun
+from genpipe.tracking.progress_pictures import IN_MLFLOW
 from genpipe.tracking.recorder import Facts, File, Picture, Point, Record, Status, Steps
 from genpipe.tracking.registry import ARTIFACT, FINGERPRINT, register
 from genpipe.tracking.store import check, client_of, experiment_id_of, first_line, is_refused, redacted
@@ -179,12 +180,11 @@ class StageKeeper:
         client.set_terminated(run_id, "FINISHED", end_time=record.milliseconds)
 
     def _find_pictures(self) -> None:
-        """Note the pictures that are there: MLflow calls them `images/NAME+step+STEP+timestamp+...`, `~` for `/`."""
+        """Note the pictures that are there."""
         for file in self.client.list_artifacts(self.run_id, "images"):
-            found = re.fullmatch(r"images/(.+?)[+%]step[+%](\d+)[+%].*", file.path)
-            if found is not None:
-                name = f"images/{found[1].replace('~', '/')}"
-                self.steps.last[name] = max(int(found[2]), self.steps.last.get(name, -1))
+            if (found := IN_MLFLOW.fullmatch(file.path)) is not None:
+                name = f"images/{found['name'].replace('~', '/')}"
+                self.steps.last[name] = max(int(found["step"]), self.steps.last.get(name, -1))
 
 
 class _System:

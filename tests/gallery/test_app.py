@@ -13,8 +13,8 @@ from fastapi.testclient import TestClient
 from PIL import Image
 
 from genpipe import api
+from genpipe.evaluation.drawn import Drawings
 from genpipe.gallery.app import make_app
-from genpipe.gallery.drawn import Drawings
 from genpipe.loaded_system import LoadedSystem
 
 if TYPE_CHECKING:

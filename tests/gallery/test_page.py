@@ -2,61 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
 import subprocess
 import sys
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
+from browser import CHROMIUM, Browser
 from toybox import free_port, wait_for
-from websockets.sync.client import connect
 
 if TYPE_CHECKING:
     from conftest import TinyPipeline
 
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
-
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")]
-
-
-class Browser:
-    """A headless Chromium at one page, driven by its DevTools protocol."""
-
-    def __init__(self, url: str, profile: Path) -> None:
-        port = free_port()
-        options = ["--headless", "--no-sandbox", f"--remote-debugging-port={port}", f"--user-data-dir={profile}"]
-        assert CHROMIUM is not None
-        self.process = subprocess.Popen([CHROMIUM, *options, url], stderr=subprocess.DEVNULL)
-
-        def pages() -> list[dict[str, Any]]:
-            try:
-                with urllib.request.urlopen(f"http://127.0.0.1:{port}/json", timeout=5) as answer:
-                    return [each for each in json.load(answer) if each["type"] == "page"]
-            except OSError:
-                return []
-
-        self.socket = connect(wait_for(pages, seconds=120)[0]["webSocketDebuggerUrl"], max_size=None)
-        self.calls = 0
-
-    def run(self, script: str) -> Any:
-        """What an expression comes to."""
-        self.calls += 1
-        told = {"expression": script, "awaitPromise": True, "returnByValue": True}
-        self.socket.send(json.dumps({"id": self.calls, "method": "Runtime.evaluate", "params": told}))
-        while (answer := json.loads(self.socket.recv(timeout=60))).get("id") != self.calls:
-            pass
-        assert "exceptionDetails" not in answer["result"], answer["result"]
-        return answer["result"]["result"].get("value")
-
-    def close(self) -> None:
-        self.socket.close()
-        self.process.kill()
-        self.process.wait()
 
 
 @pytest.fixture
@@ -89,6 +49,26 @@ def test_a_prompt_is_drawn_and_varied(browser: Browser) -> None:
     browser.run("form.requestSubmit()")
     wait_for(lambda: browser.run("results.textContent").startswith("variations"))
     assert browser.run("document.querySelector('#error').textContent") == ""
+
+
+def test_a_part_is_seen_as_it_learned(browser: Browser) -> None:
+    """Moving the slider shows the picture of that moment; a picture leads to the part that drew it."""
+    assert browser.run("!document.querySelector('#learning').hidden")
+    progress = "document.querySelector('#progress')"
+    shown = f"({progress}.complete && {progress}.naturalWidth > 0) ? {progress}.src : ''"
+    last = wait_for(lambda: browser.run(shown))
+    browser.run("document.querySelector('#moment').value = 0; document.querySelector('#moment').oninput()")
+    first = wait_for(lambda: (now := browser.run(shown)) != last and now)
+    steps = browser.run("training[0].samples_seen")
+    assert (first.rpartition("/")[2], last.rpartition("/")[2]) == (str(steps[0]), str(steps[-1]))
+    assert browser.run("document.querySelector('#seen').textContent") == f"{steps[0]:,}"
+    browser.run("document.querySelector('#drawn img').click()")
+    rows = "[...document.querySelectorAll('#made tr')]"
+    [decoder] = [row for row in browser.run(f"{rows}.map(each => each.textContent)") if row.startswith("decoder")]
+    assert "/artifacts/decoder/" in decoder and "run " in decoder
+    browser.run(f"{rows}.find(each => each.textContent.startsWith('decoder')).querySelector('button').click()")
+    wait_for(lambda: not browser.run("dialog.open"))
+    assert browser.run("document.querySelector('#series').selectedOptions[0].textContent") == "decoder: samples"
 
 
 def test_a_refusal_is_shown_and_captions_are_text(browser: Browser) -> None:

@@ -1,9 +1,10 @@
-"""What a store holds of a system's pictures: where each was drawn, and which training pictures it comes close to."""
+"""Pictures that a system drew: what each was drawn from, what metrics say of it, and what it is like in training."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import pyarrow.parquet as pq
@@ -11,6 +12,7 @@ import pyarrow.parquet as pq
 from genpipe.artifacts import Artifact, Manifest, ManifestError, find, read_manifest
 from genpipe.data.shard_dataset import ShardDataset, open_shards
 from genpipe.data.shards import SPLITS, Split
+from genpipe.evaluation.per_sample import read_values
 from genpipe.storage import join, open_storage, read_file
 
 NEAREST, DISTANCE = "nearest_", "distance_"
@@ -30,7 +32,8 @@ class Neighbor:
 class Drawn:
     """A picture of a samples artifact.
 
-    `p` is the share of held-out pictures that are as close to a training picture, where memorization was measured.
+    `values` are those of metrics that have one for each picture, by the metrics' numbers without the split. `p` is the
+    share of held-out pictures that are as close to a training picture, where memorization was measured.
     """
 
     id: int
@@ -38,9 +41,10 @@ class Drawn:
     split: Split
     row: int
     caption: str
-    seed: int
+    seed: int | None
     samples: str
     run_id: str
+    values: Mapping[str, float] = field(default_factory=dict)
     neighbors: tuple[Neighbor, ...] = ()
     p: float | None = None
 
@@ -65,6 +69,13 @@ class Drawings:
                     drawings._add(samples, scores)
         return drawings
 
+    @classmethod
+    def of_samples(cls, samples: Manifest, scores: Sequence[Manifest]) -> Drawings:
+        """Those of one samples artifact, with what those of the scores say of them that measured it."""
+        drawings = cls()
+        drawings._add(samples, scores)
+        return drawings
+
     def image(self, number: int) -> bytes:
         """A picture's file, as it is stored. Raises IndexError."""
         drawn = self.pictures[number]
@@ -76,12 +87,22 @@ class Drawings:
         row, shards = drawn.neighbors[neighbor].row, self._open(self._training[drawn.samples], "train")
         return shards.image_bytes(row), " | ".join(shards.captions(row))
 
-    def _add(self, samples: Manifest, scores: list[Manifest]) -> None:
+    def training_key(self, number: int, neighbor: int) -> str:
+        """The key of the training picture that is a picture's neighbor. Raises IndexError."""
+        drawn = self.pictures[number]
+        return self._open(self._training[drawn.samples], "train").key(drawn.neighbors[neighbor].row)
+
+    def _add(self, samples: Manifest, scores: Sequence[Manifest]) -> None:
         artifact = samples.artifact
         near: Mapping[tuple[str, int], tuple[float, tuple[Neighbor, ...]]] = {}
+        values: dict[tuple[str, int], dict[str, float]] = {}
         for manifest in scores:
             judged = manifest.inputs.get("sample")
-            if judged is not None and judged.fingerprint == artifact.fingerprint and (of := _neighbors(manifest)):
+            if judged is None or judged.fingerprint != artifact.fingerprint:
+                continue
+            for place, found in _values(manifest).items():
+                values.setdefault(place, {}).update(found)
+            if of := _neighbors(manifest):
                 near, self._training[artifact.uri] = of, manifest.inputs["shard"]
         for split in SPLITS:
             if not artifact.meta["samples"].get(split):
@@ -96,9 +117,10 @@ class Drawings:
                         split=split,
                         row=row,
                         caption=" | ".join(shards.captions(row)),
-                        seed=int(samples.config["seed"]),
+                        seed=samples.config.get("seed"),
                         samples=artifact.uri,
                         run_id=samples.run_id,
+                        values=values.get((split, row), {}),
                         neighbors=neighbors,
                         p=p,
                     )
@@ -122,6 +144,20 @@ def _manifests(folder: str) -> Iterator[Manifest]:
         if manifest is not None:
             found.append(manifest)
     return iter(sorted(found, key=lambda manifest: manifest.created, reverse=True))
+
+
+def _values(scores: Manifest) -> dict[tuple[str, int], dict[str, float]]:
+    """By split and row: the values of metrics, by their numbers less the split in them."""
+    found: dict[tuple[str, int], dict[str, float]] = {}
+    for number, of in read_values(scores.artifact).items():
+        parts = number.split("/")
+        split = next((part for part in parts if part in SPLITS), None)
+        if split is not None:  # else of real pictures
+            name = "/".join(part for part in parts if part != split)
+            for row, value in zip(of.rows, of.values.tolist(), strict=True):
+                if math.isfinite(value):
+                    found.setdefault((split, row), {})[name] = value
+    return found
 
 
 def _neighbors(scores: Manifest) -> dict[tuple[str, int], tuple[float, tuple[Neighbor, ...]]]:

@@ -9,7 +9,7 @@ import pytest
 
 from genpipe.artifacts import Artifact
 from genpipe.data.shard_dataset import open_shards
-from genpipe.gallery.drawn import Drawings
+from genpipe.evaluation.drawn import Drawings
 
 if TYPE_CHECKING:
     from conftest import TinyPipeline
