@@ -7,6 +7,7 @@ the data decided, and what a user of the weights must know (diffusion settings, 
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -15,7 +16,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from pydantic import Field, TypeAdapter
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -90,6 +91,15 @@ def load_weights(folder: Path, *, kind: str, device: torch.device) -> Weights:
     except RuntimeError as error:
         raise ValueError(f"{folder / WEIGHTS_FILE}: does not fit {RECORD_FILE} beside it: {error}") from error
     return Weights(module.eval().requires_grad_(False), record["extra"])
+
+
+def count_parameters(folder: Path) -> int:
+    """Numbers in the weights of a folder, from the headers of its files alone."""
+    count = 0
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, framework="np") as weights:
+            count += sum(math.prod(weights.get_slice(name).get_shape()) for name in weights.keys())  # noqa: SIM118
+    return count
 
 
 def _current(recorded: Any) -> Any:

@@ -169,7 +169,14 @@ def features_of(metric: FeatureMetric, of: Evaluation, out: Path) -> Features:
 
 def evaluation(inputs: Mapping[str, Artifact], *, part_size: int = 5, batch_size: int = 2) -> Evaluation:
     """On the CPU, in small parts."""
-    return Evaluation(inputs=inputs, part_size=part_size, batch_size=batch_size, device=CPU, validate=evaluate.validate)
+    return Evaluation(
+        inputs=inputs,
+        part_size=part_size,
+        batch_size=batch_size,
+        device=CPU,
+        validate=evaluate.validate,
+        pixel_model=evaluate.pixel_model,
+    )
 
 
 def measured(

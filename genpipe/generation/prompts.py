@@ -1,4 +1,4 @@
-"""What a system is asked to draw: captions of shards, a file of texts, texts of the configuration, or classes.
+"""What a system is asked to draw: captions of shards, a file of texts, texts of the configuration, classes, or shapes.
 
 A prompt belongs to a split: `train` where the system may have been trained on it, `heldout` where it was not, and
 `combinations` where it was trained on other samples of the same subject.
@@ -18,6 +18,7 @@ from pydantic import Field, Tag
 from genpipe.artifacts import Artifact
 from genpipe.config import Config, Location, by_kind
 from genpipe.data.order import order
+from genpipe.data.shape_scenes import TASKS, Task, askable, caption_of
 from genpipe.data.shard_dataset import ShardDataset, open_shards
 from genpipe.data.shards import NO_LABEL, SPLITS, Split
 from genpipe.data.text import clean_text, is_visible
@@ -68,6 +69,14 @@ class ClassPrompts(Config):
     count: int = Field(16, ge=1, description="pictures of each class")
 
 
+class ShapesPrompts(Config):
+    """Texts about colored shapes, for the metric `composition`, no two alike; they count as held out."""
+
+    kind: Literal["shapes"]
+    tasks: tuple[Task, ...] = Field(TASKS, min_length=1, description="what is asked for")
+    count: int = Field(48, ge=1, description="prompts of each task, chosen at random; all, if it has fewer")
+
+
 class NoPrompts(Config):
     """Nothing, for an unconditional system; they count as training prompts."""
 
@@ -75,12 +84,13 @@ class NoPrompts(Config):
     count: int = Field(256, ge=1, description="pictures")
 
 
-AnyConfig = CaptionPrompts | FilePrompts | ListPrompts | ClassPrompts | NoPrompts
+AnyConfig = CaptionPrompts | FilePrompts | ListPrompts | ClassPrompts | ShapesPrompts | NoPrompts
 PromptsConfig = Annotated[
     Annotated[CaptionPrompts, Tag("captions")]
     | Annotated[FilePrompts, Tag("file")]
     | Annotated[ListPrompts, Tag("list")]
     | Annotated[ClassPrompts, Tag("classes")]
+    | Annotated[ShapesPrompts, Tag("shapes")]
     | Annotated[NoPrompts, Tag("none")],
     by_kind("captions"),
 ]
@@ -102,7 +112,7 @@ def check_prompts(cfg: AnyConfig, *, system: Artifact, shard: Artifact | None) -
         raise ValueError(
             "prompts: the shards hold out no combinations; set combinations_fraction in their stage, or ask for none"
         )
-    kinds = {"text": "captions, file or list", "label": "classes, or captions of shards with class labels"}
+    kinds = {"text": "captions, file, list or shapes", "label": "classes, or captions of shards with class labels"}
     known = shard is not None and "classes" in shard.meta  # not before the shards are made
     labeled = shard is not None and (not known or bool(shard.meta["classes"]))
     gives = {"text"} | ({"label"} if labeled else set())
@@ -146,11 +156,19 @@ def open_prompts(
         found["heldout"] = [Prompt(clean_text(text)) for text in cfg.texts]
     elif isinstance(cfg, FilePrompts):
         found["heldout"] = [Prompt(text) for text in read_prompts(cfg.path)]
+    elif isinstance(cfg, ShapesPrompts):
+        found["heldout"] = [Prompt(text) for task in cfg.tasks for text in _about_shapes(task, cfg.count, seed=seed)]
     elif isinstance(cfg, ClassPrompts):
         found["train"] = [Prompt(name, label) for label, name in enumerate(classes) for _ in range(cfg.count)]
     else:
         found["train"] = [Prompt("")] * cfg.count
     return found
+
+
+def _about_shapes(task: Task, count: int, *, seed: int) -> list[str]:
+    every = askable(task)
+    chosen = order(np.arange(min(count, len(every))), n=len(every), seed=seed)
+    return [caption_of(every[place]) for place in chosen]
 
 
 @dataclass(frozen=True)

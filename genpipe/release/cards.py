@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from safetensors import safe_open
-
 from genpipe import __version__
 from genpipe.artifacts import Artifact, Manifest
 from genpipe.config import flatten
@@ -19,10 +17,14 @@ from genpipe.release.record import GRID_FILE, Grid, Machine
 from genpipe.release.samples_page import SAMPLES_FILE
 from genpipe.release.scores import memorized, missed_gates
 from genpipe.stage_config import Observe
+from genpipe.weights import count_parameters
 
 MODEL_CARD, DATA_CARD = "MODEL_CARD.md", "DATA_CARD.md"
 NOTHING: tuple[Any, ...] = (None, "", False, 0, [], {})
 """Settings that say nothing, and are not shown."""
+
+SPEED = "speed/"
+"""Stands before what samples say of how they were drawn (`generation.speed`)."""
 
 SHORT = 12
 """Digits of a fingerprint that a person is shown."""
@@ -41,12 +43,16 @@ class Statements:
 
 @dataclass(frozen=True)
 class Known:
-    """What the manifests say: of the system, of its scores, and of all that the system was made from."""
+    """What the manifests say: of the system, of its scores, and of all that the system was made from.
+
+    `samples` are those that were measured, as far as they are there.
+    """
 
     system: Manifest
     scores: Sequence[Manifest]
     behind: Sequence[Manifest]
     gone: Sequence[Artifact]
+    samples: Sequence[Manifest] = ()
 
 
 def model_card(
@@ -66,6 +72,7 @@ def model_card(
         "## Metrics": _metrics(known.scores),
         "## Gates": _gates(known.scores),
         "## Memorization": _memorization(known.scores),
+        "## Speed": _speed(known.samples),
         "## Parts": _parts(known, folder),
         "## Samplers": _fenced(known.system.config["model"]),
         "## In other libraries": _table(("part", "where"), elsewhere.items()) if elsewhere else "Nothing was written.",
@@ -144,6 +151,17 @@ def _memorization(scores: Sequence[Manifest]) -> str:
     )
 
 
+def _speed(samples: Sequence[Manifest]) -> str:
+    """What drawing the pictures cost that were measured, and on what."""
+    told = []
+    for manifest in samples:
+        rows = [(f"`{name}`", f"{value:,.4g}") for name, value in manifest.metrics.items() if name.startswith(SPEED)]
+        if rows:  # of samples that an earlier genpipe drew nothing is known
+            where = f"{manifest.environment['hardware']}, products in {manifest.environment['precision_used']}"
+            told += [f"{where}, {manifest.config['batch_size']} pictures at a time:", _table(("metric", "value"), rows)]
+    return "\n\n".join(told) or "It was not measured."
+
+
 def _parts(known: Known, folder: Path) -> str:
     by_fingerprint = {manifest.artifact.fingerprint: manifest for manifest in known.behind}
     rows = []
@@ -152,20 +170,11 @@ def _parts(known: Known, folder: Path) -> str:
         train = manifest.config.get("train", {})
         seen = f"{train['samples']:,}" if train else ""
         revision = manifest.environment.get("git_revision", "")[:SHORT]
-        count = f"{_parameters(folder / PARTS / role):,}"
+        count = f"{count_parameters(folder / PARTS / role):,}"
         rows.append(
             (f"`{PARTS}/{role}`", manifest.identity["stage"], count, seen, revision, artifact.fingerprint[:SHORT])
         )
     return _table(("part", "made by", "parameters", "samples, at most", "revision", "fingerprint"), rows)
-
-
-def _parameters(folder: Path) -> int:
-    """Numbers in the weights of a part, from the headers of the files alone."""
-    count = 0
-    for path in folder.glob("*.safetensors"):
-        with safe_open(path, framework="np") as weights:
-            count += sum(math.prod(weights.get_slice(name).get_shape()) for name in weights.keys())  # noqa: SIM118
-    return count
 
 
 def _grid(grid: Grid, machine: Machine, *, samples: bool) -> str:

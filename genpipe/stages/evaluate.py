@@ -6,7 +6,7 @@ It knows neither how the pictures came to be nor any other stage: it takes what 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
@@ -19,6 +19,8 @@ from pydantic import Field, StringConstraints, field_validator
 from genpipe.artifacts import Artifact, Role, fetch, find, read_manifest
 from genpipe.data.loader import sample_batches
 from genpipe.data.shards import Split
+from genpipe.diffusion.process import SamplerConfig, denoiser
+from genpipe.diffusion.samplers import Denoise
 from genpipe.evaluation.captions import first_captions
 from genpipe.evaluation.comparison import (
     SCORES,
@@ -30,8 +32,11 @@ from genpipe.evaluation.comparison import (
 )
 from genpipe.evaluation.metrics import MetricConfig
 from genpipe.evaluation.metrics.features import FeatureMetric, Features, FeatureSet, FeatureWorker, parts_of_sets
-from genpipe.evaluation.metrics.metric import Evaluation, Measure, Metric
+from genpipe.evaluation.metrics.metric import Evaluation, Measure, Metric, PixelModel
 from genpipe.evaluation.per_sample import PerSample, values_of
+from genpipe.generation.conditions import Conditions
+from genpipe.generation.drawing import bound
+from genpipe.generation.systems import load_system
 from genpipe.lineage import content_digest
 from genpipe.models.precision import autocast, products_of
 from genpipe.stage_config import StageConfig
@@ -201,6 +206,23 @@ def validate(artifact: Artifact, device: torch.device) -> dict[str, float]:
     return found
 
 
+def pixel_model(artifact: Artifact, device: torch.device) -> PixelModel:
+    """What a system of pixels draws with, before its upsamplers and without guidance."""
+    system = load_system(artifact, device=device)
+    asked = system.conditioned_on
+
+    def told(texts: Sequence[str], labels: Sequence[int]) -> Denoise:
+        count = len(texts)
+        conditions = Conditions(
+            count, texts=texts if "text" in asked else None, labels=labels if "label" in asked else None
+        )
+        given = system.given(conditions, generator=torch.Generator(device))
+        unguided = bound(system, given, count=count, sampler=SamplerConfig())
+        return denoiser(unguided, system.decoder_diffusion)
+
+    return PixelModel(system.base_size, system.decoder_diffusion, told)
+
+
 def _scores(cfg: Config, numbers: Mapping[str, float], made: Storage, out: Path) -> dict[str, Any]:
     """What `SCORES` says."""
     own = open_storage(str(out))
@@ -285,4 +307,5 @@ def _evaluation(cfg: Config, inputs: Mapping[str, Artifact]) -> Evaluation:
         batch_size=cfg.batch_size,
         device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
         validate=validate,
+        pixel_model=pixel_model,
     )

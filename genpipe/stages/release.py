@@ -7,7 +7,7 @@ sha256 of all of it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +101,8 @@ class Worker:
         """
         system = _manifest(self.inputs["system"])
         check_made_from({**system.inputs, "system": system.artifact})
-        known = Known(system, _scores(self.inputs), *manifests_behind(system.artifact))
+        scores = _scores(self.inputs)
+        known = Known(system, scores, *manifests_behind(system.artifact), samples=_measured(scores))
         copy_system(system.config["model"], system.inputs, out)
         elsewhere = write_elsewhere(out) if self.cfg.diffusers else {}
         grid = self._draw(out)
@@ -158,6 +159,13 @@ def finalize(
 
 def _scores(inputs: Mapping[str, Artifact]) -> list[Manifest]:
     return [_manifest(artifact) for artifact in several(inputs, "evaluate")]
+
+
+def _measured(scores: Sequence[Manifest]) -> list[Manifest]:
+    """The samples that scores are of, each once, those that are there."""
+    samples = {of.inputs["sample"].fingerprint: of.inputs["sample"].uri for of in scores if "sample" in of.inputs}
+    found = (read_manifest(uri, check_files=False) for uri in samples.values())
+    return [manifest for manifest in found if manifest is not None]
 
 
 def _manifest(artifact: Artifact) -> Manifest:

@@ -3,6 +3,8 @@
 A data stage: a part is a batch of prompts of one split. A sample of the shards is a picture, with its prompt as the
 caption; its `meta` says how it came to be: `seed`, `batch` (the first picture drawn together with it), `prompt` (the
 place of its prompt in the list) and `reference` (the key of the sample whose caption the prompt is, if it is one).
+
+What drawing cost is among the metrics (`speed/...`): of the day on which it was drawn, and no part of what was made.
 """
 
 from __future__ import annotations
@@ -32,9 +34,11 @@ from genpipe.generation.prompts import (
     open_prompts,
     prompts_digest,
 )
+from genpipe.generation.speed import Meter, parameters_of, peak_bytes, speed_metrics
 from genpipe.generation.systems import load_system
 from genpipe.lineage import clips_behind
 from genpipe.models.precision import Precision, autocast, products_of
+from genpipe.release.record import machine_of
 from genpipe.stage_config import StageConfig
 from genpipe.training.stream import seeded
 
@@ -109,8 +113,11 @@ class Worker:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.prompts = _prompts(cfg, inputs)
         self.products = products_of(cfg.precision, self.device)
-        self.environment = {"precision_used": self.products}
+        self.environment = {"precision_used": self.products, "hardware": machine_of(self.device).hardware}
         self.system = load_system(inputs["system"], device=self.device)
+        self.parameters = parameters_of(inputs["system"])
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
 
     def __call__(self, part: str, out: Path) -> dict[str, Any]:
         """Write the shard of a batch and, of the first of each split, a contact sheet; its statistics."""
@@ -119,7 +126,8 @@ class Worker:
         prompts = self.prompts[split]
         numbers = range(first, min(first + self.cfg.batch_size, len(prompts) * self.cfg.each))
         batch = [prompts[number // self.cfg.each] for number in numbers]
-        with self.turn:
+        meter = Meter(self.system)
+        with self.turn, meter.running():
             pictures = self._drawn(split, first, batch)
         limits = {"max_samples": len(batch), "max_bytes": 2**62}
         with ShardWriter(out, split=split, part=first // self.cfg.batch_size, **limits) as writer:
@@ -127,7 +135,14 @@ class Worker:
                 self._write(writer, prompt, picture, number=number, first=first)
         if first == 0:
             self._preview(out / f"preview-{split}.png", batch, pictures)
-        return {"shards": writer.shards}
+        cost = {
+            "pictures": len(batch),
+            "seconds": meter.seconds,
+            "evaluated": dict(meter.evaluated),
+            "peak_bytes": peak_bytes(self.device),
+            "parameters": self.parameters,
+        }
+        return {"shards": writer.shards, "cost": cost}
 
     @torch.no_grad()
     def _drawn(self, split: Split, first: int, batch: Sequence[Prompt]) -> list[np.ndarray]:
@@ -183,4 +198,6 @@ def finalize(
         "rejected": {},
     }
     metrics = {f"samples_{split}": float(count) for split, count in samples.items()}
-    return meta, {**metrics, "bytes": float(sum(shard["bytes"] for shard in shards))}
+    metrics["bytes"] = float(sum(shard["bytes"] for shard in shards))
+    costs = [result["cost"] for result in results if "cost" in result]  # an earlier genpipe drew the others
+    return meta, {**metrics, **(speed_metrics(costs) if costs else {})}

@@ -12,6 +12,7 @@ from pydantic import TypeAdapter
 
 from genpipe.artifacts import Artifact, fetch
 from genpipe.data.order import order
+from genpipe.data.shape_scenes import parse, task_of
 from genpipe.data.shard_dataset import ShardDataset
 from genpipe.generation.prompts import PromptsConfig, check_prompts, open_prompts, prompts_digest
 
@@ -73,6 +74,19 @@ def test_a_caption_that_no_sample_has_is_named_with_the_nearest(shard: Artifact)
     with pytest.raises(ValueError) as error:
         opened(shard, kind="list", texts=[caption, caption + "s"], captions_of="train")
     assert all(part in str(error.value) for part in ("prompts.texts", "train", repr(caption + "s"), repr(caption)))
+
+
+def test_shapes_are_asked_for_by_task_without_repeating() -> None:
+    """All of a task that has fewer; others with another seed."""
+    tasks = ["single_object", "color_attribution"]
+    found = opened(kind="shapes", tasks=tasks, count=30)
+    texts = [prompt.text for prompt in found["heldout"]]
+    asked = [parse(text) for text in texts]
+    assert [task_of(each) for each in asked if each] == ["single_object"] * 4 + ["color_attribution"] * 30
+    assert len(set(texts)) == 34 and len(found["train"]) == 0
+    other = [prompt.text for prompt in opened(kind="shapes", tasks=tasks, count=30, seed=1)["heldout"]]
+    assert set(other) & set(texts) != set(texts)
+    assert {prompt.text.split()[0] for prompt in opened(kind="shapes")["heldout"]} == {"a", "two", "three", "four"}
 
 
 def test_every_class_comes_as_often() -> None:

@@ -20,6 +20,7 @@ META: dict[str, Any] = {
     },
     "system": {"kind": "pixel", "size": 64, "conditioned_on": ["text", "label"], "classes": ["red"]},
     "scores": {},
+    "samples": {},
 }
 
 
@@ -36,13 +37,18 @@ def manifest(kind: str, config: dict[str, Any] | None = None, metrics: dict[str,
     )
 
 
-def known(*behind: Manifest, scores: Manifest | None = None, gone: tuple[Artifact, ...] = ()) -> Known:
-    return Known(manifest("system"), [scores] if scores else [], behind, gone)
+def known(
+    *behind: Manifest,
+    scores: Manifest | None = None,
+    gone: tuple[Artifact, ...] = (),
+    samples: tuple[Manifest, ...] = (),
+) -> Known:
+    return Known(manifest("system"), [scores] if scores else [], behind, gone, samples)
 
 
-def card(scores: Manifest | None = None) -> str:
-    machine = Machine(torch="2", hardware="a machine")
-    return model_card(SAID, known(scores=scores), grid=GRID, machine=machine, elsewhere={}, folder=Path("/nowhere"))
+def card(scores: Manifest | None = None, *samples: Manifest) -> str:
+    machine, of = Machine(torch="2", hardware="a machine"), known(scores=scores, samples=samples)
+    return model_card(SAID, of, grid=GRID, machine=machine, elsewhere={}, folder=Path("/nowhere"))
 
 
 def section(text: str, title: str) -> list[str]:
@@ -73,6 +79,20 @@ def test_memorization_is_told_by_split_or_not_known() -> None:
     ]
     assert "is not known" in section(card(), "## Memorization")[0]
     assert section(card(), "## Metrics") == ["No scores were given to this release."]
+
+
+def test_speed_is_told_with_the_machine_that_drew() -> None:
+    metrics = {"speed/pictures_per_second": 12.5, "speed/parameters": 3456.0, "samples_train": 7.0}
+    drawn = manifest("samples", {"batch_size": 32}, metrics)
+    drawn = drawn.model_copy(update={"environment": {"hardware": "an H100", "precision_used": "bf16"}})
+    assert section(card(None, drawn), "## Speed") == [
+        "an H100, products in bf16, 32 pictures at a time:",
+        "| metric | value |",
+        "| --- | --- |",
+        "| `speed/pictures_per_second` | 12.5 |",
+        "| `speed/parameters` | 3,456 |",
+    ]
+    assert section(card(None, manifest("samples")), "## Speed") == ["It was not measured."]
 
 
 def test_what_people_said_and_what_nobody_said() -> None:

@@ -15,6 +15,7 @@ from genpipe.data.sources.emoji import EmojiConfig, EmojiSource
 from genpipe.data.sources.folder import FolderConfig, FolderSource
 from genpipe.data.sources.mix import MixConfig, MixSource, OneConfig
 from genpipe.data.sources.parquet import ParquetConfig, ParquetSource
+from genpipe.data.sources.shapes import ShapesConfig, ShapesSource
 from genpipe.data.sources.urls import UrlsConfig, UrlsSource
 from genpipe.data.sources.webdataset import WebDatasetConfig, WebDatasetSource
 
@@ -25,6 +26,7 @@ __all__ = [
     "ParquetConfig",
     "Reject",
     "Sample",
+    "ShapesConfig",
     "Source",
     "SourceConfig",
     "UrlsConfig",
@@ -34,13 +36,16 @@ __all__ = [
     "open_source",
 ]
 
+DRAWN = (EmojiConfig, ShapesConfig)
+"""Sources without class labels and conditioning images."""
+
 AnyConfig = OneConfig | MixConfig
 SourceConfig = Annotated[AnyConfig, Field(discriminator="kind")]
 
 
 def declared_classes(cfg: AnyConfig) -> tuple[str, ...] | None:
     """The names of the classes as far as the configuration alone tells: () without labels, None if not at all."""
-    labeled = [one for one in _each(cfg) if not isinstance(one, EmojiConfig) and one.label]
+    labeled = [one for one in _each(cfg) if not isinstance(one, DRAWN) and one.label]
     declared = {one.classes if isinstance(one, WebDatasetConfig) else () for one in labeled}
     if not labeled:
         return ()
@@ -49,7 +54,7 @@ def declared_classes(cfg: AnyConfig) -> tuple[str, ...] | None:
 
 def has_conditions(cfg: AnyConfig) -> bool:
     """Whether every sample of the source has a conditioning image."""
-    return all(not isinstance(one, EmojiConfig) and one.condition != "" for one in _each(cfg))
+    return all(not isinstance(one, DRAWN) and one.condition != "" for one in _each(cfg))
 
 
 def _each(cfg: AnyConfig) -> list[OneConfig]:
@@ -82,6 +87,8 @@ def _open(cfg: AnyConfig, *, part_size: int, setting: str) -> Source:
             return UrlsSource(cfg, part_size=part_size, setting=setting)
         case EmojiConfig():
             return EmojiSource(cfg, part_size=part_size)
+        case ShapesConfig():
+            return ShapesSource(cfg, part_size=part_size)
         case MixConfig():
             inner = {
                 name: open_source(one, part_size=part_size, setting=f"{setting}.sources.{name}")

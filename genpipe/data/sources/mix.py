@@ -15,10 +15,11 @@ from genpipe.data.samples import Reject, Sample, Source
 from genpipe.data.sources.emoji import EmojiConfig
 from genpipe.data.sources.folder import FolderConfig
 from genpipe.data.sources.parquet import ParquetConfig
+from genpipe.data.sources.shapes import ShapesConfig
 from genpipe.data.sources.urls import UrlsConfig
 from genpipe.data.sources.webdataset import WebDatasetConfig
 
-OneConfig = FolderConfig | WebDatasetConfig | ParquetConfig | UrlsConfig | EmojiConfig
+OneConfig = FolderConfig | WebDatasetConfig | ParquetConfig | UrlsConfig | EmojiConfig | ShapesConfig
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_]+$", max_length=40)]
 
 

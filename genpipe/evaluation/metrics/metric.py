@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import numpy as np
 import torch
@@ -20,6 +20,8 @@ from genpipe.artifacts import Artifact, Role, read_manifest
 from genpipe.data.image_batches import image_batch, to_float
 from genpipe.data.shard_dataset import ShardDataset, open_splits
 from genpipe.data.shards import Split
+from genpipe.diffusion.process import DiffusionConfig
+from genpipe.diffusion.samplers import Denoise
 from genpipe.evaluation.reference import Reference
 from genpipe.pinned_files import PinnedFile, read_pinned
 from genpipe.storage import Storage
@@ -32,6 +34,14 @@ Partial = dict[str, Any]
 """What was found in one part, as JSON values."""
 Measure = Callable[[str, Path], Partial]
 """Measures one part; arrays and pictures go into the folder, under names that no other part gives."""
+
+
+class PixelModel(NamedTuple):
+    """A diffusion model of pictures of side `size`. `told` captions and labels of B pictures, it is a denoiser."""
+
+    size: int
+    diffusion: DiffusionConfig
+    told: Callable[[Sequence[str], Sequence[int]], Denoise]
 
 
 class Metric(Protocol):
@@ -72,7 +82,7 @@ class Evaluation:
     """What is measured, and how much at a time.
 
     `part_size` pictures make a part, `batch_size` of them pass through a network together. `validate` repeats the
-    held-out validation of a trained artifact.
+    held-out validation of a trained artifact, `pixel_model` loads a system of pixels.
     """
 
     inputs: Mapping[str, Artifact]
@@ -80,6 +90,7 @@ class Evaluation:
     batch_size: int
     device: torch.device
     validate: Callable[[Artifact, torch.device], dict[str, float]]
+    pixel_model: Callable[[Artifact, torch.device], PixelModel]
 
     @cached_property
     def samples(self) -> dict[Split, ShardDataset]:
