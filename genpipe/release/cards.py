@@ -15,7 +15,7 @@ from genpipe.config import flatten
 from genpipe.generation.released import PARTS
 from genpipe.release.record import GRID_FILE, Grid, Machine
 from genpipe.release.samples_page import SAMPLES_FILE
-from genpipe.release.scores import memorized, missed_gates
+from genpipe.release.scores import COPIED, MEMORIZED, intervals, missed_gates, shares
 from genpipe.stage_config import Observe
 from genpipe.weights import count_parameters
 
@@ -114,17 +114,18 @@ def _use(meta: Mapping[str, Any]) -> str:
 def _metrics(scores: Sequence[Manifest]) -> str:
     rows = []
     for manifest in scores:
-        intervals = _intervals(manifest.metrics)
-        ends = {end for interval in intervals.values() for end in interval}
+        ends_of = _ends(manifest.metrics)
+        given = {name: tuple(manifest.metrics[end] for end in ends) for name, ends in ends_of.items()}
+        hidden = {end for ends in ends_of.values() for end in ends}
+        between = {**intervals(manifest), **given}
         for name, value in sorted(manifest.metrics.items()):
-            if name not in ends:
-                between = " to ".join(f"{manifest.metrics[end]:.4g}" for end in intervals.get(name, ()))
-                rows.append((f"`{name}`", f"{value:.4g}", between))
-    return _table(("metric", "value", "interval"), rows) if rows else "No scores were given to this release."
+            if name not in hidden:
+                rows.append((f"`{name}`", f"{value:.4g}", " to ".join(f"{end:.4g}" for end in between.get(name, ()))))
+    return _table(("metric", "value", "95 % interval"), rows) if rows else "No scores were given to this release."
 
 
-def _intervals(metrics: Mapping[str, float]) -> dict[str, tuple[str, str]]:
-    """The names of the two ends of a metric's interval: `kid_low_1000` and `kid_high_1000` of `kid_1000`."""
+def _ends(metrics: Mapping[str, float]) -> dict[str, tuple[str, str]]:
+    """The names of the ends of intervals that metrics give: `kid_low_1000` and `kid_high_1000` of `kid_1000`."""
     found = {low.replace("_low", ""): (low, low.replace("_low", "_high")) for low in metrics if "_low" in low}
     return {name: ends for name, ends in found.items() if name in metrics and ends[1] in metrics}
 
@@ -142,12 +143,18 @@ def _gates(scores: Sequence[Manifest]) -> str:
 
 
 def _memorization(scores: Sequence[Manifest]) -> str:
-    shares = memorized(scores)
-    if not shares:
-        return "It was not measured: how many of its pictures are copies of training pictures is not known."
-    listed = [f"- `{name}`: {100 * share:.3g} % of the pictures" for name, share in shares.items()]
-    return "\n".join(
-        ["Pictures that lie as near to a training picture as hardly any held-out picture does:", "", *listed]
+    told = {
+        MEMORIZED: "Pictures that lie as near to a training picture as hardly any held-out picture does:",
+        COPIED: "Pictures that are nearer to training pictures than new ones would be, by estimate:",
+    }
+    found = {text: shares(scores, kind) for kind, text in told.items()}
+    paragraphs = [
+        "\n".join([text, "", *(f"- `{name}`: {100 * share:.3g} % of the pictures" for name, share in of.items())])
+        for text, of in found.items()
+        if of
+    ]
+    return "\n\n".join(paragraphs) or (
+        "It was not measured: how many of its pictures are copies of training pictures is not known."
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from typing import Any
 
 from genpipe.artifacts import Artifact, Manifest, read_manifest
 from genpipe.evaluation.comparison import SCORES
@@ -12,6 +13,9 @@ from genpipe.storage import open_storage
 
 MEMORIZED = "memorized"
 """The last part of the name of a share of memorized pictures (`evaluation.metrics.memorization`)."""
+
+COPIED = "copied"
+"""The same of the estimated share of pictures that are nearer to training pictures than new ones would be."""
 
 
 def missed_gates(scores: Sequence[Manifest]) -> list[str]:
@@ -26,19 +30,30 @@ def missed_gates(scores: Sequence[Manifest]) -> list[str]:
 
 def _worse(scores: Manifest) -> list[str]:
     """A sentence for each number that was worse than its baseline when it was measured."""
+    return [of["told"] for of in _recorded(scores).get("against", {}).values() if of["missed"]]
+
+
+def intervals(scores: Manifest) -> dict[str, tuple[float, float]]:
+    """The ends of the 95 % interval of each number that is a mean over single pictures."""
+    numbers = _recorded(scores).get("numbers", {})
+    return {name: (of["low"], of["high"]) for name, of in numbers.items() if "low" in of}
+
+
+def _recorded(scores: Manifest) -> dict[str, Any]:
+    """What the scores say beside their numbers, if they say something."""
     if SCORES not in {file.path for file in scores.files}:
-        return []
-    record = json.loads(open_storage(scores.artifact.uri).read(SCORES))
-    return [of["told"] for of in record["against"].values() if of["missed"]]
+        return {}
+    record: dict[str, Any] = json.loads(open_storage(scores.artifact.uri).read(SCORES))
+    return record
 
 
-def memorized(scores: Sequence[Manifest]) -> dict[str, float]:
-    """The shares of pictures that are nearly training pictures, by metric; empty where none was measured."""
+def shares(scores: Sequence[Manifest], kind: str) -> dict[str, float]:
+    """The shares of pictures that are MEMORIZED, or COPIED, by metric; empty where none was measured."""
     return {
         name: value
         for manifest in scores
         for name, value in manifest.metrics.items()
-        if name.rpartition("/")[2] == MEMORIZED
+        if name.rpartition("/")[2] == kind
     }
 
 
@@ -48,7 +63,7 @@ def check_scores(scores: Sequence[Manifest], *, system: Artifact, max_memorized:
         _check_measured(manifest, system)
     if missed := missed_gates(scores):
         raise ValueError(f"inputs.evaluate: {'; '.join(missed)}; a system that misses a gate is not released")
-    for name, share in memorized(scores).items():
+    for name, share in shares(scores, MEMORIZED).items():
         if not share <= max_memorized:
             raise ValueError(
                 f"max_memorized: {name} is {share:.4g}, and {max_memorized:g} may be; train on more pictures or for "

@@ -45,7 +45,7 @@ from genpipe.storage import Storage, join, open_storage
 from genpipe.training.stream import seeded, to_device
 from genpipe.weights import load_weights
 
-VERSION = 4
+VERSION = 5
 MAKES = "scores"
 HEADLINES = (
     "train/recall_at_10",

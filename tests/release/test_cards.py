@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
-from genpipe.artifacts import Artifact, Manifest
+from genpipe.artifacts import Artifact, FileEntry, Manifest
 from genpipe.release.cards import Known, Statements, data_card, model_card
 from genpipe.release.record import Grid, GridPrompt, Machine
 
@@ -71,12 +72,27 @@ def test_metrics_have_their_intervals_and_gates_their_values() -> None:
     ]
 
 
+def test_numbers_of_single_pictures_have_the_interval_of_the_record(tmp_path: Path) -> None:
+    """A gate's interval is the card's: what `scores.json` says."""
+    number = {"value": 0.5, "low": 0.25, "high": 0.625, "pictures": 8}
+    (tmp_path / "scores.json").write_text(
+        json.dumps({"against": {}, "numbers": {"recall": number, "loss": {"value": 2}}})
+    )
+    scores = manifest("scores", metrics={"recall": 0.5, "loss": 2.0})
+    there = scores.artifact.model_copy(update={"uri": str(tmp_path)})
+    files = (FileEntry(path="scores.json", size=1, sha256=""),)
+    text = card(scores.model_copy(update={"artifact": there, "files": files}))
+    assert section(text, "## Metrics")[2:] == ["| `loss` | 2 |  |", "| `recall` | 0.5 | 0.25 to 0.625 |"]
+
+
 def test_memorization_is_told_by_split_or_not_known() -> None:
-    text = card(manifest("scores", metrics={"train/memorized": 0.0125, "of_all/heldout/memorized": 0.0}))
-    assert section(text, "## Memorization")[1:] == [
+    measured = {"train/memorized": 0.0125, "of_all/heldout/memorized": 0.0, "train/copied": 0.9}
+    told = section(card(manifest("scores", metrics=measured)), "## Memorization")
+    assert told[1:3] == [
         "- `train/memorized`: 1.25 % of the pictures",
         "- `of_all/heldout/memorized`: 0 % of the pictures",
     ]
+    assert told[4:] == ["- `train/copied`: 90 % of the pictures"]
     assert "is not known" in section(card(), "## Memorization")[0]
     assert section(card(), "## Metrics") == ["No scores were given to this release."]
 

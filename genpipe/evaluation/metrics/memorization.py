@@ -55,9 +55,10 @@ class MemorizationConfig(Config):
     In the features of every one of `networks`, so give two that see different things. `SPLIT/memorized` is that share,
     `memorized_heldout` that of the held-out pictures by the same rule, each against the others: what to expect of
     pictures that are no copies, at most `level`. `SPLIT/copied` estimates the share that lies nearer to training
-    pictures than held-out ones would, blurred and damaged copies among them (Storey 2002, 1 - pi_0 at lambda 0.5 of
-    the `p` below): in expectation 0 or less, so cut off, of what is drawn as new. `SPLIT/copying_z_NETWORK` is how many deviations the distances lie
-    above those of held-out pictures (Meehan et al. 2020): far below 0 where training pictures are copied.
+    pictures than held-out ones would, blurred and damaged copies among them (Storey 2002: 1 - pi_0 at lambda 0.5 of the
+    `p` below); of what is drawn as new it is 0 or less in expectation, and cut off there. `SPLIT/copying_z_NETWORK` is
+    how many deviations the distances lie above those of held-out pictures (Meehan et al. 2020): far below 0 where
+    training pictures are copied.
 
     `memorization.parquet` has the nearest training picture of every generated one, its distance, and the `p` of it,
     the share of held-out pictures that are as near; `memorization-null.parquet` the distances of the held-out ones;
