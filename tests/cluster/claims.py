@@ -5,7 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
+import secrets
 import subprocess
+import textwrap
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -13,7 +16,8 @@ from typing import Any, NamedTuple
 
 import httpx
 import yaml
-from cluster.services import BIN, ROOT, Cluster, logged_in, wait_until
+from cluster.page import logged_in, screenshot
+from cluster.services import BIN, ROOT, Cluster, wait_until
 from seaweed import BUCKET
 from shapes import draw_shape, draw_shapes
 
@@ -23,6 +27,7 @@ RUN_SECONDS = 1200.0
 STORE, PICTURES = f"s3://{BUCKET}/runs", f"s3://{BUCKET}/pictures"
 LONG = {"samples": 16_000, "global_batch_size": 16, "optim": {"kind": "adamw", "lr": 3e-3}, "ema_decay": 0.9}
 CANCEL_SECONDS = 15.0
+UNDER_WAY = ["PENDING", "RUNNING", "PAUSED", "CANCELLING"]
 
 
 class FlowRun(NamedTuple):
@@ -98,7 +103,34 @@ class Rehearsal:
         self.seen |= {run.id for run in self.flow_runs() if run.begun <= found.begun}
         return found
 
+    def pause(self) -> None:
+        """Schedule no more runs, and wait until none is under way."""
+        self.cluster.genpipe("deploy", "team", "--pause")
+        query = {"deployments": {"name": {"any_": ["team"]}}, "flow_runs": {"state": {"type": {"any_": UNDER_WAY}}}}
+        wait_until(lambda: not self.prefect("flow_runs/filter", query), "the last run to end", seconds=RUN_SECONDS)
+
+    # What MLflow knows
+
+    def mlflow(self, path: str, *, login: tuple[str, str] | None = None, **body: Any) -> Any:
+        """What a route of MLflow's API answers to a POST, by default to its administrator."""
+        url = f"{self.cluster.mlflow_url}/api/2.0/mlflow/{path}"
+        answer = httpx.post(url, json=body, auth=login or self.cluster.mlflow_login, timeout=30)
+        return answer.raise_for_status().json()
+
+    def mlflow_runs(self, *, login: tuple[str, str] | None = None) -> list[dict[str, Any]]:
+        """All runs of the pipeline with their settings, metrics and tags, the newest first."""
+        found = self.mlflow("experiments/search", login=login, max_results=100)["experiments"]
+        [experiment] = [each["experiment_id"] for each in found if each["name"] == "team"]
+        query = {"experiment_ids": [experiment], "max_results": 1000}
+        runs: list[dict[str, Any]] = self.mlflow("runs/search", login=login, **query)["runs"]
+        return runs
+
     # What the store and Ray know
+
+    def objects(self) -> dict[str, int]:
+        """All that S3 holds, in both buckets: the sizes by the keys."""
+        buckets = [f"s3://{BUCKET}", "s3://mlflow"]
+        return {f"{bucket}/{entry.key}": entry.size for bucket in buckets for entry in open_storage(bucket).list()}
 
     def manifests(self) -> dict[str, str]:
         """The committed artifacts: kind/fingerprint, and the sha256 of the manifest."""
@@ -281,24 +313,67 @@ def a_cancel_stops_the_job(team: Rehearsal) -> str:
     return f"after {seconds:.1f} s"
 
 
+def a_backup_restores(team: Rehearsal) -> str:
+    """PostgreSQL and S3 lose their disks; with what was backed up all records are back, and nothing is made anew."""
+    cluster = team.cluster
+    cluster.genpipe("deploy", str(team.config), "--cron", "* * * * *", "--overlap", "skip")
+    team.pause()
+    login = ("somebody", secrets.token_hex(16))
+    team.mlflow("users/create", username=login[0], password=login[1])
+
+    def kept() -> dict[str, Any]:
+        return {
+            "MLflow's runs": team.mlflow_runs(login=login),
+            "Prefect's runs": team.flow_runs(),
+            "artifacts": team.manifests(),
+            "objects": team.objects(),
+        }
+
+    before, jobs = kept(), len(cluster.jobs())
+    backup, restore = _administration()
+    folder = cluster.folder / "backup"
+    folder.mkdir()
+    begun = time.monotonic()
+    cluster.administer(backup, folder)
+    backed_up = time.monotonic()
+    cluster.lose_disks()
+    assert not team.manifests(), "the disks are not lost"
+    lost = time.monotonic()
+    cluster.administer(restore, folder)
+    cluster.start_again()
+    restored = time.monotonic()
+    after = kept()
+    others = [what for what, there in before.items() if there != after[what]]
+    assert not others, f"not as before: {', '.join(others)}"
+    team.seen |= {run.id for run in team.flow_runs()}
+    cluster.genpipe("deploy", "team", "--resume")
+    run = team.next_completed()
+    assert team.manifests() == before["artifacts"] and len(cluster.jobs()) == jobs, "something was made anew"
+    team.pause()
+    sizes = ", ".join(f"{len(there)} {what}" for what, there in before.items())
+    times = f"backed up in {backed_up - begun:.0f} s, restored and started in {restored - lost:.0f} s"
+    return f"{sizes}; {times}; the next scheduled run made nothing in {run.seconds:.0f} s"
+
+
+def _administration() -> tuple[str, str]:
+    """The commands of infra/README.md that back up, and those that restore."""
+    section = (ROOT / "infra/README.md").read_text().partition("## Upgrades, backups, restore")[2]
+    blocks = re.findall(r"(?:^    .+\n)+", section, flags=re.MULTILINE)
+    access, backup, restore = (textwrap.dedent(block) for block in blocks)
+    return access + backup, access + restore
+
+
 def mlflow_shows_the_runs(team: Rehearsal) -> str:
     """MLflow's page shows the scheduled runs, none of them open (a screenshot)."""
     cluster = team.cluster
-    api, login = f"{cluster.mlflow_url}/api/2.0/mlflow", cluster.mlflow_login
-    experiment = httpx.get(f"{api}/experiments/get-by-name?experiment_name=team", auth=login).json()["experiment"]
-    query = {"experiment_ids": [experiment["experiment_id"]], "max_results": 1000}
-    runs = httpx.post(f"{api}/runs/search", json=query, auth=login).json()["runs"]
-    statuses = Counter(run["info"]["status"] for run in runs)
+    runs = [run["info"] for run in team.mlflow_runs()]
+    statuses = Counter(run["status"] for run in runs)
     assert "RUNNING" not in statuses, statuses
-    newest = next(run["info"]["run_name"] for run in runs if run["info"]["run_name"].startswith("team "))
+    newest = next(run["run_name"] for run in runs if run["run_name"].startswith("team "))
     picture = cluster.folder / "mlflow.png"
-    with logged_in(cluster.mlflow_url, login) as address:
-        options = ["--headless", "--no-sandbox", "--window-size=1500,1000", "--virtual-time-budget=30000"]
-        url = f"{address}/#/experiments/{experiment['experiment_id']}/runs"
-        browser = ["chromium", *options, url]
-        page = subprocess.run([*browser, "--dump-dom"], check=True, capture_output=True, text=True).stdout
-        assert newest in page, "the page does not show the newest run"
-        subprocess.run([*browser, f"--screenshot={picture}"], check=True, capture_output=True)
+    with logged_in(cluster.mlflow_url, cluster.mlflow_login) as address:
+        page = screenshot(f"{address}/#/experiments/{runs[0]['experiment_id']}/runs", picture)
+    assert newest in page, f"the page does not show the newest run: {picture}"
     return f"{dict(statuses)}; {picture}"
 
 
@@ -310,5 +385,6 @@ CLAIMS: dict[str, Callable[[Rehearsal], str]] = {
     "a node is cut off": a_node_is_cut_off,
     "a dead worker's job is adopted": a_dead_workers_job_is_adopted,
     "a cancel stops the job": a_cancel_stops_the_job,
+    "a backup restores": a_backup_restores,
     "MLflow shows the runs": mlflow_shows_the_runs,
 }

@@ -10,13 +10,10 @@ import secrets
 import shutil
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import httpx
 from hosts import Host, Missing, Network
@@ -36,6 +33,9 @@ class Cluster:
     """The whole of it; `laptop` is what a person's environment holds who may use it, and where this process stands."""
 
     def __init__(self, folder: Path) -> None:
+        for command, use in (("rclone", "copies buckets"), ("chromium", "looks at MLflow's page")):
+            if not shutil.which(command):
+                raise Missing(f"the rehearsal {use} with {command}: install Debian's package `{command}`")
         self.folder = folder
         self.network = Network(0)
         self.ray_folder = folder / "r"
@@ -47,18 +47,14 @@ class Cluster:
             raise
 
     def _start(self) -> None:
-        database_host, self.s3_host, mlflow_host, prefect_host, self.ray_host = (
+        self.database_host, s3_host, self.mlflow_host, self.prefect_host, self.ray_host = (
             self.network.add_host() for _ in range(5)
         )
-        self.postgres = Postgres(self.folder / "postgres", database_host)
-        (self.folder / "s3").mkdir()
-        self.s3 = Seaweed(self.folder / "s3", host=self.s3_host)
-        self.s3.start()
+        self.s3 = Seaweed(self.folder / "s3", host=s3_host)
         self.aws = self.s3.environment()
-        python = str(BIN / "python")
-        subprocess.run([python, str(IMAGES / "make_buckets.py"), "mlflow"], env=os.environ | self.aws, check=True)
-        self.mlflow_url = f"http://{mlflow_host.address}:5000"
-        self.prefect_url = f"http://{prefect_host.address}:4200/api"
+        self._start_storage()
+        self.mlflow_url = f"http://{self.mlflow_host.address}:5000"
+        self.prefect_url = f"http://{self.prefect_host.address}:4200/api"
         self.ray_url = f"http://{self.ray_host.address}:8265"
         self.gcs = f"{self.ray_host.address}:6379"
         self.mlflow_login = ("admin", secrets.token_hex(16))
@@ -73,18 +69,45 @@ class Cluster:
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": self.token,
         }
-        mlflow = [str(BIN / "mlflow"), "server", "--app-name", "basic-auth", "--host", "0.0.0.0", "--port", "5000"]
-        self.run_on(mlflow_host, [*mlflow, "--workers", "1"], self._mlflow_settings(), name="mlflow")
-        prefect = [str(BIN / "prefect"), "server", "start", "--host", "0.0.0.0", "--port", "4200"]
-        self.run_on(prefect_host, prefect, self._prefect_settings(), name="prefect")
+        self._start_records()
         head = ["--head", "--port=6379", "--dashboard-host=0.0.0.0", "--num-cpus=0"]
         self._ray(self.ray_host, [*head, f"--temp-dir={self.ray_folder}"])
         wait_until(lambda: self.answers(f"{self.ray_url}/api/version", self.ray_access()), "Ray's dashboard")
         self.nodes = [self.add_node() for _ in range(NODES)]
-        wait_until(lambda: self.answers(f"{self.mlflow_url}/health"), "MLflow")
-        wait_until(lambda: self.answers(f"{self.prefect_url}/health", auth=self.prefect_login), "Prefect")
+        self._await_records()
         wait_until(lambda: len(self.alive_nodes()) == NODES + 1, "Ray's nodes")
         self.worker_host = self.start_worker()
+
+    def lose_disks(self) -> None:
+        """PostgreSQL and S3 lose all that they hold, and come back empty; MLflow, Prefect and the worker are down."""
+        for host in (self.worker_host, self.prefect_host, self.mlflow_host, self.database_host):
+            host.kill()
+        self.s3.lose()
+        shutil.rmtree(self.postgres.folder)
+        self._start_storage()
+
+    def start_again(self) -> None:
+        """Start MLflow, Prefect and a worker on what PostgreSQL and S3 hold."""
+        self._start_records()
+        self._await_records()
+        self.worker_host = self.start_worker()
+
+    def _start_storage(self) -> None:
+        """What `infra/compose` begins with: databases and buckets with nothing in them."""
+        self.postgres = Postgres(self.folder / "postgres", self.database_host)
+        self.s3.start()
+        buckets = [str(BIN / "python"), str(IMAGES / "make_buckets.py"), "mlflow"]
+        subprocess.run(buckets, env=os.environ | self.aws, check=True)
+
+    def _start_records(self) -> None:
+        mlflow = [str(BIN / "mlflow"), "server", "--app-name", "basic-auth", "--host", "0.0.0.0", "--port", "5000"]
+        self.run_on(self.mlflow_host, [*mlflow, "--workers", "1"], self._mlflow_settings(), name="mlflow")
+        prefect = [str(BIN / "prefect"), "server", "start", "--host", "0.0.0.0", "--port", "4200"]
+        self.run_on(self.prefect_host, prefect, self._prefect_settings(), name="prefect")
+
+    def _await_records(self) -> None:
+        wait_until(lambda: self.answers(f"{self.mlflow_url}/health"), "MLflow")
+        wait_until(lambda: self.answers(f"{self.prefect_url}/health", auth=self.prefect_login), "Prefect")
 
     def add_node(self) -> Host:
         """Give Ray one more node."""
@@ -134,6 +157,13 @@ class Cluster:
         if check and done.returncode:
             raise AssertionError(f"genpipe {' '.join(arguments)}: {done.stdout}{done.stderr}")
         return done
+
+    def administer(self, commands: str, folder: Path) -> None:
+        """What an administrator types in a folder, with PostgreSQL and S3 within reach."""
+        path = f"{self.postgres.bin}:{os.environ['PATH']}"
+        settings = self.aws | self.postgres.environment | {"PATH": path, "HOME": str(folder), "LANG": "C.UTF-8"}
+        done = subprocess.run(["bash", "-euxc", commands], env=settings, cwd=folder, capture_output=True, text=True)
+        assert not done.returncode, done.stderr
 
     def ray_access(self) -> dict[str, str]:
         """The headers that Ray's dashboard asks for."""
@@ -220,7 +250,7 @@ class Postgres:
         ]
         if not found:
             raise Missing("MLflow's and Prefect's database needs PostgreSQL: install Debian's package `postgresql`")
-        self.bin = found[-1]
+        self.bin, self.folder = found[-1], folder
         folder.mkdir()
         shutil.chown(folder, "postgres", "postgres")
         password = secrets.token_hex(16)
@@ -265,43 +295,3 @@ def wait_until(ready: Callable[[], Any], what: str, *, seconds: float = START_SE
         assert time.monotonic() < deadline, f"{what}: not after {seconds:.0f} s"
         time.sleep(0.3)
     return found
-
-
-class LoggedIn(BaseHTTPRequestHandler):
-    """A proxy on loopback that logs in for a browser, which takes no password from a command line."""
-
-    target: ClassVar[str]
-    login: ClassVar[tuple[str, str]]
-
-    def do_GET(self) -> None:
-        self._pass_on("GET")
-
-    def do_POST(self) -> None:
-        self._pass_on("POST")
-
-    def _pass_on(self, method: str) -> None:
-        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        headers = {"Content-Type": self.headers.get("Content-Type", "application/json")}
-        url = f"{self.target}{self.path}"
-        answer = httpx.request(method, url, content=body, headers=headers, auth=self.login, timeout=60)
-        self.send_response(answer.status_code)
-        self.send_header("Content-Type", answer.headers.get("Content-Type", "text/plain"))
-        self.send_header("Content-Length", str(len(answer.content)))
-        self.end_headers()
-        self.wfile.write(answer.content)
-
-    def log_message(self, format: str, *arguments: object) -> None:
-        """Nothing."""
-
-
-@contextmanager
-def logged_in(target: str, login: tuple[str, str]) -> Iterator[str]:
-    """A URL on loopback behind which `target` answers as to somebody who has logged in."""
-    handler = type("Handler", (LoggedIn,), {"target": target, "login": login})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}"
-    finally:
-        server.shutdown()
-        server.server_close()
