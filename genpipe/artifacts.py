@@ -43,9 +43,9 @@ CURVE = "curve.json"
 PARTS = "_parts/"
 ASIDE = "aside/"
 """Files of an artifact that `fetch` leaves where they are: large ones, which hardly anybody wants."""
-ROLLS = f"{PARTS}rolls/"
+ROLLS = f"{PARTS}rolled/"
 ROLL = 1000
-"""Markers that go into one file together, once somebody has read as many one by one."""
+"""Markers that one file takes the place of, once somebody has read as many one by one."""
 HASH_BLOCK = 8 * 2**20
 TRANSFERS = 8
 """Files of an artifact that go up or down at once: S3 takes large ones in concurrent parts besides."""
@@ -288,41 +288,52 @@ def mark_part(storage: Storage, part: str, files: Iterable[FileEntry], stats: Ma
 
 def forget_part(uri: str, part: str) -> None:
     """Take a finished part back. Its files count no more, and go when the artifact is committed without them."""
-    open_storage(uri).delete(_marker(part))
+    storage = open_storage(uri)
+    storage.delete(_marker(part))
+    for key, rolled in _rolls(storage, storage.list(ROLLS)):
+        if rolled.pop(part, None):
+            storage.write(key, canonical_json(rolled).encode())
 
 
 def missing_parts(uri: str, parts: Iterable[str]) -> list[str]:
     """Those of `parts` that an unfinished artifact does not hold yet, in order; no marker is read for that."""
-    there = {entry.key for entry in open_storage(uri).list(PARTS)}
-    return [part for part in parts if _marker(part) not in there]
+    storage = open_storage(uri)
+    there = list(storage.list(PARTS))
+    markers = {entry.key for entry in there}
+    rolled = {part for _, roll in _rolls(storage, there) for part in roll}
+    return [part for part in parts if part not in rolled and _marker(part) not in markers]
 
 
 def finished_parts(uri: str) -> dict[str, dict[str, Any]]:
     """The parts that an unfinished artifact already holds: part name to its `files` and `stats`.
 
-    What `ROLL` or more markers say that nobody has read before is written into files of `ROLL` each, for whoever asks
-    next: call it now and then while parts are made, and the end of tens of thousands reads tens of files.
+    A file takes the place of each `ROLL` markers: call this now and then while parts are made, and at the end of tens
+    of thousands there are tens of files to list, read and delete. Only who may write there may call it.
     """
     storage = open_storage(uri)
     return _records(storage, storage.list(PARTS))
 
 
 def _records(storage: Storage, entries: Iterable[Entry]) -> dict[str, dict[str, Any]]:
-    """What the markers among a storage's entries say, by the name of the part."""
-    markers = {entry.key: entry.version for entry in entries if entry.key.startswith(PARTS)}
-    rolls = [key for key in markers if key.startswith(ROLLS)]
-    for key in rolls:
-        del markers[key]
-    rolled = [marker for roll in at_once(storage.read, rolls) for marker in json.loads(roll)] if rolls else []
-    # A part that was repeated has a marker of another version than was rolled up.
-    found = {key: record for key, version, record in rolled if markers.get(key) == version}
-    unread = [key for key in markers if key not in found]
-    if unread:
-        found |= zip(unread, map(json.loads, at_once(storage.read, unread)), strict=True)
-    for first in range(0, len(unread) - ROLL + 1, ROLL):
-        roll = canonical_json([[key, markers[key], found[key]] for key in unread[first : first + ROLL]]).encode()
-        storage.write(f"{ROLLS}{hashlib.sha256(roll).hexdigest()[:24]}.json", roll)
-    return {record["part"]: record for record in found.values()}
+    """What is said among a storage's entries of finished parts, by the name of the part."""
+    there = [entry for entry in entries if entry.key.startswith(PARTS)]
+    rolls = _rolls(storage, there)
+    markers = [entry.key for entry in there if "/" not in entry.key.removeprefix(PARTS)]
+    read = [json.loads(marker) for marker in at_once(storage.read, markers)]
+    for first in range(0, len(read) - ROLL + 1, ROLL):
+        key = f"{ROLLS}{len(rolls):06d}.json"
+        rolls.append((key, {record["part"]: record for record in read[first : first + ROLL]}))
+        storage.create(key, canonical_json(rolls[-1][1]).encode())
+        storage.delete_many(markers[first : first + ROLL])
+    # What was repeated counts as it was made last: its marker is newer than any roll, and a roll than those before.
+    found = {part: record for _, roll in rolls for part, record in roll.items()}
+    return found | {record["part"]: record for record in read}
+
+
+def _rolls(storage: Storage, entries: Iterable[Entry]) -> list[tuple[str, dict[str, dict[str, Any]]]]:
+    """The files of rolled-up markers among a storage's entries, the oldest first: their keys, and what they hold."""
+    keys = sorted(entry.key for entry in entries if entry.key.startswith(ROLLS))
+    return list(zip(keys, map(json.loads, at_once(storage.read, keys)), strict=True))
 
 
 def commit(
@@ -370,7 +381,7 @@ def commit(
     record = manifest.model_dump(mode="json")
     text = json.dumps({**record, "digest": _digest(record)}, indent=1, sort_keys=True)
     fence()
-    at_once(storage.delete, [key for key in leftovers if key != MANIFEST])
+    storage.delete_many(key for key in leftovers if key != MANIFEST)
     storage.create(MANIFEST, text.encode())
     storage.delete_all(PARTS)
     return artifact

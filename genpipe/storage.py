@@ -26,6 +26,7 @@ T = TypeVar("T")
 R = TypeVar("R")
 BODY_ATTEMPTS = 3
 REQUESTS = 32  # of one caller at once
+PAGE = 1000  # objects that S3 lists or deletes with one request
 
 
 class Entry(NamedTuple):
@@ -92,6 +93,10 @@ class Storage(Protocol):
 
     def delete(self, key: str) -> None:
         """Delete one object, if it is there."""
+        ...
+
+    def delete_many(self, keys: Iterable[str]) -> None:
+        """Delete objects, those that are there; of S3 a thousand with each request."""
         ...
 
     def delete_all(self, prefix: str = "") -> None:
@@ -225,9 +230,13 @@ class LocalStorage(Storage):
         self._path(key).unlink(missing_ok=True)
 
     @override
+    def delete_many(self, keys: Iterable[str]) -> None:
+        for key in keys:
+            self.delete(key)
+
+    @override
     def delete_all(self, prefix: str = "") -> None:
-        for entry in list(self._list(prefix, follow=False)):
-            self.delete(entry.key)
+        self.delete_many([entry.key for entry in self._list(prefix, follow=False)])
         folder = self.root / prefix
         if folder.is_dir():
             shutil.rmtree(folder, ignore_errors=True)
@@ -330,18 +339,23 @@ class S3Storage(Storage):
         self._call(key, lambda: self.client.delete_object(Bucket=self.bucket, Key=self._key(key)))
 
     @override
-    def delete_all(self, prefix: str = "") -> None:
-        def delete(page: Sequence[Any]) -> None:
-            names: Any = {"Objects": [{"Key": item["Key"]} for item in page], "Quiet": True}
-            answer = self._call(prefix, lambda: self.client.delete_objects(Bucket=self.bucket, Delete=names))
-            for error in answer.get("Errors", []):
-                raise PermissionError(f"{self.uri}: {error.get('Key')} is not deleted: {error.get('Message')}")
+    def delete_many(self, keys: Iterable[str]) -> None:
+        names = [self._key(key) for key in keys]
+        at_once(self._delete, (names[first : first + PAGE] for first in range(0, len(names), PAGE)))
 
-        if pages := list(self._pages(prefix)):
-            at_once(delete, pages)
+    @override
+    def delete_all(self, prefix: str = "") -> None:
+        at_once(self._delete, ([item["Key"] for item in page] for page in self._pages(prefix)))
+
+    def _delete(self, names: Sequence[str]) -> None:
+        """Delete up to `PAGE` objects, by their keys in the bucket."""
+        what: Any = {"Objects": [{"Key": name} for name in names], "Quiet": True}
+        answer = self._call("", lambda: self.client.delete_objects(Bucket=self.bucket, Delete=what))
+        for error in answer.get("Errors", []):
+            raise PermissionError(f"{self.uri}: {error.get('Key')} is not deleted: {error.get('Message')}")
 
     def _pages(self, prefix: str) -> Iterator[Sequence[Any]]:
-        """The objects under a prefix, up to 1,000 at a time."""
+        """The objects under a prefix, up to `PAGE` at a time."""
         _check_prefix(prefix)
         lister = self.client.get_paginator("list_objects_v2")
         pages = iter(lister.paginate(Bucket=self.bucket, Prefix=self.prefix + prefix))

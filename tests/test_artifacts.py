@@ -208,21 +208,21 @@ def test_a_fetch_that_was_killed_goes_on_with_what_it_lacks(s3_server: str, tmp_
     assert files == FILES and not staging.exists()
 
 
-def test_markers_that_were_read_are_kept_together(
+def test_a_file_takes_the_place_of_markers_that_were_read(
     store_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(artifacts, "ROLL", 3)
     names = [f"part-{number}" for number in range(8)]
     for number, name in enumerate(names[:7]):
         artifacts.add_part(store_uri, name, write_folder(tmp_path / name, {name: b"1"}), {"count": number})
-    assert artifacts.missing_parts(store_uri, names) == names[7:]
-    storage, rolls = open_storage(store_uri), "_parts/rolls/"
+    storage = open_storage(store_uri)
     for _ in range(2):
         done = artifacts.finished_parts(store_uri)
         assert {part: record["stats"]["count"] for part, record in done.items()} == {
             name: number for number, name in enumerate(names[:7])
         }
-        assert len(list(storage.list(rolls))) == 2
+        assert len(list(storage.list("_parts/"))) == 3, "two files of three parts each, and a marker"
+        assert artifacts.missing_parts(store_uri, names) == names[7:]
     artifacts.add_part(store_uri, names[0], write_folder(tmp_path / "new", {names[0]: b"22"}), {"count": 9})
     done = artifacts.finished_parts(store_uri)
     assert [done[name]["stats"]["count"] for name in names[:3]] == [9, 1, 2], "a part that is repeated is read again"
@@ -233,17 +233,23 @@ def test_markers_that_were_read_are_kept_together(
     assert not list(storage.list("_parts/"))
 
 
-def test_a_marker_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parts_count_as_they_were_made_last(store_uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where a process was killed after it wrote a file of markers and before it deleted them."""
     monkeypatch.setattr(artifacts, "ROLL", 2)
-    storage = open_storage(str(tmp_path))
-    for name in ("one", "two"):
-        artifacts.mark_part(storage, name, [], {"name": name})
-    done = artifacts.finished_parts(str(tmp_path))
-    for path in (tmp_path / "_parts").glob("*.json"):
-        before = path.stat().st_mtime_ns
-        path.write_text("unreadable, if somebody read it")
-        os.utime(path, ns=(before, before))
-    assert artifacts.finished_parts(str(tmp_path)) == done and done.keys() == {"one", "two"}
+    storage = open_storage(store_uri)
+    for count in range(3):
+        for name in ("one", "two"):
+            artifacts.mark_part(storage, name, [], {"count": count})
+        markers = {entry.key: storage.read(entry.key) for entry in storage.list("_parts/") if "rolled" not in entry.key}
+        artifacts.finished_parts(store_uri)
+    for key, marker in markers.items():
+        storage.write(key, marker)
+    for _ in range(2):
+        done = artifacts.finished_parts(store_uri)
+        assert {part: record["stats"]["count"] for part, record in done.items()} == {"one": 2, "two": 2}
+    artifacts.forget_part(store_uri, "one")
+    assert artifacts.finished_parts(store_uri).keys() == {"two"}
+    assert artifacts.missing_parts(store_uri, ["one", "two"]) == ["one"]
 
 
 def test_finished_parts_are_taken_up(store_uri: str, tmp_path: Path) -> None:

@@ -134,6 +134,8 @@ def test_more_objects_than_s3_lists_at_once(s3_server: str, tmp_path: Path) -> N
     with ThreadPoolExecutor(16) as pool:
         list(pool.map(lambda key: storage.write(key, b""), keys))
     assert sorted(entry.key for entry in storage.list()) == keys
+    storage.delete_many(keys[:-1])
+    assert [entry.key for entry in storage.list()] == keys[-1:]
     storage.delete_all()
     assert not list(storage.list())
 
@@ -208,10 +210,12 @@ def test_an_empty_storage_lists_nothing(storage: Storage) -> None:
 
 
 def test_deletion(storage: Storage) -> None:
-    for key in ("a/1", "a/2", "b"):
+    for key in ("a/1", "a/2", "a/3", "b"):
         storage.write(key, b"x")
     storage.delete("a/1")
     storage.delete("never/was")
+    storage.delete_many(["a/3", "never/was"])
+    storage.delete_many([])
     assert sorted(entry.key for entry in storage.list()) == ["a/2", "b"]
     storage.delete_all("a/")
     assert [entry.key for entry in storage.list()] == ["b"]
@@ -303,6 +307,7 @@ def test_unsafe_keys_are_refused(storage: Storage, tmp_path: Path, key: str) -> 
         lambda: storage.upload(key, tmp_path / "file"),
         lambda: storage.download(key, tmp_path / "copy"),
         lambda: storage.delete(key),
+        lambda: storage.delete_many([key]),
     ):
         with pytest.raises(ValueError, match="unsafe storage key"):
             act()

@@ -31,7 +31,7 @@ from genpipe.launch.stopping import StageStopped, Stopped
 from genpipe.launch.watchdog import last_hang
 from genpipe.pipeline.spec import Progress, StageSpec, write_progress
 from genpipe.stage_config import Resources
-from genpipe.storage import Storage, join, open_storage
+from genpipe.storage import join, open_storage
 from genpipe.training.agreement import PATIENCE
 
 INSIST_SECONDS = 3.0
@@ -278,25 +278,17 @@ class _MapPart:
         StageError once one has killed more workers, which had nothing else, than `resources.max_failures` allows.
         """
         begun = open_storage(join(self.spec.work, f"{BEGUN}{self.job}", part))
-        again = any(True for _ in begun.list())
+        before = [entry.key for entry in begun.list()]
+        again = bool(before)
         if again and not artifacts.missing_parts(self.spec.target.uri, [part]):
             return  # it was in place when its worker died of another
-        died = self._deaths(part, begun)
+        died = sum(key.startswith(ALONE) for key in before)
+        if died > self.resources.max_failures:
+            raise StageError(_deadly(part, died, self.resources.max_failures))
         alone = again or self.at_once == 1
         with self._room(self.at_once if alone else 1):
             begun.write(f"{ALONE}{died}" if alone else "beside others", b"")
             self.worker(part)
-
-    def _deaths(self, part: str, begun: Storage) -> int:
-        """How many workers died of a part and of no other. Raises StageError for more than are allowed."""
-        died = len(list(begun.list(ALONE)))
-        lives = self.resources.max_failures
-        if died > lives:
-            raise StageError(
-                f"{part} has killed its worker {died} times, by its memory or with its machine (resources.max_failures "
-                f"is {lives}); give workers more memory, make parts smaller, or raise resources.max_failures"
-            )
-        return died
 
     @contextmanager
     def _room(self, places: int) -> Iterator[None]:
@@ -308,6 +300,13 @@ class _MapPart:
             yield
         finally:
             self.places.release(places)
+
+
+def _deadly(part: str, died: int, lives: int) -> str:
+    return (
+        f"{part} has killed its worker {died} times, by its memory or with its machine (resources.max_failures "
+        f"is {lives}); give workers more memory, make parts smaller, or raise resources.max_failures"
+    )
 
 
 def drive(spec_uri: str, job: str) -> int:

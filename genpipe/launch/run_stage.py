@@ -54,19 +54,18 @@ def execute(
     """
     check_code(spec)
     with lease.hold(spec, attempt or lease.new_attempt(spec), lost=lost) as held:
-        if held is not None:
-            _make(held, launcher)
-    if held is not None:
+        made = _make(held, launcher) if held else None
+    if made is not None:
         open_storage(spec.work).delete_all()
-    else:
-        settle_stage(spec)
-        lease.clear_work(spec)  # its maker may have been killed before it could
+        return made
+    settle_stage(spec)
+    lease.clear_work(spec)  # its maker may have been killed before it could
     artifact = artifacts.committed(spec.target)
     assert artifact is not None, "the lease is held until there is a committed artifact"
     return artifact
 
 
-def _make(spec: StageSpec, launcher: Launcher) -> None:
+def _make(spec: StageSpec, launcher: Launcher) -> Artifact:
     """Do the work of a stage, as the only one who does."""
     stage = load_stage(spec.stage)
     cfg: StageConfig = stage.Config.model_validate(spec.config)
@@ -79,6 +78,7 @@ def _make(spec: StageSpec, launcher: Launcher) -> None:
         artifact = artifacts.committed(spec.target)
         assert artifact is not None, "the launcher returned without a committed artifact"
         run.finish(artifact)
+    return artifact
 
 
 def _map_parts(spec: StageSpec, stage: ModuleType, cfg: StageConfig, launcher: Launcher, run: StageRun) -> None:

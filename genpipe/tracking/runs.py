@@ -165,7 +165,7 @@ class StageKeeper:
         A release is registered as well: it is its model's candidate.
         """
         client, run_id = self.client, self.run_id
-        manifest = artifacts.read_manifest(self.spec.target.uri)
+        manifest = artifacts.read_manifest(self.spec.target.uri, check_files=False)
         if manifest is not None:
             client.log_dict(run_id, manifest.model_dump(mode="json"), "manifest.json")
             client.set_tag(run_id, "genpipe.meta", _json(manifest.artifact.meta)[:MAX_TAG])
