@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import os
@@ -12,11 +13,12 @@ import textwrap
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
+from contextlib import closing, suppress
 from typing import Any, NamedTuple
 
 import httpx
 import yaml
-from cluster.page import logged_in, screenshot
+from browser import Browser
 from cluster.services import BIN, ROOT, Cluster, wait_until
 from seaweed import BUCKET
 from shapes import draw_shape, draw_shapes
@@ -27,6 +29,8 @@ RUN_SECONDS = 1200.0
 STORE, PICTURES = f"s3://{BUCKET}/runs", f"s3://{BUCKET}/pictures"
 LONG = {"samples": 16_000, "global_batch_size": 16, "optim": {"kind": "adamw", "lr": 3e-3}, "ema_decay": 0.9}
 CANCEL_SECONDS = 15.0
+EXPAND_RUNS = "Object.keys(localStorage).filter(k => k.endsWith('expandRows')).forEach(k => localStorage[k] = true)"
+"""Has MLflow's page show the runs of stages below those of pipelines, once it is loaded again."""
 UNDER_WAY = ["PENDING", "RUNNING", "PAUSED", "CANCELLING"]
 
 
@@ -370,10 +374,22 @@ def mlflow_shows_the_runs(team: Rehearsal) -> str:
     statuses = Counter(run["status"] for run in runs)
     assert "RUNNING" not in statuses, statuses
     newest = next(run["run_name"] for run in runs if run["run_name"].startswith("team "))
+    login = base64.b64encode(":".join(cluster.mlflow_login).encode()).decode()
+    url = f"{cluster.mlflow_url}/#/experiments/{runs[0]['experiment_id']}/runs"
     picture = cluster.folder / "mlflow.png"
-    with logged_in(cluster.mlflow_url, cluster.mlflow_login) as address:
-        page = screenshot(f"{address}/#/experiments/{runs[0]['experiment_id']}/runs", picture)
-    assert newest in page, f"the page does not show the newest run: {picture}"
+    browser = Browser(url, cluster.folder / "chromium", headers={"Authorization": f"Basic {login}"})
+
+    def shows(text: str) -> bool:
+        with suppress(AssertionError):  # the page is about to change
+            return text in (browser.run("document.body && document.body.innerHTML") or "")
+        return False
+
+    with closing(browser):
+        wait_until(lambda: shows(newest), "MLflow's page to show the newest run")
+        browser.run(EXPAND_RUNS)
+        browser.call("Page.reload")
+        wait_until(lambda: shows(newest) and shows("decoder"), "MLflow's page to show the stages")
+        picture.write_bytes(browser.screenshot())
     return f"{dict(statuses)}; {picture}"
 
 

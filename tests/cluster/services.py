@@ -33,9 +33,9 @@ class Cluster:
     """The whole of it; `laptop` is what a person's environment holds who may use it, and where this process stands."""
 
     def __init__(self, folder: Path) -> None:
-        for command, use in (("rclone", "copies buckets"), ("chromium", "looks at MLflow's page")):
+        for command in ("rclone", "chromium"):
             if not shutil.which(command):
-                raise Missing(f"the rehearsal {use} with {command}: install Debian's package `{command}`")
+                raise Missing(f"the rehearsal needs {command}: install Debian's package `{command}`")
         self.folder = folder
         self.network = Network(0)
         self.ray_folder = folder / "r"
@@ -227,6 +227,7 @@ class Cluster:
                 "MLFLOW_AUTH_ADMIN_PASSWORD": self.mlflow_login[1],
                 "MLFLOW_FLASK_SERVER_SECRET_KEY": secrets.token_hex(16),
                 "MLFLOW_SERVER_ALLOWED_HOSTS": f"{address},localhost:5000,127.0.0.1:5000",
+                "MLFLOW_SERVER_CORS_ALLOWED_ORIGINS": self.mlflow_url,
             }
         )
 
