@@ -23,7 +23,7 @@ from prefect import flow, task
 from prefect.artifacts import create_table_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import FlowRun, State, TaskRun
-from prefect.exceptions import CancelledRun
+from prefect.exceptions import CancelledRun, TerminationSignal
 from prefect.flows import Flow
 from prefect.futures import PrefectFuture
 from prefect.runtime import flow_run
@@ -414,8 +414,11 @@ def _foreseen(run: _Run, cluster: jobs.Cluster | None, works: dict[str, float]) 
 
 
 def _ended_by_cancel(error: BaseException) -> bool:
-    """Whether a worker has sent this process SIGTERM because the run was cancelled, which it may hear of first."""
-    return isinstance(error, SystemExit) and is_cancelled(str(flow_run.id))
+    """Whether a worker has sent this process SIGTERM because the run was cancelled, which it may hear of first.
+
+    In a worker's process Prefect hears the signal and raises TerminationSignal, in any other `_terminable` SystemExit.
+    """
+    return isinstance(error, (SystemExit, TerminationSignal)) and is_cancelled(str(flow_run.id))
 
 
 def _submit(run: _Run) -> dict[str, PrefectFuture[StageResult]]:
