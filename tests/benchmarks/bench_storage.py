@@ -15,7 +15,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from http.client import HTTPConnection
 from itertools import islice
 from pathlib import Path
@@ -32,8 +32,7 @@ from genpipe.artifacts import Artifact  # noqa: E402
 from genpipe.data.features import write_features  # noqa: E402
 from genpipe.data.loader import Batches, training_order  # noqa: E402
 from genpipe.data.train_sets import cached_data  # noqa: E402
-from genpipe.launch.failure import BEGUN, forget_parts_begun  # noqa: E402
-from genpipe.storage import at_once, open_storage  # noqa: E402
+from genpipe.storage import at_once  # noqa: E402
 
 T = TypeVar("T")
 ROWS, BATCH, RANKS = 1000, 128, 2
@@ -68,49 +67,52 @@ def measured(server: SlowS3, what: str, action: Callable[[], T]) -> T:
 
 
 def stage_of_parts(server: SlowS3, *, parts: int) -> None:
-    """What a data stage does with the store beside its work, in which each part brings a file, a marker and a trace."""
+    """What a data stage does with the store beside its work, in which each part brings a file and a marker.
+
+    The driver has one file take the place of each `ROLL` markers while parts are made. It does so here with the last
+    ones; for those before the file is put in place as it would be.
+    """
     print(f"\n{parts:,} parts")
     names = [f"part-{number:05d}" for number in range(parts)]
     identity = artifacts.identity("parts", version=1, settings={}, inputs={})
     target = Artifact(kind="parts", uri="s3://genpipe/parts", fingerprint=artifacts.fingerprint(identity))
-    work = "s3://genpipe/work"
-    half = parts // 2
-    make(server, names[:half], work=work)
-    # As the driver does all `ROLL` parts while they are made; here after the halves.
-    measured(server, "beside the first half: reading its markers", lambda: artifacts.finished_parts(target.uri))
-    measured(server, "resume half-way: traces of the first attempt", lambda: forget_parts_begun(work))
+    files = {name: {"path": f"{name}.bin", "size": 1, "sha256": "0" * 64} for name in names}
+    records = [{"part": name, "files": [files[name]], "stats": {"samples": 1}} for name in names]
+    rolled = max(parts - artifacts.ROLL, 0) // artifacts.ROLL
+    rolls = [records[number * artifacts.ROLL :][: artifacts.ROLL] for number in range(rolled)]
+    half = rolled // 2
+
+    def put_rolls(first: int, end: int) -> None:
+        put(server, {f"{artifacts.ROLLS}{n:06d}.json": {r["part"]: r for r in rolls[n]} for n in range(first, end)})
+
+    measured(server, "start: what is missing", lambda: artifacts.missing_parts(target.uri, names))
+    put(server, {files[name]["path"]: 0 for name in names})
+    put_rolls(0, half)
     missing = measured(server, "resume half-way: what is missing", lambda: artifacts.missing_parts(target.uri, names))
-    assert missing == names[half:]
-    make(server, names[half:], work=work)
-    measured(server, "beside the second half: reading its markers", lambda: artifacts.finished_parts(target.uri))
+    assert missing == names[half * artifacts.ROLL :]
+    put_rolls(half, rolled)
+    put(server, {artifacts._marker(record["part"]): record for record in records[rolled * artifacts.ROLL :]})
+    measured(server, "beside the work: the last markers", lambda: artifacts.finished_parts(target.uri))
     measured(server, "the end: what all parts say", lambda: artifacts.finished_parts(target.uri))
     rest: dict[str, Any] = {"config": {}, "inputs": {}, "metrics": {}}
     measured(server, "commit", lambda: artifacts.commit(target, parts=names, identity=identity, **rest))
-    measured(server, "what was kept to resume it goes", lambda: open_storage(work).delete_all())
     assert measured(server, "the next run finds it", lambda: artifacts.find(target.uri)) == target
 
 
-def make(server: SlowS3, names: Sequence[str], *, work: str) -> None:
-    """Put parts in place by the server's own API, which takes small files faster than S3's, and past the proxy."""
-    folders = [uri.removeprefix("s3://") for uri in ("s3://genpipe/parts", work)]
+def put(server: SlowS3, files: Mapping[str, Any]) -> None:
+    """Files of JSON by the server's own API, past the proxy: it takes many small ones faster than S3's."""
     local = threading.local()
 
-    def put(key: str, data: bytes) -> None:
+    def put_one(key: str) -> None:
         if not hasattr(local, "connection"):
             local.connection = HTTPConnection("127.0.0.1", server.server.filer_port)
-        local.connection.request("PUT", f"/buckets/{key}", body=data)
+        path = f"/buckets/genpipe/parts/{key}?saveInside={str(files[key] == 0).lower()}"
+        local.connection.request("PUT", path, body=json.dumps(files[key]))
         answer = local.connection.getresponse()
         assert answer.status == 201, answer.read()
         answer.read()
 
-    def make_one(name: str) -> None:
-        file = {"path": f"{name}.bin", "size": 1, "sha256": "0" * 64}
-        record = {"part": name, "files": [file], "stats": {"samples": 1}}
-        put(f"{folders[0]}/{name}.bin", b"x")
-        put(f"{folders[0]}/{artifacts._marker(name)}", json.dumps(record).encode())
-        put(f"{folders[1]}/{BEGUN}job/{name}/alone-0", b"-")
-
-    at_once(make_one, names, requests=8)
+    at_once(put_one, files, requests=8)
 
 
 def put_features(server: SlowS3, folder: Path, *, shards: int) -> Artifact:

@@ -127,6 +127,8 @@ class Rehearsal:
         [experiment] = [each["experiment_id"] for each in found if each["name"] == "team"]
         query = {"experiment_ids": [experiment], "max_results": 1000}
         runs: list[dict[str, Any]] = self.mlflow("runs/search", login=login, **query)["runs"]
+        for told in (values for run in runs for each in ("data", "inputs", "outputs") for values in run[each].values()):
+            told.sort(key=json.dumps)  # as a database gives them, which is in no order
         return runs
 
     # What the store and Ray know
