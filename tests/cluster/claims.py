@@ -123,8 +123,8 @@ class Rehearsal:
         """All runs of the pipeline with their settings, metrics and tags, the newest first."""
         found = self.mlflow("experiments/search", login=login, max_results=100)["experiments"]
         [experiment] = [each["experiment_id"] for each in found if each["name"] == "team"]
-        query = {"experiment_ids": [experiment], "max_results": 1000}
-        runs: list[dict[str, Any]] = self.mlflow("runs/search", login=login, **query)["runs"]
+        found = self.mlflow("runs/search", login=login, experiment_ids=[experiment], max_results=1000)
+        runs: list[dict[str, Any]] = found["runs"]
         for told in (values for run in runs for each in ("data", "inputs", "outputs") for values in run[each].values()):
             told.sort(key=json.dumps)  # as a database gives them, which is in no order
         return runs
