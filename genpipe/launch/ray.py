@@ -32,7 +32,6 @@ from genpipe.launch.watchdog import last_hang
 from genpipe.pipeline.spec import Progress, StageSpec, write_progress
 from genpipe.stage_config import Resources
 from genpipe.storage import join, open_storage
-from genpipe.training.agreement import PATIENCE
 
 INSIST_SECONDS = 3.0
 POLL_SECONDS = 1.0
@@ -49,7 +48,6 @@ END_SECONDS = 4.0
 """Of these, what the driver keeps for its own end."""
 ALONE = "alone-"
 """Begins the names under which it is counted that a part began with no other in its worker."""
-COLLECTIVE_SECONDS = int(PATIENCE.total_seconds())
 
 
 class RayLauncher:
@@ -78,12 +76,13 @@ class RayLauncher:
     def _fit(self, spec: StageSpec, run_id: str) -> Stopped | None:
         """Train to the end, or until the ranks stop on request."""
         from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
-        from ray.train.torch import TorchTrainer
+
+        from genpipe.launch.ray_ranks import ProcessGroup, RankTrainer
 
         resources = Resources.model_validate(spec.config["resources"])
         if resources.min_workers < resources.max_workers:  # a node that is gone may be counted on for a moment
             os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(GROUP_START_SECONDS)
-        trainer = TorchTrainer(
+        trainer = RankTrainer(
             _train_rank,
             train_loop_config={"spec": spec.model_dump(mode="json"), "run_id": run_id, "job": self.job},
             scaling_config=ScalingConfig(
@@ -98,7 +97,7 @@ class RayLauncher:
                 storage_path=join(spec.work, "ray"),
                 failure_config=FailureConfig(max_failures=resources.max_failures),  # preemptions are not counted
             ),
-            torch_config=_torch_config(resources),
+            backend_config=ProcessGroup("nccl" if resources.gpus else "gloo"),
         )
         began = time.time()
         try:
@@ -186,28 +185,6 @@ def _judged(error: Exception, hang: str) -> StageError:
     return JobLost(f"Ray Train gave up: {hang or first_line(error)}")
 
 
-def _torch_config(resources: Resources) -> Any:
-    """How Ray Train sets the ranks' processes up: for torch's collectives, and to hear signals.
-
-    Signals arrive on the main thread of a process, and Ray Train trains on another one.
-    """
-    from ray.train.torch import TorchConfig
-
-    class Backend(TorchConfig().backend_cls):  # type: ignore[misc]
-        def on_training_start(self, worker_group: Any, backend_config: Any) -> None:
-            super().on_training_start(worker_group, backend_config)
-            worker_group.execute(_hear_signals)
-
-    class Config(TorchConfig):
-        backend_cls = Backend
-
-    return Config(backend="nccl" if resources.gpus else "gloo", timeout_s=COLLECTIVE_SECONDS)
-
-
-def _hear_signals() -> None:
-    stopping.hear_signals()
-
-
 def _preemption_notice() -> str:
     """Who takes a node of this rank's group away, once Ray says so.
 
@@ -222,6 +199,7 @@ def _preemption_notice() -> str:
 def _train_rank(config: dict[str, Any]) -> dict[str, Any] | None:
     """One rank of a training stage, in a Ray Train worker; returns what it says if it stopped on request."""
     import ray.train.torch
+    import torch
 
     from genpipe.launch.rank import train_rank
 
@@ -229,7 +207,9 @@ def _train_rank(config: dict[str, Any]) -> dict[str, Any] | None:
     failure = read_failure(spec.work, job)
     if failure is not None and not failure.infrastructure:
         return None  # the fault is the stage's own, so a restarted group has nothing to try
-    context = ray.train.get_context()
+    context, device = ray.train.get_context(), ray.train.torch.get_device()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     try:
         peers = context.get_world_size() - 1
         with report_failure(spec, job, infrastructure=_infrastructure(), peers=peers):
@@ -238,7 +218,7 @@ def _train_rank(config: dict[str, Any]) -> dict[str, Any] | None:
                 config["run_id"],
                 rank=context.get_world_rank(),
                 world_size=context.get_world_size(),
-                device=ray.train.torch.get_device(),
+                device=device,
                 notice=_preemption_notice,
                 attended=spec.config["resources"]["validation"] is not None,
             )
