@@ -29,7 +29,6 @@ from genpipe.launch.stopping import StageStopped
 from genpipe.pipeline.graph import load_pipeline
 from genpipe.pipeline.plan import plan, spec_of
 from genpipe.pipeline.spec import Progress, StageSpec, write_progress
-from genpipe.stages import is_training, load_stage
 from genpipe.training.agreement import PATIENCE
 
 POLL_SECONDS = 1.0
@@ -87,13 +86,12 @@ def run_local(spec: StageSpec, *, lost: Callable[[LeaseLost], None] = print) -> 
     `lost` is called on another thread if somebody else takes over. Raises StageStopped once it has stopped on request.
     """
     launcher = LocalLauncher()
-    training = is_training(load_stage(spec.stage))
     if launcher.rank == 0:
         made = execute(spec, launcher, lost=lost)
-        if training:
+        if spec.trains:
             launcher.lead(trains=False)  # unless it has trained: somebody else made the artifact
         return made
-    if training and launcher.lead(trains=False):
+    if spec.trains and launcher.lead(trains=False):
         launcher.train(spec, run_id="")
     while (artifact := artifacts.committed(spec.target)) is None:  # for longer than a collective would wait
         time.sleep(POLL_SECONDS)

@@ -8,8 +8,6 @@ import sys
 from contextlib import suppress
 from typing import Literal, NoReturn
 
-import torch
-
 from genpipe.stage_config import StageConfig
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
@@ -18,6 +16,8 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 
 def set_up_process(cfg: StageConfig, *, products: Literal["medium", "high"]) -> None:
     """As many threads as the worker has cores; the precision of fp32 matrix products; memory that is kept."""
+    import torch  # here, as not every process that ends by `end_process` has it
+
     torch.set_num_threads(max(1, int(cfg.resources.cpus)))
     torch.set_float32_matmul_precision(products)
     keep_freed_memory()

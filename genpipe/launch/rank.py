@@ -20,7 +20,7 @@ from genpipe.artifacts import CURVE
 from genpipe.files import may_pass
 from genpipe.launch import lease, stopping
 from genpipe.launch.process import set_up_process
-from genpipe.launch.run_stage import commit
+from genpipe.launch.run_stage import commit, load_checked
 from genpipe.launch.validator import hand_over_store
 from genpipe.launch.watchdog import Watched
 from genpipe.pipeline.code import check_code
@@ -62,8 +62,7 @@ def train_rank(
     checkpoint, and rank 0 has answered the request.
     """
     check_code(spec)
-    stage = load_stage(spec.stage)
-    cfg = stage.Config.model_validate(spec.config)
+    stage, cfg = load_checked(spec)
     set_up_process(cfg, products="medium")  # bf16 passes, TF32
     torch.manual_seed(cfg.train.seed)  # the same initial weights on every rank
     checkpoints = CheckpointStore(

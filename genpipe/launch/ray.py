@@ -161,9 +161,12 @@ class RayLauncher:
             raise StageError(failure.message, details=failure.traceback)
 
 
-def _infrastructure() -> tuple[type[Exception], ...]:
-    """Exceptions that say that a part of the cluster is gone, whoever of the stage's processes meets them."""
+def _infrastructure(*, ranks: bool = False) -> tuple[type[Exception], ...]:
+    """Exceptions that say that a part of the cluster is gone; `ranks` may meet those of torch as well."""
     from ray.exceptions import RayError
+
+    if not ranks:
+        return (RayError,)
     from torch.distributed import DistError
 
     return RayError, DistError
@@ -212,7 +215,7 @@ def _train_rank(config: dict[str, Any]) -> dict[str, Any] | None:
         torch.cuda.set_device(device)
     try:
         peers = context.get_world_size() - 1
-        with report_failure(spec, job, infrastructure=_infrastructure(), peers=peers):
+        with report_failure(spec, job, infrastructure=_infrastructure(ranks=True), peers=peers):
             train_rank(
                 spec,
                 config["run_id"],

@@ -5,14 +5,15 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from genpipe.launch.failure import first_line
 from genpipe.launch.placement import options_of, places_beside
-from genpipe.launch.validator import hand_over_store
 from genpipe.pipeline.spec import StageSpec
 from genpipe.stage_config import Resources
-from genpipe.training.handover import HandOverStore
+
+if TYPE_CHECKING:
+    from genpipe.training.handover import HandOverStore
 
 IDLE_SECONDS, BUSY_SECONDS = 1.0, 0.2
 """Between two looks at whether there is something to validate, and whether the validator still runs and is to."""
@@ -29,6 +30,8 @@ def validator(spec: StageSpec) -> Iterator[None]:
     if resources.validator is None:
         yield
         return
+    from genpipe.launch.validator import hand_over_store  # imports torch, which the driver needs for nothing else
+
     store, ended = hand_over_store(spec), threading.Event()
     store.attend()
     watching = threading.Thread(target=_keep, args=(spec, resources, store, ended), name="validator", daemon=True)

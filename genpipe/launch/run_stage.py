@@ -21,7 +21,7 @@ from genpipe.launch.process import set_up_process
 from genpipe.pipeline.code import check_code
 from genpipe.pipeline.spec import StageSpec
 from genpipe.stage_config import StageConfig
-from genpipe.stages import is_training, load_stage
+from genpipe.stages import load_stage
 from genpipe.storage import open_storage
 from genpipe.tracking.recording import StageRun, open_stage_run, settle_stage
 
@@ -66,22 +66,20 @@ def execute(
 
 
 def _make(spec: StageSpec, launcher: Launcher) -> Artifact:
-    """Do the work of a stage, as the only one who does."""
-    stage = load_stage(spec.stage)
-    cfg: StageConfig = stage.Config.model_validate(spec.config)
-    stage.check_inputs(cfg, spec.inputs)
+    """Do the work of a stage, as the only one who does. (What trains is loaded by its ranks alone: it imports torch.)"""
     with open_stage_run(spec) as run:
-        if is_training(stage):
+        if spec.trains:
             launcher.train(spec, run.run_id)
         else:
-            _map_parts(spec, stage, cfg, launcher, run)
+            _map_parts(spec, launcher, run)
         artifact = artifacts.committed(spec.target)
         assert artifact is not None, "the launcher returned without a committed artifact"
         run.finish(artifact)
     return artifact
 
 
-def _map_parts(spec: StageSpec, stage: ModuleType, cfg: StageConfig, launcher: Launcher, run: StageRun) -> None:
+def _map_parts(spec: StageSpec, launcher: Launcher, run: StageRun) -> None:
+    stage, cfg = load_checked(spec)
     parts = stage.parts(cfg, spec.inputs)
     missing = artifacts.missing_parts(spec.target.uri, parts)
     if missing:
@@ -104,6 +102,14 @@ def _map_parts(spec: StageSpec, stage: ModuleType, cfg: StageConfig, launcher: L
             environment=environment,
             run_id=run.run_id,
         )
+
+
+def load_checked(spec: StageSpec) -> tuple[ModuleType, Any]:
+    """The module of a stage and its settings, of the module's `Config`. Raises ValueError where its inputs do not fit."""
+    stage = load_stage(spec.stage)
+    cfg = stage.Config.model_validate(spec.config)
+    stage.check_inputs(cfg, spec.inputs)
+    return stage, cfg
 
 
 def _check_source(spec: StageSpec, stage: ModuleType, cfg: StageConfig) -> None:

@@ -55,6 +55,11 @@ class StageSpec(Config):
     attempt: Attempt | None = Field(None, description="who works on it, once somebody does")
 
     @property
+    def trains(self) -> bool:
+        """Whether it is a training stage: only those have settings `train`. (Loading its module imports torch.)"""
+        return "train" in self.config
+
+    @property
     def work(self) -> str:
         """The URI of this stage's resumable state: checkpoints and progress."""
         return work_uri(self.store, self.target.kind, self.target.fingerprint)

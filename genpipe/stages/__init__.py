@@ -10,7 +10,7 @@ Every stage module, of this package or of the user's own, has
     check_inputs(cfg, inputs) -> dict   what its artifact will promise in `meta`, as far as that is known before the
                                         work is done; raises ValueError where inputs and config do not fit
 
-A *training* stage adds
+A *training* stage has settings `train`, which no other has, and adds
 
     data(cfg, inputs) -> Data                            what to train on and what to hold out
     objective(cfg, inputs, device) -> Objective          what one optimizer step optimizes
@@ -69,6 +69,8 @@ def load_stage(kind: str) -> ModuleType:
         missing += [name for name in names if not hasattr(stage, name)]
     if missing:
         raise ValueError(f"{path} is not a stage: it has no {', '.join(missing)}; see docs/write-a-stage.md")
+    if is_training(stage) != ("train" in stage.Config.model_fields):
+        raise ValueError(f"{path} is not a stage: a training stage has settings `train`, and no other has them")
     return stage
 
 

@@ -27,7 +27,6 @@ from genpipe.artifacts import Artifact
 from genpipe.evaluation.comparison import SCORES
 from genpipe.pipeline.presence import Presence, heartbeat
 from genpipe.pipeline.spec import StageSpec
-from genpipe.stages import is_training, load_stage
 from genpipe.storage import join, open_storage
 from genpipe.tracking import jsonl, open_runs
 from genpipe.tracking.open_runs import OpenRun, PipelineRecord
@@ -127,8 +126,8 @@ class StageRun:
         """Record the committed artifact, its metrics, pictures and scores, and end the run; may be repeated."""
         manifest = artifacts.read_manifest(artifact.uri, check_files=False)  # who knows the artifact has checked them
         assert manifest is not None, f"nothing is committed at {artifact.uri}"
-        training = is_training(load_stage(self.spec.stage))
-        self.log(manifest.metrics, samples_seen=int(self.spec.config["train"]["samples"]) if training else 0)
+        samples = int(self.spec.config["train"]["samples"]) if self.spec.trains else 0
+        self.log(manifest.metrics, samples_seen=samples)
         storage = open_storage(artifact.uri)
         with tempfile.TemporaryDirectory() as folder:
             for file in manifest.files:
@@ -182,7 +181,7 @@ def open_stage_run(spec: StageSpec) -> Iterator[StageRun]:
     """
     run_id = spec.run_id or claim(spec)
     opened = open_runs.open_stage(spec, run_id)
-    run = StageRun(spec, run_id, watch_system=not is_training(load_stage(spec.stage)))
+    run = StageRun(spec, run_id, watch_system=not spec.trains)
     try:
         with opened.beating():
             run.begin()

@@ -22,7 +22,6 @@ from genpipe.artifacts import Artifact
 from genpipe.config import flatten
 from genpipe.pipeline.spec import StageSpec
 from genpipe.stage_config import UNFINGERPRINTED
-from genpipe.stages import is_training, load_stage
 from genpipe.tracking import jsonl, pages
 from genpipe.tracking.flavor import write_flavor
 from genpipe.tracking.open_runs import OpenRun
@@ -169,9 +168,8 @@ class StageKeeper:
         if manifest is not None:
             client.log_dict(run_id, manifest.model_dump(mode="json"), "manifest.json")
             client.set_tag(run_id, "genpipe.meta", _json(manifest.artifact.meta)[:MAX_TAG])
-            training = is_training(load_stage(self.spec.stage))
-            if training or manifest.artifact.kind in ("system", "release"):
-                samples = int(self.spec.config["train"]["samples"]) if training else 0
+            if self.spec.trains or manifest.artifact.kind in ("system", "release"):
+                samples = int(self.spec.config["train"]["samples"]) if self.spec.trains else 0
                 model_id = _log_model(client, run_id, self.spec, manifest.artifact, samples=samples)
                 if manifest.artifact.kind == "release":
                     name = self.spec.config["observe"]["register_as"] or self.spec.experiment
