@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 SCRIPT = """
 import importlib, importlib.abc, pkgutil, sys
 from pathlib import Path
@@ -47,6 +49,14 @@ def test_stages_and_all_below_run_without_the_orchestrators(shapes: Path, tmp_pa
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["60", "16"]
+
+
+@pytest.mark.parametrize("module", ["genpipe.launch.ray", "genpipe.launch.ray_ranks", "genpipe.launch.run_stage"])
+def test_who_leads_a_training_has_no_use_for_torch_and_mlflow(module: str) -> None:
+    """Each of its processes that imports them would make every stage begin seconds later."""
+    script = f"import sys, {module}; print(sorted({{'torch', 'mlflow'}} & sys.modules.keys()))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (done.stdout.strip(), done.returncode) == ("[]", 0), done.stderr
 
 
 def test_files_stay_short_enough_to_be_read() -> None:

@@ -47,14 +47,14 @@ class LocalLauncher:
         if self.world_size > 1 and not dist.is_initialized():
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", timeout=PATIENCE)
 
-    def train(self, spec: StageSpec, run_id: str) -> None:
+    def train(self, spec: StageSpec, run_id: str) -> bool:
         """Train as this process's rank, with the ranks that torchrun started beside it."""
         if self.rank == 0:
             if spec.config["resources"]["validation"]:
                 print(f"{spec.name}: only Ray starts a process for resources.validation; rank 0 validates", flush=True)
             self.lead(trains=True)
             stopping.withdraw(spec)
-        train_rank(spec, run_id, rank=self.rank, world_size=self.world_size, device=self.device)
+        return train_rank(spec, run_id, rank=self.rank, world_size=self.world_size, device=self.device)
 
     def lead(self, *, trains: bool) -> bool:
         """Tell the other ranks whether there is something to train, or on them hear it from rank 0."""

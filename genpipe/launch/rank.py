@@ -54,8 +54,8 @@ def train_rank(
     device: torch.device,
     notice: Callable[[], str] = str,
     attended: bool = False,
-) -> None:
-    """What every rank of a training stage does; rank 0 also exports, records and commits.
+) -> bool:
+    """What every rank of a training stage does; rank 0 also exports, commits and records, and returns whether it could.
 
     `notice` says who takes this rank's machine away, once somebody does; `attended` whether a validator is beside the
     ranks (`launch/validator.py`). Raises StageStopped, on every rank, where the stage was asked to stop: it has its
@@ -115,6 +115,8 @@ def train_rank(
                     )
 
             _insisting(spec, finish, should_stop=rt.should_stop)
+            return rt.finish()
+    return False
 
 
 def _insisting(spec: StageSpec, finish: Callable[[], None], *, should_stop: Callable[[], bool]) -> None:
@@ -258,6 +260,17 @@ class RankRuntime:
         print(f"at {samples_seen} samples: {message}", flush=True)
         when = datetime.now(UTC).isoformat(timespec="milliseconds")
         self.run.set_tags({f"event.{when}": f"at {samples_seen} samples: {message}"})
+
+    def finish(self) -> bool:
+        """Record the committed artifact; whether all is on record. If not, whoever leads the stage tries once more."""
+        assert self.run is not None, "only rank 0 records"
+        try:
+            artifact = artifacts.committed(self.spec.target)
+            assert artifact is not None, "it has just been committed"
+            self.run.finish(artifact)
+        except (OSError, ValueError) as error:  # of the store: it is committed, so nothing has failed
+            print(f"{self.spec.name}: not recorded by its rank: {error}", file=sys.stderr, flush=True)
+        return self.run.kept
 
     def before_checkpoint(self) -> None:
         """Have what was logged kept before a checkpoint is: what goes on from there does not log it again.

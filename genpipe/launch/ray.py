@@ -56,9 +56,10 @@ class RayLauncher:
     def __init__(self, job: str) -> None:
         self.job = job
 
-    def train(self, spec: StageSpec, run_id: str) -> None:
-        """Train on Ray Train; ranks that are lost start again from the newest checkpoint, `max_failures` times.
+    def train(self, spec: StageSpec, run_id: str) -> bool:
+        """Train on Ray Train; returns whether rank 0 has recorded the artifact that it committed.
 
+        Ranks that are lost start again from the newest checkpoint, `max_failures` times.
         Ranks that are preempted write a checkpoint and start again from it, any number of times. Raises StageStopped
         where it is this driver that is to stop, or somebody cancels the stage.
         """
@@ -66,15 +67,17 @@ class RayLauncher:
         with validator(spec):
             while artifacts.committed(spec.target) is None:
                 with _insisting(spec) as told, _obeying(spec, grace=CANCEL_SECONDS):
-                    stopped = self._fit(spec, run_id)
-                done = artifacts.committed(spec.target)
-                assert stopped is not None or done, "ranks end with an artifact or on request"
-                if stopped is not None and (told or stopped.reason == "cancelled"):
-                    raise StageStopped(stopped)
+                    ended = self._fit(spec, run_id)
+                if not isinstance(ended, Stopped):
+                    assert artifacts.committed(spec.target), "ranks end with an artifact or on request"
+                    return ended
+                if told or ended.reason == "cancelled":
+                    raise StageStopped(ended)
                 stopping.withdraw(spec)  # each rank hears of a preemption, and may say so after the others stopped
+        return False
 
-    def _fit(self, spec: StageSpec, run_id: str) -> Stopped | None:
-        """Train to the end, or until the ranks stop on request."""
+    def _fit(self, spec: StageSpec, run_id: str) -> Stopped | bool:
+        """Train to the end, and say whether that is on record, or until the ranks stop on request."""
         from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
 
         from genpipe.launch.ray_ranks import ProcessGroup, RankTrainer
@@ -106,7 +109,8 @@ class RayLauncher:
             self._raise_failure(spec)
             raise _judged(error, last_hang(spec.work, since=began)) from error
         self._raise_failure(spec)
-        return Stopped.model_validate(result.return_value) if result.return_value else None
+        told = result.return_value  # by rank 0
+        return Stopped.model_validate(told) if isinstance(told, dict) else bool(told)
 
     def map(self, spec: StageSpec, parts: Sequence[str]) -> None:
         """Map the parts on Ray Data, one actor a worker; a part is tried again `max_failures` times.
@@ -199,8 +203,8 @@ def _preemption_notice() -> str:
     return f"Ray, which drains {', '.join(node[:12] for node in info.preempted_node_ids)}" if info else ""
 
 
-def _train_rank(config: dict[str, Any]) -> dict[str, Any] | None:
-    """One rank of a training stage, in a Ray Train worker; returns what it says if it stopped on request."""
+def _train_rank(config: dict[str, Any]) -> dict[str, Any] | bool:
+    """One rank of a training stage, in a Ray Train worker; whether it recorded the end, or why it stopped."""
     import ray.train.torch
     import torch
 
@@ -209,14 +213,14 @@ def _train_rank(config: dict[str, Any]) -> dict[str, Any] | None:
     spec, job = StageSpec.model_validate(config["spec"]), config["job"]
     failure = read_failure(spec.work, job)
     if failure is not None and not failure.infrastructure:
-        return None  # the fault is the stage's own, so a restarted group has nothing to try
+        return False  # the fault is the stage's own, so a restarted group has nothing to try
     context, device = ray.train.get_context(), ray.train.torch.get_device()
     if device.type == "cuda":
         torch.cuda.set_device(device)
     try:
         peers = context.get_world_size() - 1
         with report_failure(spec, job, infrastructure=_infrastructure(ranks=True), peers=peers):
-            train_rank(
+            return train_rank(
                 spec,
                 config["run_id"],
                 rank=context.get_world_rank(),
@@ -231,7 +235,7 @@ def _train_rank(config: dict[str, Any]) -> dict[str, Any] | None:
         failure = read_failure(spec.work, job)
         if failure is None or failure.infrastructure or context.get_world_size() > 1:
             raise  # other ranks may be waiting for this one; Ray Train ends them
-    return None
+    return False
 
 
 class _MapPart:

@@ -32,8 +32,8 @@ ENVIRONMENT = "environment"
 class Launcher(Protocol):
     """Where work runs."""
 
-    def train(self, spec: StageSpec, run_id: str) -> None:
-        """Call `train_rank` on every rank; returns when rank 0 has committed the artifact."""
+    def train(self, spec: StageSpec, run_id: str) -> bool:
+        """Call `train_rank` on every rank; returns, when rank 0 has committed, whether that is on record."""
         ...
 
     def map(self, spec: StageSpec, parts: Sequence[str]) -> None:
@@ -66,15 +66,19 @@ def execute(
 
 
 def _make(spec: StageSpec, launcher: Launcher) -> Artifact:
-    """Do the work of a stage, as the only one who does. (What trains is loaded by its ranks alone: it imports torch.)"""
+    """Do the work of a stage, as the only one who does. (Only ranks load what trains, as it imports torch.)"""
     with open_stage_run(spec) as run:
+        recorded = False
         if spec.trains:
-            launcher.train(spec, run.run_id)
+            recorded = launcher.train(spec, run.run_id)
         else:
             _map_parts(spec, launcher, run)
         artifact = artifacts.committed(spec.target)
         assert artifact is not None, "the launcher returned without a committed artifact"
-        run.finish(artifact)
+        if recorded:
+            run.leave()
+        else:
+            run.finish(artifact)
     return artifact
 
 
@@ -105,7 +109,7 @@ def _map_parts(spec: StageSpec, launcher: Launcher, run: StageRun) -> None:
 
 
 def load_checked(spec: StageSpec) -> tuple[ModuleType, Any]:
-    """The module of a stage and its settings, of the module's `Config`. Raises ValueError where its inputs do not fit."""
+    """The module of a stage and its settings, of its `Config`. Raises ValueError where its inputs do not fit."""
     stage = load_stage(spec.stage)
     cfg = stage.Config.model_validate(spec.config)
     stage.check_inputs(cfg, spec.inputs)

@@ -92,9 +92,14 @@ class StageRun:
         return self.keeper.run_id
 
     @property
+    def kept(self) -> bool:
+        """Whether the run has ended, and its keeper has all of it."""
+        return self.ended and self.recorder.complete
+
+    @property
     def complete(self) -> bool:
         """Whether the run has ended, and all of it is where `tracking.uri` says."""
-        return self.ended and self.recorder.complete and (bool(self.run_id) or self.spec.tracking_uri == jsonl.URI)
+        return self.kept and (bool(self.run_id) or self.spec.tracking_uri == jsonl.URI)
 
     def log(self, metrics: Mapping[str, float], *, samples_seen: int) -> None:
         """Record scalars by name; one that stands there for this step, or a later one, is passed over."""
@@ -119,8 +124,10 @@ class StageRun:
         self.recorder.flush()
 
     def begin(self) -> None:
-        """Mark the run as running."""
+        """Mark the run as running, in the job that it runs in."""
         self.recorder.put([Status("RUNNING", _now())])
+        if job := self.spec.links.get("ray_job"):
+            self.set_tags({"ray_job": job})
 
     def finish(self, artifact: Artifact) -> None:
         """Record the committed artifact, its metrics, pictures and scores, and end the run; may be repeated."""
@@ -136,6 +143,10 @@ class StageRun:
                     storage.download(file.path, path)
                     self.log_file(path)
         self.recorder.put([Status("FINISHED", _now())])
+        self.leave()
+
+    def leave(self) -> None:
+        """The run has ended, and that is on record."""
         self.ended = True
         self.close()
 
@@ -146,8 +157,7 @@ class StageRun:
         """
         moment = _now() if late_at is None else round(late_at * 1000)
         self.recorder.put([Status(status, moment, error, late=late_at is not None)])
-        self.ended = True
-        self.close()
+        self.leave()
 
     def close(self) -> None:
         """Write what is left, within a bounded time."""
@@ -177,17 +187,16 @@ def open_stage_run(spec: StageSpec) -> Iterator[StageRun]:
     """The run of `spec`'s fingerprint: the one its submitter claimed, or found or created here.
 
     What is committed when the block ends is recorded as finished, however it ended. Otherwise an exception marks the
-    run as failed with its text, an interruption as killed; both are raised on.
+    run as failed with its text, an interruption as killed; both are raised on. That a training has begun, and all that
+    it logs, is for its rank 0 to record (`attach`): as long as nothing goes wrong, this process need not import MLflow.
     """
     run_id = spec.run_id or claim(spec)
     opened = open_runs.open_stage(spec, run_id)
     run = StageRun(spec, run_id, watch_system=not spec.trains)
     try:
         with opened.beating():
-            run.begin()
-            if job := spec.links.get("ray_job"):
-                run.set_tags({"ray_job": job})
-            run.flush()  # before a rank records anything, by a recorder of its own
+            if not spec.trains:
+                run.begin()
             try:
                 yield run
             except BaseException as error:
@@ -203,8 +212,10 @@ def open_stage_run(spec: StageSpec) -> Iterator[StageRun]:
 
 
 def attach(spec: StageSpec, run_id: str) -> StageRun:
-    """The run that another process opened, for rank 0 of a training stage."""
-    return StageRun(spec, run_id, watch_system=True)
+    """The run that another process opened, for rank 0 of a training stage, which begins it."""
+    run = StageRun(spec, run_id, watch_system=True)
+    run.begin()
+    return run
 
 
 def settle_stage(spec: StageSpec, *, status: End = "KILLED", error: str = GONE, gone: bool = False) -> None:

@@ -66,6 +66,13 @@ def weights(spec: StageSpec) -> dict[str, torch.Tensor]:
     return load_file(artifacts.fetch(artifact_of(spec)) / "model.safetensors")
 
 
+def with_torch(ray: Cluster) -> list[int]:
+    """Those of the processes of a local Ray that have loaded torch."""
+    assert ray.local is not None
+    processes = psutil.Process(ray.local.head.process.pid).children(recursive=True)
+    return [p.pid for p in processes if any("libtorch" in part.path for part in p.memory_maps())]
+
+
 def test_two_ranks_on_s3_train_as_one_here(ray_on_s3: Cluster, toys: Toys, alone: Toys, tmp_path: Path) -> None:
     """Inputs, ranks and checkpoints without a shared folder.
 
@@ -100,7 +107,10 @@ def test_as_many_ranks_train_as_there_is_room_for(ray: Cluster, toys: Toys, data
 
 
 def test_ranks_that_are_killed_or_stopped_are_replaced(ray: Cluster, toys: Toys, data: Artifact) -> None:
-    """By others that go on from a checkpoint: one is killed, and that in its place is stopped, which is found."""
+    """By others that go on from a checkpoint: one is killed, and that in its place is stopped, which is found.
+
+    Each alone has imported torch, which takes seconds in every process that does.
+    """
     resources = {"checkpoint_seconds": 0.1, "hang_seconds": 4.0}
     spec = toys.line(data, samples=1200, step_seconds=0.05, resources=resources)
     signals, struck = [signal.SIGKILL, signal.SIGSTOP], dict[int, int]()
@@ -110,6 +120,7 @@ def test_ranks_that_are_killed_or_stopped_are_replaced(ray: Cluster, toys: Toys,
         if progress and len(struck) < len(signals) and progress.done >= 100 + 2 * max(struck.values(), default=0):
             pid = int(progress.metrics["line/pid"])
             if pid not in struck:
+                assert with_torch(ray) == [pid]
                 os.kill(pid, signals[len(struck)])
                 struck[pid] = progress.done
 
