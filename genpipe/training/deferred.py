@@ -62,11 +62,17 @@ class Deferred:
         self._gone = ""
         self._left_out = 0
 
-    def resume(self) -> None:
-        """Take up what earlier attempts handed over, up to where the state is; every rank calls it.
+    @classmethod
+    def resumed(cls, rt: Runtime, state: TrainState, check: Check) -> Deferred:
+        """With what earlier attempts handed over, up to where the state is; every rank calls it.
 
         What is newer is forgotten: it is trained again, perhaps otherwise.
         """
+        deferred = cls(rt, state, check)
+        deferred._take_up()
+        return deferred
+
+    def _take_up(self) -> None:
         if self.rt.rank == 0:
             self.store.weights.clear()
             for name in sorted({*self.store.weights.names(), *self.store.results()}):
@@ -77,8 +83,15 @@ class Deferred:
         if not self.attended:
             self._catch_up()
 
-    def hand_over(self) -> bool:
-        """Hand the averages of now over; False where they are for the ranks to validate. Every rank calls it."""
+    def validate(self) -> None:
+        """Hand the averages of now over, or validate them here; every rank calls it."""
+        if not self._handed_over():
+            found = self.check(samples_seen=self.state.samples_seen)
+            record(found, self.rt, samples_seen=self.state.samples_seen)
+            self.state.heldout = found.metrics
+
+    def _handed_over(self) -> bool:
+        """Whether the averages of now are the validator's to validate."""
         if not self.attended:
             return False
         self.rt.enter("validation")
@@ -101,19 +114,23 @@ class Deferred:
             self._looking.start(self._look, name="validations")
             self._look_at = time.monotonic() + LOOK_SECONDS
 
-    def finish(self, *, seconds: float) -> None:
-        """Wait for what is still to come, though not for ever, and do the rest; every rank calls it.
+    def finish(self, *, samples_seen: int) -> Validation:
+        """The last validation, of weights of `samples_seen`, by the ranks; every rank calls it.
 
-        `seconds` is what a validation takes the ranks.
+        It is recorded after all that were handed over, which are waited for, though not for ever.
         """
+        begun = time.monotonic()
+        last = self.check(samples_seen=samples_seen)
         if self.attended:
             self.rt.enter("validation")
             self.state.handing.wait()
             if self.rt.rank == 0:
-                self._await(max(PATIENCE_SECONDS, PATIENCE * seconds))
+                self._await(max(PATIENCE_SECONDS, PATIENCE * (time.monotonic() - begun)))
             self._catch_up()
         if self._left_out:
             self.rt.log_environment({"validations_left_out": str(self._left_out)})
+        record(last, self.rt, samples_seen=samples_seen)
+        return last
 
     def _situation(self) -> tuple[bool, bool]:
         """Whether there is no validator any more, and whether it has enough to do; both are told once."""

@@ -35,7 +35,7 @@ from genpipe.training.sharpness import sharpened
 from genpipe.training.state import TrainState
 from genpipe.training.stream import open_stream, seeded, to_device
 from genpipe.training.trial import step_flops
-from genpipe.training.validation import keep_if_best, record, validate
+from genpipe.training.validation import keep_if_best, validate
 
 
 def train(
@@ -71,8 +71,7 @@ def train(
     held = HeldBuffers(objective.trainable.values())
     agreement = Agreement(rt, flags=3)
     check = partial(validate, objective, parallel, data, cfg, rt, state, heldout_samples=observe.heldout_samples)
-    deferred = Deferred(rt, state, check)
-    deferred.resume()
+    deferred = Deferred.resumed(rt, state, check)
     saved_at, validated, due = time.monotonic(), False, False  # since the last checkpoint
     ended = False
     with state.checkpoints_finished(rt), ExitStack() as stream:
@@ -108,10 +107,7 @@ def train(
                     state.keep_averages(rt)
             if validation_due:
                 with meter.aside():
-                    if not deferred.hand_over():
-                        found = check(samples_seen=state.samples_seen)
-                        record(found, rt, samples_seen=state.samples_seen)
-                        state.heldout = found.metrics
+                    deferred.validate()
                 validated = True
             if not report_due:
                 continue
@@ -135,11 +131,7 @@ def train(
     run_eagerly(objective)
     if state.best and not ended:
         keep_if_best(objective, parallel, data, cfg, rt, state, log=True)
-    validated_at = state.take_best(objective.trainable)
-    begun = time.monotonic()
-    result = check(samples_seen=validated_at)
-    deferred.finish(seconds=time.monotonic() - begun)
-    record(result, rt, samples_seen=validated_at)
+    result = deferred.finish(samples_seen=state.take_best(objective.trainable))
     if rt.rank == 0:
         rt.log_environment(facts(state))
     for ema in state.emas.values():
