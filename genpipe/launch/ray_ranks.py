@@ -13,22 +13,25 @@ from typing import Any
 import ray
 from ray.train._internal.utils import get_address_and_port
 from ray.train.backend import Backend, BackendConfig
+from ray.train.v2._internal.callbacks import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 LEAVE_SECONDS = 30.0
+UNUSED = (DatasetsCallback, PlacementGroupCleanerCallback)
 
 
 class RankTrainer(DataParallelTrainer):
     """Calls a function on every rank, once they are in one process group of torch.
 
-    Without Ray Train's cleaner, a process that frees the places of a group whose controller has died: with its
-    controller a driver ends here, and with the driver's job Ray frees them.
+    Without two of the processes that Ray Train starts beside: the one that splits Ray Data's datasets, of which there
+    are none here, and the one that frees the places of a group whose controller has died. With its controller a driver
+    ends here, and with the driver's job Ray frees them.
     """
 
     def _create_default_callbacks(self) -> list[Any]:
         callbacks = super()._create_default_callbacks()
-        return [callback for callback in callbacks if not isinstance(callback, PlacementGroupCleanerCallback)]
+        return [callback for callback in callbacks if not isinstance(callback, UNUSED)]
 
 
 @dataclass
