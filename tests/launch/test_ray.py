@@ -9,6 +9,7 @@ import socket
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -69,8 +70,11 @@ def weights(spec: StageSpec) -> dict[str, torch.Tensor]:
 def with_torch(ray: Cluster) -> list[int]:
     """Those of the processes of a local Ray that have loaded torch."""
     assert ray.local is not None
-    processes = psutil.Process(ray.local.head.process.pid).children(recursive=True)
-    return [p.pid for p in processes if any("libtorch" in part.path for part in p.memory_maps())]
+    found = []
+    for process in psutil.Process(ray.local.head.process.pid).children(recursive=True):
+        with suppress(psutil.Error):  # of one that ends meanwhile
+            found += [process.pid] if any("libtorch" in part.path for part in process.memory_maps()) else []
+    return found
 
 
 def test_two_ranks_on_s3_train_as_one_here(ray_on_s3: Cluster, toys: Toys, alone: Toys, tmp_path: Path) -> None:
