@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -29,11 +30,12 @@ TRAINED = ["autoencoder", "clip", "prior", "decoder", "upsampler"]
 
 
 class Project:
-    """A user's folder of images, a store, and the command line on both."""
+    """A user's folder of images, a store, a Prefect home that begins as a copy, and the command line on all."""
 
     def __init__(self, store: Path, images: Path, prefect_home: Path) -> None:
         self.store = store
-        self.environment = os.environ | {"PREFECT_HOME": str(prefect_home)}
+        home = shutil.copytree(prefect_home, store.with_name(f"{store.name}-prefect"))
+        self.environment = os.environ | {"PREFECT_HOME": str(home)}
         self.settings = [f"stages.shard.source.path={images}", f"store={store}"]
 
     def command(self, *arguments: str) -> list[str]:
