@@ -17,6 +17,8 @@ from genpipe.artifacts import Artifact
 from genpipe.pipeline.spec import StageSpec
 from genpipe.stage_config import UNFINGERPRINTED
 from genpipe.stages import load_stage
+from genpipe.storage import join
+from genpipe.training.checkpoint_store import CheckpointStore, samples_of
 
 TOYS = Path(__file__).parent / "toys"
 
@@ -71,6 +73,12 @@ def artifact_of(spec: StageSpec) -> Artifact:
     found = artifacts.find(spec.target.uri)
     assert found is not None, f"{spec.stage} is not committed"
     return found
+
+
+def saved(spec: StageSpec) -> int:
+    """The samples seen of a training's newest checkpoint; all that was logged up to there is on record."""
+    names = CheckpointStore(join(spec.work, "checkpoints")).names()
+    return samples_of(names[0]) if names else 0
 
 
 def wait_for(ready: Callable[[], Any], *, seconds: float = 60.0) -> Any:

@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 from test_ray import history, run
-from toybox import Toys, survivors, wait_for
+from toybox import Toys, saved, survivors, wait_for
 
 from genpipe.artifacts import Artifact
 from genpipe.launch.failure import JobLost, StageError
@@ -39,11 +39,11 @@ def test_a_local_ray_that_dies_is_replaced_and_the_stage_goes_on(toys: Toys, dat
         died = list[psutil.Process]()
 
         def kill_once(progress: Progress | None) -> None:
-            """Once another rank than before has logged something and written a checkpoint."""
-            if progress and progress.done >= 100 + 2 * max(ranks.values(), default=0) and not died:
+            """Once another rank than before has written a checkpoint."""
+            if progress and not died and (newest := saved(spec)) >= 100 + 2 * max(ranks.values(), default=0):
                 rank = int(progress.metrics["line/pid"])
                 if rank not in ranks:
-                    ranks[rank] = progress.done
+                    ranks[rank] = newest
                     died.extend(started())
                     next(process for process in died if process.name() == victim).kill()
 

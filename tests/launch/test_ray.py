@@ -19,7 +19,7 @@ import torch
 from mlflow import MlflowClient
 from mlflow.entities import Run
 from safetensors.torch import load_file
-from toybox import Toys, artifact_of, wait_for
+from toybox import Toys, artifact_of, saved, wait_for
 
 from genpipe import artifacts
 from genpipe.artifacts import Artifact
@@ -120,13 +120,14 @@ def test_ranks_that_are_killed_or_stopped_are_replaced(ray: Cluster, toys: Toys,
     signals, struck = [signal.SIGKILL, signal.SIGSTOP], dict[int, int]()
 
     def strike(progress: Progress | None) -> None:
-        """A rank that has logged something and written a checkpoint."""
-        if progress and len(struck) < len(signals) and progress.done >= 100 + 2 * max(struck.values(), default=0):
+        """A rank that has written a checkpoint."""
+        newest = saved(spec)
+        if progress and len(struck) < len(signals) and newest >= 100 + 2 * max(struck.values(), default=0):
             pid = int(progress.metrics["line/pid"])
             if pid not in struck:
                 assert with_torch(ray) == [pid]
                 os.kill(pid, signals[len(struck)])
-                struck[pid] = progress.done
+                struck[pid] = newest
 
     ray.run(spec, report=strike)
     killed, stopped = struck
