@@ -114,6 +114,7 @@ def train_rank(
                         run_id=run_id,
                     )
 
+            rt.flush()
             _insisting(spec, finish, should_stop=rt.should_stop)
             return rt.finish()
     return False
@@ -261,6 +262,11 @@ class RankRuntime:
         when = datetime.now(UTC).isoformat(timespec="milliseconds")
         self.run.set_tags({f"event.{when}": f"at {samples_seen} samples: {message}"})
 
+    def flush(self) -> None:
+        """Have what was logged kept; before a commit, too, as nobody could tell it from there."""
+        assert self.run is not None, "only rank 0 logs"
+        self.run.flush()
+
     def finish(self) -> bool:
         """Record the committed artifact; whether all is on record. If not, whoever leads the stage tries once more."""
         assert self.run is not None, "only rank 0 records"
@@ -277,8 +283,7 @@ class RankRuntime:
 
         Raises LeaseLost if another attempt has taken over.
         """
-        assert self.run is not None, "only rank 0 commits"
-        self.run.flush()
+        self.flush()
         lease.check(self.spec)
         if self.curve:
             open_storage(self.spec.work).write(CURVE, curve_text(self.curve).encode())

@@ -89,8 +89,8 @@ def test_steps_that_are_drawn_give_the_sum_of_all(schedule: Schedule, data: Tens
         copies = data[:1, :1, :8].expand(count, 1, 8)
         return stepwise_bound(denoiser(schedule), copies, schedule=schedule, terms=terms, generator=gen())
 
-    every, drawn = of_copies(32, 999), of_copies(4096, 24)
-    sem = math.hypot(every.std().item() / 32**0.5, drawn.std().item() / 4096**0.5)
+    every, drawn = of_copies(96, 999), of_copies(4096, 24)
+    sem = math.hypot(every.std().item() / 96**0.5, drawn.std().item() / 4096**0.5)
     assert sem < 0.3 and drawn.mean().item() == pytest.approx(every.mean().item(), abs=4 * sem)
 
 

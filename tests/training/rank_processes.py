@@ -190,7 +190,8 @@ def defer_toys(rank: int, folder: str) -> None:
         rt = FolderRuntime(Path(folder, case), rank=rank, world_size=RANKS)
         rt.handovers.attended = case != "loop"
         deferred.PATIENCE_SECONDS = deferred.PATIENCE = 0.0 if case == "left" else 50.0
-        thread = threading.Thread(target=validate_toy, args=(rt.handovers,), daemon=True)
+        # Its weights are drawn here: all threads of a process share torch's generator.
+        thread = threading.Thread(target=validate_toy, args=(rt.handovers, Toy(noise=False)), daemon=True)
         if case == "beside" and rank == 0:
             thread.start()
         train_toy(rt, noise=False, shard_over="all")
@@ -203,9 +204,8 @@ def defer_toys(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
-def validate_toy(store: HandOverStore) -> None:
+def validate_toy(store: HandOverStore, toy: Toy) -> None:
     """Validate the first hand-over of the toy."""
-    toy = Toy(noise=False)
     while not (waiting := store.waiting()):
         time.sleep(0.02)
     cfg = TrainConfig(samples=BATCH, global_batch_size=BATCH)
