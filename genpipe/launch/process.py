@@ -13,6 +13,13 @@ from genpipe.stage_config import StageConfig
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Of glibc's malloc.h."""
 
+ONE_ARENA = {"MALLOC_ARENA_MAX": "1"}
+"""In the environment of a process that trains on another thread than its first, as Ray Train's ranks do.
+
+Such a thread would allocate in an arena of its own, and glibc gives the memory of those back whatever
+`keep_freed_memory` says.
+"""
+
 
 def set_up_process(cfg: StageConfig, *, products: Literal["medium", "high"]) -> None:
     """As many threads as the worker has cores; the precision of fp32 matrix products; memory that is kept."""
