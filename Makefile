@@ -41,11 +41,10 @@ imports: $(READY)
 # What starts a Ray or a Prefect of its own.
 WHOLE := tests/flows tests/launch tests/chaos
 
-# Three at a time on two cores: one of them mostly waits for a Ray, a server or a process that it has killed. They start
-# hundreds of others, for all of which genpipe is compiled once.
+# They start hundreds of other processes, for all of which genpipe is compiled once.
 tests: $(READY)
 	@echo "== tests"
-	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 # For between two edits: no Ray, no server, no ranks as processes, no pipeline, nothing that takes more than ten seconds.
 test-fast: $(READY)
