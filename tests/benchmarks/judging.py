@@ -63,9 +63,10 @@ def main() -> None:
 def made(config: str, overrides: Sequence[str]) -> Artifact:
     """The scores, made with whatever of their inputs is not made yet."""
     pipeline = load_pipeline(config, overrides)
-    for planned in plan(pipeline, only=["evaluate"]):
+    for name in [planned.name for planned in plan(pipeline, only=["evaluate"])]:
+        planned = plan(pipeline, only=[name])[-1]  # again, as inputs say more of themselves once they are made
         if planned.status == "run":
-            print(f"making {planned.name}", flush=True)
+            print(f"making {name}", flush=True)
             run_local(spec_of(planned, pipeline))
     return plan(pipeline, only=["evaluate"])[-1].artifact
 
