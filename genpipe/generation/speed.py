@@ -18,6 +18,9 @@ from genpipe.artifacts import Artifact, fetch, read_manifest
 from genpipe.generation.systems import System
 from genpipe.weights import count_parameters
 
+SPEED = "speed/"
+"""Stands before these numbers among the metrics of samples."""
+
 DENOISERS = ("prior", "decoder")
 """Attributes of systems that are networks which are asked once a step or more, beside the upsamplers."""
 
@@ -79,8 +82,8 @@ def speed_metrics(batches: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         evaluated.update(batch["evaluated"])
     peak = max(batch["peak_bytes"] for batch in batches)
     return {
-        "speed/pictures_per_second": statistics.median(batch["pictures"] / batch["seconds"] for batch in batches),
-        **{f"speed/evaluations_{name}": count / pictures for name, count in evaluated.items()},
-        "speed/parameters": float(batches[0]["parameters"]),
-        **({"speed/peak_gib": peak / 2**30} if peak else {}),
+        f"{SPEED}pictures_per_second": statistics.median(batch["pictures"] / batch["seconds"] for batch in batches),
+        **{f"{SPEED}evaluations_{name}": count / pictures for name, count in evaluated.items()},
+        f"{SPEED}parameters": float(batches[0]["parameters"]),
+        **({f"{SPEED}peak_gib": peak / 2**30} if peak else {}),
     }

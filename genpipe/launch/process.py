@@ -14,7 +14,7 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Of glibc's malloc.h."""
 
 ONE_ARENA = {"MALLOC_ARENA_MAX": "1"}
-"""In the environment of a process that trains on another thread than its first, as Ray Train's ranks do.
+"""In the environment of a process that trains on a CPU on another thread than its first, as Ray Train's ranks do.
 
 Such a thread would allocate in an arena of its own, and glibc gives the memory of those back whatever
 `keep_freed_memory` says.

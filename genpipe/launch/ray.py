@@ -99,7 +99,7 @@ class RayLauncher:
                 name=f"{self.job}-{int(time.time())}",
                 storage_path=join(spec.work, "ray"),
                 failure_config=FailureConfig(max_failures=resources.max_failures),  # preemptions are not counted
-                worker_runtime_env={"env_vars": ONE_ARENA},
+                worker_runtime_env={} if resources.gpus else {"env_vars": ONE_ARENA},
             ),
             backend_config=ProcessGroup("nccl" if resources.gpus else "gloo"),
         )

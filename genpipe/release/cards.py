@@ -13,6 +13,7 @@ from genpipe import __version__
 from genpipe.artifacts import Artifact, Manifest
 from genpipe.config import flatten
 from genpipe.generation.released import PARTS
+from genpipe.generation.speed import SPEED
 from genpipe.release.record import GRID_FILE, Grid, Machine
 from genpipe.release.samples_page import SAMPLES_FILE
 from genpipe.release.scores import COPIED, MEMORIZED, intervals, missed_gates, shares
@@ -22,9 +23,6 @@ from genpipe.weights import count_parameters
 MODEL_CARD, DATA_CARD = "MODEL_CARD.md", "DATA_CARD.md"
 NOTHING: tuple[Any, ...] = (None, "", False, 0, [], {})
 """Settings that say nothing, and are not shown."""
-
-SPEED = "speed/"
-"""Stands before what samples say of how they were drawn (`generation.speed`)."""
 
 SHORT = 12
 """Digits of a fingerprint that a person is shown."""

@@ -121,11 +121,12 @@ class Deferred:
         """
         begun = time.monotonic()
         last = self.check(samples_seen=samples_seen)
+        patience = max(PATIENCE_SECONDS, PATIENCE * (time.monotonic() - begun))
         if self.attended:
             self.rt.enter("validation")
             self.state.handing.wait()
             if self.rt.rank == 0:
-                self._await(max(PATIENCE_SECONDS, PATIENCE * (time.monotonic() - begun)))
+                self._await(patience)
             self._catch_up()
         if self._left_out:
             self.rt.log_environment({"validations_left_out": str(self._left_out)})
