@@ -35,7 +35,7 @@ class Browser:
             except OSError:
                 return []
 
-        self.socket = connect(wait_for(pages, seconds=120)[0]["webSocketDebuggerUrl"], max_size=None)
+        self.socket = connect(wait_for(pages)[0]["webSocketDebuggerUrl"], max_size=None)
         self.calls = 0
         self.call("Network.enable")
         self.call("Network.setExtraHTTPHeaders", headers=dict(headers or {}))

@@ -81,8 +81,8 @@ def saved(spec: StageSpec) -> int:
     return samples_of(names[0]) if names else 0
 
 
-def wait_for(ready: Callable[[], Any], *, seconds: float = 60.0) -> Any:
-    """What `ready()` gives once it is true; fails after `seconds`."""
+def wait_for(ready: Callable[[], Any], *, seconds: float = 240.0) -> Any:
+    """What `ready()` gives once it is true; fails after `seconds`, by default what a Ray job takes at a load of ten."""
     deadline = time.monotonic() + seconds
     while not (found := ready()):
         assert time.monotonic() < deadline, f"not ready after {seconds} s"

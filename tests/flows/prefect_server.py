@@ -29,7 +29,7 @@ def prefect_server(folder: Path, home: Path) -> Iterator[str]:
         )
     url = f"http://127.0.0.1:{port}/api"
     try:
-        wait_for(lambda: _answers(f"{url}/health"), seconds=120)
+        wait_for(lambda: _answers(f"{url}/health"))
         with temporary_settings({PREFECT_API_URL: url, PREFECT_SERVER_ALLOW_EPHEMERAL_MODE: False}):
             yield url
     finally:

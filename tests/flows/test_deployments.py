@@ -80,7 +80,7 @@ def test_a_deployment_is_made_listed_changed_and_removed(server: str, tmp_path: 
 @pytest.mark.slow
 def test_runs_of_a_schedule_are_made_by_the_server(server: str, tmp_path: Path) -> None:
     deployments.deploy(str(pipeline(tmp_path)), cron="0 3 * * *", timezone="UTC")
-    [found] = wait_for(lambda: [each for each in deployments.deployments() if each.next_run], seconds=120)
+    [found] = wait_for(lambda: [each for each in deployments.deployments() if each.next_run])
     assert (found.next_run.hour, found.next_run.minute) == (3, 0)
     deployments.remove("emoji")
 
@@ -174,11 +174,11 @@ def test_a_worker_runs_a_deployment_and_a_cancel_stops_its_job(
             with get_client(sync_client=True) as client:
                 run = client.read_flow_run(deployments.start("toy"))
                 ray = connect(head.address, token=head.token)
-                wait_for(lambda: "toy_line" in running(ray), seconds=180)
+                wait_for(lambda: "toy_line" in running(ray))
                 client.set_flow_run_state(run.id, Cancelling(), force=True)  # what the page's button does
                 begun = datetime.now()
-                wait_for(lambda: not running(ray), seconds=180)
-                wait_for(lambda: client.read_flow_run(run.id).state_name == "Cancelled", seconds=180)
+                wait_for(lambda: not running(ray))
+                wait_for(lambda: client.read_flow_run(run.id).state_name == "Cancelled")
             print("cancelled after", datetime.now() - begun)
         finally:
             worker.kill()  # an orderly end waits for what Prefect does after a cancel
@@ -195,7 +195,7 @@ def genpipe(environment: dict[str, str], *arguments: str) -> str:
 def end_of(identity: UUID | str) -> FlowRun:
     """A flow run once it has ended."""
     with get_client(sync_client=True) as client:
-        wait_for(lambda: _ended(client, identity), seconds=240)
+        wait_for(lambda: _ended(client, identity))
         return client.read_flow_run(identity)  # type: ignore[arg-type]
 
 

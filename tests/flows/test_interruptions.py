@@ -33,7 +33,7 @@ def test_nothing_survives_the_command(project: Project, sent: signal.Signals, st
     if stage == "toy_line":
         project.make_data()
     process = project.start(*SLOW[stage], stage=stage)
-    wait_for(lambda: project.progress(stage) or process.poll() is not None, seconds=120)
+    wait_for(lambda: project.progress(stage) or process.poll() is not None)
     assert process.poll() is None, project.output.read_text()
     started = psutil.Process(process.pid).children(recursive=True)
     assert len(started) > 5
@@ -98,7 +98,7 @@ def test_a_new_run_adopts_what_a_dead_one_left_on_the_cluster(
     project.environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": head.token}
     client = connect(head.address, token=head.token)
     process = project.start(*SLOW["toy_line"], stage="toy_line")
-    wait_for(lambda: project.progress("toy_line") or process.poll() is not None, seconds=120)
+    wait_for(lambda: project.progress("toy_line") or process.poll() is not None)
     children = psutil.Process(process.pid).children(recursive=True)
     process.kill()
     process.wait()
@@ -108,7 +108,7 @@ def test_a_new_run_adopts_what_a_dead_one_left_on_the_cluster(
 
     process = project.start(*SLOW["toy_line"], stage="toy_line")
     adopted = re.compile(r"^toy_line: running [\d,]+/4,000 samples", re.MULTILINE)
-    wait_for(lambda: adopted.search(project.output.read_text()) or process.poll() is not None, seconds=120)
+    wait_for(lambda: adopted.search(project.output.read_text()) or process.poll() is not None)
     assert process.poll() is None, project.output.read_text()
     jobs = [job.submission_id for job in client.list_jobs()]
     assert sum(job.startswith("genpipe-toy_line-") for job in jobs) == 1, "adopted, not started again"

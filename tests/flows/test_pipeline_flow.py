@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from toy_project import Project, results
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 
 @pytest.fixture(scope="module")

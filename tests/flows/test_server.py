@@ -14,7 +14,7 @@ import pytest
 from toy_project import Project
 from toybox import survivors
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 ROOT = Path(__file__).parent.parent.parent
 
 

@@ -83,7 +83,7 @@ def test_whoever_is_late_waits_until_the_lease_is_given_back(spec: StageSpec, im
         time.sleep(1.5)
         check(held or spec)
         order.append("first is done")
-    thread.join(20)
+    thread.join()
     assert order == ["first is done", "second has 2"]
 
 
@@ -116,7 +116,7 @@ def test_a_killed_holder_is_not_waited_for(holder: tuple[StageSpec, subprocess.P
     assert may_be_held(spec.work)
     process.kill()  # and not waited for: a zombie counts as dead
     started = time.monotonic()
-    wait_for(lambda: not may_be_held(spec.work), seconds=20)
+    wait_for(lambda: not may_be_held(spec.work))
     with hold(spec, "next", lost=print) as held:
         assert number_of(held) == 2
     assert time.monotonic() - started < LEASE_SECONDS / 2
@@ -216,7 +216,7 @@ def test_two_runs_of_one_stage_make_one_artifact(tmp_path: Path) -> None:
     spec = spec.model_copy(update={"tracking_uri": "jsonl"})
     command = [sys.executable, "-c", RUN, spec.write()]
     runs = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for _ in range(2)]
-    said = [run.communicate(timeout=100)[0] for run in runs]
+    said = [run.communicate(timeout=240)[0] for run in runs]
     assert [run.returncode for run in runs] == [0, 0], said
     assert sum("waiting for genpipe-toy_data-" in output for output in said) == 1
     manifest = artifacts.verify(spec.target.uri)
@@ -233,7 +233,7 @@ def test_whoever_finds_a_stage_committed_deletes_what_a_killed_maker_left(
     clear_work(spec)
     assert list(open_storage(spec.work).list()), "somebody is at work there"
     process.kill()
-    wait_for(lambda: not may_be_held(spec.work), seconds=20)
+    wait_for(lambda: not may_be_held(spec.work))
     clear_work(spec)
     assert not list(open_storage(spec.work).list())
 

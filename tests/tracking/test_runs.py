@@ -330,7 +330,7 @@ class MlflowServer:
     def __enter__(self) -> None:
         quiet = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
         self.process = subprocess.Popen(self.command, env=quiet, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        wait_for(self.answers, seconds=120)
+        wait_for(self.answers)
 
     def answers(self) -> bool:
         try:

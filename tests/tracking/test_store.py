@@ -135,7 +135,7 @@ def test_a_database_without_its_driver_names_the_package(monkeypatch: pytest.Mon
         store.check("mysql://127.0.0.1/mlflow")
     with pytest.raises(ValueError, match="not a database's URI"):
         store.check("postgresq://127.0.0.1/mlflow")
-    assert time.monotonic() - begun < 10, "before MLflow tries for minutes"
+    assert time.monotonic() - begun < 60, "before MLflow tries for minutes"
 
 
 @pytest.mark.slow
