@@ -216,6 +216,16 @@ def jump(case: Case, *, hours: float) -> None:
     case.lab.clock.set_ahead(round(3600 * hours))
 
 
+# A process beside the ranks
+
+
+def with_validator(case: Case) -> None:
+    """Validation in a process of its own, for which the ranks leave room."""
+    case.settings["stages"]["decoder"]["resources"] |= {"cpus": 0.5, "validation": {"cpus": 0.5}}
+    case.write_settings()
+    case.with_inputs()
+
+
 # Two at once
 
 
@@ -321,6 +331,12 @@ PIPELINE: dict[str, Fault] = {
     "dashboard agent: SIGKILL": _kill("dashboard agent"),
     "train controller: SIGKILL": _kill("train controller"),
     "job supervisor: SIGKILL": _kill("job supervisor"),
+    "validator: SIGKILL": Fault(
+        "pipeline", ("validating",), partial(send, role="validator", number=KILL), with_validator
+    ),
+    "validator: SIGSTOP": Fault(
+        "pipeline", ("validating",), partial(send, role="validator", number=STOP), with_validator
+    ),
     "head: SIGKILL": _kill("ray head"),
     "Prefect's server: SIGKILL": _kill("prefect server"),
     "data worker: SIGKILL": Fault(

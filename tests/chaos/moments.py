@@ -9,7 +9,7 @@ from typing import Literal, TypeVar
 from chaos import processes
 from chaos.lab import SAMPLES, Case
 
-Moment = Literal["starting", "mapping", "training", "saving", "committing", "committed"]
+Moment = Literal["starting", "mapping", "training", "validating", "saving", "committing", "committed"]
 PATIENCE_SECONDS = 600.0
 T = TypeVar("T")
 
@@ -29,6 +29,9 @@ def wait_for_moment(case: Case, moment: Moment) -> str:
         count = case.random.randint(0, 4)
         _until(case, lambda: len(_parts(case)) >= count and processes.of_role("data worker"))
         return _after(draw(0.0, 0.3), f"after {count} parts")
+    if moment == "validating":
+        _until(case, lambda: processes.of_role("validator"))
+        return _after(draw(0.0, 8.0), "of a process that validates")
     if moment in ("committing", "committed"):
         wanted = "" if moment == "committing" else "manifest.json"
         _until(case, lambda: any(key.endswith(wanted) for key in case.keys("artifacts/decoder/")))

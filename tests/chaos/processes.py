@@ -37,6 +37,7 @@ ROLES: dict[str, Callable[[psutil.Process, str], bool]] = {
     "rank": lambda process, line: (
         "RayTrainWorker" in line or ("genpipe.launch.local" in line and "torchrun" not in line)
     ),
+    "validator": lambda process, line: "ray::_validate" in line,
     "torchrun": lambda process, line: "torchrun" in line,
     "supervisor": lambda process, line: SUPERVISOR in line,
     "data worker": lambda process, line: "ray::MapWorker" in line,
