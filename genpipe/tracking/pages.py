@@ -69,14 +69,14 @@ def _opening(record: PipelineRecord) -> str:
 
 
 def _table(record: PipelineRecord, link: RunLink) -> str:
-    lines = ["| stage | | time | what came of it |", "|---|---|---|---|"]
+    lines = ["| stage | | time | what came of it | why |", "|---|---|---|---|---|"]
     for row in record.rows:
         stage, run_id = row["stage"], row.get("run_id", "")
         name = f"[{stage}]({link(run_id)})" if run_id else stage
-        why = row.get("message") if row["status"] != "cached" else ""
-        said = "; ".join(filter(None, (row.get("headline"), row.get("missed gates"), row.get("held gates"), why)))
+        why = row.get("message", "") if row["status"] != "cached" else ""
+        said = "; ".join(filter(None, (row.get("headline"), row.get("missed gates"), row.get("held gates"))))
         seconds = duration(row.get("seconds", 0.0)) if row["status"] == "ran" else ""
-        lines.append(f"| {name} | {row['status']} | {seconds} | {_cell(said)} |")
+        lines.append(f"| {name} | {row['status']} | {seconds} | {_cell(said)} | {_cell(why)} |")
     return "\n".join(lines)
 
 

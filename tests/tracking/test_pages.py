@@ -14,7 +14,17 @@ def test_a_long_table_is_cut_between_rows() -> None:
     assert is_ours(text)
     table = [line for line in text.splitlines() if line.startswith("|")]
     assert len(table) > 50
-    assert all(line.count("|") == 5 for line in table)
+    assert all(line.count("|") == 6 for line in table)
+
+
+def test_why_a_stage_ran_stands_apart_from_what_came_of_it() -> None:
+    rows = (
+        {"stage": "clip", "status": "ran", "seconds": 61.0, "headline": "loss 2.31", "message": "not made yet"},
+        {"stage": "prior", "status": "cached", "headline": "loss 0.20", "message": "made 2 days ago"},
+    )
+    text = pipeline_page(PipelineRecord(name="one", experiment="one", tags={}, rows=rows), link=str)
+    assert "| clip | ran | 1m01s | loss 2.31 | not made yet |" in text
+    assert "| prior | cached |  | loss 0.20 |  |" in text
 
 
 def test_what_somebody_else_wrote_is_theirs() -> None:
