@@ -5,6 +5,7 @@
 The demo's stages must be made (`make demo`); what is drawn and measured beside them goes to the same store. Shows
 
 - how real pictures, the demo's, and the demo's under one another's captions are judged, with 95 % intervals;
+- what the judge makes of real pictures that it was not trained on, which is what it can say of anything new;
 - how often the gate `not_worse_than` fails a system for being itself: of each prompt `--draws` pictures with other
   noise, each set of them held against the one before;
 - that it fails a system whose decoder was trained on a third of the samples.
@@ -13,6 +14,7 @@ The demo's stages must be made (`make demo`); what is drawn and measured beside 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import itertools
 import os
 import tempfile
@@ -22,13 +24,16 @@ from pathlib import Path
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import numpy as np
+import torch
 
 from genpipe import artifacts
 from genpipe.artifacts import Artifact, artifact_uri, fingerprint, identity, read_manifest
+from genpipe.data.features import open_features
 from genpipe.data.shard_dataset import ShardDataset, open_splits
 from genpipe.data.shards import ShardWriter, Split, write_rejects, write_statistics
 from genpipe.evaluation.comparison import interval, paired_difference
 from genpipe.evaluation.per_sample import Values, read_values
+from genpipe.evaluation.retrieval import chunked_ranks
 from genpipe.launch.local import run_local
 from genpipe.pipeline.graph import load_pipeline
 from genpipe.pipeline.plan import plan, spec_of
@@ -51,6 +56,7 @@ def main() -> None:
     demo = scores()
     sample = artifacts_behind(demo)["sample"]
     show_order(demo, scores(f"stages.evaluate.inputs.sample={shuffled(sample, options.store).uri}"))
+    show_judge(artifacts_behind(demo))
     show_gate(
         scores("stages.sample.prompts={kind: captions, train: 128, heldout: 0}", f"stages.sample.each={options.draws}")
     )
@@ -130,6 +136,30 @@ def told(values: Values | None) -> str:
         return ""
     found = interval(values)
     return f"{found.value:.3f} [{found.low:.3f}, {found.high:.3f}]"
+
+
+def show_judge(behind: dict[str, Artifact]) -> None:
+    """How often the judge finds the caption of a real picture, by whether it was trained on the picture."""
+    splits = open_splits(behind["shard"])
+    features = [open_features(behind["judge_features"], split=split) for split in splits]
+    images, texts = (
+        torch.cat([chunk for of in features for chunk in of.chunks(name)]) for name in ("image_embeds", "text_embeds")
+    )
+    captions = np.asarray([dataset.captions(i)[0] for dataset in splits.values() for i in range(len(dataset))])
+    pictures = [digest for dataset in splits.values() for digest in digests(dataset)]
+    print("\n| real pictures | | their own caption among the ten nearest |\n|---|---|---|")
+    for split, dataset in open_splits(artifacts_behind(behind["judge"])["shard"]).items():
+        of_split = digests(dataset)
+        rows = [row for row, digest in enumerate(pictures) if digest in of_split]
+        own = torch.from_numpy(captions[rows][:, None] == captions)
+        ranks = chunked_ranks(images[rows].float(), lambda own=own: [(texts.float(), own)])  # type: ignore[misc]
+        found = Values("higher", [str(row) for row in rows], frozenset(), (ranks < 10).double().numpy())
+        print(f"| the judge's {split} | {len(rows)} | {told(found)} |")
+
+
+def digests(dataset: ShardDataset) -> dict[str, int]:
+    """The place of each picture by the digest of its file."""
+    return {hashlib.sha256(dataset.image_bytes(i)).hexdigest(): i for i in range(len(dataset))}
 
 
 def show_gate(scores: Artifact) -> None:
