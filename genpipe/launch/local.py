@@ -10,8 +10,10 @@ from __future__ import annotations
 import itertools
 import os
 import sys
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 
 import torch
 import torch.distributed as dist
@@ -28,10 +30,12 @@ from genpipe.launch.run_stage import PartWorker, execute, parts_at_once
 from genpipe.launch.stopping import StageStopped
 from genpipe.pipeline.graph import load_pipeline
 from genpipe.pipeline.plan import plan, spec_of
-from genpipe.pipeline.spec import Progress, StageSpec, write_progress
+from genpipe.pipeline.spec import Progress, StageSpec, read_progress, write_progress
 from genpipe.training.agreement import PATIENCE
 
 POLL_SECONDS = 1.0
+TELL_SECONDS = 15.0
+"""Between two lines that say how far a stage is."""
 
 
 class LocalLauncher:
@@ -115,6 +119,29 @@ def spec_of_stage(config: str, stage: str, overrides: Sequence[str] = ()) -> Sta
     return spec_of(plans[stage], pipeline)
 
 
+@contextmanager
+def progress_told(spec: StageSpec) -> Iterator[None]:
+    """In the block a line says now and then how far the stage is, while it gets on."""
+    ended = threading.Event()
+
+    def tell() -> None:
+        told = -1
+        while not ended.wait(TELL_SECONDS):
+            with suppress(OSError):  # the store may be back at the next look
+                progress = read_progress(spec.work)
+                if progress and progress.done != told:
+                    told = progress.done
+                    print(f"{spec.name}: {progress.describe()}", flush=True)
+
+    teller = threading.Thread(target=tell, name="progress", daemon=True)
+    teller.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        teller.join()
+
+
 def main(arguments: Sequence[str]) -> int:
     """The command; the exit status."""
     if len(arguments) < 2:
@@ -123,7 +150,9 @@ def main(arguments: Sequence[str]) -> int:
     config, stage, *overrides = arguments
     leads = int(os.environ.get("RANK", 0)) == 0
     try:
-        artifact = run_local(spec_of_stage(config, stage, overrides), lost=leave)
+        spec = spec_of_stage(config, stage, overrides)
+        with progress_told(spec) if leads else nullcontext():
+            artifact = run_local(spec, lost=leave)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -15,6 +15,7 @@ from PIL import Image
 from toybox import TOYS, Toys, install
 
 from genpipe import artifacts
+from genpipe.launch import local
 from genpipe.launch.local import main, run_local
 
 BLOCKED = """
@@ -84,6 +85,16 @@ def test_a_pipeline_runs_stage_by_stage_with_torch_alone(config: Path, tmp_path:
     assert records(store, "toy_data")[-1]["final_metrics"] == {"samples": 200.0}
 
 
+def test_a_line_says_now_and_then_how_far_it_is(
+    config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(local, "TELL_SECONDS", 0.05)
+    assert main([str(config), "points", "tracking.uri=jsonl", "stages.points.seconds=0.4"]) == 0
+    told = [line for line in capsys.readouterr().out.splitlines() if " parts" in line]
+    assert "points: 1/2 parts" in told
+    assert len(told) == len({*told}) <= 3, "once each"
+
+
 def test_a_worker_that_takes_three_parts_at_a_time_gets_them(tmp_path: Path) -> None:
     toys = Toys(tmp_path)
     one, three = (
@@ -101,9 +112,10 @@ def test_two_ranks_of_torchrun_train_one_stage(config: Path, tmp_path: Path) -> 
     command += ["-m", "genpipe.launch.local", str(config), "line", "tracking.uri=jsonl"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment())
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("line: ") == 1, "rank 0 speaks for both"
+    made = [line for line in done.stdout.splitlines(keepends=True) if "/80 samples" not in line]
+    assert "".join(made).count("line: ") == 1, "rank 0 speaks for both"
     again = subprocess.run(command, capture_output=True, text=True, env=environment())
-    assert (again.returncode, again.stdout) == (0, done.stdout), again.stderr
+    assert (again.returncode, again.stdout) == (0, "".join(made)), again.stderr
     assert [line["status"] for line in records(tmp_path / "store", "toy_line") if "status" in line][-1] == "FINISHED"
 
 
