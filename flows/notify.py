@@ -7,6 +7,7 @@ import os
 import sys
 import urllib.request
 from collections.abc import Sequence
+from http.client import HTTPException
 
 from flows.reporting import StageResult
 
@@ -38,5 +39,5 @@ def tell(url: str, *, pipeline: str, run: str, results: Sequence[StageResult]) -
     try:
         request = urllib.request.Request(url, json.dumps(message).encode(), {"Content-Type": "application/json"})
         urllib.request.urlopen(request, timeout=PATIENCE_SECONDS).close()
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, HTTPException) as error:
         print(f"the webhook of `notify` did not take the message: {type(error).__name__}", file=sys.stderr, flush=True)

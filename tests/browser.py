@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import urllib.request
 from collections.abc import Mapping
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ class Browser:
             try:
                 with urllib.request.urlopen(f"http://127.0.0.1:{port}/json", timeout=5) as answer:
                     return [each for each in json.load(answer) if each["type"] == "page"]
-            except OSError:
+            except (OSError, HTTPException):
                 return []
 
         self.socket = connect(wait_for(pages)[0]["webSocketDebuggerUrl"], max_size=None)

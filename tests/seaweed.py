@@ -99,7 +99,7 @@ class Seaweed:
 def free_ports(count: int) -> list[int]:
     """Ports that are free now, each with port + 10000 free as well (SeaweedFS listens there for gRPC)."""
     found: list[int] = []
-    for port in range(21000 + 16 * os.getpid() % 16000, 50000):
+    for port in range(21000 + 16 * os.getpid() % 11000, 50000):
         with socket.socket() as low, socket.socket() as high:
             try:
                 low.bind(("127.0.0.1", port))

@@ -12,6 +12,7 @@ import time
 import urllib.request
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from http.client import HTTPException
 from pathlib import Path
 from typing import NamedTuple
 
@@ -78,8 +79,11 @@ def _parent() -> str:
 def get(url: str, *, token: str, timeout: float) -> bytes:
     """The body of what a dashboard answers. Raises OSError (of which HTTPError is one)."""
     request = urllib.request.Request(url, headers=authorization(token))
-    with urllib.request.urlopen(request, timeout=timeout) as response:
-        body: bytes = response.read()
+    try:
+        with urllib.request.urlopen(request, timeout=timeout) as response:
+            body: bytes = response.read()
+    except HTTPException as error:  # where nobody listens yet, a connection may have been made to itself
+        raise ConnectionError(f"{url}: the answer is not HTTP ({error})") from error
     return body
 
 

@@ -16,6 +16,7 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
 from functools import cache
+from http.client import HTTPException
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlsplit, urlunsplit
@@ -206,7 +207,7 @@ def _check_server(uri: str) -> None:
     except urllib.error.HTTPError as error:
         if error.code not in (401, 403):  # the client has the login
             raise ValueError(f"tracking.uri: {bare} answers, but not as MLflow does ({error})") from None
-    except OSError as error:
+    except (OSError, HTTPException) as error:
         raise ValueError(
             f"tracking.uri: no MLflow at {bare} ({first_line(error)}); start it (mlflow server), correct the "
             "address, or leave tracking.uri empty for SQLite in the store"

@@ -14,6 +14,7 @@ import threading
 import time
 import urllib.request
 from contextlib import suppress
+from http.client import HTTPException
 from pathlib import Path
 
 from chaos import processes
@@ -114,7 +115,7 @@ class Mlflow:
     START_SECONDS = 90.0
 
     def __init__(self, folder: Path) -> None:
-        folder.mkdir()
+        folder.mkdir(exist_ok=True)
         self.folder = folder
         [self.port] = free_ports(1)
         self.uri = f"http://127.0.0.1:{self.port}"
@@ -149,7 +150,7 @@ class Mlflow:
             self.kill()
 
     def _answers(self) -> bool:
-        with suppress(OSError), urllib.request.urlopen(f"{self.uri}/health", timeout=2) as answer:
+        with suppress(OSError, HTTPException), urllib.request.urlopen(f"{self.uri}/health", timeout=2) as answer:
             return bool(answer.status == 200)
         return False
 

@@ -12,9 +12,10 @@ from pathlib import Path
 import psutil
 import pytest
 from test_ray import history, run
-from toybox import Toys, saved, survivors, wait_for
+from toybox import Toys, saved, survivors, talking_otherwise, wait_for
 
 from genpipe.artifacts import Artifact
+from genpipe.launch import local_ray
 from genpipe.launch.failure import JobLost, StageError
 from genpipe.launch.jobs import cluster
 from genpipe.pipeline.spec import Progress, read_progress
@@ -91,3 +92,9 @@ def test_a_local_ray_and_its_jobs_end_with_a_killed_submitter(toys: Toys) -> Non
         submitter.kill()
         submitter.wait()
         assert survivors(started) == []
+
+
+def test_what_answers_in_place_of_a_dashboard_is_no_dashboard_yet() -> None:
+    """As while Ray starts, when a connection to its port may be one of that port to itself."""
+    with talking_otherwise() as address, pytest.raises(ConnectionError, match="the answer is not HTTP"):
+        local_ray.get(address, token="", timeout=10.0)

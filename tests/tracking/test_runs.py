@@ -397,7 +397,7 @@ def test_a_pipeline_run_tells_of_its_stages(
     text, link = run.data.tags[DESCRIPTION], f"#/experiments/{run.info.experiment_id}/runs"
     assert f"| [toy_data]({link}/{data.info.run_id}) | cached |  |  |" in text
     assert f"| [toy_line]({link}/{line.info.run_id}) | ran | 1m02s | loss 0.5 |" in text
-    assert "| toy_last | failed |  | a \\| b c |" in text
+    assert "| toy_last | failed |  |  | a \\| b c |" in text
     assert f"path=samples/grid.png&run_uuid={run.info.run_id}" in text
     assert "[its flow run in Prefect](http://prefect/runs/1)" in text
     assert [each.dataset.name for each in run.inputs.dataset_inputs] == ["toy_data"]

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from toybox import free_port
+from toybox import free_port, talking_otherwise
 
 from genpipe.pipeline.spec import sqlite_uri
 from genpipe.tracking import store
@@ -32,6 +32,8 @@ def test_unusable_addresses_are_explained(tmp_path: Path, monkeypatch: pytest.Mo
     silent = socket.create_server(("127.0.0.1", 0))  # takes connections and never answers
     with silent, pytest.raises(ValueError, match=r"tracking.uri: no MLflow at .* \(timed out\)"):
         store.check(f"http://127.0.0.1:{silent.getsockname()[1]}")
+    with talking_otherwise() as address, pytest.raises(ValueError, match=rf"no MLflow at {address} \(SSH-2"):
+        store.check(address)
     monkeypatch.setitem(sys.modules, "psycopg2", types.ModuleType("psycopg2"))  # as if the driver were installed
     with pytest.raises(ValueError, match=rf"tracking.uri: no database at 127.0.0.1:{port}"):
         store.check(f"postgresql+psycopg2://user@127.0.0.1:{port}/mlflow")
