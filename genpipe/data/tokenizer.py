@@ -26,7 +26,8 @@ CLIP_VOCAB_SIZE, CLIP_EOT_ID = 49_408, 49_407
 CLIP_MERGES = CLIP_VOCAB_SIZE - 2 * 256 - 2  # beyond every byte, inside a word and at its end, and the two above
 """Merges that CLIP reads of its file, which holds many more."""
 
-CLIP_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+CLIP_WORDS = r"'[s\x{017F}]|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+"""CLIP's words, of captions in lower case. Its own pattern ignores case, in which the long s (U+017F) is an s."""
 
 
 class CaptionTokenizer:

@@ -243,7 +243,9 @@ def test_clips_ids_as_published(clips_own: CaptionTokenizer) -> None:
     assert clips_own.lengths(tokens).tolist() == [7, 7]
 
 
-@pytest.mark.parametrize("text", [*PUBLISHED, "'S 'LL don'T ''s", "\u00a0wide\u3000spaces\u2028here"])
+@pytest.mark.parametrize(
+    "text", [*PUBLISHED, "'S 'LL don'T ''s", "'\u017f it'\u017f '\u212a", "\u00a0wide\u3000spaces\u2028here"]
+)
 def test_clips_ids_are_the_algorithms(clips_own: CaptionTokenizer, text: str) -> None:
     assert caption_ids(clips_own, text) == openai_ids(unicodedata.normalize("NFC", text))
 
