@@ -51,7 +51,8 @@ def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:
 
 torch.set_num_threads(1)
 hypothesis.settings.register_profile("untimed", deadline=None)  # a slow machine is no fault
-hypothesis.settings.load_profile("untimed")
+hypothesis.settings.register_profile("landing", deadline=None, derandomize=True)  # the same examples for the same code
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "untimed"))
 
 TINY = Path(__file__).parent.parent / "configs/pipeline/tiny.yaml"
 Command = Callable[..., tuple[int, str, str]]
