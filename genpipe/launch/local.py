@@ -10,10 +10,9 @@ from __future__ import annotations
 import itertools
 import os
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 
 import torch
 import torch.distributed as dist
@@ -30,6 +29,7 @@ from genpipe.launch.run_stage import PartWorker, execute, parts_at_once
 from genpipe.launch.stopping import StageStopped
 from genpipe.pipeline.graph import load_pipeline
 from genpipe.pipeline.plan import plan, spec_of
+from genpipe.pipeline.presence import heartbeat
 from genpipe.pipeline.spec import Progress, StageSpec, read_progress, write_progress
 from genpipe.training.agreement import PATIENCE
 
@@ -119,27 +119,18 @@ def spec_of_stage(config: str, stage: str, overrides: Sequence[str] = ()) -> Sta
     return spec_of(plans[stage], pipeline)
 
 
-@contextmanager
-def progress_told(spec: StageSpec) -> Iterator[None]:
-    """In the block a line says now and then how far the stage is, while it gets on."""
-    ended = threading.Event()
+def _teller(spec: StageSpec) -> Callable[[], None]:
+    """What prints how far the stage is, where it has got on since the last call."""
+    told = -1
 
     def tell() -> None:
-        told = -1
-        while not ended.wait(TELL_SECONDS):
-            with suppress(OSError):  # the store may be back at the next look
-                progress = read_progress(spec.work)
-                if progress and progress.done != told:
-                    told = progress.done
-                    print(f"{spec.name}: {progress.describe()}", flush=True)
+        nonlocal told
+        progress = read_progress(spec.work)
+        if progress and progress.done != told:
+            told = progress.done
+            print(f"{spec.name}: {progress.describe()}", flush=True)
 
-    teller = threading.Thread(target=tell, name="progress", daemon=True)
-    teller.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        teller.join()
+    return tell
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -151,7 +142,7 @@ def main(arguments: Sequence[str]) -> int:
     leads = int(os.environ.get("RANK", 0)) == 0
     try:
         spec = spec_of_stage(config, stage, overrides)
-        with progress_told(spec) if leads else nullcontext():
+        with heartbeat(_teller(spec), seconds=TELL_SECONDS) if leads else nullcontext():
             artifact = run_local(spec, lost=leave)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)

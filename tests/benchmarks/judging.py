@@ -149,7 +149,7 @@ def show_judge(behind: dict[str, Artifact]) -> None:
     pictures = [digest for dataset in splits.values() for digest in digests(dataset)]
     print("\n| real pictures | | their own caption among the ten nearest |\n|---|---|---|")
     for split, dataset in open_splits(artifacts_behind(behind["judge"])["shard"]).items():
-        of_split = digests(dataset)
+        of_split = set(digests(dataset))
         rows = [row for row, digest in enumerate(pictures) if digest in of_split]
         own = torch.from_numpy(captions[rows][:, None] == captions)
         ranks = chunked_ranks(images[rows].float(), lambda own=own: [(texts.float(), own)])  # type: ignore[misc]
@@ -157,9 +157,9 @@ def show_judge(behind: dict[str, Artifact]) -> None:
         print(f"| the judge's {split} | {len(rows)} | {told(found)} |")
 
 
-def digests(dataset: ShardDataset) -> dict[str, int]:
-    """The place of each picture by the digest of its file."""
-    return {hashlib.sha256(dataset.image_bytes(i)).hexdigest(): i for i in range(len(dataset))}
+def digests(dataset: ShardDataset) -> list[str]:
+    """Of the file of each picture."""
+    return [hashlib.sha256(dataset.image_bytes(i)).hexdigest() for i in range(len(dataset))]
 
 
 def show_gate(scores: Artifact) -> None:
