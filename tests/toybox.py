@@ -119,6 +119,9 @@ def talking_otherwise() -> Iterator[str]:
     class Greeting(socketserver.BaseRequestHandler):
         def handle(self) -> None:
             self.request.sendall(b"SSH-2.0-OpenSSH\r\n")
+            self.request.shutdown(socket.SHUT_WR)
+            while self.request.recv(4096):  # to be closed with something unread would take the greeting back
+                pass
 
     with socketserver.TCPServer(("127.0.0.1", 0), Greeting) as server:
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()

@@ -7,6 +7,7 @@ from threading import Thread
 from typing import Any
 
 import pytest
+from toybox import talking_otherwise
 
 from flows.notify import tell
 from flows.reporting import StageResult
@@ -77,3 +78,9 @@ def test_a_webhook_that_does_not_answer_harms_nothing(url: str, capsys: pytest.C
     tell(url, pipeline="demo", run="demo", results=[RAN])
     said = capsys.readouterr().err
     assert "webhook" in said and "secret" not in said
+
+
+def test_what_speaks_no_http_harms_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    with talking_otherwise() as url:
+        tell(url, pipeline="demo", run="demo", results=[RAN])
+    assert "did not take the message: BadStatusLine" in capsys.readouterr().err
