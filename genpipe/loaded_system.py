@@ -14,8 +14,9 @@ from genpipe.artifacts import Artifact
 from genpipe.config import Tree, parse
 from genpipe.data.image_batches import to_uint8
 from genpipe.data.shards import NO_LABEL
-from genpipe.data.text import clean_text, is_visible
+from genpipe.data.text import clean_text
 from genpipe.diffusion.process import SamplerConfig, check_sampler
+from genpipe.generation.asking import asked_of, wanted_of
 from genpipe.generation.conditions import Conditions
 from genpipe.generation.drawing import draft as draw_draft
 from genpipe.generation.drawing import enlarged
@@ -32,6 +33,7 @@ from genpipe.generation.signals import SIGNALS, draw_signals
 from genpipe.generation.systems import System, load_system
 from genpipe.generation.systems.unclip import UnclipSystem
 from genpipe.generation.text_diffs import THETAS, change
+from genpipe.generation.typography import Attacked, captions_for, probabilities, write_on
 from genpipe.generation.variations import vary
 from genpipe.models.precision import Precision, autocast, products_of
 from genpipe.training.stream import seeded
@@ -327,6 +329,35 @@ class LoadedSystem:
         return self._drawn([Prompt("")] * count, draw, system, seed=seed, batch_size=count, facts=facts)
 
     @torch.no_grad()
+    def attack(
+        self,
+        picture: Picture,
+        labels: Sequence[str],
+        *,
+        caption: str = "{}",
+        each: int = 4,
+        seed: int = 0,
+        steps: int | None = None,
+        guidance_scale: float | None = None,
+    ) -> list[Attacked]:
+        """A picture as it is, and with each label but the first written on it (unCLIP, figure 6).
+
+        Of systems of kind unclip. The first of `labels` says what the picture shows. The system's CLIP chooses among
+        all of them, each put into `caption` at its {}; the decoder varies each picture `each` times. Raises ValueError.
+        """
+        system = as_unclip(self._drawing(steps, guidance_scale), use="typographic attacks")
+        text = system.encode_text(captions_for(labels, caption))
+        pixels = to_uint8(square(read_picture(picture), size=self.size, device=self.device))[0]
+        shown = Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
+        found = []
+        for words in ("", *labels[1:]):
+            attacked = write_on(shown, words) if words else shown
+            shares = probabilities(system, self._embedded(system, attacked), text.embed)[0].tolist()
+            varied = self.vary(attacked, each=each, seed=seed, steps=steps, guidance_scale=guidance_scale)
+            found.append(Attacked(words, attacked, dict(zip(labels, shares, strict=True)), varied))
+        return found
+
+    @torch.no_grad()
     def signals(
         self, prompts: Sequence[str], *, seed: int = 0, steps: int | None = None, guidance_scale: float | None = None
     ) -> list[list[Image.Image]]:
@@ -366,7 +397,7 @@ class LoadedSystem:
         if min(len(asked), batch_size) < 1:
             raise ValueError(f"each and batch_size are 1 or more, not {len(asked)} and {batch_size}")
         self._check_negative(negative, system)
-        wanted = _wanted(numbers, of=len(asked))
+        wanted = wanted_of(numbers, of=len(asked))
         pictures: list[Image.Image] = []
         for first in range(0, len(asked), batch_size):
             batch = asked[first : first + batch_size]
@@ -414,32 +445,7 @@ class LoadedSystem:
         return self._asked([prompt] if prompt else [], [] if label is None else [label])
 
     def _asked(self, prompts: str | Sequence[str], labels: Sequence[str | int]) -> list[Prompt]:
-        """What is to be drawn. Raises ValueError for what the system is not told, and for what it does not take."""
-        texts = [prompts] if isinstance(prompts, str) else list(prompts)
-        given = {"text": ("prompts", len(texts)), "label": ("labels", len(labels))}
-        for condition, (argument, count) in given.items():
-            if count and condition not in self.conditioned_on:
-                known = " and ".join(sorted(self.conditioned_on)) or "nothing"
-                raise ValueError(f"{argument}: the system is conditioned on {known}; leave them out")
-            if not count and condition in self.conditioned_on:
-                raise ValueError(f"{argument}: required, as the system is conditioned on {condition}; say what to draw")
-        if texts and labels and len(texts) != len(labels):
-            raise ValueError(f"labels: the system takes one for each prompt, not {len(labels)} for {len(texts)}")
-        for place, text in enumerate(texts):
-            if not is_visible(text):
-                raise ValueError(f"prompts[{place}]: is empty; say what to draw")
-            clean_text(text)  # refuses what is too long
-        numbers = [self._class(label) for label in labels] or [NO_LABEL] * len(texts)
-        return [Prompt(*one) for one in zip(texts or [""] * len(numbers), numbers, strict=True)] or [Prompt("")]
-
-    def _class(self, label: str | int) -> int:
-        """The place of a class, given by name or place. Raises ValueError."""
-        if label in self.classes:
-            return self.classes.index(str(label))
-        if str(label).isdecimal() and int(label) < len(self.classes):
-            return int(label)
-        few = ", ".join(self.classes[:10]) + (", ..." if len(self.classes) > 10 else "")
-        raise ValueError(f"labels: {label!r} is none of the system's classes; it has {few}, numbered from 0")
+        return asked_of(prompts, labels, conditioned_on=self.conditioned_on, classes=self.classes)
 
     def _conditions(self, batch: Sequence[Prompt], negative: str) -> Conditions:
         texts = [prompt.text for prompt in batch] if "text" in self.conditioned_on else None
@@ -471,15 +477,3 @@ class LoadedSystem:
         known = {"prompt": prompt.text, "label": label, **facts, "seed": str(seed), "number": str(number)}
         known["system"] = self.artifact.fingerprint
         return {name: text for name, text in known.items() if text}
-
-
-def _wanted(numbers: Sequence[int] | None, *, of: int) -> set[int]:
-    """The numbers of the pictures that are to be drawn, of so many. Raises ValueError for one that none of them has."""
-    if numbers is None:
-        return set(range(of))
-    if not numbers:
-        raise ValueError("numbers: name at least one picture, or leave it out for all of them")
-    for number in numbers:
-        if not 0 <= number < of:
-            raise ValueError(f"numbers: there is no picture {number}; {of} are asked for, numbered from 0")
-    return set(numbers)

@@ -198,9 +198,28 @@ def test_components_are_those_of_the_pictures_given(plain: genpipe.LoadedSystem,
         plain.reconstruct(paths[0])
 
 
-@pytest.mark.parametrize("use", ["vary", "blend", "change", "reconstruct"])
+def test_an_attacked_picture_is_embedded_and_varied_as_one_that_was_given(
+    plain: genpipe.LoadedSystem, picture: Path
+) -> None:
+    found = plain.attack(picture, ["circle", "bar", "cross"], caption="a small red {}", each=2, steps=4)
+    assert [attacked.words for attacked in found] == ["", "bar", "cross"]
+    for attacked in found:
+        assert list(attacked.probabilities) == ["circle", "bar", "cross"]
+        assert sum(attacked.probabilities.values()) == pytest.approx(1)
+        alone = plain.vary(attacked.picture, each=2, steps=4)
+        assert np.array_equal(arrays(attacked.variations), arrays(alone))
+    assert gap(found[0].picture, Image.open(picture).resize((16, 16))) < 30 < gap(found[1].picture, found[0].picture)
+    system = load_system(plain.artifact, device=CPU)
+    image = square(read_picture(found[1].picture), size=16, device=CPU)
+    tokens = system.encode_text([f"a small red {label}" for label in ("circle", "bar", "cross")])
+    logits = system.clip.logit_scale.exp() * system.embed(image) @ tokens.embed.T
+    assert list(found[1].probabilities.values()) == pytest.approx(logits.softmax(-1)[0].tolist(), abs=1e-5)
+
+
+@pytest.mark.parametrize("use", ["vary", "blend", "change", "reconstruct", "attack"])
 def test_a_system_without_image_embeddings_says_so(pixels: genpipe.LoadedSystem, picture: Path, use: str) -> None:
-    arguments = (picture, "a bar") if use in ("blend", "change") else (picture,)
+    given = {"blend": ("a bar",), "change": ("a bar",), "attack": (["bar", "cross"],)}
+    arguments = (picture, *given.get(use, ()))
     with pytest.raises(ValueError, match="needs a system of kind unclip"):
         getattr(pixels, use)(*arguments)
 

@@ -20,6 +20,7 @@ from genpipe.generation.signals import SIGNALS
 from genpipe.lineage import manifests_behind
 from genpipe.pipeline.systems import find_system
 
+LABELS = ("apple", "clock", "frog")
 APPLE, PEAR = "a red apple, drawn in twemoji style", "a pear, drawn in twemoji style"
 GREEN = "a green apple, drawn in twemoji style"
 FROG, PANDA = "a frog, drawn in twemoji style", "a panda, drawn in twemoji style"
@@ -58,6 +59,7 @@ def main(source: str = "runs/demo", out: str = "docs/assets/uses.jpg") -> None:
             *system.inpaint(frog, PANDA, mask=half, each=COUNT - 1),
         ],
         "extend a frog at left and right": [frog, *fitted(system.outpaint(frog, FROG, left=side, right=side, each=1))],
+        **under_attack(system, apple),
         f"signals: {'; '.join(SIGNALS)}": system.signals([APPLE])[0],
     }
     picture = labeled_grid(
@@ -67,6 +69,16 @@ def main(source: str = "runs/demo", out: str = "docs/assets/uses.jpg") -> None:
         cell=96,
     )
     Image.fromarray(picture).save(out, quality=88)
+
+
+def under_attack(system: genpipe.LoadedSystem, apple: Image.Image) -> dict[str, list[Image.Image]]:
+    """A row of an apple with nothing and with other words written on it, a variation beside each."""
+    found = system.attack(apple, LABELS, caption="an emoji of a {}, in twemoji style", each=1)
+    shares = ", ".join(f"{attacked.probabilities[LABELS[0]]:.2f}" for attacked in found)
+    told = (
+        f"attack an apple with nothing, {' and '.join(LABELS[1:])}, a variation beside each; CLIP says apple: {shares}"
+    )
+    return {told: [picture for attacked in found for picture in (attacked.picture, *attacked.variations)]}
 
 
 def training_pictures(source: str) -> ShardDataset:

@@ -222,6 +222,7 @@ for _use in (
     use_commands.edit,
     use_commands.components,
     use_commands.signals,
+    use_commands.attack,
 ):
     app.command()(_use)
 app.command()(verify_command)

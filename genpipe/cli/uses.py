@@ -1,4 +1,4 @@
-"""`genpipe vary`, `blend`, `edit`, `components` and `signals`: what a system does besides drawing prompts."""
+"""`genpipe vary`, `blend`, `edit`, `components`, `signals` and `attack`: what a system does besides drawing prompts."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from genpipe.cli import console
 from genpipe.cli.pictures import (
     BatchSize,
     Guidance,
@@ -197,11 +198,50 @@ def signals(
     from genpipe import api
     from genpipe.generation.signals import SIGNALS
 
-    if folder_of(out) is not None:
-        raise ConfigError(f"--out {out}: the figure is one picture; name a .png file")
+    _check_figure(out)
     rows = api.load(source, system=system).signals(prompts, seed=seed, steps=steps, guidance_scale=guidance)
     write_grid(rows, out, captions=prompts, columns=SIGNALS)
     say_written(out, 0)
+
+
+def attack(
+    source: Source,
+    picture: PictureFile,
+    labels: Annotated[
+        list[str], typer.Argument(metavar="LABEL...", help="what the picture shows, then what is written on it")
+    ],
+    caption: Annotated[str, typer.Option(help="what CLIP is told of a label, which stands at the {}")] = "{}",
+    each: Annotated[int, typer.Option("--each", min=1, help="how many variations")] = 4,
+    system: SystemName = "",
+    out: Annotated[Path, typer.Option("--out", help="a PNG for the figure")] = Path("attack.png"),
+    seed: Seed = 0,
+    steps: Steps = None,
+    guidance: Guidance = None,
+) -> None:
+    """Write words on a picture: what CLIP takes it for, and what the decoder draws (unCLIP, figure 6). For kind unclip.
+
+    Each label but the first is written on the picture, and CLIP chooses among all of them.
+
+    Example: `genpipe attack runs/demo apple.png apple clock --caption "an emoji of a {}" --out attack.png`
+    """
+    from genpipe import api
+
+    _check_figure(out)
+    loaded = api.load(source, system=system)
+    found = loaded.attack(picture, labels, caption=caption, each=each, seed=seed, steps=steps, guidance_scale=guidance)
+    shares = [[f"{share:.3f}" for share in of.probabilities.values()] for of in found]
+    console.table(("written", *labels), [(of.words or "nothing", *row) for of, row in zip(found, shares, strict=True)])
+    told = [", ".join(map(" ".join, zip(labels, row, strict=True))) for row in shares]
+    captions = [f"{of.words or 'nothing'}: {of_it}" for of, of_it in zip(found, told, strict=True)]
+    columns = ("written on it", *("a variation",) * each)
+    write_grid([[of.picture, *of.variations] for of in found], out, captions=captions, columns=columns)
+    say_written(out, 0)
+
+
+def _check_figure(out: Path) -> None:
+    """Raise ConfigError unless the figure can be written there."""
+    if folder_of(out) is not None:
+        raise ConfigError(f"--out {out}: the figure is one picture; name a .png file")
 
 
 def _border(extend: str) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""`genpipe vary`, `blend`, `edit`, `components` and `signals`: what they write, against the Python API's."""
+"""`genpipe vary`, `blend`, `edit`, `components`, `signals` and `attack`: what they write, against the Python API's."""
 
 from __future__ import annotations
 
@@ -92,9 +92,24 @@ def test_the_decoders_signals_are_drawn_as_a_figure(genpipe: Command, tiny: Tiny
     assert code == 2 and "name a .png file" in error
 
 
+def test_what_an_attack_came_to_is_said_and_drawn(
+    genpipe: Command, tiny: TinyPipeline, picture: str, tmp_path: Path
+) -> None:
+    uri, out = tiny.run("system").uri, tmp_path / "attack.png"
+    arguments = (picture, "circle", "bar", "--caption", "a small red {}", "--each", "2", "--out", str(out))
+    code, said, error = genpipe("attack", uri, *arguments)
+    assert code == 0 and Image.open(out).width > 3 * 32, error
+    expected = api.load(uri).attack(picture, ["circle", "bar"], caption="a small red {}", each=2)
+    for attacked in expected:
+        shares = [f"{share:.3f}" for share in attacked.probabilities.values()]
+        assert [attacked.words or "nothing", *shares] in [line.split() for line in said.splitlines()]
+
+
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
+        (("attack", "bar"), ("labels: name what the picture shows",)),
+        (("attack", "bar", "cross", "--caption", "a bar"), ("caption: 'a bar'",)),
         (("edit", "a bar"), ("say how", "--strength", "--before")),
         (("edit", "a bar", "--strength", "0.5", "--transparent"), ("say how",)),
         (("edit", "a bar", "--extend", "5"), ("--extend 5", "four numbers")),
