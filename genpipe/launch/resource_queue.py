@@ -8,6 +8,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 SETTLE_SECONDS = 0.5
+"""From when somebody comes or leaves to when anybody is served: those that become ready together come one by one, and
+so do those that waited for the one that leaves, which may be the first in order."""
 POLL_SECONDS = 0.5
 
 
@@ -20,6 +22,7 @@ class Turns:
     def __init__(self, capacity: Mapping[str, float], *, interrupted: threading.Event) -> None:
         self.free = dict(capacity)
         self.waiting: list[int] = []
+        self.settled = 0.0
         self.changed = threading.Condition()
         self.interrupted = interrupted
 
@@ -40,10 +43,10 @@ class Turns:
     def _acquire(self, needs: Mapping[str, float], *, order: int) -> bool:
         with self.changed:
             self.waiting.append(order)
-        time.sleep(SETTLE_SECONDS)  # stages become ready together, but their threads do not come at the same instant
-        with self.changed:
+            self.settled = time.monotonic() + SETTLE_SECONDS
             while not self._served(needs, order=order) and not self.interrupted.is_set():
-                self.changed.wait(POLL_SECONDS)
+                unsettled = self.settled - time.monotonic()
+                self.changed.wait(unsettled if unsettled > 0 else POLL_SECONDS)
             self.waiting.remove(order)
             if self.interrupted.is_set():
                 return False
@@ -51,10 +54,14 @@ class Turns:
             return True
 
     def _served(self, needs: Mapping[str, float], *, order: int) -> bool:
-        return order == min(self.waiting) and all(self.free.get(kind, 0.0) >= n for kind, n in needs.items())
+        if time.monotonic() < self.settled or order != min(self.waiting):
+            return False
+        return all(self.free.get(kind, 0.0) >= amount for kind, amount in needs.items())
 
     def _give(self, needs: Mapping[str, float], *, sign: int) -> None:
         with self.changed:  # a re-entrant lock
             for kind, amount in needs.items():
                 self.free[kind] = self.free.get(kind, 0.0) + sign * amount
+            if sign > 0:
+                self.settled = time.monotonic() + SETTLE_SECONDS
             self.changed.notify_all()

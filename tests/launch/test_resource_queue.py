@@ -5,10 +5,12 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Mapping
+from unittest import mock
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from genpipe.launch import resource_queue
 from genpipe.launch.resource_queue import SETTLE_SECONDS, Turns
 
 MACHINE = {"CPU": 4.0, "GPU": 1.0}
@@ -76,6 +78,21 @@ def test_a_small_stage_does_not_overtake_a_large_one_that_waits() -> None:
     assert crowd.served == [0, 1, 2]
 
 
+def test_what_waited_for_the_one_that_leaves_comes_before_who_is_behind_it_in_order() -> None:
+    """As the features of an autoencoder do, on which a decoder waits, where an upsampler is ready since long."""
+    crowd, leave = Crowd({"CPU": 1.0}), threading.Event()
+    crowd.come(0, {"CPU": 1.0}, leave=leave)
+    while not crowd.served:
+        time.sleep(0.01)
+    crowd.come(2, {"CPU": 1.0})
+    time.sleep(2 * SETTLE_SECONDS)
+    leave.set()
+    time.sleep(SETTLE_SECONDS / 4)
+    crowd.come(1, {"CPU": 1.0})
+    crowd.wait()
+    assert crowd.served == [0, 1, 2]
+
+
 def test_those_who_wait_leave_without_a_turn_when_interrupted() -> None:
     crowd, leave = Crowd({"CPU": 1.0}), threading.Event()
     crowd.come(0, {"CPU": 1.0}, leave=leave)
@@ -93,9 +110,10 @@ def test_those_who_wait_leave_without_a_turn_when_interrupted() -> None:
 @given(st.lists(st.fixed_dictionaries({"CPU": st.integers(1, 4), "GPU": st.integers(0, 1)}), min_size=1, max_size=12))
 def test_all_are_served_and_never_more_than_there_is(needs: list[dict[str, int]]) -> None:
     crowd = Crowd(MACHINE)
-    for order, each in enumerate(needs):
-        crowd.come(order, each)
-    crowd.wait()
+    with mock.patch.object(resource_queue, "SETTLE_SECONDS", 0.02):
+        for order, each in enumerate(needs):
+            crowd.come(order, each)
+        crowd.wait()
     assert sorted(crowd.served) == list(range(len(needs)))
     assert all(crowd.most[kind] <= there for kind, there in MACHINE.items())
     assert crowd.turns.free == MACHINE
