@@ -13,11 +13,12 @@ from genpipe.stage_config import StageConfig
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Of glibc's malloc.h."""
 
-ONE_ARENA = {"MALLOC_ARENA_MAX": "1"}
-"""In the environment of a process that trains on a CPU on another thread than its first, as Ray Train's ranks do.
+CPU_MEMORY = {"MALLOC_ARENA_MAX": "1", "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+"""In the environment of a process that trains on a CPU, on another thread than its first, as Ray Train's ranks do.
 
 Such a thread would allocate in an arena of its own, and glibc gives the memory of those back whatever
-`keep_freed_memory` says.
+`keep_freed_memory` says. And glibc (2.35 or newer) asks for huge pages, which Linux mostly gives to who asks for them:
+without, a step spends some percent of its time on finding its pages.
 """
 
 

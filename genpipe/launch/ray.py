@@ -25,7 +25,7 @@ from genpipe.launch import lease, stopping
 from genpipe.launch.failure import BEGUN, JobLost, StageError, first_line, read_failure, report_failure
 from genpipe.launch.local_ray import TUNING
 from genpipe.launch.placement import needs_of, options_of
-from genpipe.launch.process import ONE_ARENA, end_process
+from genpipe.launch.process import CPU_MEMORY, end_process
 from genpipe.launch.ray_validator import ranks_beside, validator
 from genpipe.launch.stopping import StageStopped, Stopped
 from genpipe.launch.watchdog import last_hang
@@ -99,7 +99,7 @@ class RayLauncher:
                 name=f"{self.job}-{int(time.time())}",
                 storage_path=join(spec.work, "ray"),
                 failure_config=FailureConfig(max_failures=resources.max_failures),  # preemptions are not counted
-                worker_runtime_env={} if resources.gpus else {"env_vars": ONE_ARENA},
+                worker_runtime_env={} if resources.gpus else {"env_vars": CPU_MEMORY},
             ),
             backend_config=ProcessGroup("nccl" if resources.gpus else "gloo"),
         )

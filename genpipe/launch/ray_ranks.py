@@ -22,7 +22,7 @@ UNUSED = (DatasetsCallback, PlacementGroupCleanerCallback)
 
 
 class RankTrainer(DataParallelTrainer):
-    """Calls a function on every rank, once they are in one process group of torch.
+    """Calls a function on every rank, once they are in one process group of torch, if there are several.
 
     Without two of the processes that Ray Train starts beside: the one that splits Ray Data's datasets, of which there
     are none here, and the one that frees the places of a group whose controller has died. With its controller a driver
@@ -47,7 +47,7 @@ class ProcessGroup(BackendConfig):
 
 
 class _Setup(Backend):
-    """Sets ranks up as Ray's own backend for torch does, and has them hear signals.
+    """Sets ranks up as Ray's own backend for torch does, if there are several, and has them hear signals.
 
     Those arrive on the main thread of a process, where this is called, and Ray Train trains on another one.
     """
@@ -55,6 +55,8 @@ class _Setup(Backend):
     share_cuda_visible_devices = True
 
     def on_start(self, worker_group: Any, backend_config: ProcessGroup) -> None:
+        if len(worker_group) == 1:  # a rank alone would have a thread that waits for the others all the time
+            return
         address, port = worker_group.execute_single(0, get_address_and_port)
         meet = {"MASTER_ADDR": address, "MASTER_PORT": str(port)}
         worker_group.execute(_join, meet, backend_config.backend)
