@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import re
 import signal
 import socket
@@ -110,6 +111,24 @@ def test_as_many_ranks_train_as_there_is_room_for(ray: Cluster, toys: Toys, data
         torch.testing.assert_close(weights(spec)[name], tensor, rtol=0, atol=1e-5)
 
 
+def has_huge_pages(pid: int) -> bool:
+    """Whether a process has some, or could have none on this machine."""
+    offered = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    if not offered.exists() or "[never]" in offered.read_text() or platform.libc_ver() < ("glibc", "2.35"):
+        return True
+    [kibibytes] = re.findall(r"AnonHugePages: +([0-9]+) kB", Path(f"/proc/{pid}/smaps_rollup").read_text())
+    return int(kibibytes) > 0
+
+
+def threads_of(pid: int) -> set[str]:
+    """Their names."""
+    names = set()
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        with suppress(FileNotFoundError):  # it has ended
+            names.add((task / "comm").read_text().strip())
+    return names
+
+
 def test_ranks_that_are_killed_or_stopped_are_replaced(ray: Cluster, toys: Toys, data: Artifact) -> None:
     """By others that go on from a checkpoint: one is killed, and that in its place is stopped, which is found.
 
@@ -143,7 +162,10 @@ def test_ranks_that_are_killed_or_stopped_are_replaced(ray: Cluster, toys: Toys,
 def test_a_rank_that_is_told_to_end_is_preempted_and_the_job_goes_on(
     ray: Cluster, toys: Toys, data: Artifact, alone: Toys
 ) -> None:
-    """With no failure allowed, with the checkpoint that it wrote, and to the weights of a run left alone."""
+    """With no failure allowed, with the checkpoint that it wrote, and to the weights of a run left alone.
+
+    It has huge pages, and no thread for a process group that nobody else is in.
+    """
     resources = {"max_failures": 0}
     spec = toys.line(data, samples=400, step_seconds=0.05, resources=resources)
     told: dict[int, str] = {}
@@ -152,6 +174,7 @@ def test_a_rank_that_is_told_to_end_is_preempted_and_the_job_goes_on(
         if progress and progress.done >= 60 and not told:
             pid = int(progress.metrics["line/pid"])
             told[pid] = ""
+            assert has_huge_pages(pid) and not any(name.startswith("gloo") for name in threads_of(pid))
             os.kill(pid, signal.SIGTERM)
         elif progress and progress.note:
             told.update(dict.fromkeys(told, progress.note))
