@@ -112,12 +112,12 @@ def test_as_many_ranks_train_as_there_is_room_for(ray: Cluster, toys: Toys, data
 
 
 def has_huge_pages(pid: int) -> bool:
-    """Whether a process has some, or could have none on this machine."""
+    """Whether a process has some in its heap, or could have none on this machine."""
     offered = Path("/sys/kernel/mm/transparent_hugepage/enabled")
     if not offered.exists() or "[never]" in offered.read_text() or platform.libc_ver() < ("glibc", "2.35"):
         return True
-    [kibibytes] = re.findall(r"AnonHugePages: +([0-9]+) kB", Path(f"/proc/{pid}/smaps_rollup").read_text())
-    return int(kibibytes) > 0
+    maps = Path(f"/proc/{pid}/smaps").read_text()
+    return any(map(int, re.findall(r"\[heap\]\n(?:\w+:.*\n)*?AnonHugePages: +([0-9]+) kB", maps)))
 
 
 def threads_of(pid: int) -> set[str]:
