@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -99,7 +99,7 @@ class RayLauncher:
                 name=f"{self.job}-{int(time.time())}",
                 storage_path=join(spec.work, "ray"),
                 failure_config=FailureConfig(max_failures=resources.max_failures),  # preemptions are not counted
-                worker_runtime_env={} if resources.gpus else {"env_vars": CPU_MEMORY},
+                worker_runtime_env={} if resources.gpus else {"env_vars": _unless_set(CPU_MEMORY)},
             ),
             backend_config=ProcessGroup("nccl" if resources.gpus else "gloo"),
         )
@@ -164,6 +164,11 @@ class RayLauncher:
         failure = read_failure(spec.work, self.job)
         if failure is not None and not failure.infrastructure:
             raise StageError(failure.message, details=failure.traceback)
+
+
+def _unless_set(defaults: Mapping[str, str]) -> dict[str, str]:
+    """Variables of the environment, with what the user has set in place of its default."""
+    return {name: os.environ.get(name, value) for name, value in defaults.items()}
 
 
 def _infrastructure(*, ranks: bool = False) -> tuple[type[Exception], ...]:
@@ -302,7 +307,7 @@ def drive(spec_uri: str, job: str) -> int:
 
     A driver that is told to end is preempted: its submitter knows if it wanted the job to stop.
     """
-    os.environ.update({key: value for key, value in TUNING.items() if key not in os.environ})
+    os.environ.update(_unless_set(TUNING))
     spec = StageSpec.read(spec_uri)
     spec = spec.model_copy(update={"links": {**spec.links, "ray_job": job}})
     try:

@@ -8,7 +8,7 @@ optimizer, clipping and average, and nothing else; whoever has no turn is stoppe
 ratio of at most 1.03. What starting takes is told apart. On a machine that others use, too, believe the CPU time.
 
 Two processes that compute the same differ by some percent, each as long as it lives, so both sides are started several
-times. Blocks last seconds, as in shorter ones the timers of a stack that has just been stopped would run more often.
+times. Blocks last seconds, so that timers that came due while a side was stopped take a small part of them.
 """
 
 from __future__ import annotations
@@ -191,13 +191,15 @@ def compare(launcher: str, *, starts: int, pairs: int, block: int) -> None:
         signal.signal(number, lambda received, _: enough.append(received))
     found: list[Blocks] = []
     while len(found) < starts and not enough:
-        if len((blocks := turns(launcher, pairs=pairs, block=block, enough=enough))["bare"]) == pairs or not found:
+        blocks = turns(launcher, pairs=pairs, block=block, enough=enough)
+        if len(blocks["bare"]) == pairs or (blocks["bare"] and not found):
             found.append(blocks)
-    report(launcher, found, block=block)
+    if found:
+        report(launcher, found, block=block)
 
 
 def turns(launcher: str, *, pairs: int, block: int, enough: Sequence[int]) -> Blocks:
-    """The blocks of one start of both sides, but for the first."""
+    """The blocks of one start of both sides, but for the first WARM."""
     blocks: Blocks = {"stack": [], "bare": []}
     with tempfile.TemporaryDirectory(prefix="bench") as name, both(launcher, Path(name), block) as (stack, bare):
         print(f"start: stack {stack.start_seconds:.1f} s, bare loop {bare.start_seconds:.1f} s", flush=True)
