@@ -203,6 +203,7 @@ def _step(
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * share
             optimizer.found_inf = skip  # type: ignore[attr-defined]  # as torch's fused optimizers take it
+            optimizer.products = DTYPES[state.products]  # type: ignore[attr-defined]  # as Muon takes it
             optimizer.step()
         parallel.zero_grad(name)
         objective.after_step()

@@ -15,7 +15,7 @@ import pytest
 import torch
 from folder_runtime import CPU, SGD_RATE, FolderRuntime, build, full_disk, sgd, train_stage, weights
 from safetensors.torch import load_file
-from small_objective import stream, train_small
+from small_objective import Small, stream, train_small
 
 from genpipe.data.order import order
 from genpipe.pipeline.spec import StageSpec
@@ -23,6 +23,7 @@ from genpipe.stage_config import Resources
 from genpipe.stages import is_training, load_stage, stage_kinds
 from genpipe.training import loop, state
 from genpipe.training.loop import Interrupted
+from genpipe.training.muon import orthogonalize
 from genpipe.training.objective import Step
 from genpipe.training.stream import seeded
 
@@ -169,6 +170,19 @@ def test_the_loop_is_gradient_descent(
     expected = weights(objective)
     for name, tensor in weights(found).items():
         torch.testing.assert_close(tensor, expected[name], atol=1e-6, rtol=1e-5)
+
+
+def test_muon_multiplies_in_the_precision_of_the_training(tmp_path: Path) -> None:
+    """One step by hand: bf16 is far off, and where it is not native a CPU spends most of its time on it."""
+    found = train_small(stream(), FolderRuntime(tmp_path), steps=1, optim={"kind": "muon", "lr": 0.1, "weight_decay": 0})
+    objective = Small()
+    batch = stream().train.collate(np.arange(4), np.arange(4))
+    loss, _ = objective.loss("small", batch, Step(0, seeded(CPU, 0, "small", 0)))
+    loss.backward()
+    weight = objective.model.get_parameter("1.hidden.weight")
+    assert weight.grad is not None
+    update = orthogonalize(weight.grad[None], torch.float32)[0]
+    torch.testing.assert_close(found["1.hidden.weight"], weight - 0.1 * 0.2 * 6**0.5 * update, atol=1e-5, rtol=0)
 
 
 def truncate(path: Path) -> None:

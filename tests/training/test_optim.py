@@ -27,6 +27,7 @@ from genpipe.models.space_to_depth_autoencoder import FoldedConfig
 from genpipe.models.unet import UNetConfig
 from genpipe.models.upsampler import ConvolutionalConfig, UNetUpsamplerConfig, build_upsampler
 from genpipe.models.vqvae2 import HierarchicalConfig
+from genpipe.training.muon import orthogonalize
 from genpipe.training.optim import AdamW, Muon, build_optimizers
 from genpipe.training.settings import TrainConfig, lr_scale
 
@@ -320,6 +321,19 @@ def test_muon_is_torchs(shape: tuple[int, int]) -> None:
         ours.step()
     assert (reference - start).abs().max() > 0.05
     torch.testing.assert_close(weights[1], reference, atol=2e-3, rtol=0)
+
+
+@pytest.mark.parametrize("shape", [(3, 24, 40), (2, 40, 24)])
+def test_orthogonalization_is_a_polynomial_of_the_singular_values(shape: tuple[int, int, int]) -> None:
+    """Jordan et al. 2024: five times s -> a s + b s^3 + c s^5, of singular values whose squares add up to 1."""
+    matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    left, values, right = torch.linalg.svd(matrices.double(), full_matrices=False)
+    values = values / values.square().sum(dim=1, keepdim=True).sqrt()
+    for _ in range(5):
+        values = 3.4445 * values - 4.7750 * values**3 + 2.0315 * values**5
+    expected = (left * values[:, None] @ right).float()
+    torch.testing.assert_close(orthogonalize(matrices, torch.float32), expected, atol=1e-5, rtol=0)
+    assert (orthogonalize(matrices, torch.bfloat16) - expected).abs().max() > 1e-4
 
 
 def test_epsilon_holds_small_gradients_back() -> None:
