@@ -26,7 +26,7 @@ from genpipe.training.guard import HeldBuffers, spread_if_bad
 from genpipe.training.interval import checkpoint_interval
 from genpipe.training.meter import Meter
 from genpipe.training.objective import Batch, Metrics, Objective, ObserveTraining, Step, Validation
-from genpipe.training.optim import clip_gradients
+from genpipe.training.optim import clip_gradients, step_all
 from genpipe.training.parallel import Parallel, spread
 from genpipe.training.rollback import facts, roll_back
 from genpipe.training.runtime import Runtime
@@ -199,12 +199,7 @@ def _step(
         if state.products == "fp16":
             bad = state.scales[name].update(skip)
         share = lr_scale(cfg.of(name), samples_seen=state.samples_seen)
-        for optimizer in state.optimizers[name]:
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak_lr"] * share
-            optimizer.found_inf = skip  # type: ignore[attr-defined]  # as torch's fused optimizers take it
-            optimizer.products = DTYPES[state.products]  # type: ignore[attr-defined]  # as Muon takes it
-            optimizer.step()
+        step_all(state.optimizers[name], share=share, skip=skip, products=DTYPES[state.products])
         parallel.zero_grad(name)
         objective.after_step()
         held.put_back(skip=skip)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Annotated, Literal
 
 import torch
@@ -82,6 +82,20 @@ def build_optimizers(module: nn.Module, cfg: AdamW | Muon) -> list[torch.optim.O
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]
     return optimizers
+
+
+def step_all(optimizers: Iterable[torch.optim.Optimizer], *, share: float, skip: Tensor, products: torch.dtype) -> None:
+    """Apply the gradients with a share of each peak learning rate, or change nothing where the scalar `skip` is 1.
+
+    Muon orthogonalizes in `products`, the dtype of the network's products.
+    """
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * share
+        optimizer.found_inf = skip  # type: ignore[attr-defined]  # as torch's fused optimizers take it
+        if isinstance(optimizer, muon.Muon):
+            optimizer.products = products
+        optimizer.step()
 
 
 def clip_gradients(module: nn.Module, most: float | None, *, scale: Tensor | float = 1.0) -> Tensor:

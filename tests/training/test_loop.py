@@ -174,7 +174,9 @@ def test_the_loop_is_gradient_descent(
 
 def test_muon_multiplies_in_the_precision_of_the_training(tmp_path: Path) -> None:
     """One step by hand: bf16 is far off, and where it is not native a CPU spends most of its time on it."""
-    found = train_small(stream(), FolderRuntime(tmp_path), steps=1, optim={"kind": "muon", "lr": 0.1, "weight_decay": 0})
+    found = train_small(
+        stream(), FolderRuntime(tmp_path), steps=1, optim={"kind": "muon", "lr": 0.1, "weight_decay": 0}
+    )
     objective = Small()
     batch = stream().train.collate(np.arange(4), np.arange(4))
     loss, _ = objective.loss("small", batch, Step(0, seeded(CPU, 0, "small", 0)))
