@@ -42,8 +42,9 @@ from flows.pipeline import pipeline_flow, stage_flow
 from flows.reconciler import reconcile
 from genpipe import config
 from genpipe.config import ConfigError
+from genpipe.pipeline.curves import kept_text
 from genpipe.pipeline.graph import Pipeline, load_pipeline
-from genpipe.storage import join, open_storage
+from genpipe.storage import Storage, join, open_storage
 
 POOL = "genpipe"
 RECONCILER = "reconciler"
@@ -178,11 +179,20 @@ def _check_reachable(client: SyncPrefectClient, url: str) -> None:
 
 def _publish(pipeline: Pipeline, path: str, overrides: Sequence[str]) -> str:
     """Put the pipeline, its bases and overrides merged, into its store; its URI there."""
-    text = yaml.safe_dump(config.load(path, overrides).values, sort_keys=False, allow_unicode=True)
+    values, storage = config.load(path, overrides).values, open_storage(pipeline.cfg.store)
+    if pipeline.cfg.curves:
+        curves = kept_text(pipeline.curves).encode()
+        values = {**values, "curves": join(pipeline.cfg.store, _put(storage, curves, "curves.json"))}
+    text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
     _check_travels(pipeline, text)
-    name = f"deployments/{hashlib.sha256(text.encode()).hexdigest()[:12]}/{pipeline.cfg.name}.yaml"
-    open_storage(pipeline.cfg.store).write(name, text.encode())
-    return join(pipeline.cfg.store, name)
+    return join(pipeline.cfg.store, _put(storage, text.encode(), f"{pipeline.cfg.name}.yaml"))
+
+
+def _put(storage: Storage, content: bytes, name: str) -> str:
+    """Write a file of a deployment, below a digest of its content; its key."""
+    key = f"deployments/{hashlib.sha256(content).hexdigest()[:12]}/{name}"
+    storage.write(key, content)
+    return key
 
 
 def _check_travels(pipeline: Pipeline, text: str) -> None:

@@ -14,6 +14,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -175,6 +176,18 @@ def read_manifest(uri: str, *, check_files: bool = True) -> Manifest | None:
     if check_files:
         _check_sizes(uri, manifest)
     return manifest
+
+
+def committed_in(store: str, kind: str, *, check_files: bool = True) -> list[Manifest]:
+    """The manifests of a store's artifacts of one kind, less those that are damaged."""
+    folder = join(store, "artifacts", kind)
+
+    def read(name: str) -> Manifest | None:
+        with suppress(ManifestError):
+            return read_manifest(join(folder, name), check_files=check_files)
+        return None
+
+    return [manifest for manifest in at_once(read, open_storage(folder).folders()) if manifest is not None]
 
 
 def _resolved(manifest: Manifest, uri: str) -> Manifest:

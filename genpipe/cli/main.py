@@ -22,6 +22,7 @@ from genpipe.cli import data as data_commands
 from genpipe.cli import deploy as deploy_commands
 from genpipe.cli import uses as use_commands
 from genpipe.cli.compare import compare as compare_command
+from genpipe.cli.curves import curves as curves_command
 from genpipe.cli.ema import ema as ema_command
 from genpipe.cli.gallery import gallery as gallery_command
 from genpipe.cli.gc import gc as gc_command
@@ -213,6 +214,7 @@ def check(configs: Annotated[list[str], typer.Argument(metavar="CONFIG...", help
 
 
 app.command("compare")(compare_command)
+app.command("curves")(curves_command)
 app.command("gc")(gc_command)
 app.command()(sample_command)
 app.command("gallery")(gallery_command)

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -29,9 +28,9 @@ from genpipe.config import ConfigError
 from genpipe.launch.lease import LEASE, Holder, Watch, find_holder, seized
 from genpipe.pipeline.baselines import names_needed, with_baselines
 from genpipe.pipeline.graph import Pipeline, load_pipeline
-from genpipe.pipeline.plan import READERS, plan
+from genpipe.pipeline.plan import plan
 from genpipe.pipeline.spec import StageSpec, sqlite_uri
-from genpipe.storage import Storage, join, local_path, open_storage
+from genpipe.storage import Storage, at_once, join, local_path, open_storage
 from genpipe.tracking.open_runs import all_open, is_alive
 from genpipe.tracking.registry import registered, resolve
 
@@ -155,9 +154,8 @@ def _folders(store: str) -> dict[str, Folder]:
 
 def _manifests(store: str, folders: Sequence[Folder]) -> dict[str, Manifest]:
     read = partial(artifacts.read_manifest, check_files=False)
-    with ThreadPoolExecutor(READERS) as pool:
-        manifests = pool.map(read, [join(store, folder.path) for folder in folders])
-        return {folder.path: manifest for folder, manifest in zip(folders, manifests, strict=True) if manifest}
+    manifests = at_once(read, [join(store, folder.path) for folder in folders])
+    return {folder.path: manifest for folder, manifest in zip(folders, manifests, strict=True) if manifest}
 
 
 def _reasons(
@@ -244,7 +242,8 @@ def _inputs(store: str, folder: Folder, manifest: Manifest | None) -> list[str]:
 
 def _deployed(store: str) -> list[Pipeline]:
     """The pipelines that `genpipe deploy` has put into the store."""
-    files = [join(store, "deployments", entry.key) for entry in open_storage(join(store, "deployments")).list()]
+    folder = join(store, "deployments")
+    files = [join(folder, entry.key) for entry in open_storage(folder).list() if entry.key.endswith(".yaml")]
     pipelines = []
     for file in files:
         try:

@@ -24,9 +24,9 @@ from genpipe.launch.run_stage import commit, load_checked
 from genpipe.launch.validator import hand_over_store
 from genpipe.launch.watchdog import Watched
 from genpipe.pipeline.code import check_code
-from genpipe.pipeline.curves import Band, Curve, Expectation, curve_text, read_curve
+from genpipe.pipeline.curves import Band, Expectation, curve_text, read_curve
 from genpipe.pipeline.forecast import RATE
-from genpipe.pipeline.spec import Progress, StageSpec, read_progress, write_progress
+from genpipe.pipeline.spec import Curve, Progress, StageSpec, read_progress, write_progress
 from genpipe.stages import load_stage
 from genpipe.storage import join, open_storage
 from genpipe.tracking.recording import attach

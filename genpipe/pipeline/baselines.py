@@ -6,12 +6,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from genpipe.artifacts import Artifact, Manifest, read_manifest
+from genpipe.artifacts import Artifact, Manifest, committed_in, read_manifest
 from genpipe.config import ConfigError
 from genpipe.evaluation.comparison import baseline_values
 from genpipe.pipeline.graph import Pipeline, is_uri, load_pipeline
 from genpipe.pipeline.plan import Planned, Resolve, resolve_uri
-from genpipe.pipeline.systems import committed_in, find_made, is_pipeline
+from genpipe.pipeline.systems import find_made, is_pipeline
 from genpipe.stage_config import Gate
 from genpipe.storage import join
 

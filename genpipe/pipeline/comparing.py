@@ -15,7 +15,8 @@ from genpipe.artifacts import Artifact, Manifest, read_manifest
 from genpipe.config import flatten
 from genpipe.evaluation.comparison import Interval, check_paired, interval, paired_difference
 from genpipe.evaluation.per_sample import Values, read_values
-from genpipe.pipeline.curves import Curve, read_curve
+from genpipe.pipeline.curves import read_curve
+from genpipe.pipeline.spec import Curve
 from genpipe.stage_config import UNFINGERPRINTED
 
 ABSENT = "-"

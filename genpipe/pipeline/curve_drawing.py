@@ -8,7 +8,7 @@ from pathlib import Path
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from genpipe.pipeline.curves import Curve
+from genpipe.pipeline.spec import Curve
 
 COLUMNS = 3
 WIDTH, HEIGHT = 4.2, 2.8

@@ -7,17 +7,20 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from statistics import mean, stdev
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
+from pydantic import Field, TypeAdapter, ValidationError
 
-from genpipe.artifacts import CURVE, Artifact, Manifest, read_manifest
-from genpipe.pipeline.spec import StageSpec
-from genpipe.pipeline.systems import committed_in
-from genpipe.storage import open_storage
+from genpipe.artifacts import CURVE, Artifact, Manifest, ManifestError, committed_in, fingerprint, read_manifest
+from genpipe.config import Config, ConfigError
+from genpipe.pipeline.spec import Curve, StageSpec
+from genpipe.storage import open_storage, read_file
 
 STUDENT = (63.66, 9.925, 5.841, 4.604, 4.032, 3.707, 3.499, 3.355, 3.250, 3.169)
 """The 99.5 % quantiles of Student's t with 1, 2, ... degrees of freedom; the last one for more, too."""
@@ -25,8 +28,28 @@ STUDENT = (63.66, 9.925, 5.841, 4.604, 4.032, 3.707, 3.499, 3.355, 3.250, 3.169)
 LEAST = 0.01
 """Half of the width of a band at the least, as a share of its mean: what is as good as equal is no surprise."""
 
-Curve = dict[int, dict[str, float]]
-"""What each validation found, by samples seen."""
+
+class Made(Protocol):
+    """How something is made, or is to be: a manifest, a stage's spec, or what is planned."""
+
+    @property
+    def identity(self) -> Mapping[str, Any]:
+        """What its fingerprint is made of."""
+
+    @property
+    def inputs(self) -> Mapping[str, Artifact]:
+        """What it is made from, by role."""
+
+
+Find = Callable[[str], Made | None]
+"""How what lies, or is to lie, at a URI is made; None where nobody knows."""
+
+
+class KeptCurves(Config):
+    """The curves of one stage in a file of them, which a pipeline names with `curves`."""
+
+    likeness: str = Field(description="of what was trained, as `likeness` gives it")
+    curves: dict[str, Curve] = Field(description="by fingerprint of what was trained")
 
 
 def curve_text(curve: Curve) -> str:
@@ -40,6 +63,62 @@ def read_curve(uri: str) -> Curve:
         return {int(samples): found for samples, found in json.loads(open_storage(uri).read(CURVE)).items()}
     except FileNotFoundError:
         return {}
+
+
+def kept_text(kept: Mapping[str, KeptCurves]) -> str:
+    """The content of a file of curves: a JSON object by name of the stage, a line for each curve."""
+    stages = []
+    for name, of in kept.items():
+        curves = ",\n".join(f"  {json.dumps(made)}: {json.dumps(curve)}" for made, curve in of.curves.items())
+        stages.append(f'{json.dumps(name)}: {{"likeness": {json.dumps(of.likeness)}, "curves": {{\n{curves}}}}}')
+    return "{\n" + ",\n".join(stages) + "\n}\n"
+
+
+def read_kept(uri: str) -> dict[str, KeptCurves]:
+    """The curves in a file that `kept_text` wrote, by name of the stage. Raises ConfigError."""
+    remedy = "write one with `genpipe curves`, or leave it out"
+    try:
+        return TypeAdapter(dict[str, KeptCurves]).validate_json(read_file(uri))
+    except ValidationError as error:
+        fault = error.errors()[0]
+        where = ".".join(map(str, fault["loc"]))
+        raise ConfigError(f"{uri}: no file of held-out curves ({where}: {fault['msg']}); {remedy}") from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{uri}: the held-out curves cannot be read ({error}); {remedy}") from None
+
+
+def manifest_at(uri: str) -> Manifest | None:
+    """The manifest of an artifact, None where it is damaged or not there."""
+    with suppress(ManifestError):
+        return read_manifest(uri, check_files=False)
+    return None
+
+
+def likeness(made: Made, find: Find = manifest_at) -> str:
+    """The sha256 (hex) of how something is made but for `train.seed`: its settings, and those of all that went into it.
+
+    What was read from outside of the pipeline is no part of it: the data may be others. An input that `find` knows
+    nothing of is like itself alone.
+    """
+    inputs = {}
+    for role, artifact in made.inputs.items():
+        before = find(artifact.uri)
+        inputs[role] = artifact.fingerprint if before is None else likeness(before, find)
+    return fingerprint({**_but_for_seed(made.identity), "inputs": inputs})
+
+
+def curves_alike(alike: str, store: str, kind: str) -> dict[str, Curve]:
+    """The curves, by fingerprint, of a store's artifacts of a kind with this likeness."""
+    find = cache(manifest_at)
+    there = (made for made in committed_in(store, kind, check_files=False) if likeness(made, find) == alike)
+    return {made.artifact.fingerprint: curve for made in there if (curve := read_curve(made.artifact.uri))}
+
+
+def _but_for_seed(identity: Mapping[str, Any]) -> dict[str, Any]:
+    settings = dict(identity["settings"])
+    if isinstance(settings.get("train"), Mapping):
+        settings["train"] = {name: value for name, value in settings["train"].items() if name != "seed"}
+    return {"stage": identity["stage"], "version": identity["version"], "settings": settings}
 
 
 @dataclass(frozen=True)
@@ -60,13 +139,8 @@ class Expectation:
 
     @classmethod
     def of(cls, spec: StageSpec) -> Expectation:
-        """From the artifacts in the store of `spec` that were made with its settings but for `train.seed`.
-
-        So were all of their inputs, at every remove; the data may have been others.
-        """
-        there = committed_in(spec.store, spec.target.kind)
-        alike = (manifest for manifest in there if _alike(spec.identity, spec.inputs, manifest))
-        return cls(tuple(curve for manifest in alike if (curve := read_curve(manifest.artifact.uri))))
+        """From the artifacts in the store of `spec` that are like what it makes, and from what it knows of others."""
+        return cls(tuple((spec.curves | curves_alike(likeness(spec), spec.store, spec.target.kind)).values()))
 
     def at(self, name: str, samples: int) -> Band | None:
         """What to expect of a metric after so many samples, between validations on the line.
@@ -84,24 +158,3 @@ class Expectation:
         middle, t = mean(values), STUDENT[min(runs - 1, len(STUDENT)) - 1]
         half = max(t * stdev(values) * math.sqrt(1 + 1 / runs), LEAST * abs(middle))
         return Band(middle, middle - half, middle + half, runs)
-
-
-def _alike(identity: Mapping[str, Any], inputs: Mapping[str, Artifact], other: Manifest) -> bool:
-    """Whether an artifact was made with the same settings but for the seed, and so were its inputs."""
-    if _but_for_seed(identity) != _but_for_seed(other.identity) or inputs.keys() != other.inputs.keys():
-        return False
-    return all(_are_alike(artifact, other.inputs[role]) for role, artifact in inputs.items())
-
-
-def _are_alike(one: Artifact, other: Artifact) -> bool:
-    if one.fingerprint == other.fingerprint:
-        return True
-    ours, theirs = (read_manifest(of.uri, check_files=False) for of in (one, other))
-    return ours is not None and theirs is not None and _alike(ours.identity, ours.inputs, theirs)
-
-
-def _but_for_seed(identity: Mapping[str, Any]) -> tuple[str, int, dict[str, Any]]:
-    settings = dict(identity["settings"])
-    if isinstance(settings.get("train"), Mapping):
-        settings["train"] = {name: value for name, value in settings["train"].items() if name != "seed"}
-    return identity["stage"], identity["version"], settings

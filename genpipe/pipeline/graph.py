@@ -22,6 +22,7 @@ from pydantic import Field
 from genpipe import config
 from genpipe.artifacts import Role
 from genpipe.config import Config, ConfigError, Location, Tree
+from genpipe.pipeline.curves import KeptCurves, read_kept
 from genpipe.pipeline.spec import TrackingConfig, sqlite_uri
 from genpipe.stage_config import StageConfig
 from genpipe.stages import load_stage
@@ -49,6 +50,9 @@ class PipelineConfig(Config):
     store: Location = Field(description="a folder or s3://bucket/prefix for artifacts and unfinished work")
     tracking: TrackingConfig = TrackingConfig()
     ray: RayConfig = RayConfig()
+    curves: Location = Field(
+        "", description="a file that `genpipe curves` wrote: trainings are held against its held-out curves, too"
+    )
     notify: str = Field("", description="a webhook's URL that is told what came of a run; default: GENPIPE_NOTIFY")
     stages: dict[str, dict[str, Any]] = Field(
         description="by name of the instance: its `kind`, `inputs`, `matrix`, and the settings of its stage"
@@ -90,11 +94,12 @@ class Instance:
 
 @dataclass(frozen=True)
 class Pipeline:
-    """A pipeline that was read and checked. `instances` are in an order that runs."""
+    """A pipeline that was read and checked. `instances` are in an order that runs; `curves` are those of its file."""
 
     cfg: PipelineConfig
     instances: dict[str, Instance]
     source: str
+    curves: dict[str, KeptCurves]
 
     @property
     def tracking_uri(self) -> str:
@@ -143,7 +148,8 @@ def load_pipeline(path: str, overrides: Sequence[str] = ()) -> Pipeline:
             faults += _misfits(instance, instances, tree)
     if faults:
         raise ConfigError("\n".join(faults))
-    return Pipeline(cfg, _in_order(instances, path), str(path))
+    curves = read_kept(cfg.curves) if cfg.curves else {}
+    return Pipeline(cfg, _in_order(instances, path), str(path), curves)
 
 
 def _read_stored(uri: str, overrides: Sequence[str]) -> Tree:

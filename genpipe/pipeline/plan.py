@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -12,15 +11,12 @@ from genpipe import artifacts, config
 from genpipe.artifacts import Artifact, Manifest, ManifestError
 from genpipe.config import ConfigError
 from genpipe.pipeline.code import code_digest
+from genpipe.pipeline.curves import likeness
 from genpipe.pipeline.graph import Instance, Pipeline, is_uri, misfit
-from genpipe.pipeline.spec import StageSpec
+from genpipe.pipeline.spec import Curve, StageSpec
 from genpipe.revision import git_revision
 from genpipe.stage_config import UNFINGERPRINTED
 from genpipe.stages import is_training
-from genpipe.storage import join, open_storage
-
-READERS = 32
-"""Manifests that are read at a time."""
 
 Status = Literal["cached", "run"]
 Resolve = Callable[[str], Artifact]
@@ -115,7 +111,7 @@ def plan_instance(
     if done is not None:
         why = "committed with these settings and inputs"
         return Planned(instance, inputs, identity, done, "cached", why)
-    why = why_not(identity, config.resolved(cfg), join(pipeline.cfg.store, "artifacts", instance.makes))
+    why = why_not(identity, config.resolved(cfg), store=pipeline.cfg.store, kind=instance.makes)
     return Planned(instance, inputs, identity, target, "run", why)
 
 
@@ -139,7 +135,16 @@ def spec_of(
         pipeline=pipeline.cfg.name,
         pipeline_run_id=pipeline_run_id,
         links=dict(links or {}),
+        curves=_curves(planned, pipeline),
     )
+
+
+def _curves(planned: Planned, pipeline: Pipeline) -> dict[str, Curve]:
+    """Those of the pipeline's file that are of trainings like this one."""
+    if not pipeline.curves or not is_training(planned.instance.stage):
+        return {}
+    alike = likeness(planned)
+    return {made: curve for of in pipeline.curves.values() if of.likeness == alike for made, curve in of.curves.items()}
 
 
 def _check_validator(cfg: Any, *, training: bool) -> None:
@@ -168,24 +173,15 @@ def _source_digest(instance: Instance, *, sources: bool) -> str:
     return str(instance.stage.source_digest(instance.cfg)) if sources else "not looked at"
 
 
-def why_not(identity: Mapping[str, Any], settings: Mapping[str, Any], folder: str) -> str:
-    """What differs from the most similar artifact of this stage among those committed below `folder`."""
-    with ThreadPoolExecutor(READERS) as pool:
-        manifests = list(pool.map(_manifest, (join(folder, name) for name in open_storage(folder).folders())))
-    found = [_differences(m, identity, settings) for m in manifests if m and m.identity["stage"] == identity["stage"]]
+def why_not(identity: Mapping[str, Any], settings: Mapping[str, Any], *, store: str, kind: str) -> str:
+    """What differs from the most similar artifact of this stage among those of a kind that a store has."""
+    manifests = artifacts.committed_in(store, kind, check_files=False)
+    found = [_differences(m, identity, settings) for m in manifests if m.identity["stage"] == identity["stage"]]
     if not found:
         return "not made yet"
     closest = min(found, key=len)
     assert closest, "equal identities have equal fingerprints"
     return "; ".join(closest[:3]) + (f"; and {len(closest) - 3} more" if len(closest) > 3 else "")
-
-
-def _manifest(uri: str) -> Manifest | None:
-    """The manifest of an artifact, without a look at its other files; None where it is damaged or not there."""
-    try:
-        return artifacts.read_manifest(uri, check_files=False)
-    except ManifestError:
-        return None
 
 
 def _differences(manifest: Manifest, identity: Mapping[str, Any], settings: Mapping[str, Any]) -> list[str]:

@@ -12,6 +12,9 @@ from genpipe.artifacts import Artifact, work_uri
 from genpipe.config import Config, canonical_json
 from genpipe.storage import join, open_storage, read_file
 
+Curve = dict[int, dict[str, float]]
+"""What each validation of a training found, by samples seen."""
+
 
 class TrackingConfig(Config):
     """Where runs are recorded."""
@@ -52,6 +55,10 @@ class StageSpec(Config):
     pipeline_run_id: str = Field("", description="the MLflow run of the pipeline run that launched this stage")
     run_id: str = Field("", description="this stage's MLflow run, if the submitter has claimed it")
     links: dict[str, str] = Field(default_factory=dict, description="Prefect run, Ray job: recorded as tags")
+    curves: dict[str, Curve] = Field(
+        default_factory=dict,
+        description="by fingerprint: held-out curves of like trainings that the store need not have",
+    )
     attempt: Attempt | None = Field(None, description="who works on it, once somebody does")
 
     @property

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from typing import Literal
 
-from genpipe.artifacts import MANIFEST, Artifact, Manifest, ManifestError, read_manifest
+from genpipe.artifacts import MANIFEST, Artifact, Manifest, committed_in, read_manifest
 from genpipe.config import ConfigError, changed
 from genpipe.pipeline.graph import Pipeline, is_uri, load_pipeline
 from genpipe.pipeline.plan import plan
 from genpipe.stage_config import UNFINGERPRINTED
-from genpipe.storage import at_once, join, open_storage
 
 Kind = Literal["system", "scores"]
 ONE: dict[Kind, str] = {"system": "a system", "scores": "scores"}
@@ -66,18 +64,6 @@ def _of_store(store: str, kind: Kind) -> Artifact:
             f"{store}: has {len(found)} {SEVERAL[kind]}; name one, or the pipeline's YAML file:\n{listed}"
         )
     return found[0].artifact
-
-
-def committed_in(store: str, kind: str) -> list[Manifest]:
-    """The manifests of a store's artifacts of one kind, less those that are damaged."""
-    folder = join(store, "artifacts", kind)
-
-    def read(name: str) -> Manifest | None:
-        with suppress(ManifestError):
-            return read_manifest(join(folder, name))
-        return None
-
-    return [manifest for manifest in at_once(read, open_storage(folder).folders()) if manifest is not None]
 
 
 def _of_pipeline(path: str, name: str, kind: Kind) -> Artifact:

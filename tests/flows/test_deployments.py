@@ -29,6 +29,8 @@ from flows import deployments
 from genpipe.config import ConfigError
 from genpipe.launch.jobs import connect
 from genpipe.launch.local_ray import TUNING, local_head
+from genpipe.pipeline.curves import KeptCurves, kept_text
+from genpipe.pipeline.graph import load_pipeline
 
 ROOT = Path(__file__).parent.parent.parent
 GENPIPE = Path(sys.executable).with_name("genpipe")
@@ -110,6 +112,16 @@ def test_prefects_own_command_deploys_from_a_checkout(server: str, tmp_path: Pat
                 {"prefect.deployments.steps.set_working_directory": {"directory": str(ROOT)}}
             ]
     deployments.remove("demo")
+
+
+@pytest.mark.slow
+def test_held_out_curves_go_along(server: str, tmp_path: Path) -> None:
+    kept = {"line": KeptCurves(likeness="0", curves={"1": {100: {"loss": 0.5}}})}
+    (tmp_path / "curves.json").write_text(kept_text(kept))
+    made = deployments.deploy(str(pipeline(tmp_path, curves="curves.json")))
+    (tmp_path / "curves.json").unlink()
+    assert load_pipeline(made.config).curves == kept
+    deployments.remove("emoji")
 
 
 @pytest.mark.slow

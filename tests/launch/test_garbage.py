@@ -178,6 +178,7 @@ def test_what_was_deployed_stays(recorded: Toys, tmp_path: Path) -> None:
     published = Path(toys.store, "deployments/0123/toy.yaml")
     published.parent.mkdir(parents=True)
     published.write_text(Path(pipeline(toys, tmp_path, parts=1).source).read_text())
+    published.with_name("curves.json").write_text("{}")
     assert reasons(survey(toys.store, days=0)) == {made(spec): f"in the plan of {published}"}
     published.write_text("name: toy\nstors: x\n")
     with pytest.raises(ValueError, match=r"(?s)did you mean 'store'.*toy\.yaml was deployed; delete it if"):

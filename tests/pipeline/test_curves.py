@@ -13,7 +13,8 @@ from toybox import Toys
 
 from genpipe.launch.local import run_local
 from genpipe.lineage import content_digest
-from genpipe.pipeline.curves import STUDENT, Curve, Expectation, curve_text, read_curve
+from genpipe.pipeline.curves import STUDENT, Expectation, curve_text, read_curve
+from genpipe.pipeline.spec import Curve
 
 ONE: Curve = {100: {"loss": 1.0}, 200: {"loss": 0.5}}
 OTHER: Curve = {100: {"loss": 0.8}, 300: {"loss": 0.4}}

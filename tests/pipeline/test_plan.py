@@ -389,17 +389,16 @@ def test_a_new_version_and_a_new_source_explain_why(tiny: TinyPipeline, monkeypa
 def test_a_thousand_artifacts_are_compared_without_listing_their_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = tmp_path / "artifacts" / "thing"
     for lr in range(1000):
         settings = {"lr": lr}
         identity = artifacts.identity("thing", version=1, settings=settings, inputs={})
-        uri = f"{folder}/{lr}"
+        uri = f"{tmp_path}/artifacts/thing/{lr}"
         made = artifacts.Artifact(kind="thing", uri=uri, fingerprint=artifacts.fingerprint(identity))
         artifacts.commit(made, identity=identity, config=settings, inputs={}, metrics={})
     listed: list[str] = []
     monkeypatch.setattr(LocalStorage, "list", lambda self, prefix="": listed.append(self.uri) or iter(()))
     wanted = artifacts.identity("thing", version=1, settings={"lr": -1}, inputs={})
-    assert why_not(wanted, {"lr": -1}, str(folder)).endswith("-> -1")
+    assert why_not(wanted, {"lr": -1}, store=str(tmp_path), kind="thing").endswith("-> -1")
     assert not listed
 
 
