@@ -33,7 +33,7 @@ class Muon(torch.optim.Optimizer):
     found_inf: Tensor | None = None
 
     products: torch.dtype = torch.bfloat16
-    """Of the orthogonalization. Training sets that of its own products: a CPU without bf16 instructions takes a hundred
+    """Of the orthogonalization. Training sets that of its own products: a CPU without bf16 instructions takes many
     times as long for those."""
 
     def __init__(self, params: Iterable[Any], *, lr: float, momentum: float = 0.95, weight_decay: float = 0.0) -> None:

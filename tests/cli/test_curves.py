@@ -54,8 +54,8 @@ def test_curves_go_from_one_store_to_another(toy: Path, tmp_path: Path, genpipe:
     assert "line" in told and "toy_data" not in told and str(file) in told
 
     stages = yaml.safe_load(toy.read_text())["stages"]
-    other = written(file.parent / "other.yaml", {"points": stages["toy_data"], "fit": stages["line"]
-                    | {"inputs": {"toy_data": "points"}}}, curves="curves.json")  # fmt: skip
+    renamed = {"points": stages["toy_data"], "fit": stages["line"] | {"inputs": {"toy_data": "points"}}}
+    other = written(file.parent / "other.yaml", renamed, curves="curves.json")
     run_local(spec_of_stage(str(other), "points"))
     expected = Expectation.of(spec_of_stage(str(other), "fit", ["stages.fit.train.seed=7"])).curves
     found = sorted((losses(curve) for curve in expected), key=str)
