@@ -7,12 +7,13 @@ from typing import Annotated
 import typer
 
 from genpipe.cli import console
+from genpipe.cli.pages import Port
 from genpipe.cli.pictures import Source, SystemName
 
 
 def gallery(
     source: Source,
-    port: Annotated[int, typer.Option(min=1, max=65535, help="of the page on 127.0.0.1")] = 5001,
+    port: Port = 5001,
     system: SystemName = "",
     tracking_uri: Annotated[
         str,

@@ -31,6 +31,7 @@ from genpipe.cli.prove import prove as prove_command
 from genpipe.cli.release import promote as promote_command
 from genpipe.cli.release import verify as verify_command
 from genpipe.cli.sample import sample as sample_command
+from genpipe.cli.ui import ui as ui_command
 from genpipe.config import ConfigError
 
 if TYPE_CHECKING:
@@ -231,19 +232,7 @@ app.command()(verify_command)
 app.command()(promote_command)
 app.command()(prove_command)
 app.command("ema")(ema_command)
-
-
-@app.command()
-def ui(
-    config: ConfigFile,
-    overrides: Overrides = None,
-    port: Annotated[int, typer.Option(help="on this machine only (127.0.0.1)")] = 5000,
-) -> None:
-    """Open the MLflow UI on this pipeline's runs; Ctrl-C ends it."""
-    from genpipe.pipeline.graph import load_pipeline
-    from genpipe.tracking.store import serve_ui
-
-    serve_ui(load_pipeline(config, overrides or []).tracking_uri, port=port)
+app.command()(ui_command)
 
 
 @app.command()

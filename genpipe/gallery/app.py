@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import socket
 import threading
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -17,7 +16,6 @@ from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
-from genpipe.config import ConfigError
 from genpipe.evaluation.drawn import Drawings
 from genpipe.gallery.history import behind
 from genpipe.loaded_system import LoadedSystem
@@ -124,15 +122,9 @@ def make_app(system: LoadedSystem, drawings: Drawings, training: Sequence[Series
 
 
 def serve(system: LoadedSystem, drawings: Drawings, training: Sequence[Series], *, port: int) -> None:
-    """Serve the page on loopback until interrupted. Raises ConfigError where the port is taken."""
+    """Serve the page on loopback until interrupted."""
     import uvicorn
 
-    with socket.socket() as taken:
-        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            taken.bind((HOST, port))
-        except OSError as error:
-            raise ConfigError(f"--port {port}: {error.strerror}; name another with --port") from None
     print(f"the gallery is on http://{HOST}:{port} (Ctrl-C ends it)", flush=True)
     uvicorn.run(make_app(system, drawings, training), host=HOST, port=port, log_level="warning")
 

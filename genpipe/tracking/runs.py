@@ -28,7 +28,7 @@ from genpipe.tracking.open_runs import OpenRun
 from genpipe.tracking.progress_pictures import IN_MLFLOW
 from genpipe.tracking.recorder import Facts, File, Picture, Point, Record, Status, Steps
 from genpipe.tracking.registry import ARTIFACT, FINGERPRINT, register
-from genpipe.tracking.store import check, client_of, experiment_id_of, first_line, is_refused, redacted
+from genpipe.tracking.store import check, client_of, experiment_id_of, first_line, is_refused, page_of, redacted
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -359,7 +359,7 @@ def _describe(client: MlflowClient, run: Run, text: str) -> None:
 
 def _link_from(run: Run) -> Callable[[str], str]:
     """Addresses of runs, relative to MLflow's page, in the experiment of `run`."""
-    return lambda run_id: f"#/experiments/{run.info.experiment_id}/runs/{run_id}"
+    return lambda run_id: page_of(run.info.experiment_id, run_id)
 
 
 def _insist(write: Callable[[], Any], *, times: int = 3) -> None:

@@ -9,7 +9,6 @@ import logging
 import os
 import socket
 import sqlite3
-import subprocess
 import sys
 import urllib.error
 import urllib.request
@@ -30,6 +29,7 @@ os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
 os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+os.environ.setdefault("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")
 
 REACH_SECONDS = 5.0
 LOCK_SECONDS = 300.0
@@ -84,16 +84,29 @@ def redacted(text: str, *, of: str = "") -> str:
     return text.replace(f":{password}@", ":***@") if password else text
 
 
-def serve_ui(uri: str, *, port: int) -> None:
-    """Serve MLflow's UI on 127.0.0.1 until interrupted; where `uri` is a server, only say where it is."""
-    if uri.startswith("http"):
-        print(f"the runs are at {redacted(uri)}")
-        return
+def page_of(experiment_id: str, run_id: str = "") -> str:
+    """The address, relative to MLflow's root, of an experiment's table of runs, or of one of the runs.
+
+    It asks for the pages for model training: by default MLflow opens those for agents, which show traces and no runs.
+    """
+    run = f"/{run_id}" if run_id else ""
+    return f"#/experiments/{experiment_id}/runs{run}?workflowType=machine_learning"
+
+
+def runs_page(uri: str, experiment: str) -> str:
+    """The `page_of` an experiment; empty, for MLflow's first page, as long as there is none.
+
+    Raises ValueError as `check` does.
+    """
     check(uri)
-    environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    print(f"MLflow on http://127.0.0.1:{port} (Ctrl-C ends it)", flush=True)
-    subprocess.run([*command, "--backend-store-uri", uri], env=environment, check=True)
+    found = client_of(uri).get_experiment_by_name(experiment)
+    return page_of(str(found.experiment_id)) if found is not None and found.lifecycle_stage == "active" else ""
+
+
+def server_command(uri: str, *, port: int) -> list[str]:
+    """The command line that serves MLflow's UI of a database on 127.0.0.1."""
+    where = ["--host", "127.0.0.1", "--port", str(port), "--backend-store-uri", uri, "--registry-store-uri", uri]
+    return [sys.executable, "-m", "mlflow", "server", *where, "--workers", "1", "--uvicorn-opts", "--log-level=warning"]
 
 
 @cache
@@ -171,7 +184,7 @@ def experiment_id_of(client: MlflowClient, uri: str, name: str) -> str:
         beside = _sqlite_path(uri).absolute().parent / FILES
         location = beside.as_uri() if uri.startswith("sqlite:") else None
         try:
-            kind = {"mlflow.experimentKind": "custom_model_development"}  # opens the UI's pages for model training
+            kind = {"mlflow.experimentKind": "custom_model_development"}  # of agents otherwise, as some versions guess
             return str(client.create_experiment(name, artifact_location=location, tags=kind))
         except MlflowException:  # another process was first
             experiment = client.get_experiment_by_name(name)
