@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import Command
 
 from genpipe.diffusion.process import DiffusionConfig, SamplerConfig, sampling_times
 from genpipe.pipeline.costs import Cost, cost_of, on_meta
+from genpipe.pipeline.curves import read_kept
 from genpipe.pipeline.graph import load_pipeline
 from genpipe.pipeline.plan import Planned, plan
 from genpipe.stages import is_training
@@ -45,6 +47,17 @@ def test_each_opens_with_its_command_cost_and_what_to_expect(path: Path) -> None
 @pytest.mark.parametrize("name", ["tiny", "demo"])
 def test_the_small_ones_are_whole_and_small(name: str) -> None:
     assert sum(cost.peak for cost in costs(name).values()) < GIB
+
+
+def test_the_demo_ships_the_curves_of_what_it_trains(tmp_path: Path, genpipe: Command) -> None:
+    """Whoever changes what the demo trains has to train it with three seeds, and to run `genpipe curves` anew."""
+    shipped, again = CONFIGS / "demo-curves.json", tmp_path / "again.json"
+    code, _, error = genpipe("curves", str(CONFIGS / "demo.yaml"), f"store={tmp_path / 'store'}", "--out", str(again))
+    assert code == 0, error
+    assert again.read_text() == shipped.read_text()
+    assert {name: len(of.curves) for name, of in read_kept(str(shipped)).items()} == {
+        p.name: 3 for p in training("demo")
+    }
 
 
 def samplers(name: str) -> list[tuple[str, SamplerConfig, DiffusionConfig]]:
