@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from genpipe.cli import console
+from genpipe.cli.arguments import ConfigFile, Overrides
 from genpipe.config import ConfigError
 
 if TYPE_CHECKING:
@@ -21,10 +22,8 @@ DIGITS = 5
 
 
 def curves(
-    config: Annotated[str, typer.Argument(metavar="CONFIG", help="a pipeline's YAML file")],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[PATH=VALUE]...", help="settings that replace the file's")
-    ] = None,
+    config: ConfigFile,
+    overrides: Overrides = None,
     out: Annotated[Path, typer.Option("--out", help="the file")] = Path("curves.json"),
 ) -> None:
     """Keep the held-out curves of a pipeline's trainings in a file that later trainings are held against.

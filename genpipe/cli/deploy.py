@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from genpipe.cli import console
+from genpipe.cli.arguments import ConfigFile, Overrides
 
 if TYPE_CHECKING:
     from flows.deployments import Deployed
@@ -23,7 +24,7 @@ Name = Annotated[str, typer.Argument(metavar="NAME", help="of the deployment, as
 @app.command()
 def deploy(
     config: Annotated[str, typer.Argument(metavar="CONFIG", help="a pipeline's YAML file, or a deployment's name")],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[PATH=VALUE]...")] = None,
+    overrides: Overrides = None,
     cron: Annotated[str, typer.Option(help="when it runs, as in crontab: '0 3 * * *'; default: when asked to")] = "",
     timezone: Annotated[str, typer.Option(help="of --cron")] = "UTC",
     pool: Annotated[str, typer.Option(help="the work pool whose workers run it")] = "genpipe",
@@ -90,8 +91,8 @@ def runs(
 @app.command()
 def logs(
     stage: Annotated[str, typer.Argument(metavar="STAGE", help="its key under `stages:`")],
-    config: Annotated[str, typer.Argument(metavar="CONFIG", help="a pipeline's YAML file")],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[PATH=VALUE]...")] = None,
+    config: ConfigFile,
+    overrides: Overrides = None,
     follow: Annotated[bool, typer.Option("--follow", help="go on until the stage ends")] = False,
 ) -> None:
     """Print what a stage's last job printed, on the cluster that CONFIG names."""

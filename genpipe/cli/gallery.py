@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from genpipe.cli import console
-from genpipe.cli.pages import Port
+from genpipe.cli.arguments import Port
 from genpipe.cli.pictures import Source, SystemName
 
 

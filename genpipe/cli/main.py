@@ -21,6 +21,7 @@ from genpipe.cli import console
 from genpipe.cli import data as data_commands
 from genpipe.cli import deploy as deploy_commands
 from genpipe.cli import uses as use_commands
+from genpipe.cli.arguments import ConfigFile, Overrides
 from genpipe.cli.compare import compare as compare_command
 from genpipe.cli.curves import curves as curves_command
 from genpipe.cli.ema import ema as ema_command
@@ -55,11 +56,6 @@ Any setting can be overridden: `genpipe run configs/pipeline/demo.yaml stages.de
 
 app.add_typer(data_commands.app)
 app.add_typer(deploy_commands.app)
-
-ConfigFile = Annotated[str, typer.Argument(metavar="CONFIG", help="a pipeline's YAML file")]
-Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[PATH=VALUE]...", help="settings that replace the file's")
-]
 
 
 def _tell_version(asked: bool) -> None:

@@ -9,15 +9,14 @@ from typing import Annotated
 import typer
 
 from genpipe.cli import console
+from genpipe.cli.arguments import ConfigFile, Overrides
 from genpipe.config import ConfigError
 
 
 def prove(
-    config: Annotated[str, typer.Argument(metavar="CONFIG", help="a pipeline's YAML file")],
+    config: ConfigFile,
     stage: Annotated[str, typer.Argument(metavar="STAGE", help="a stage that trains, by its key under `stages:`")],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[PATH=VALUE]...", help="settings that replace the file's")
-    ] = None,
+    overrides: Overrides = None,
     steps: Annotated[int, typer.Option(help="optimizer steps in all")] = 12,
     at: Annotated[int, typer.Option("--at", help="the step to stop after; the kill comes later")] = 4,
     workers: Annotated[int, typer.Option(min=1, help="ranks, on this machine")] = 1,

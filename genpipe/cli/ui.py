@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import time
-from typing import Annotated
 
 import typer
 
-from genpipe.cli.pages import HOST, Port, listens
+from genpipe.cli.arguments import HOST, ConfigFile, Overrides, Port
 
 POLL_SECONDS = 0.2
 
 
 def ui(
-    config: Annotated[str, typer.Argument(metavar="CONFIG", help="a pipeline's YAML file")],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[PATH=VALUE]...", help="settings that replace the file's")
-    ] = None,
+    config: ConfigFile,
+    overrides: Overrides = None,
     port: Port = 5000,
 ) -> None:
     """Serve MLflow's UI on this machine alone, and say where this pipeline's runs are in it; Ctrl-C ends it.
@@ -37,8 +35,13 @@ def ui(
         return
     quiet = {**os.environ, "PYTHONWARNINGS": "ignore"}  # about what MLflow itself uses
     server = subprocess.Popen(supervised(server_command(uri, port=port)), env=quiet)
-    while server.poll() is None and not listens(port):
+    while server.poll() is None and not _listens(port):
         time.sleep(POLL_SECONDS)
     if server.poll() is None:
         print(f"MLflow is on http://{HOST}:{port}/{page} (Ctrl-C ends it)", flush=True)
     raise typer.Exit(server.wait())
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as client:
+        return client.connect_ex((HOST, port)) == 0

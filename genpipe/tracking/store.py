@@ -184,7 +184,7 @@ def experiment_id_of(client: MlflowClient, uri: str, name: str) -> str:
         beside = _sqlite_path(uri).absolute().parent / FILES
         location = beside.as_uri() if uri.startswith("sqlite:") else None
         try:
-            kind = {"mlflow.experimentKind": "custom_model_development"}  # of agents otherwise, as some versions guess
+            kind = {"mlflow.experimentKind": "custom_model_development"}  # some versions guess another
             return str(client.create_experiment(name, artifact_location=location, tags=kind))
         except MlflowException:  # another process was first
             experiment = client.get_experiment_by_name(name)

@@ -31,7 +31,8 @@ def test_the_address_opens_the_runs(tmp_path: Path, genpipe: Command) -> None:
     store.check(uri)
     client = store.client_of(uri)
     client.create_run(store.experiment_id_of(client, uri, "other"))
-    client.create_run(store.experiment_id_of(client, uri, "toys"), run_name="the first of them")
+    run = client.create_run(store.experiment_id_of(client, uri, "toys"), run_name="the first of them")
+    client.set_tag(run.info.run_id, "mlflow.note.content", "what it was made for")
 
     port = free_port()
     command = [sys.executable, "-m", "genpipe.cli.main", "ui", str(config), "--port", str(port)]
@@ -42,6 +43,11 @@ def test_the_address_opens_the_runs(tmp_path: Path, genpipe: Command) -> None:
         assert said
         with closing(Browser(said[1], tmp_path / "chromium")) as browser:
             wait_for(lambda: "the first of them" in browser.run(PAGE))
+            assert {"Runs", "Models"} <= set(browser.run(PAGE).split("\n"))
+            assert "Sessions" not in browser.run(PAGE)
+            root, page = f"http://127.0.0.1:{port}/", store.page_of(run.info.experiment_id, run.info.run_id)
+            browser.call("Page.navigate", url=root + page)
+            wait_for(lambda: "what it was made for" in browser.run(PAGE))
             assert {"Runs", "Models"} <= set(browser.run(PAGE).split("\n"))
             assert "Sessions" not in browser.run(PAGE)
         server = f"tracking.uri=http://127.0.0.1:{port}"

@@ -10,8 +10,6 @@ from pathlib import Path
 import pytest
 from toy_project import Project, results
 
-from genpipe.tracking.store import page_of
-
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 
@@ -44,7 +42,8 @@ def test_records_link_prefect_ray_and_mlflow(project: Project) -> None:
     assert stage.data.tags["mlflow.parentRunId"] == parent.info.run_id
     assert stage.data.tags["genpipe.ray_job"].startswith("genpipe-toy_slow-")
     page = parent.data.tags["mlflow.note.content"]
-    assert f"| [toy_slow]({page_of(parent.info.experiment_id, stage.info.run_id)}) | ran |" in page
+    link = f"#/experiments/{parent.info.experiment_id}/runs/{stage.info.run_id}?workflowType=machine_learning"
+    assert f"| [toy_slow]({link}) | ran |" in page
     assert re.search(r"\| \[?toy_line.* \| failed \|.*no such luck", page)
     flow_run = stage.data.tags["genpipe.prefect_flow_run_id"]
     assert parent.data.tags["genpipe.prefect_flow_run_id"] == flow_run

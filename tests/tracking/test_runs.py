@@ -27,6 +27,9 @@ from genpipe.tracking.recorder import Recorder
 from genpipe.tracking.recording import attach, claim, open_stage_run, pipeline_run, settle_stage, settle_store
 from genpipe.tracking.runs import DESCRIPTION, claim_stage_run
 
+TRAINING = "workflowType=machine_learning"
+"""What has MLflow open its pages for model training; `tests/cli/test_ui.py` sees that it does."""
+
 
 @pytest.fixture(scope="module")
 def toys(tmp_path_factory: pytest.TempPathFactory) -> Toys:
@@ -394,9 +397,9 @@ def test_a_pipeline_run_tells_of_its_stages(
     run = client.get_run(parent.run_id)
     assert run.info.status == "FAILED"
     assert run.data.metrics == {"toy_line/loss": 0.5}
-    text, experiment = run.data.tags[DESCRIPTION], run.info.experiment_id
-    assert f"| [toy_data]({store.page_of(experiment, data.info.run_id)}) | cached |  |  |" in text
-    assert f"| [toy_line]({store.page_of(experiment, line.info.run_id)}) | ran | 1m02s | loss 0.5 |" in text
+    text, link = run.data.tags[DESCRIPTION], f"#/experiments/{run.info.experiment_id}/runs"
+    assert f"| [toy_data]({link}/{data.info.run_id}?{TRAINING}) | cached |  |  |" in text
+    assert f"| [toy_line]({link}/{line.info.run_id}?{TRAINING}) | ran | 1m02s | loss 0.5 |" in text
     assert "| toy_last | failed |  |  | a \\| b c |" in text
     assert f"path=samples/grid.png&run_uuid={run.info.run_id}" in text
     assert "[its flow run in Prefect](http://prefect/runs/1)" in text
@@ -411,8 +414,8 @@ def test_a_run_says_what_it_was_made_from_until_somebody_describes_it(
 ) -> None:
     data, line = trained
     run = run_of(client, line)
-    made = f"made by [this run]({store.page_of(run.info.experiment_id, run_of(client, data).info.run_id)})"
-    assert made in run.data.tags[DESCRIPTION]
+    link = f"#/experiments/{run.info.experiment_id}/runs/{run_of(client, data).info.run_id}?{TRAINING}"
+    assert f"made by [this run]({link})" in run.data.tags[DESCRIPTION]
     asked = line.model_copy(update={"pipeline_run_id": "p7", "pipeline": "nightly"})
     claim_stage_run(asked)
     assert "[this run of the pipeline nightly]" in run_of(client, line).data.tags[DESCRIPTION]

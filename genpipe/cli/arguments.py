@@ -1,4 +1,4 @@
-"""The port of a command that serves a page on this machine."""
+"""Arguments and options that mean the same to several commands."""
 
 from __future__ import annotations
 
@@ -8,6 +8,11 @@ from typing import Annotated
 import typer
 
 HOST = "127.0.0.1"
+
+ConfigFile = Annotated[str, typer.Argument(metavar="CONFIG", help="a pipeline's YAML file")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[PATH=VALUE]...", help="settings that replace the file's")
+]
 
 
 def _free(port: int) -> int:
@@ -22,9 +27,3 @@ def _free(port: int) -> int:
 
 
 Port = Annotated[int, typer.Option(min=1, max=65535, callback=_free, help="of the page on 127.0.0.1")]
-
-
-def listens(port: int) -> bool:
-    """Whether a server takes connections there."""
-    with socket.socket() as client:
-        return client.connect_ex((HOST, port)) == 0
