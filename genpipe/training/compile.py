@@ -55,16 +55,15 @@ class _OrEagerly:
             return graph.forward
 
 
-def compile_blocks(objective: Objective) -> _OrEagerly:
-    """Have every block of the trained networks (`models.blocks`) compiled when it is first called; by what.
+def compile_blocks(objective: Objective, compiler: Callable[..., Any]) -> None:
+    """Have every block of the trained networks (`models.blocks`) compiled when it is first called.
 
-    Weights and their names stay as they are.
+    Weights and their names stay as they are. Code is for one size each: a batch always has the same, and that of blocks
+    of other sizes would be slower. What this compiler has compiled before, in this process, it does not compile again.
     """
-    compiler = _OrEagerly()
     for module in objective.trainable.values():
         for block in blocks_of(module):
-            block.compile(backend=compiler)
-    return compiler
+            block.compile(backend=compiler, dynamic=False)
 
 
 def run_eagerly(objective: Objective) -> None:
@@ -97,17 +96,18 @@ def compile_if_right(
     that has trained eagerly, because of this, goes on so when it is resumed.
     """
     rt.enter("compile")
+    compiler = _OrEagerly()
     if state.compiled:
         size = cfg.micro_batch(rt.world_size)
         weights = cfg.source_weights
         batch = next(sample_batches(data.train, count=size, batch_size=size, weights=weights, repeat=True))
-        fault = _fault(objective, parallel, to_device(batch, rt.device), cfg, rt, state)
+        fault = _fault(objective, parallel, to_device(batch, rt.device), cfg, rt, state, compiler)
         state.compiled = fault is None
         told = f"no: {fault}" if fault else "yes"
     else:
         fault, told = None, "no: not when this training began"
     if state.compiled:
-        compile_blocks(objective)
+        compile_blocks(objective, compiler)
     if rt.rank == 0:
         rt.log_environment({"compiled": told})
         if fault:
@@ -115,7 +115,13 @@ def compile_if_right(
 
 
 def _fault(
-    objective: Objective, parallel: Parallel, batch: Batch, cfg: TrainConfig, rt: Runtime, state: TrainState
+    objective: Objective,
+    parallel: Parallel,
+    batch: Batch,
+    cfg: TrainConfig,
+    rt: Runtime,
+    state: TrainState,
+    compiler: _OrEagerly,
 ) -> str | None:
     """What is wrong with the gradients of compiled blocks, on any rank; None if nothing is."""
     if not any(blocks_of(module) for module in objective.trainable.values()):
@@ -132,7 +138,7 @@ def _fault(
     for name in names:
         eager = found(name)
         with unobserved(objective):
-            compiler = compile_blocks(objective)
+            compile_blocks(objective, compiler)
             compiled = found(name)
         told = disagreement(eager, compiled, tolerance=TOLERANCE[state.products])
         if fault := _on_any_rank(compiler.fault or (f"{name}: {told}" if told else None), rt):

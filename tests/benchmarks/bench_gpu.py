@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -169,14 +170,17 @@ def measure(
     with tempfile.TemporaryDirectory() as folder:
         rt = FolderRuntime(Path(folder), device=device)
         resources = Resources(compile=compiled, checkpoint_seconds=3600)
+        began = time.perf_counter()
         train(objective, Data(samples, samples), train_cfg, rt, resources, ObserveTraining(log_every=LOG_EVERY))
+        took = time.perf_counter() - began
     rates = [logged["samples_per_second"] for logged in rt.logged.values() if "samples_per_second" in logged][1:]
     waits = [logged["data_wait_share"] for logged in rt.logged.values() if "data_wait_share" in logged][1:]
     achieved = float(np.median(rates)) * cost.flops / 1e12
     taken = torch.cuda.max_memory_allocated() / 2**30
     parameters = sum(cost.parameters.values()) / 1e6
     if compiled:
-        print(f"{name}: compiled: {rt.environment['compiled']}")
+        extra = took - STEPS * size / float(np.median(rates))
+        print(f"{name}: compiled: {rt.environment['compiled']}, {extra:.0f} s more than the steps take")
     print(
         f"{name:28} {parameters:7.0f} M  batch {size:4}  {np.median(rates):8.0f} samples/s  {achieved:6.0f} TFLOP/s  "
         f"{achieved / peak:5.0%} of {peak:.0f}  data wait {np.median(waits):4.0%}  "
