@@ -66,15 +66,15 @@ def main() -> None:
     show_differences(scores(f"stages.decoder.train.samples={samples // 3}"), demo)
 
 
-def made(config: str, overrides: Sequence[str]) -> Artifact:
-    """The scores, made with whatever of their inputs is not made yet."""
+def made(config: str, overrides: Sequence[str], *, stage: str = "evaluate") -> Artifact:
+    """What a stage makes, the scores if no other is named, made with whatever of its inputs is not made yet."""
     pipeline = load_pipeline(config, overrides)
-    for name in [planned.name for planned in plan(pipeline, only=["evaluate"])]:
+    for name in [planned.name for planned in plan(pipeline, only=[stage])]:
         planned = plan(pipeline, only=[name])[-1]  # again, as inputs say more of themselves once they are made
         if planned.status == "run":
             print(f"making {name}", flush=True)
             run_local(spec_of(planned, pipeline))
-    return plan(pipeline, only=["evaluate"])[-1].artifact
+    return plan(pipeline, only=[stage])[-1].artifact
 
 
 def artifacts_behind(artifact: Artifact) -> dict[str, Artifact]:

@@ -9,22 +9,30 @@ the same seeds. Cost is the number of evaluations of the network: heun takes two
 `--by clip` draws training captions and prints the Frechet distance to their real pictures in the judge's embeddings
 (times 1,000) and how many pictures have their own caption among the ten nearest. `--by composition`, for
 configs/pipeline/shapes.yaml, prints the share of pictures that show what was asked for, of training captions and of
-held-out ones, as many of each.
+held-out ones, as many of each. `--by convergence` asks for no network that judges: it prints how far the pictures are
+from those that 200 steps of heun, of second order, draw from the same noise: root mean squares over a picture in levels
+of 255, the median picture's and one that nine of ten are nearer than. It says nothing of what adds noise as it goes.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 from judging import made
 
 from genpipe.artifacts import Artifact, read_manifest
+from genpipe.data.shard_dataset import open_splits
 
 METRICS = {
     "clip": "{retrieval: {recall_at: [10]}, frechet: {network: {kind: clip}}}",
     "composition": "{composition: {}}",
 }
+REFERENCE = ("heun", 400)
+"""What is taken for the exact solution, and its evaluations."""
+
 SAMPLERS: dict[str, dict[str, Any]] = {
     "ddim": {"kind": "ddim"},
     "heun": {"kind": "heun"},
@@ -45,27 +53,51 @@ def main() -> None:
     parser.add_argument("--evaluations", type=int, nargs="+", default=[4, 6, 8, 12, 16, 24, 48])
     parser.add_argument("--samplers", nargs="+", default=list(SAMPLERS), choices=list(SAMPLERS))
     parser.add_argument("--captions", type=int, default=1000)
-    parser.add_argument("--by", default="clip", choices=list(METRICS))
+    parser.add_argument("--by", default="clip", choices=[*METRICS, "convergence"])
     options = parser.parse_args()
-    heldout = 0 if options.by == "clip" else options.captions
-    fixed = (
-        f"store={options.store}",
-        "tracking.uri=jsonl",
-        f"stages.sample.prompts={{kind: captions, train: {options.captions}, heldout: {heldout}}}",
-        f"stages.evaluate.metrics={METRICS[options.by]}",
-        "stages.evaluate.observe.gates={}",
-    )
+    tell = converging(options) if options.by == "convergence" else judged(options)
     print(
         f"\n| {options.part} | {' | '.join(map(str, options.evaluations))} |\n|---|{'---|' * len(options.evaluations)}"
     )
     for name in options.samplers:
-        cells = []
-        for evaluations in options.evaluations:
-            steps = evaluations // 2 if name == "heun" else evaluations
-            drawn = [f"stages.system.model.{options.part}.{key}={value}" for key, value in SAMPLERS[name].items()]
-            scores = made(options.config, [*fixed, *drawn, f"stages.system.model.{options.part}.steps={steps}"])
-            cells.append(told(scores))
+        cells = [tell(name, evaluations) for evaluations in options.evaluations]
         print(f"| {name} | {' | '.join(cells)} |", flush=True)
+
+
+def settings(options: argparse.Namespace, name: str, evaluations: int) -> list[str]:
+    """Of a pipeline that draws with a sampler and so many evaluations of the network."""
+    steps = evaluations // 2 if name == "heun" else evaluations
+    of_sampler = {**SAMPLERS[name], "steps": steps}
+    drawn = [f"stages.system.model.{options.part}.{key}={value}" for key, value in of_sampler.items()]
+    return [f"store={options.store}", "tracking.uri=jsonl", *drawn]
+
+
+def judged(options: argparse.Namespace) -> Callable[[str, int], str]:
+    """The numbers that the pipeline's metrics give a sampler after so many evaluations."""
+    heldout = 0 if options.by == "clip" else options.captions
+    fixed = (
+        f"stages.sample.prompts={{kind: captions, train: {options.captions}, heldout: {heldout}}}",
+        f"stages.evaluate.metrics={METRICS[options.by]}",
+        "stages.evaluate.observe.gates={}",
+    )
+    return lambda name, evaluations: told(made(options.config, [*settings(options, name, evaluations), *fixed]))
+
+
+def converging(options: argparse.Namespace) -> Callable[[str, int], str]:
+    """How far a sampler's pictures are from the exact ones after so many evaluations."""
+
+    def pictures(name: str, evaluations: int) -> np.ndarray:
+        samples = made(options.config, settings(options, name, evaluations), stage="sample")
+        datasets = open_splits(samples).values()
+        return np.stack([dataset.image(i) for dataset in datasets for i in range(len(dataset))]).astype(np.float64)
+
+    exact = pictures(*REFERENCE)
+
+    def distance(name: str, evaluations: int) -> str:
+        of_each = np.sqrt(np.square(pictures(name, evaluations) - exact).mean(axis=(1, 2, 3)))
+        return f"{np.median(of_each):.2f}, {np.quantile(of_each, 0.9):.2f}"
+
+    return distance
 
 
 def told(scores: Artifact) -> str:
