@@ -58,8 +58,8 @@ class _OrEagerly:
 def compile_blocks(objective: Objective, compiler: Callable[..., Any]) -> None:
     """Have every block of the trained networks (`models.blocks`) compiled when it is first called.
 
-    Weights and their names stay as they are. Code is for one size each: a batch always has the same, and that of blocks
-    of other sizes would be slower. What this compiler has compiled before, in this process, it does not compile again.
+    Weights and their names stay as they are. Code is made for one size, as batches are of one; blocks of several sizes
+    would lead the compiler to code for any. What this compiler has compiled in this process it does not compile again.
     """
     for module in objective.trainable.values():
         for block in blocks_of(module):

@@ -122,7 +122,8 @@ def data(cfg: Config, inputs: Mapping[str, Artifact]) -> Data:
 
 
 def example_batch(cfg: Config, inputs: Mapping[str, Artifact], *, batch_size: int) -> Batch:
-    return {"images": images(cfg.size, np.zeros(batch_size, int))}
+    side = SIZES[cfg.size][1]
+    return {"images": torch.zeros(batch_size, 4, side, side)}
 
 
 def objective(cfg: Config, inputs: Mapping[str, Artifact], device: torch.device) -> Objective:

@@ -79,6 +79,43 @@ def test_blocks_whose_gradients_are_right_are_compiled(tmp_path: Path, monkeypat
     assert same(found, train_small(stream(), FolderRuntime(tmp_path / "cut"), steps=8, compile=True))
 
 
+class Halving(ResidualBlock):
+    """Every other one of a row of vectors, [B, L, 2] -> [B, L / 2, 2]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden = nn.Linear(2, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.hidden(x[:, ::2]).tanh()
+
+
+class OfManySizes(Small):
+    """As in a U-Net: blocks are given grids of several sizes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        blocks = [Halving() for _ in range(3)]
+        self.model = nn.Sequential(nn.Linear(2, 32), nn.Unflatten(1, (16, 2)), *blocks, nn.Flatten(), nn.Linear(4, 1))
+        self.trainable = {"small": self.model}
+
+
+def test_blocks_of_several_sizes_are_compiled_for_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not once for any, as the compiler would from the second on."""
+    inputs_of: list[list[Any]] = []
+
+    def watching(graph: torch.fx.GraphModule, inputs: Any) -> Callable[..., Any]:
+        inputs_of.append(list(inputs))
+        return RIGHT(graph, inputs)
+
+    monkeypatch.setattr(compiling, "BACKEND", watching)
+    rt = FolderRuntime(tmp_path)
+    train_small(stream(), rt, steps=2, build=OfManySizes, compile=True)
+    assert rt.environment["compiled"] == "yes"
+    sizes = [size for inputs in inputs_of for x in inputs for size in getattr(x, "shape", [x])]
+    assert len(inputs_of) == 3 and not any(isinstance(size, torch.SymInt) for size in sizes)
+
+
 @pytest.mark.parametrize(
     ("backend", "told"),
     [
