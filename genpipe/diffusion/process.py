@@ -137,7 +137,7 @@ class SamplerConfig(Config):
 
     kind: Literal[
         "ddpm", "ddim", "euler", "euler_ancestral", "heun", "dpmpp_2m", "dpmpp_2m_sde", "dpmpp_sde", "unipc"
-    ] = Field("ddim", description="the sampler; euler is ddim with eta 0, euler_ancestral ddim with eta 1")
+    ] = Field("unipc", description="the sampler; euler is ddim with eta 0, euler_ancestral ddim with eta 1")
     steps: int = Field(25, ge=1, description="steps from noise to data")
     timesteps: TimeGrid | None = Field(
         None,

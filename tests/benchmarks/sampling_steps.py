@@ -9,7 +9,9 @@ the same seeds. Cost is the number of evaluations of the network: heun takes two
 `--by clip` draws training captions and prints the Frechet distance to their real pictures in the judge's embeddings
 (times 1,000) and how many pictures have their own caption among the ten nearest. `--by composition`, for
 configs/pipeline/shapes.yaml, prints the share of pictures that show what was asked for, of training captions and of
-held-out ones, as many of each. `--by convergence` asks for no network that judges: it prints how far the pictures are
+held-out ones, as many of each. `--by frechet`, for a system without conditions (`--config` of memorizing.py),
+prints the Frechet distance of as many pictures to all training pictures in the embeddings of the CLIP `--judge`, times
+1,000. `--by convergence` asks for no network that judges: it prints how far the pictures are
 from those that 200 steps of heun, of second order, draw from the same noise: root mean squares over a picture in levels
 of 255, the median picture's and one that nine of ten are nearer than. It says nothing of what adds noise as it goes.
 """
@@ -29,6 +31,7 @@ from genpipe.data.shard_dataset import open_splits
 METRICS = {
     "clip": "{retrieval: {recall_at: [10]}, frechet: {network: {kind: clip}}}",
     "composition": "{composition: {}}",
+    "frechet": "{frechet: {network: {kind: clip}, against: train}}",
 }
 REFERENCE = ("heun", 400)
 """What is taken for the exact solution, and its evaluations."""
@@ -54,6 +57,7 @@ def main() -> None:
     parser.add_argument("--samplers", nargs="+", default=list(SAMPLERS), choices=list(SAMPLERS))
     parser.add_argument("--captions", type=int, default=1000)
     parser.add_argument("--by", default="clip", choices=[*METRICS, "convergence"])
+    parser.add_argument("--judge", help="of --by frechet: a CLIP's artifact, of any store")
     options = parser.parse_args()
     tell = converging(options) if options.by == "convergence" else judged(options)
     print(
@@ -74,12 +78,19 @@ def settings(options: argparse.Namespace, name: str, evaluations: int) -> list[s
 
 def judged(options: argparse.Namespace) -> Callable[[str, int], str]:
     """The numbers that the pipeline's metrics give a sampler after so many evaluations."""
-    heldout = 0 if options.by == "clip" else options.captions
-    fixed = (
-        f"stages.sample.prompts={{kind: captions, train: {options.captions}, heldout: {heldout}}}",
+    count = options.captions
+    prompts = {
+        "clip": f"{{kind: captions, train: {count}, heldout: 0}}",
+        "composition": f"{{kind: captions, train: {count}, heldout: {count}}}",
+        "frechet": f"{{kind: none, count: {count}}}",
+    }
+    fixed = [
+        f"stages.sample.prompts={prompts[options.by]}",
         f"stages.evaluate.metrics={METRICS[options.by]}",
         "stages.evaluate.observe.gates={}",
-    )
+    ]
+    if options.judge:
+        fixed.append(f"stages.evaluate.inputs.judge={options.judge}")
     return lambda name, evaluations: told(made(options.config, [*settings(options, name, evaluations), *fixed]))
 
 
@@ -107,7 +118,8 @@ def told(scores: Artifact) -> str:
     if "train/composition" in metrics:
         return f"{metrics['train/composition']:.3f}, {metrics['heldout/composition']:.3f}"
     [distance] = [value for name, value in metrics.items() if name.startswith("train/frechet_clip")]
-    return f"{1000 * distance:.1f}, {metrics['train/recall_at_10']:.3f}"
+    recall = metrics.get("train/recall_at_10")
+    return f"{1000 * distance:.1f}" + ("" if recall is None else f", {recall:.3f}")
 
 
 if __name__ == "__main__":

@@ -180,7 +180,7 @@ def test_leading_is_ddim_of_latent_diffusion(steps: int) -> None:
         set_alpha_to_one=False,
     )
     theirs.final_alpha_cumprod = theirs.alphas_cumprod[0]
-    cfg = SamplerConfig(steps=steps, timesteps="leading")
+    cfg = SamplerConfig(kind="ddim", steps=steps, timesteps="leading")
     found = sample(ours("scaled_linear", "eps"), noise(), cfg, diffusion=process("scaled_linear", "eps"))
     assert_same(found, follow(theirs, noise(), steps))
 
@@ -216,7 +216,7 @@ def test_ddim_from_pure_noise_with_guidance_rescaled(schedule: ScheduleName) -> 
         out = rescale_noise_cfg(uncond + 5.0 * (cond - uncond), cond, guidance_rescale=0.7)
         x = theirs.step(out, index, x, return_dict=False)[0]
 
-    cfg = SamplerConfig(steps=20, timesteps="trailing", guidance_scale=5.0, guidance_rescale=0.7)
+    cfg = SamplerConfig(kind="ddim", steps=20, timesteps="trailing", guidance_scale=5.0, guidance_rescale=0.7)
     half = torch.tensor([1.0, 1.0, 0.5, 0.5])[:, None, None, None]
     model = with_guidance(lambda x, t: net(x, 1000.0 * t), lambda x, t: net(half * x, 1000.0 * t), cfg=cfg)
     diffusion = DiffusionConfig(schedule=schedule, predict="v")
@@ -284,7 +284,7 @@ def test_inversion(schedule: ScheduleName, predict: Predict, clip: bool) -> None
     theirs = scheduler("DDIMInverseScheduler", schedule, predict, clip=not clip)
     expected = follow(theirs, noise(), 20)
     net = Network()
-    cfg = SamplerConfig(steps=20, timesteps="trailing", threshold="static" if clip else "none")
+    cfg = SamplerConfig(kind="ddim", steps=20, timesteps="trailing", threshold="static" if clip else "none")
     found = inverted(lambda x, t: net(x, 1000.0 * t), noise(), cfg, diffusion=process(schedule, predict))
     assert_same(found, expected)
 

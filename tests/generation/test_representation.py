@@ -71,7 +71,7 @@ def test_any_sampler_becomes_ddim_with_its_times_and_guidance() -> None:
     )
     expected = SamplerConfig(kind="ddim", eta=0.5, steps=9, shift=2.0, guidance_scale=4.0, threshold="static")
     assert as_ddim(sampler, eta=0.5) == expected
-    assert as_ddim(SamplerConfig(kind="ddpm", variance="large")) == SamplerConfig()
+    assert as_ddim(SamplerConfig(kind="ddpm", variance="large")) == SamplerConfig(kind="ddim")
 
 
 def test_systems_without_image_embeddings_are_refused(pixel_tiny: TinyPipeline) -> None:
