@@ -18,7 +18,7 @@ from genpipe.generation.systems.unclip import UnclipConfig
 from genpipe.lineage import check_made_from, clips_behind, content_digest
 from genpipe.stage_config import StageConfig
 
-VERSION = 1
+VERSION = 2
 MAKES = "system"
 HEADLINES = ("size", "parts")
 
