@@ -5,10 +5,10 @@ Shapes: B batch, L text tokens, D embedding width, W text width, M model width.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 import torch
-from pydantic import Field, NonNegativeInt, PositiveInt, Tag
+from pydantic import Field, NonNegativeInt, PositiveInt, Tag, model_validator
 from torch import Tensor, nn
 
 from genpipe.config import by_kind
@@ -24,18 +24,27 @@ class DiffusionPriorConfig(TransformerConfig):
     width: PositiveInt = 192
     depth: PositiveInt = 4
     null_text: NullText = Field("learned", description="what replaces a dropped caption")
+    text_tokens: bool = Field(
+        True, description="read the caption's encodings; false: its embedding alone, at a fraction of the arithmetic"
+    )
     text_positions: NonNegativeInt = Field(
         0, description="learned positions for so many caption tokens; 0: the encodings carry their own"
     )
     time_frequencies: int = Field(256, ge=2, multiple_of=2, description="sines and cosines of the time")
     qk_norm: bool = Field(True, description="layer-norm queries and keys, against divergence in bf16")
 
+    @model_validator(mode="after")
+    def _positions_are_of_tokens(self) -> Self:
+        if self.text_positions and not self.text_tokens:
+            raise ValueError("text_positions has no effect with text_tokens false: leave it out")
+        return self
+
 
 class DiffusionPrior(nn.Module):
     """Causal transformer over [text encodings, text embed, time, noised image embed, query]; predicts x0.
 
-    Embeddings are in the units of the diffusion, about unit variance per dimension: the caller scales
-    them.
+    The encodings are left out where `text_tokens` is false. Embeddings are in the units of the diffusion, about unit
+    variance per dimension: the caller scales them.
     """
 
     SPECIAL = 4  # text embed, time, noised image embed, query
@@ -43,15 +52,17 @@ class DiffusionPrior(nn.Module):
     def __init__(self, cfg: DiffusionPriorConfig, *, embed_dim: int, text_width: int, null_tokens: int = 1) -> None:
         super().__init__()
         self.cfg = cfg
-        self.encodings_in = nn.Linear(text_width, cfg.width)
+        self.encodings_in = nn.Linear(text_width, cfg.width) if cfg.text_tokens else None
         self.text_in = nn.Linear(embed_dim, cfg.width)
         self.time_in = LevelEmbedding(cfg.width, frequencies=cfg.time_frequencies)
         self.image_in = nn.Linear(embed_dim, cfg.width)
         self.query_M = nn.Parameter(0.02 * torch.randn(cfg.width))
         self.positions_SM = nn.Parameter(0.02 * torch.randn(cfg.text_positions + self.SPECIAL, cfg.width))
-        self.null_encoding_W, self.null_text_D = null_caption(
+        null_W, self.null_text_D = null_caption(
             cfg.null_text, embed_dim=embed_dim, text_width=text_width, null_tokens=null_tokens
         )
+        no_tokens = nn.Buffer(torch.empty(0, text_width), persistent=False)
+        self.null_encoding_W = null_W if cfg.text_tokens else no_tokens
         self.blocks = nn.ModuleList(
             TransformerBlock(cfg.width, heads=cfg.heads, mlp_ratio=cfg.mlp_ratio, qk_norm=cfg.qk_norm)
             for _ in range(cfg.depth)
@@ -75,6 +86,8 @@ class DiffusionPrior(nn.Module):
         True at tokens that are not padding; drop_text bool [B], True where the null caption replaces the
         caption. The noised embedding is never dropped.
         """
+        if self.encodings_in is None:
+            text_encodings, text_mask = text_encodings[:, :0], text_mask[:, :0]
         caption = drop_captions(
             Caption(text_embed, text_encodings, text_mask),
             drop_text,
@@ -90,7 +103,7 @@ class DiffusionPrior(nn.Module):
             ],
             dim=1,
         )
-        encodings = self.encodings_in(caption.encodings)
+        encodings = special[:, :0] if self.encodings_in is None else self.encodings_in(caption.encodings)
         if self.cfg.text_positions:
             encodings = encodings + self.positions_SM[: encodings.shape[1]]
         x_BSM = torch.cat([encodings, special + self.positions_SM[-self.SPECIAL :]], dim=1)

@@ -179,7 +179,8 @@ def fitted_prior(
 @torch.no_grad()
 def fill_null_text(prior: Prior, empty: Text) -> None:
     """Give a prior with `null_text: encoder` what the encoder says of the empty caption, B = 1."""
-    prior.null_encoding_W.copy_(empty.encodings[empty.text_mask])
+    if len(prior.null_encoding_W):  # it reads tokens
+        prior.null_encoding_W.copy_(empty.encodings[empty.text_mask])
     prior.null_text_D.copy_(in_unit_variance(empty.embed)[0])
 
 

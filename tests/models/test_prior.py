@@ -53,6 +53,7 @@ def prior(**settings: Any) -> DiffusionPrior:
 
 
 DETAILS = [{}, {"text_positions": 7, "time_frequencies": 32, "qk_norm": False, "null_text": "encoder"}]
+DETAILS += [{"text_tokens": False}]
 
 
 def run(model: DiffusionPrior, **changes: Tensor) -> Tensor:
@@ -82,11 +83,13 @@ def test_prior_ignores_padding_and_reads_the_rest(details: dict[str, Any]) -> No
     model = prior(**details)
     out = run(model)
     assert out.shape == (B, D) and out.dtype == torch.float32
+    other_tokens = run(model, text_encodings=randn(B, L, W, seed=3), text_mask=~TEXT_MASK)
+    assert torch.equal(other_tokens, out) != model.cfg.text_tokens
     noise = randn(B, L, W, seed=3)
     only_padding = torch.where(TEXT_MASK[..., None], randn(B, L, W, seed=1), noise)
     torch.testing.assert_close(run(model, text_encodings=only_padding), out)
     for changed in (
-        {"text_encodings": noise},
+        *([{"text_encodings": noise}] if model.cfg.text_tokens else []),
         {"text_embed": randn(B, D, seed=4)},
         {"noised_embed": randn(B, D, seed=5)},
         {"t": torch.full((B,), 0.4)},
@@ -137,6 +140,14 @@ def test_the_encoders_null_caption_is_the_empty_caption() -> None:
     torch.testing.assert_close(run(model, drop_text=DROP), given)
     assert {"null_encoding_W", "null_text_D"} <= model.state_dict().keys()
     assert not {"null_encoding_W", "null_text_D"} & {name for name, _ in model.named_parameters()}
+
+
+def test_a_prior_that_reads_no_tokens_has_nothing_for_them() -> None:
+    model, whole = prior(text_tokens=False), prior()
+    missing = whole.state_dict().keys() - model.state_dict().keys()
+    assert missing == {"encodings_in.weight", "encodings_in.bias", "null_encoding_W"}
+    with pytest.raises(ValidationError, match="text_positions has no effect"):
+        DiffusionPriorConfig(text_tokens=False, text_positions=7)
 
 
 def test_a_learned_null_caption_is_one_token() -> None:

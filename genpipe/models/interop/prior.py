@@ -125,11 +125,11 @@ def to_diffusers(
 
 
 def _check_representable(cfg: DiffusionPriorConfig) -> None:
-    representable = not cfg.qk_norm and cfg.null_text == "encoder" and cfg.text_positions
+    representable = cfg.text_tokens and not cfg.qk_norm and cfg.null_text == "encoder" and cfg.text_positions
     if not (representable and cfg.time_frequencies == cfg.width and cfg.mlp_ratio == 4):
         raise ValueError(
-            "a PriorTransformer has qk_norm false, null_text encoder, learned text_positions, time_frequencies as many "
-            "as its width and mlp_ratio 4; a prior trained otherwise cannot be written as one"
+            "a PriorTransformer has text_tokens true, qk_norm false, null_text encoder, learned text_positions, "
+            "time_frequencies as many as its width and mlp_ratio 4; a prior trained otherwise cannot be written as one"
         )
 
 
