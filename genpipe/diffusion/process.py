@@ -132,12 +132,16 @@ class DiffusionConfig(Config):
         return 2 * data if self.variance == "learned" else data
 
 
+SamplerKind = Literal[
+    "ddpm", "ddim", "euler", "euler_ancestral", "heun", "dpmpp_2m", "dpmpp_2m_sde", "dpmpp_sde", "unipc"
+]
+KIND = "the sampler; euler is ddim with eta 0, euler_ancestral ddim with eta 1"
+
+
 class SamplerConfig(Config):
     """How a sample is drawn."""
 
-    kind: Literal[
-        "ddpm", "ddim", "euler", "euler_ancestral", "heun", "dpmpp_2m", "dpmpp_2m_sde", "dpmpp_sde", "unipc"
-    ] = Field("unipc", description="the sampler; euler is ddim with eta 0, euler_ancestral ddim with eta 1")
+    kind: SamplerKind = Field("unipc", description=KIND)
     steps: int = Field(25, ge=1, description="steps from noise to data")
     timesteps: TimeGrid | None = Field(
         None,
@@ -186,6 +190,13 @@ class SamplerConfig(Config):
         if not 0 <= low <= high <= 1:
             raise ValueError("guidance_interval is two times in [0, 1], the lower first")
         return self
+
+
+class UpsamplerSamplerConfig(SamplerConfig):
+    """How an upsampler draws: in a few steps, in which unipc leaves more noise in its pictures than ddim."""
+
+    kind: SamplerKind = Field("ddim", description=KIND)
+    steps: int = Field(8, ge=1, description="steps from noise to data")
 
 
 OF_KINDS = {

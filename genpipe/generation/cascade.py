@@ -11,7 +11,7 @@ from torch import Tensor
 
 from genpipe.artifacts import Artifact, fetch, several
 from genpipe.config import Config
-from genpipe.diffusion.process import DiffusionConfig, SamplerConfig
+from genpipe.diffusion.process import DiffusionConfig, SamplerConfig, UpsamplerSamplerConfig
 from genpipe.generation.conditions import latent_statistics
 from genpipe.generation.parts import check_part_sampler
 from genpipe.generation.upsampling import Space, space_of, upsample
@@ -19,13 +19,11 @@ from genpipe.models.autoencoder import Autoencoder
 from genpipe.models.upsampler import Upsampler
 from genpipe.weights import load_weights
 
-DEFAULT_SAMPLER = SamplerConfig(steps=8)
-
 
 class CascadeConfig(Config):
     """How the upsamplers of a system draw."""
 
-    upsamplers: tuple[SamplerConfig, ...] = Field((), description="one for each upsampler; default: 8 steps")
+    upsamplers: tuple[UpsamplerSamplerConfig, ...] = Field((), description="one for each upsampler; default: 8 steps")
     noise_aug: float = Field(0.1, ge=0, lt=1, description="noise level on the upsamplers' low_res")
 
 
@@ -105,4 +103,4 @@ def check_cascade(cfg: CascadeConfig, parts: Mapping[str, Artifact], *, size: in
 def _samplers(cfg: CascadeConfig, parts: Mapping[str, Artifact]) -> Sequence[SamplerConfig]:
     """The sampler of each upsampler."""
     missing = len(several(parts, "upsamplers")) - len(cfg.upsamplers)
-    return [*cfg.upsamplers, *[DEFAULT_SAMPLER] * missing]
+    return [*cfg.upsamplers, *[UpsamplerSamplerConfig()] * missing]

@@ -18,7 +18,7 @@ from genpipe.data.loader import Data, SampleSet, sample_batches
 from genpipe.data.train_sets import check_image_size, image_data
 from genpipe.diffusion.process import (
     DiffusionConfig,
-    SamplerConfig,
+    UpsamplerSamplerConfig,
     check_sampler,
     fixed_time_losses,
     training_loss,
@@ -57,7 +57,7 @@ LEAST_RESIDUAL = 1 / 127.5
 class ObserveUpsampler(ObserveTraining):
     """How an upsampler is watched: the pictures that validation draws, and with which sampler."""
 
-    sampler: SamplerConfig = Field(SamplerConfig(steps=8), description="how a validation draws pictures")
+    sampler: UpsamplerSamplerConfig = Field(UpsamplerSamplerConfig(), description="how a validation draws pictures")
     pictures: int = Field(6, ge=1, description="pictures that a validation draws")
 
 

@@ -10,7 +10,7 @@ from generation.gaussian_system import GaussianSystem
 from torch import Tensor, nn
 
 from genpipe.artifacts import Artifact, read_manifest
-from genpipe.diffusion.process import SamplerConfig
+from genpipe.diffusion.process import SamplerConfig, UpsamplerSamplerConfig
 from genpipe.generation.conditions import Conditions
 from genpipe.generation.drawing import draft
 from genpipe.generation.picking import pick
@@ -51,7 +51,7 @@ def noisy() -> UnclipConfig:
         prior=SamplerConfig(kind="ddim", eta=1.0, steps=3),
         candidates=2,
         decoder=SamplerConfig(kind="dpmpp_2m_sde", steps=4, guidance_scale=2.0),
-        upsamplers=(SamplerConfig(kind="ddpm", steps=3),),
+        upsamplers=(UpsamplerSamplerConfig(kind="ddpm", steps=3),),
     )
 
 
