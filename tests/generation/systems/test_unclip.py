@@ -15,7 +15,7 @@ from genpipe.config import ConfigError
 from genpipe.data.features import FeatureDataset
 from genpipe.data.image_batches import image_batch, to_float
 from genpipe.data.shard_dataset import ShardDataset
-from genpipe.diffusion.process import SamplerConfig
+from genpipe.diffusion.process import SamplerConfig, UpsamplerSamplerConfig
 from genpipe.generation.conditions import Conditions, Text
 from genpipe.generation.latents import sample_latents
 from genpipe.generation.systems.unclip import UnclipConfig, UnclipSystem
@@ -28,7 +28,7 @@ PROMPTS = ["a small red circle", "a large blue cross", "a large green bar"]
 CFG = UnclipConfig(
     prior=SamplerConfig(steps=4),
     decoder=SamplerConfig(steps=4, guidance_scale=2.0),
-    upsamplers=(SamplerConfig(steps=2),),
+    upsamplers=(UpsamplerSamplerConfig(steps=2),),
 )
 
 
