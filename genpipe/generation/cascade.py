@@ -23,7 +23,9 @@ from genpipe.weights import load_weights
 class CascadeConfig(Config):
     """How the upsamplers of a system draw."""
 
-    upsamplers: tuple[UpsamplerSamplerConfig, ...] = Field((), description="one for each upsampler; default: 8 steps")
+    upsamplers: tuple[UpsamplerSamplerConfig, ...] = Field(
+        (), description="one for each upsampler; default: 8 steps of ddim"
+    )
     noise_aug: float = Field(0.1, ge=0, lt=1, description="noise level on the upsamplers' low_res")
 
 

@@ -52,8 +52,11 @@ def prior(**settings: Any) -> DiffusionPrior:
     return model
 
 
-DETAILS = [{}, {"text_positions": 7, "time_frequencies": 32, "qk_norm": False, "null_text": "encoder"}]
-DETAILS += [{"text_tokens": False}]
+DETAILS = [
+    {},
+    {"text_positions": 7, "time_frequencies": 32, "qk_norm": False, "null_text": "encoder"},
+    {"text_tokens": False},
+]
 
 
 def run(model: DiffusionPrior, **changes: Tensor) -> Tensor:
