@@ -2,9 +2,10 @@
 
     python tests/benchmarks/ablations.py [--samples 40960] [--seeds 3] [--store runs/ablations]
 
-A choice is an override of configs/pipeline/demo.yaml, as anybody would give it. All are trained with equal arithmetic
-(samples are adjusted to what a sample costs), and compared by the mean squared error of the denoised latents at five
-log-SNRs, which means the same for every schedule and prediction. The first run makes shards, encoders and features.
+A choice is an override of configs/pipeline/demo.yaml, as anybody would give it; the decoder reads captions, which the
+demo's does not. All are trained with equal arithmetic (samples are adjusted to what a sample costs), and compared by
+the mean squared error of the denoised latents at five log-SNRs, which means the same for every schedule and prediction.
+The first run makes shards, encoders and features.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ def main() -> None:
     parser.add_argument("--store", default="runs/ablations")
     parser.add_argument("--processes", type=int, default=2)
     options = parser.parse_args()
-    base = [f"store={options.store}", "stages.decoder.observe.validate_every=0"]
+    base = [f"store={options.store}", "stages.decoder.text=true", "stages.decoder.observe.validate_every=0"]
     pipeline = load_pipeline(DEMO, base)
     for name in ("shard", "autoencoder", "clip", "features"):
         run_local(spec_of(plan(pipeline, only=[name])[-1], pipeline))
