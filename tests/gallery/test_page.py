@@ -43,7 +43,7 @@ def test_a_prompt_is_drawn_and_varied(browser: Browser) -> None:
     assert browser.run("document.querySelectorAll('#drawn img').length") > 0
     browser.run("form.prompt.value = 'a small red circle'; form.each.value = 2; form.requestSubmit()")
     wait_for(lambda: browser.run("results.children.length") == 2)
-    assert browser.run("results.querySelector('img').naturalWidth") == 32
+    assert wait_for(lambda: browser.run("results.querySelector('img').naturalWidth")) == 32  # decoded beside the script
     browser.run("results.querySelector('img').click(); dialog.querySelector('[data-act=use]').click()")
     wait_for(lambda: browser.run("!dialog.open && form.use.value") == "vary")
     browser.run("form.requestSubmit()")

@@ -125,7 +125,7 @@ def browser(folder: Path, tmp_path: Path) -> Iterator[Browser]:
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
 def test_the_page_works_from_a_file(browser: Browser, folder: Path) -> None:
     images = "[...document.querySelectorAll('#drawn img')]"
-    wait_for(lambda: browser.run(f"{images}.every(each => each.complete)"))
+    wait_for(lambda: browser.run(f"{images}.every(each => each.naturalWidth > 0)"))
     assert browser.run(f"{images}.map(each => each.naturalWidth)") == [32] * 9
     data = data_of(folder / "samples.html")
     browser.run("document.querySelector('#split').value = 'heldout'; document.querySelector('#split').oninput()")
