@@ -73,6 +73,20 @@ def test_every_machine_and_size_is_a_pipeline_that_fits(
     assert peak < (11 if machine == "gpu" else 2) * 2**30
 
 
+def test_without_a_gpu_it_trains_as_the_demo_does(genpipe: Command, shapes: Path, tmp_path: Path) -> None:
+    """So what is measured of the demo's time holds of it; captions of one's own may be longer."""
+    code, _, error = genpipe("init", str(tmp_path), "--images", str(shapes), "--machine", "cpu")
+    assert code == 0, error
+    made, demo = (load_pipeline(str(path)) for path in (tmp_path / "pipeline.yaml", "configs/pipeline/demo.yaml"))
+    trained = {name for name, instance in made.instances.items() if is_training(instance.stage)}
+    assert trained == {"autoencoder", "clip", "prior", "decoder", "upsampler"}
+    for name in trained | {"system"}:
+        ours, theirs = (
+            pipeline.instances[name].cfg.model_dump(exclude={"observe", "context_length"}) for pipeline in (made, demo)
+        )
+        assert ours == theirs
+
+
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
