@@ -30,8 +30,13 @@ Location = Annotated[str, WHERE]
 """A path or URI of something outside the pipeline.
 
 A relative path is taken from the folder of the file that it is written in (of an override: the working folder), `~` is
-the home folder. It is left out of the fingerprint, where a digest must stand for what lies there.
+the home folder. A configuration that genpipe ships is taken to lie in the working folder. It is left out of the
+fingerprint, where a digest must stand for what lies there.
 """
+
+
+SHIPPED = Path(__file__).parent / "configs"
+"""The configurations that the package holds."""
 
 
 class Config(BaseModel):
@@ -118,6 +123,7 @@ class Tree:
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Tree:
     """Read a YAML file with its bases, then apply `key.path=value` overrides.
 
+    Where there is no such file, it is one that genpipe ships: `configs/pipeline/demo.yaml` is known in any folder.
     Raises ConfigError for a missing file, broken YAML, a cycle of bases, or a malformed override.
     """
     return _overridden(_read(Path(path), ()), overrides)
@@ -186,8 +192,14 @@ def _locations_in(value: Any, at: str) -> dict[str, str]:
 def _absolute(location: str, origin: str) -> str:
     if "://" in location or not location:
         return location
-    folder = Path(origin).parent if Path(origin).is_file() else Path()
-    return os.path.normpath((folder / Path(location).expanduser()).absolute())
+    folder = Path(origin).parent if _here_or_shipped(Path(origin)).is_file() else Path()
+    return os.path.normpath(_here_or_shipped(folder / Path(location).expanduser()).absolute())
+
+
+def _here_or_shipped(path: Path) -> Path:
+    """`path`, or the file that genpipe ships under that name if there is none."""
+    shipped = SHIPPED.parent / os.path.normpath(path)
+    return shipped if not path.exists() and SHIPPED in shipped.parents and shipped.is_file() else path
 
 
 def resolved(config: BaseModel, *, without: frozenset[str] = frozenset()) -> dict[str, Any]:
@@ -242,7 +254,7 @@ def _read(path: Path, seen: tuple[Path, ...]) -> Tree:
     if path.resolve() in (p.resolve() for p in seen):
         raise ConfigError(f"{path}: `base` runs in a circle: {' -> '.join(str(p) for p in (*seen, path))}")
     try:
-        text = path.read_text(encoding="utf-8")
+        text = _here_or_shipped(path).read_text(encoding="utf-8")
     except FileNotFoundError:
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1)
         hint = f"; did you mean {path.parent / near[0]}?" if near else ""

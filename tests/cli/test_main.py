@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import shlex
 import sys
 from pathlib import Path
@@ -105,6 +106,25 @@ def test_doctor_tries_the_addresses_of_a_configuration(genpipe: Command) -> None
     code, out, err = genpipe("doctor", TINY)
     assert code == 0, err
     assert "torch" in out and "CPU cores" in out and "MLflow" in out
+
+
+def test_doctor_misses_the_demos_pictures_only_where_they_are_wanted(
+    genpipe: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    demo = tmp_path / "demo.yaml"
+    demo.write_text(f"base: {Path('configs/pipeline/demo.yaml').absolute()}\nstore: runs\n")
+    version = importlib.metadata.version
+
+    def without_resvg(name: str) -> str:
+        if name == "resvg-py":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return version(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", without_resvg)
+    code, out, err = genpipe("doctor", TINY)
+    assert code == 0 and "no resvg-py; only the demo needs them" in out, err
+    code, _, err = genpipe("doctor", str(demo))
+    assert code == 1 and "demo's pictures: pip install 'genpipe[demo]'" in err
 
 
 def test_a_table_on_a_pipe_is_never_cut(capsys: pytest.CaptureFixture[str]) -> None:
