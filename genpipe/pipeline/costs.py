@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import flop_registry
 from torch.utils.weak import WeakIdKeyDictionary
 
 from genpipe.artifacts import Artifact
@@ -89,7 +89,7 @@ def cost_of(stage: ModuleType, cfg: Any, inputs: Mapping[str, Artifact]) -> Cost
     return Cost(
         parameters=parameters,
         frozen=frozen,
-        flops=sum(flops / train.every(name) for name, (flops, _) in steps.items()) / batch_size,
+        flops=sum(step.flops / train.every(name) for name, step in steps.items()) / batch_size,
         memory={
             "weights": BYTES * (held * (2 if train.sam_rho else 1) + frozen),  # moved ones, and where they were
             "gradients": BYTES * held,
@@ -99,7 +99,7 @@ def cost_of(stage: ModuleType, cfg: Any, inputs: Mapping[str, Artifact]) -> Cost
             ),
             "averages": 0 if cfg.resources.offload_averages else BYTES * held * averages,
             "gathered": BYTES * share.gathered(),
-            "activations": max((peak for _, peak in steps.values()), default=0),
+            "activations": max((step.peak for step in steps.values()), default=0),
         },
         samples=train.samples,
         workers=cfg.resources.max_workers,
@@ -132,7 +132,7 @@ class _Share:
 
 
 def training_flops(stage: ModuleType, cfg: Any, inputs: Mapping[str, Artifact]) -> float:
-    """FLOPs of a whole training, as `cost_of` counts them, in a fraction of its time: no memory is looked at."""
+    """FLOPs of a whole training, as `cost_of` counts them."""
     train: TrainConfig = cfg.train
     batch_size = train.micro_batch(cfg.resources.min_workers)
     objective = _prepared(stage, cfg, inputs)
@@ -140,7 +140,7 @@ def training_flops(stage: ModuleType, cfg: Any, inputs: Mapping[str, Artifact]) 
     with META:
         batch: Batch = stage.example_batch(cfg, inputs, batch_size=batch_size)
         for name in objective.active(train.samples) if train.samples else ():
-            total += _flops(objective, name, batch, train) / train.every(name)
+            total += _step(objective, name, batch, train).flops / train.every(name)
     return total * train.samples / batch_size
 
 
@@ -170,24 +170,16 @@ def _promised(artifact: Artifact) -> Artifact:
     return artifact.model_copy(update={"meta": meta})
 
 
-def _step(objective: Objective, part: str, batch: Batch, train: TrainConfig) -> tuple[int, int]:
-    """(FLOPs, bytes alive at the peak beside weights and gradients) of one micro-batch of a part."""
-    flops = _flops(objective, part, batch, train)
-    for module in objective.trainable.values():
-        for p in module.parameters():
-            p.grad = torch.zeros_like(p)  # to be added to, as all but the first micro-batch of a step do
-    with _Alive() as alive:  # by itself, as the counter keeps what passes through checkpoints
-        _run(objective, part, batch, train)
-    return flops, alive.peak
-
-
-def _flops(objective: Objective, part: str, batch: Batch, train: TrainConfig) -> int:
-    """FLOPs of one micro-batch of a part, forward and backward."""
+def _step(objective: Objective, part: str, batch: Batch, train: TrainConfig) -> _Counted:
+    """One micro-batch of a part, forward and backward: its FLOPs, and the peak beside weights and gradients."""
     for name, module in objective.trainable.items():
         module.requires_grad_(name == part)
-    with FlopCounterMode(display=False) as counter:
+        for p in module.parameters():
+            p.grad = torch.zeros_like(p)  # to be added to, as all but the first micro-batch of a step do
+    with _Counted() as counted:
         _run(objective, part, batch, train)
-    return counter.get_total_flops() * (2 if train.sam_rho else 1)
+    counted.flops *= 2 if train.sam_rho else 1
+    return counted
 
 
 def _run(objective: Objective, part: str, batch: Batch, train: TrainConfig) -> None:
@@ -210,20 +202,26 @@ def _frozen(objective: Objective) -> int:
     return sum(_count(module) for module in modules)
 
 
-class _Alive(TorchDispatchMode):
-    """Bytes of what is made inside and alive at once, at the peak."""
+class _Counted(TorchDispatchMode):
+    """FLOPs of what is computed inside, and bytes of what is made there and alive at once, at the peak.
+
+    (`FlopCounterMode` keeps what passes through checkpoints, so that its peak would be another.)
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.now = self.peak = 0
+        self.flops = self.now = self.peak = 0
         self.seen: WeakIdKeyDictionary = WeakIdKeyDictionary(ref_type=weakref.ref)
 
     def __torch_dispatch__(
-        self, function: Callable[..., Any], types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+        self, function: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
+        kwargs = kwargs or {}
         for x in self._storages((args, kwargs)):
             self.seen.setdefault(x, True)  # made outside, or seen before
-        out = function(*args, **(kwargs or {}))
+        out = function(*args, **kwargs)
+        if count := flop_registry.get(function.overloadpacket):
+            self.flops += count(*args, **kwargs, out_val=out)
         for x in self._storages(out):
             if x not in self.seen:
                 self.seen[x] = True
