@@ -59,6 +59,14 @@ def test_who_leads_a_training_has_no_use_for_torch_and_mlflow(module: str) -> No
     assert (done.stdout.strip(), done.returncode) == ("[]", 0), done.stderr
 
 
+@pytest.mark.parametrize("module", ["genpipe.api", "genpipe.gallery.app", "genpipe.stages.decoder"])
+def test_who_plans_and_draws_has_no_use_for_sharded_tensors(module: str) -> None:
+    """Nor for SymPy, which comes with them: seconds before the first picture."""
+    script = f"import sys, {module}; print(sorted({{'torch.distributed.tensor', 'sympy'}} & sys.modules.keys()))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (done.stdout.strip(), done.returncode) == ("[]", 0), done.stderr
+
+
 def test_files_stay_short_enough_to_be_read() -> None:
     """A file under 500 lines, and the one loop within 250."""
     root = Path(__file__).parent.parent

@@ -9,9 +9,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
-from genpipe.training.sharding import local
+from genpipe.training.sharding import is_sharded, local
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Of the quintic Newton-Schulz iteration; they push singular values into about [0.7, 1.2] in five steps."""
@@ -90,7 +89,7 @@ def _orthogonalize_like(like: Tensor, shards: Tensor, products: torch.dtype) -> 
     Each of the R ranks that share sharded matrices gets N / R of them whole, orthogonalizes those, and gives the others
     their rows back: twice what a rank holds goes over the network, and no product is computed twice.
     """
-    if not isinstance(like, DTensor):
+    if not is_sharded(like):
         return orthogonalize(shards, products)
     (axis,) = (axis for axis, placement in enumerate(like.placements) if placement.is_shard())
     group, ranks = like.device_mesh.get_group(axis), like.device_mesh.size(axis)

@@ -10,21 +10,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from genpipe.models.blocks import blocks_of, recompute_blocks
 from genpipe.stage_config import Resources
 from genpipe.training.objective import Batch, Metrics, Objective, Step, Validation
 from genpipe.training.runtime import Runtime
-from genpipe.training.sharding import whole
+from genpipe.training.sharding import is_sharded, whole
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 T = TypeVar("T")
 
@@ -117,6 +117,8 @@ class Sharded:
     together = True
 
     def __init__(self, objective: Objective, rt: Runtime, *, shards: int) -> None:
+        from torch.distributed.fsdp import fully_shard  # which takes seconds, and only those who shard need
+
         self.objective = objective
         modules = objective.trainable
         blocks = [block for module in modules.values() for block in blocks_of(module)]
@@ -131,9 +133,7 @@ class Sharded:
         for block in blocks:
             scalars = {p for p in block.parameters() if p.ndim == 0}  # which FSDP does not take
             fully_shard(block, mesh=mesh, ignored_params=scalars)
-        self.around = {
-            name: [p for p in module.parameters() if not isinstance(p, DTensor)] for name, module in modules.items()
-        }
+        self.around = {name: [p for p in module.parameters() if not is_sharded(p)] for name, module in modules.items()}
         self.root = _Root(modules)
         fully_shard(self.root, mesh=mesh, ignored_params={p for around in self.around.values() for p in around})
         self.root(lambda: None)  # at its first forward pass FSDP settles dtypes, by what then needs a gradient: all
@@ -189,6 +189,8 @@ class _Root(nn.Module):
 
 def _mesh(rt: Runtime, shards: int) -> DeviceMesh:
     """The ranks in a row, or groups of `shards` neighbors."""
+    from torch.distributed.device_mesh import init_device_mesh
+
     if shards == rt.world_size:
         return init_device_mesh(rt.device.type, (shards,), mesh_dim_names=("shards",))
     grid = (rt.world_size // shards, shards)
@@ -211,7 +213,7 @@ def unsharded(objective: Objective, build: Callable[[], Objective], *, rank: int
     `build` makes another one of the same sizes. Every rank calls this; the others get `objective` back.
     """
     parameters = [p for module in objective.trainable.values() for p in module.parameters()]
-    if not any(isinstance(p, DTensor) for p in parameters):
+    if not any(is_sharded(p) for p in parameters):
         return objective
     states = {name: _gathered(module, keep=rank == 0) for name, module in objective.trainable.items()}
     if rank != 0:

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Replicate, Shard
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from genpipe.training.sharding import is_sharded
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 
 class Box(NamedTuple):
@@ -51,8 +54,11 @@ def within(outer: Box, inner: Box) -> tuple[slice, ...]:
 def local_piece(tensor: Tensor) -> Piece:
     """What this rank holds of a tensor: all of a plain one, its shard of a DTensor (sharded or replicated)."""
     whole = tuple(tensor.shape)
-    if not isinstance(tensor, DTensor):
+    if not is_sharded(tensor):
         return Piece(tensor.detach(), Box((0,) * len(whole), whole), whole)
+    from torch.distributed.tensor import Replicate, Shard
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
     assert all(isinstance(p, Shard | Replicate) for p in tensor.placements), "no sums that are still to be made"
     shape, start = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
     return Piece(tensor.to_local().detach(), Box(tuple(start), tuple(shape)), whole)
@@ -67,8 +73,8 @@ def share_of(tensors: Mapping[str, Tensor], *, rank: int, world_size: int) -> di
     alike: dict[object, dict[str, Piece]] = {}
     copies: dict[object, tuple[int, int]] = {}
     for name, tensor in tensors.items():
-        key = (tensor.device_mesh, tensor.placements) if isinstance(tensor, DTensor) else None
-        copies[key] = _copies(tensor) if isinstance(tensor, DTensor) else (rank, world_size)
+        key = (tensor.device_mesh, tensor.placements) if is_sharded(tensor) else None
+        copies[key] = _copies(tensor) if is_sharded(tensor) else (rank, world_size)
         alike.setdefault(key, {})[name] = local_piece(tensor)
     return {name: piece for key, pieces in alike.items() for name, piece in _cut(pieces, *copies[key]).items()}
 
