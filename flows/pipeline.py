@@ -296,13 +296,11 @@ def _prepare_one(
 
 def _start(entry: Flow[Any, list[StageResult]], prepared: _Run, parameters: dict[str, Any]) -> list[StageResult]:
     server.check_home()
-    with _terminable(), ExitStack() as stack:
-        starting = threading.Thread(target=server.start, name="prefect-server")
-        starting.start()  # while MLflow is looked at
-        stack.callback(starting.join)
+    with _terminable(), ThreadPoolExecutor(1, "prefect-server") as pool, ExitStack() as stack:
+        starting = pool.submit(server.start)  # while MLflow is looked at
         stack.callback(server.settle)
         records_of(prepared.pipeline.tracking_uri).check(prepared.pipeline.tracking_uri)
-        starting.join()
+        starting.result()
         stack.callback(_prepared.reset, _prepared.set(prepared))
         try:
             return entry(**parameters)

@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import tempfile
 import threading
 from collections.abc import Sequence
+from contextlib import closing
+from pathlib import Path
 from typing import TYPE_CHECKING
 from uuid import UUID
 
 import httpx
+import prefect
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
 from prefect.events import emit_event
 from prefect.exceptions import ObjectNotFound
 from prefect.settings import get_current_settings
 from prefect.states import Crashed
+from pydantic import SecretStr
 
 if TYPE_CHECKING:
     from prefect.server.api.server import SubprocessASGIServer
@@ -52,7 +57,7 @@ def described() -> str:
 
 
 def check_home() -> None:
-    """Raise ValueError where a server of its own could not keep its database, which it would try for minutes."""
+    """Raise ValueError where a server of its own could not use its database, which it would try for minutes."""
     settings = get_current_settings()
     if settings.api.url is not None:
         return
@@ -65,6 +70,27 @@ def check_home() -> None:
             f"writable folder (its default is .prefect in HOME, which is {os.environ.get('HOME', 'not set')}), or "
             "PREFECT_API_URL to a server"
         ) from None
+    url = settings.server.database.connection_url
+    address = url.get_secret_value() if isinstance(url, SecretStr) else url or ""
+    if address.startswith("sqlite"):
+        _check_database(Path(address.partition(":///")[2]))
+
+
+def _check_database(path: Path) -> None:
+    """Raise ValueError where a server would not start on the database: it is damaged, or of a newer Prefect."""
+    versions = Path(prefect.__file__).parent / "server/database/_migrations/versions/sqlite"
+    try:
+        with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as database:
+            found = [revision for (revision,) in database.execute("SELECT version_num FROM alembic_version")]
+    except sqlite3.OperationalError:  # there is none yet, or it is just made
+        return
+    except sqlite3.DatabaseError as error:
+        raise ValueError(f"PREFECT_HOME: the database {path} cannot be read ({error}); move it away") from None
+    if versions.is_dir() and not all(any(versions.glob(f"*_{revision}_*.py")) for revision in found):
+        raise ValueError(
+            f"PREFECT_HOME: the database {path} is of a newer Prefect than {prefect.__version__}, which is installed "
+            "here; set PREFECT_HOME to another folder, install that Prefect, or set PREFECT_API_URL to a server"
+        )
 
 
 def start() -> None:
