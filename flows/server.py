@@ -112,7 +112,13 @@ def start() -> None:
             stop()
 
         server.stop = stop_for_good  # which it has the interpreter call at the end
-        server.start()
+        try:
+            server.start()
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"Prefect's own server does not start ({error}); `prefect server start` says why, or set "
+                "PREFECT_API_URL to a server"
+            ) from None
         threading.Thread(target=_keep, args=[server, ended], name="prefect-server-keeper", daemon=True).start()
 
 

@@ -60,7 +60,7 @@ def test_who_leads_a_training_has_no_use_for_torch_and_mlflow(module: str) -> No
 
 
 @pytest.mark.parametrize("module", ["genpipe.api", "genpipe.gallery.app", "genpipe.stages.decoder"])
-def test_who_plans_and_draws_has_no_use_for_sharded_tensors(module: str) -> None:
+def test_who_draws_has_no_use_for_sharded_tensors(module: str) -> None:
     """Nor for SymPy, which comes with them: seconds before the first picture."""
     script = f"import sys, {module}; print(sorted({{'torch.distributed.tensor', 'sympy'}} & sys.modules.keys()))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)

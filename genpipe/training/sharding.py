@@ -19,8 +19,8 @@ T = TypeVar("T", bound=Tensor)
 def is_sharded(x: Any) -> TypeIs[DTensor]:
     """Whether ranks have shards of a tensor.
 
-    As long as nobody has imported the module of DTensors, there are none. It takes seconds, and drawing, planning and
-    stages that do not train need it no more than a training on one rank.
+    As long as nobody has imported the module of DTensors, there are none. It takes seconds, and who draws has no use
+    for it.
     """
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(x, module.DTensor)

@@ -280,9 +280,8 @@ def report_late(steps: dict[str, np.ndarray], saving: np.ndarray) -> None:
     Each is held against the median of its own start.
     """
     medians = {side: each / np.median(each, (1, 2), keepdims=True) for side, each in steps.items()}
-    told = {"stack": medians["stack"], "bare": medians["bare"]}
-    told["stack without the blocks with a checkpoint"] = medians["stack"][~saving]
-    for name, each in told.items():
+    apart = {"stack without the blocks with a checkpoint": medians["stack"][~saving]}
+    for name, each in (medians | apart).items():
         late = each > 1.5
         print(
             f"  {name}: {late.sum()} of {late.size} steps over 1.5 medians, {late[..., 0].sum()} of them the first "

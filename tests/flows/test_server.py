@@ -38,6 +38,14 @@ def test_a_database_on_which_no_server_starts_is_named(project: Project, wrong: 
     assert code == 2 and f"PREFECT_HOME: the database {path} {named}" in output, output
 
 
+def test_a_server_that_does_not_start_ends_the_run(project: Project) -> None:
+    """It is given less time than its imports take."""
+    project.environment["PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS"] = "1"
+    code, output = project.run(stage="toy_data")
+    assert code == 2 and "Prefect's own server does not start" in output and "PREFECT_API_URL" in output, output
+    assert not project.store.joinpath("artifacts").exists()
+
+
 FLOW = """
 import time
 from flows import server
