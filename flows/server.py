@@ -97,7 +97,7 @@ def start() -> None:
     """Start a server for this process, unless PREFECT_API_URL names one.
 
     It does not hear Ctrl-C, and it ends with this process, even if that is killed. One that dies is started again, with
-    its port and its database: Prefect's clients wait for it.
+    its port and its database: Prefect's clients wait for it. Raises ValueError if it does not begin to answer.
     """
     from prefect.server.api.server import SubprocessASGIServer  # takes seconds
 
@@ -115,7 +115,7 @@ def start() -> None:
         try:
             server.start()
         except RuntimeError as error:
-            raise RuntimeError(
+            raise ValueError(
                 f"Prefect's own server does not start ({error}); `prefect server start` says why, or set "
                 "PREFECT_API_URL to a server"
             ) from None
